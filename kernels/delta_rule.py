@@ -66,12 +66,15 @@ def gated_delta_rule_reference(
     q, k = to_chunks(l2_normalise(q.to(dtype)) * dk**-0.5), to_chunks(l2_normalise(k.to(dtype)))  # (NC, Hk, C, dk)
     v = to_chunks(v).unflatten(1, (Hk, group))  # (NC, Hk, group, C, dv)
     beta = to_chunks(b.to(dtype).sigmoid()[..., None]).unflatten(1, (Hk, group))  # (NC, Hk, group, C, 1)
-    c = to_chunks(decay(a, A_log, dt_bias)[..., None]).unflatten(1, (Hk, group)).cumsum(-2)
+    g = to_chunks(decay(a, A_log, dt_bias)[..., None]).unflatten(1, (Hk, group))
+    c = g.cumsum(-2)
+    rest = F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)  # c_C - c_t
 
     eye = torch.eye(chunk, dtype=dtype, device=v.device)
     before = torch.ones_like(eye, dtype=torch.bool).tril(-1)
-    # -inf before exp: above the diagonal the exponent is positive and would overflow under strong decay. The diagonal is
-    # a constant: as e^(c_t - c_t) it would add and subtract O(1) gradients that bury those of a strongly decayed state.
+    # -inf before exp: above the diagonal the exponent is positive and would overflow under strong decay. Exponents that
+    # are always 0 (here the diagonal, below the last row of `rest`) must not be differences of c: their O(1) gradients
+    # would be added and subtracted again and bury the tiny ones of a strongly decayed state.
     D = (c - c.transpose(-1, -2)).masked_fill(~before, float("-inf")).exp() + eye
     L = (beta * (k @ k.transpose(-1, -2))[:, :, None] * D).tril(-1)
     P = (q @ k.transpose(-1, -2))[:, :, None] * D
@@ -79,7 +82,7 @@ def gated_delta_rule_reference(
     rhs = torch.cat([beta * v, beta * c.exp() * k], dim=-1)
     U, W = torch.linalg.solve_triangular(L, rhs, upper=False, unitriangular=True).split([dv, dk], dim=-1)
     q_in = c.exp() * q
-    k_out = (c[..., -1:, :] - c).exp() * k
+    k_out = rest.exp() * k
     keep = c[..., -1:, :].exp()
 
     # Longest documents first: those with a chunk left are then a prefix, and all of them advance together.
