@@ -180,7 +180,7 @@ CASES = [
 
 
 def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
-    """R rows of lora_A, 0 for none; strided: z is a slice of a wider row. o from 1 down to 0.001, so that eps counts."""
+    """R rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape):
@@ -213,10 +213,14 @@ def _without_u_gradient(o, z, weight, eps, lora_A=None):
     return x, None if u is None else u.detach() + 0 * u
 
 
+def _norm_over_all_heads(o, z, weight, eps, lora_A=None):
+    return gated_rms_norm_triton(o.flatten(1)[:, None], z, weight.repeat(o.shape[1]), eps, lora_A)
+
+
 MUTANTS = {
     "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
     "1 + w instead of w": _mutant(lambda **x: x | {"weight": x["weight"] + 1}),
-    "one norm over all heads": _mutant(lambda **x: x | {"o": x["o"].flatten(1)[:, None], "weight": x["weight"].repeat(x["o"].shape[1])}),
+    "one norm over all heads": _norm_over_all_heads,
     "gradient of u lost": _without_u_gradient,
 }
 
@@ -239,5 +243,6 @@ def compile_specs() -> list[CompileSpec]:
             types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32"}
             types = {n: types.get(n, "*bf16" if n[:2] == "p_" else "i32") for n in kernel.arg_names}
             signature = {n: t for n, t in types.items() if n not in constexprs}
-            specs.append(CompileSpec(f"gated_rms_norm{kernel.__name__} R {R}", kernel, signature, constexprs, num_warps=4))
+            name = f"gated_rms_norm{kernel.__name__} R {R}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
     return specs

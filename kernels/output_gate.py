@@ -191,5 +191,6 @@ def compile_specs() -> list[CompileSpec]:
             fp32 = ("p_A", "p_u", "p_du", "p_partial")
             types = {n: "*fp32" if n in fp32 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
             signature = {n: t for n, t in types.items() if n not in constexprs}
-            specs.append(CompileSpec(f"sigmoid_gate{kernel.__name__} R {R}", kernel, signature, constexprs, num_warps=4))
+            name = f"sigmoid_gate{kernel.__name__} R {R}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
     return specs

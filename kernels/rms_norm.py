@@ -13,7 +13,8 @@ Everything between loads and stores is fp32; the two roundings are those above. 
 forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx, h' and writes dh (40,960 B); the adapter
 adds u, A and B once, and in backward the fp32 partial sums of dA and dB: one row of D for each multiprocessor and sum,
 which a second pass adds in a fixed order. Saved for backward: h' (the residual stream itself) and 4 B a token for
-rsqrt(...); x is rebuilt from them. dh and dy are one tensor. Formula of the norm: Qwen3.5's zero-centred weight (transformers `Qwen3_5RMSNorm`).
+rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero-centred (transformers
+`Qwen3_5RMSNorm`).
 """
 
 import torch

@@ -12,8 +12,8 @@ A program owns a head and walks over the tokens: a query head is the pair (q, ga
 the first of a pair is normed and rotated, the second passes. So a head's 2K rows of dB stay in registers (fp32, summed
 over programs in a second pass), and no program sees a whole row of 14,336 features: du, which sums over it, is written
 as one partial per token and head, (T, 3, H) fp32, and a second pass adds these in a fixed order. That is 288 B a token
-against 86 KB; the other mapping, a program per token, would have to keep dB in memory. Bytes a token at 24/4 heads of
-256 in bf16: forward 57,344 B, backward 86,016 B, cos and sin 256 B. Saved for backward: the GEMM's row, u, cos, sin.
+against 72 KB; the other mapping, a program per token, would have to keep dB in memory. Bytes a token at 24/4 heads of
+256 in bf16: forward 57,344 B, backward 71,680 B, cos and sin 256 B. Saved for backward: the GEMM's row, u, cos, sin.
 Source: transformers `Qwen3_5Attention`, `apply_rotary_pos_emb` (partial rotary, half-split pairing).
 """
 
@@ -172,7 +172,8 @@ def _backward_head(
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
-    p_dq, p_dgate, p_dk, p_dv, p_in, p_wq, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
+    p_dq, p_dgate, p_dk, p_dv, p_in, p_wq, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial,
+    T, stride_in, eps, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel. p_du (T, 3, H), zero where k and v have fewer heads; p_partial (programs, N)."""
@@ -337,7 +338,7 @@ MUTANTS = {
 
 
 def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
-    """In bf16. Forward: the row in, q, gate, k, v out; backward: dq, dgate, dk, dv, q and k in, the row's gradient out."""
+    """In bf16. Forward: the row in, q, gate, k, v out; backward: their gradients, q and k in, the row's out."""
     N = 2 * (H + G) * K
     adapter, angles, flops = 4 * rank * (3 * T + N), 8 * T * RD, 2 * rank * T * N
     return Work(4 * T * N + adapter + angles, 5 * T * N + 2 * adapter + angles, flops, 2 * flops)

@@ -20,7 +20,7 @@ SIZES = [
     {"T": 5, "D": 2560, "R": 2, "strided": True},  # three pieces
     {"T": 9, "D": 64, "R": 4, "rank": 4},  # more than is fused: the plain terms
     {"T": 9, "D": 48, "R": 2, "rank": 0, "strided": True},
-    {"T": 9, "D": 64, "R": 3, "pending": False},
+    {"T": 9, "D": 64, "R": 3, "pending": False, "strided": True},  # backward reads the caller's own h
     {"T": 9, "D": 64, "R": 0, "rank": 0, "pending": False},
 ]
 
@@ -89,5 +89,5 @@ def test_errors_name_the_culprit():
         residual_rms_norm_triton(h.double(), None, w, 1e-6)
     with pytest.raises(ValueError, match="weight requires grad"):
         residual_rms_norm_triton(h, None, w.requires_grad_(), 1e-6)
-    with pytest.raises(ValueError, match="pending.y has strides"):
+    with pytest.raises(ValueError, match=r"pending\.y has strides"):
         residual_rms_norm_triton(h, Pending(torch.randn(16, 3).T, None), w.detach(), 1e-6)
