@@ -233,8 +233,8 @@ def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
         line = re.search(rf"""^[ \t]*["'\[]*{re.escape(key)}\b""", text, re.MULTILINE)
         where = f"{path} line {text.count(chr(10), 0, line.start()) + 1}" if line else path
         if key not in KEYS:
-            hint = "keys are flat, without tables" if isinstance(value, dict) else f"did you mean {nearest(key, [*KEYS])!r}?"
-            raise ValueError(f"{where}: unknown key {_shown(key)}; {hint}")
+            flat = "; keys are flat, without tables" if isinstance(value, dict) else ""
+            raise ValueError(f"{where}: unknown key {_shown(key)}; did you mean {nearest(key, [*KEYS])}?{flat}")
         yield key, value, where
 
 
