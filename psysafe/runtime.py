@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 OUR_CODE = Path(__file__).resolve().parents[1]
+_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
 class Peak(NamedTuple):
@@ -101,9 +102,6 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
     return Runtime(where, kind, rank, local_rank, world_size)
 
 
-_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-
-
 def _be_deterministic(seed: int) -> None:
     """A resumed run must repeat its bits. An op that cannot warns by name; it does not end an overnight run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -150,12 +148,12 @@ class StopRequest:
         with StopRequest() as stop:
             for step in ...:
                 ...
-                if runtime.largest(stop.signal): save; return stop.exit_code
+                if runtime.largest(stop.received): save, return stop.exit_code
 
     The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
     """
 
-    signal: int = 0
+    received: int = 0
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -166,7 +164,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.signal = number
+        self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
@@ -174,7 +172,7 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """143 after SIGTERM, 130 after SIGINT, 0 without a signal."""
-        return 128 + self.signal if self.signal else 0
+        return 128 + self.received if self.received else 0
 
 
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -213,5 +211,10 @@ def is_users_mistake(error: BaseException) -> bool:
     while trace.tb_next:
         trace = trace.tb_next
     code = trace.tb_frame.f_code
-    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # not int("x"), which raises inside C
-    return raised and OUR_CODE in Path(code.co_filename).resolve().parents
+    if code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:  # int("x"), say, which raises inside C
+        return False
+    file = Path(code.co_filename).resolve()
+    if OUR_CODE not in file.parents:
+        return False
+    folder = file.relative_to(OUR_CODE).parts[:-1]  # a virtual environment may lie in the repository, too
+    return not folder or folder[0] in ("psysafe", "kernels")
