@@ -43,7 +43,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what an interrupted write left directly in a folder."""
-    for path in Path(folder).glob(f"*{TEMPORARY}*"):
+def remove_leftovers(folder: str | Path, name: str) -> None:
+    """Remove what an interrupted write of a name (or glob pattern) left in a folder."""
+    for path in Path(folder).glob(f"{name}{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -77,6 +77,7 @@ class RunLog:
         cut_metrics(path, first_step)
         self.file = path.open("a", encoding="utf-8")
         if config.report != "none":
+            os.environ.setdefault("WANDB_DIR", str(run_dir))
             self.tracker = importlib.import_module(config.report)
             settings = {key: getattr(config, key) for key in KEYS}
             self.tracker.init(project=config.project, name=Path(run_dir).resolve().name, config=settings)
@@ -160,7 +161,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A torn last line, left by a kill, is not among them; other damage is a ValueError."""
+    """The rows of a metrics.jsonl without a torn last line, which a kill can leave. Other damage is a ValueError."""
     lines = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
@@ -197,7 +198,8 @@ def plot_loss(run_dir: str | Path) -> Path:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
     axes.set(xlabel="step", ylabel="loss per trained token", title=Path(run_dir).resolve().name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     path = Path(run_dir) / "loss.png"
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     return path
