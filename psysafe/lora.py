@@ -183,6 +183,7 @@ def save_adapter(
         "alpha_pattern": {},
     }
     directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_atomic(directory / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
