@@ -42,7 +42,7 @@ def files():
     yield from (("scripts", ROOT / f"{name}.py") for name in SCRIPTS if (ROOT / f"{name}.py").exists())
 
 
-@pytest.mark.parametrize(("where", "path"), files(), ids=lambda x: str(x.relative_to(ROOT)) if isinstance(x, Path) else x)
+@pytest.mark.parametrize(("where", "path"), files(), ids=lambda x: getattr(x, "name", x))
 def test_import_direction(where, path):
     assert not faults(where, path.read_text())
 
