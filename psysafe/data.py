@@ -74,13 +74,16 @@ class Dataset:
         return len(self.documents)
 
     @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
     def n_targets(self) -> int:
         return sum(document.n_targets for document in self.documents)
 
     def summary(self) -> str:
         """The line to print at start."""
-        n_tokens = sum(map(len, self.documents))
-        line = f"{len(self):,} rows, {n_tokens:,} tokens ({self.n_targets:,} trained), "
+        line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
         line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
         return line + (f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else "")
 
