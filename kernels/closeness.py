@@ -1,0 +1,122 @@
+"""When two tensors count as equal, for the tests and for `kernels.check`.
+
+At the sizes of this project every published tolerance rule that was tried let a kernel pass that drops the adapter
+term. These rules can fail: fp32 is compared with fp64 at 1e-5 of the value and of the tensor's RMS, bf16 must not be
+worse than plain PyTorch with the same rounding points. Outputs *and* every gradient are compared by name.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b| over the tensor, in fp64 (0 where both are zero)."""
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if a.shape != b.shape:
+        raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    difference, scale = (a - b).abs().max().item() if a.numel() else 0.0, b.abs().max().item() if b.numel() else 0.0
+    if difference != difference:
+        return float("nan")
+    return 0.0 if difference == 0 else difference / scale if scale else float("inf")
+
+
+def assert_close_fp32(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """fp32 results against an fp64 reference: |a - b| <= 1e-5 |b| + 1e-5 RMS(b), tensor by tensor."""
+    _same_names(actual, expected)
+    report = []
+    for name, b in expected.items():
+        a, b = actual[name].detach().double().cpu(), b.detach().double().cpu()
+        assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        allowed = 1e-5 * b.abs() + 1e-5 * b.square().mean().sqrt()
+        # `not (x <= y)` so that a NaN, which compares false, is a failure.
+        bad = ~((a - b).abs() <= allowed)
+        report.append(f"{name}: relative error {relative_error(a, b):.2e}")
+        assert not bad.any(), f"{report[-1]}, {int(bad.sum())} of {b.numel()} elements out of tolerance"
+    print("; ".join(report))
+
+
+def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """bf16 results: max error <= 2x and RMS error <= 1.5x that of plain PyTorch in bf16, both against fp64."""
+    _same_names(actual, expected)
+    for name, b in expected.items():
+        b = b.detach().double().cpu()
+        ours, theirs = ((x[name].detach().double().cpu() - b) for x in (actual, plain))
+        for what, limit, error in (
+            ("max", 2.0, lambda e: e.abs().max().item()),
+            ("RMS", 1.5, lambda e: e.square().mean().sqrt().item()),
+        ):
+            mine, yours = error(ours), error(theirs)
+            assert mine <= limit * yours, f"{name}: {what} error {mine:.3e}, plain PyTorch {yours:.3e}, limit {limit}x"
+
+
+def _same_names(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys(), f"{sorted(actual)} against {sorted(expected)}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of an op by name. `call` takes them as a dict and returns the outputs by name (None entries are dropped);
+    `grads` names the inputs whose gradients are compared.
+    """
+
+    name: str
+    inputs: dict[str, Tensor]
+    call: Callable[..., dict[str, Tensor | None]]
+    grads: tuple[str, ...] = ()
+
+
+def outputs_and_gradients(
+    case: Case, op: Callable, dtype: torch.dtype | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Runs `case.call(op, inputs)` forward and backward; returns outputs and gradients ("d" + name) by name.
+
+    dtype: floating inputs are cast to it (fp64 for the oracle; None leaves them). The outputs are weighted with fixed
+    random numbers, the same for every dtype, so that every output contributes to every gradient.
+    """
+    inputs = {}
+    for name, x in case.inputs.items():
+        x = x.detach().clone()
+        inputs[name] = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+        if name in case.grads:
+            inputs[name].requires_grad_()
+    outputs = {name: y for name, y in case.call(op, inputs).items() if y is not None}
+    results = {name: y.detach() for name, y in outputs.items()}
+    if case.grads:
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = []
+        for y in outputs.values():
+            weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+            # Rounded to what the lowest precision can hold, so that every run weighs with the same numbers.
+            cotangents.append(weight.to(torch.bfloat16).to(y))
+        wanted = [inputs[name] for name in case.grads]
+        grads = torch.autograd.grad(list(outputs.values()), wanted, cotangents, allow_unused=True)
+        for name, x, g in zip(case.grads, wanted, grads, strict=True):
+            results["d" + name] = torch.zeros_like(x) if g is None else g
+    return results
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and its kin return NaN (or the largest integer), so that an element nobody wrote cannot pass."""
+
+    def poison(make: Callable) -> Callable:
+        def made(*args, **kwargs) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        return made
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        yield
