@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from psysafe.config import expand
 from psysafe.layers import FusedLinear
 from psysafe.lora import load_adapter, read_json
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
 
-ASSETS = Path(__file__).parent / "assets"
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
 PREFIXES = ("model.language_model.", "model.")
@@ -37,8 +37,8 @@ def load_model(
     Raises ValueError with one line that says what is wrong with the checkpoint and where.
     """
     random = str(source).startswith("random:")
-    folder = None if random else resolve(source, revision)
-    config_file = Path(str(source).removeprefix("random:")) if random else folder / "config.json"
+    folder, _ = resolve_model(source, revision)
+    config_file = folder / (Path(str(source)).name if random else "config.json")
     model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
     if random:
         randomise(model)
@@ -60,21 +60,27 @@ def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -
         torch.set_default_dtype(before)
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """A model's local folder; a hub id is downloaded first (or found in the hub's cache)."""
+def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """(local folder, commit): a hub id is downloaded first, or found in the hub's cache; a folder has no commit ("").
+
+    `random:CONFIG.json` gives the folder of the config, where a tokenizer may lie.
+    """
     source = str(source)
-    if source.startswith("assets:"):
-        return ASSETS / source.removeprefix("assets:")
-    path = Path(source).expanduser()
+    path = Path(expand(source.removeprefix("random:"))).expanduser()
+    if source.startswith("random:"):
+        return path.parent, ""
     if path.is_dir():
-        return path
+        return path, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        folder = snapshot_download(
+            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+        )
+        return Path(folder), Path(folder).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
