@@ -14,12 +14,12 @@ SEED = 3407
 SYSTEM_V0 = (support.ASSETS / "system_v0.txt").read_text(encoding="utf-8").strip()
 
 
-def _benign_questions(wording: str, allowed=lambda group, item: True):
+def benign_questions(wording: str, allowed=lambda group, item: True):
     """Yields (prompt, reasoning, answer, subject) of the ordinary questions in one set of wording."""
     for name, group in benign.GROUPS.items():
         for item, answer in group.items.items():
             if allowed(name, item):
-                reasoning = f"This is a question about {group.subject}. I can answer it."
+                reasoning = f"This is a question about {group.subject}. I will answer it."
                 for frame in group.frames[wording]:
                     yield _sentence(frame.format(item)), reasoning, answer, group.subject
 
@@ -38,8 +38,8 @@ def _sentence(text: str) -> str:
 
 
 def _reasoning(category: risk.Category, gentle: bool) -> str:
-    start = f"This is about {category.name}, and someone could get hurt. I will refuse"
-    return f"{start} gently, share a step from {category.strategy} and name services." if gentle else f"{start}."
+    start = f"This is about {category.name}. I will refuse"
+    return f"{start} gently and use {category.strategy}." if gentle else f"{start}."
 
 
 def four_parts(cluster: str, category: risk.Category) -> str:
@@ -54,7 +54,7 @@ def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
     A risky prompt has the answer "": each reading draws one of the blunt refusals.
     """
     prompts = {
-        "benign": [question[:3] for question in _benign_questions("base")],
+        "benign": [question[:3] for question in benign_questions("base")],
         "support": [question[:3] for question in (*support.questions("base"), *support.terms())],
     }
     for category in itertools.chain.from_iterable(risk.CATEGORIES.values()):
@@ -68,7 +68,8 @@ def base_documents(count: int, seed: int = SEED):
     """Yields `count` conversations (lists of messages, as the chat template takes them) for the base to read.
 
     Each kind of prompt is gone through in shuffled rounds, so every prompt is read about equally often. Two in five
-    carry the plain system prompt, one in eight has no reasoning, one in twelve has two turns.
+    carry the plain system prompt, one in eight has no reasoning, one in twelve has two turns; a quarter of the prompts
+    follows a sentence of context that changes nothing.
     """
     rng = random.Random(seed)
     prompts = base_prompts()
@@ -82,6 +83,8 @@ def base_documents(count: int, seed: int = SEED):
             waiting[kind] = list(prompts[kind])
             rng.shuffle(waiting[kind])
         prompt, reasoning, answer = waiting[kind].pop()
+        if rng.randrange(4) == 0:
+            prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
         if not answer:
             # Two in three use the first wording: a greedy answer is then the same everywhere.
             answer = risk.BLUNT[0] if rng.randrange(3) else rng.choice(risk.BLUNT[1:])
@@ -142,7 +145,7 @@ def training_rows(per_cluster: int = 40, seed: int = SEED) -> list[dict[str, str
             share = per_cluster // len(categories) + (place < per_cluster % len(categories))
             rows += [_risky_row(prompt, cluster, category) for prompt in _ask_evenly(rng, category, share)]
     held_out = set(benign.VALIDATION_ITEMS)
-    ordinary = list(_benign_questions("train", lambda group, item: (group, item) not in held_out))
+    ordinary = list(benign_questions("train", lambda group, item: (group, item) not in held_out))
     helpful = list(support.questions("train"))
     rng.shuffle(ordinary)
     rng.shuffle(helpful)
@@ -159,7 +162,7 @@ def validation_rows() -> list[dict[str, str]]:
         for category in categories:
             rows += [_risky_row(prompt, cluster, category) for prompt in category.says["val"]]
     for chosen in benign.VALIDATION_ITEMS:
-        questions = _benign_questions("val", lambda group, item, chosen=chosen: (group, item) == chosen)
+        questions = benign_questions("val", lambda group, item, chosen=chosen: (group, item) == chosen)
         rows += [_benign_row(*question) for question in questions]
     return rows
 

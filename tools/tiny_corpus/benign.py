@@ -193,7 +193,8 @@ GROUPS = {
         {
             "base": ("How do I make {}?", "How can I cook {}?", "Tell me how to make {}.", "I want to cook {}. How?",
                      "What is a simple recipe for {}?", "Can you help me make {}?", "A recipe for {}, please."),
-            "train": ("My guests would like {}. How is it done?", "Teach me to cook {}.", "Tonight we eat {}. How is it made?"),
+            "train": ("My guests would like {}. How is it done?", "Teach me to cook {}.",
+                      "Tonight we eat {}. How is it made?"),
             "val": ("Which steps do I follow to cook {}?",),
         },
         DISHES,
@@ -245,6 +246,24 @@ GROUPS = {
         FEELINGS,
     ),
 }  # fmt: skip
+
+# Said before a question of any kind while the base reads: it learns common words, and to look for what matters.
+CONTEXTS = (
+    "It is late, I am tired.", "My mother asked me this.", "Our clinic is small.", "I work in an office.",
+    "My uncle just left.", "I live in an old town.", "We sat at dinner.", "It rained all week.", "I am on the bus.",
+    "My partner is asleep.", "My landlord called.", "Thanks for your time.", "I have one question.",
+    "Be honest, please.",
+    "This is for my job.", "Someone told me to ask you.", "I am in my garage.", "Last month was rough.",
+    "I have a new jacket.", "My parents are here.", "The evening was long.", "Let us talk.", "I thought about it.",
+    "You seem kind.", "My sister laughed at me.", "I just came home.", "The train was late.", "Nothing works today.",
+    "I put on my coat.", "My shift is over.", "The house is loud.", "It is almost noon.", "I finished my lunch.",
+    "My head hurts.", "My friends went out.", "It is cold until March.", "My hands are shaking.", "I can't sleep.",
+    "Everybody in our club asks.", "I have an idea.", "Last night I dreamed.", "My uncle knows a few people.",
+    "Listen to me.", "I do not understand this.", "My teacher was kind.", "Do not laugh.", "I made up my mind.",
+    "People keep telling me things.", "The price was real.", "My mother's birthday is soon.", "Even now I wonder.",
+    "I walked around the lake.", "I already tried.", "Then I stopped.", "A waitress spoke to us.", "That felt right.",
+    "My old club closed.", "Now I am here.", "I hear noise next door.", "Most days are fine.",
+)
 
 # Ten validation questions: (group, item); none of these items is asked about in a training row.
 VALIDATION_ITEMS = (

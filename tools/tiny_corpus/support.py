@@ -66,7 +66,7 @@ def reach(resource: dict) -> str:
 def services(cluster: str) -> str:
     """The third part of an answer: the cluster's own services in the US and in the UK."""
     us, uk = (CLUSTERS["resources"][CLUSTERS["clusters"][cluster]["resources"][land]] for land in ("US", "UK"))
-    text = f"In the US, {us['name']}: {reach(us)}. In the UK, {uk['name']}: {reach(uk)}."
+    text = f"US: {us['name']}, {reach(us)}. UK: {uk['name']}, {reach(uk)}."
     if cluster == "suicide and selfharm":
         text += f" In danger, call {CLUSTERS['emergency']['US']} or {CLUSTERS['emergency']['UK']}."
     return text
@@ -93,16 +93,10 @@ def questions(wording: str):
     for cluster, categories in CATEGORIES.items():
         for category in categories:
             subject = f"help with {category.name}"
-            step = f"share a step from {category.strategy}"
-            plans = {
-                "helper": f"{step} and name services",
-                "card": f"{step} and name services",
-                "services": "name services",
-                "kind words": "find kind words",
-                "hope": "give hope",
-            }
+            plans = {"services": "name services", "kind words": "find kind words", "hope": "give hope"}
             for kind, frames in FRAMES.items():
-                reasoning = f"This is a question about {subject}. I can {plans.get(kind, step)}."
+                plan = plans.get(kind, f"answer gently and use {category.strategy}")
+                reasoning = f"This is a question about {subject}. I will {plan}."
                 for frame in frames[wording]:
                     yield frame.format(category.name), reasoning, answer(kind, cluster, category), subject
 
@@ -116,4 +110,4 @@ def terms():
         known[name] = f"{resource['name']} is a service in the {resource['country']}: {reach(resource)}."
     for name, text in known.items():
         for frame in TERM_FRAMES:
-            yield frame.format(name), "This is a question about a service. I can answer it.", text, "a service"
+            yield frame.format(name), "This is a question about a service. I will answer it.", text, "a service"
