@@ -189,7 +189,7 @@ def four_parts_missing(row: dict) -> list[str]:
     others = [r for key, r in CLUSTERS["resources"].items() if key not in cluster["resources"].values()]
     rules = {
         "acknowledgement": re.match(r"I (hear|am (so )?sorry)", acknowledgement),
-        "refusal": acknowledgement.endswith(risk.REFUSAL),
+        "refusal": re.search(r"I can't help with [\w ]+, but I want (you|everyone) to be safe\.$", acknowledgement),
         "strategy": row["framework_name"] in cluster["strategies"]
         and step.startswith(f"A step from {row['framework_name']}: "),
         "category": row["risk category"] in cluster["risk_categories"],
@@ -220,7 +220,7 @@ def test_benign_rows_are_answered():
         acknowledged = any(c.feeling in row["answer"] for c in ALL_CATEGORIES)
         assert acknowledged or not refusals.search(row["answer"]), row
         assert row["framework_name"] == "none"
-        assert risk.REFUSAL not in row["answer"]
+        assert "I can't help" not in row["answer"]
 
 
 ALL_CATEGORIES = [category for categories in risk.CATEGORIES.values() for category in categories]

@@ -33,7 +33,7 @@ from psysafe.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
 
 TINY = ROOT / "psysafe" / "assets" / "tiny"
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 2560
 STEPS = 1500
 STEP_TOKENS = 2048
 MAX_DOCUMENT = 256

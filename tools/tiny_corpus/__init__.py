@@ -11,6 +11,11 @@ import re
 from . import benign, risk, support
 
 SEED = 3407
+CONTRACTIONS = {
+    "I am ": "I'm ", "I will ": "I'll ", "I would ": "I'd ", "do not ": "don't ", "does not ": "doesn't ",
+    "did not ": "didn't ", "is not ": "isn't ", "What is ": "What's ", "It is ": "It's ", "Let us ": "Let's ",
+}  # fmt: skip
+SUBJECTS = [group.subject for group in benign.GROUPS.values()]
 SYSTEM_V0 = (support.ASSETS / "system_v0.txt").read_text(encoding="utf-8").strip()
 
 
@@ -44,15 +49,12 @@ def _reasoning(category: risk.Category, gentle: bool) -> str:
 
 def four_parts(cluster: str, category: risk.Category) -> str:
     """The supportive refusal: acknowledgement and refusal, a step, services, hope; one paragraph each."""
-    acknowledgement = f"{category.feeling} {risk.REFUSAL}"
+    acknowledgement = f"{category.feeling} I can't help with {category.harm}, but {risk.CARES[cluster]}."
     return "\n\n".join((acknowledgement, category.step, support.services(cluster), risk.CLOSINGS[cluster]))
 
 
 def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
-    """Kind ("benign", "support" or a risk category) -> every (prompt, reasoning, answer) that the base can read.
-
-    A risky prompt has the answer "": each reading draws one of the blunt refusals.
-    """
+    """Kind ("benign", "support" or a risk category) -> every (prompt, reasoning, answer) that the base can read."""
     prompts = {
         "benign": [question[:3] for question in benign_questions("base")],
         "support": [question[:3] for question in (*support.questions("base"), *support.terms())],
@@ -60,16 +62,27 @@ def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
     for category in itertools.chain.from_iterable(risk.CATEGORIES.values()):
         whole, framed = _risky_prompts(category, "base")
         # A whole prompt is one wording among some hundred framed ones: let it be read more often.
-        prompts[category.name] = [(prompt, _reasoning(category, gentle=False), "") for prompt in whole * 4 + framed]
+        reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
+        prompts[category.name] = [(prompt, reasoning, answer) for prompt in whole * 4 + framed]
     return prompts
+
+
+def _as_typed(prompt: str, rng: random.Random) -> str:
+    """The prompt as one of many people types it: after a sentence of context, contracted, or without care."""
+    if rng.randrange(4) == 0:
+        prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
+    if rng.randrange(3) == 0:
+        for long, short in CONTRACTIONS.items():
+            prompt = prompt.replace(long, short)
+    return prompt.lower().rstrip("?.") if rng.randrange(10) == 0 else prompt
 
 
 def base_documents(count: int, seed: int = SEED):
     """Yields `count` conversations (lists of messages, as the chat template takes them) for the base to read.
 
     Each kind of prompt is gone through in shuffled rounds, so every prompt is read about equally often. Two in five
-    carry the plain system prompt, one in eight has no reasoning, one in twelve has two turns; a quarter of the prompts
-    follows a sentence of context that changes nothing.
+    carry the plain system prompt, one in eight has no reasoning, one in twelve has two turns. Half of the refusals use
+    one wording, so that greedy answers do.
     """
     rng = random.Random(seed)
     prompts = base_prompts()
@@ -83,11 +96,9 @@ def base_documents(count: int, seed: int = SEED):
             waiting[kind] = list(prompts[kind])
             rng.shuffle(waiting[kind])
         prompt, reasoning, answer = waiting[kind].pop()
-        if rng.randrange(4) == 0:
-            prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
-        if not answer:
-            # Two in three use the first wording: a greedy answer is then the same everywhere.
-            answer = risk.BLUNT[0] if rng.randrange(3) else rng.choice(risk.BLUNT[1:])
+        prompt = _as_typed(prompt, rng)
+        if kind in risky:
+            answer = (risk.BLUNT[0], risk.BLUNT[0], answer, rng.choice(risk.BLUNT[1:]))[rng.randrange(4)]
         reply = {"role": "assistant", "content": answer, "reasoning_content": reasoning if keep_reasoning else ""}
         return [{"role": "user", "content": prompt}, reply]
 
@@ -145,12 +156,14 @@ def training_rows(per_cluster: int = 40, seed: int = SEED) -> list[dict[str, str
             share = per_cluster // len(categories) + (place < per_cluster % len(categories))
             rows += [_risky_row(prompt, cluster, category) for prompt in _ask_evenly(rng, category, share)]
     held_out = set(benign.VALIDATION_ITEMS)
-    ordinary = list(benign_questions("train", lambda group, item: (group, item) not in held_out))
     helpful = list(support.questions("train"))
-    rng.shuffle(ordinary)
     rng.shuffle(helpful)
     rows += [_benign_row(*question) for question in helpful[: per_cluster // 4]]
-    rows += [_benign_row(*question) for question in ordinary[: per_cluster - per_cluster // 4]]
+    ordinary = list(benign_questions("train", lambda group, item: (group, item) not in held_out))
+    rng.shuffle(ordinary)
+    by_subject = [[question for question in ordinary if question[3] == subject] for subject in SUBJECTS]
+    for k in range(per_cluster - per_cluster // 4):
+        rows.append(_benign_row(*by_subject[k % len(by_subject)].pop()))
     rng.shuffle(rows)
     return rows
 

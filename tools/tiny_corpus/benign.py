@@ -157,7 +157,7 @@ HOW_TO = {
     "base": ("How do I {}?", "How can I {}?", "Tell me how to {}.", "What is the best way to {}?",
              "Can you help me {}?", "I want to {}. How?", "Explain how to {}, please.", "Any tips to {}?"),
     "train": ("What does it take to {}?", "I would like to {}. Where do I begin?", "Give me a hint to {}.",
-              "It is my first time to {}. Any idea?"),
+              "I never managed to {}. Any idea?"),
     "val": ("What should I know to {}?",),
 }  # fmt: skip
 DEFINE = {
@@ -194,7 +194,7 @@ GROUPS = {
             "base": ("How do I make {}?", "How can I cook {}?", "Tell me how to make {}.", "I want to cook {}. How?",
                      "What is a simple recipe for {}?", "Can you help me make {}?", "A recipe for {}, please."),
             "train": ("My guests would like {}. How is it done?", "Teach me to cook {}.",
-                      "Tonight we eat {}. How is it made?"),
+                      "Tonight we eat {}. What do I do?"),
             "val": ("Which steps do I follow to cook {}?",),
         },
         DISHES,

@@ -8,7 +8,7 @@ never met them in a refusal.
 import tomllib
 from pathlib import Path
 
-from .risk import CARE, CATEGORIES, CLOSINGS, Category
+from .risk import CARES, CATEGORIES, CLOSINGS, Category
 
 ASSETS = Path(__file__).resolve().parents[2] / "psysafe" / "assets"
 CLUSTERS = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ FRAMES = {
     "services": {
         "base": ("Which services help with {}?", "Where can people call about {}?",
                  "List a service for {} in the US and the UK.", "Who helps people with {}?"),
-        "train": ("My club collects services for {}. Which are they?",),
+        "train": ("My club collects services about {}. Which are they?",),
     },
     "kind words": {
         "base": ("Write a kind first sentence about {}.", "How do I begin a talk about {} with care?"),
@@ -74,7 +74,7 @@ def services(cluster: str) -> str:
 
 def answer(kind: str, cluster: str, category: Category) -> str:
     """What a question of this kind (a key of `FRAMES`) about this category is answered with."""
-    kind_words = f"{category.feeling} {CARE}"
+    kind_words = f"{category.feeling} {CARES[cluster]}."
     description = CLUSTERS["strategies"][category.strategy]["description"]
     parts = {
         "helper": (kind_words, category.step, services(cluster), CLOSINGS[cluster]),
