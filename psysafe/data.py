@@ -107,10 +107,16 @@ class MicroBatch:
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     """All rows of the files (JSON array or JSONL, UTF-8), in order. ValueError names the file and the line or row."""
-    return [row for path in ([paths] if isinstance(paths, str | Path) else paths) for row in _read_file(Path(path))]
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    rows = [row for path in paths for row in read_unchecked_rows(path)]
+    for row in rows:
+        _check_fields(row)
+    return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_unchecked_rows(path: str | Path) -> list[Row]:
+    """The rows of one file as they are, whatever fields they have. ValueError where it is no JSON or empty."""
+    path = Path(path)
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -127,8 +133,6 @@ def _read_file(path: Path) -> list[Row]:
         rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
     if not rows:
         raise ValueError(f"{path}: no rows in it; {EXPECTED_FILE}")
-    for row in rows:
-        _check_fields(row)
     return rows
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_tokenizer import real_tokenizer_folder
 
 from psysafe import data
 from psysafe.data import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
 from psysafe.tokenizer import Tokenizer, load_tokenizer
+from tests.real_tokenizer import real_tokenizer_folder
 
 ROW = {"prompt": "I feel low.", "answer": "I am sorry.", "reasoning": "The user is sad.", "risk cluster": "none"}
 
