@@ -417,7 +417,8 @@ def adamw_8bit_triton(
 
 
 def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
-    return {"EPS": eps, "LOG2_BETA1": math.log2(betas[0]), "LOG2_BETA2": math.log2(betas[1]), "BP": BP}
+    log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
+    return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
 
 
 # ---- what the tests, the check, the bench and the compile check need
