@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import adamw as _adamw
 from kernels import attention as _attention
 from kernels import conv1d as _conv1d
 from kernels import cross_entropy as _cross_entropy
@@ -86,5 +87,6 @@ gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
 gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
 swiglu = _switch("swiglu", _glu)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
+adamw_8bit = _switch("adamw_8bit", _adamw)
 
 __all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]
