@@ -28,7 +28,8 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     The query sees the first lengths[b] rows of its cache; its own key is already among them.
     """
     B, H, K = q.shape
-    G = k_cache.shape[2]
+    G, longest = k_cache.shape[2], int(lengths.max())
+    k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype).view(B, G, H // G, K), k_cache.to(dtype), v_cache.to(dtype)
     scores = torch.einsum("bghk,bsgk->bghs", q, k) * K**-0.5

@@ -1,0 +1,5 @@
+"""PsychoSafe from scratch: Qwen3.5 in plain PyTorch and Triton, fine-tuned to refuse with care."""
+
+from psysafe.checkpoint import load_model
+
+__all__ = ["load_model"]

@@ -1,0 +1,220 @@
+"""Where a run runs, and how it ends: device, ranks, seed, what the hardware can do, signals, exit codes."""
+
+import datetime
+import dis
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+OUR_CODE = Path(__file__).resolve().parents[1]
+_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+
+
+class Peak(NamedTuple):
+    flops: float  # dense bf16 FLOP/s
+    bandwidth: float  # bytes/s of device memory
+
+
+# Nominal figures of the vendor's data sheets, by the exact name that the driver reports: a GPU that is not listed, or a
+# slice of one (MIG), has no peak, and then no MFU is printed.
+PEAKS = {
+    "NVIDIA B200": Peak(2250e12, 8.0e12),
+    "NVIDIA H200": Peak(989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12),
+    "NVIDIA H100 PCIe": Peak(756e12, 2.0e12),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2.039e12),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, 1.555e12),
+    "NVIDIA A100 80GB PCIe": Peak(312e12, 1.935e12),
+    "NVIDIA L40S": Peak(362e12, 0.864e12),
+    "NVIDIA L4": Peak(121e12, 0.3e12),
+    "NVIDIA GeForce RTX 4090": Peak(165e12, 1.008e12),
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's place in the run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+    @property
+    def peak(self) -> Peak | None:
+        return PEAKS.get(self.device_name)
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, known to all: how they agree to stop after the same step.
+
+        Goes through gloo on the CPU, so that a GPU is not waited for.
+        """
+        if self.world_size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
+
+def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: float = 600) -> Runtime:
+    """Find this rank's device, join the other ranks, seed, and ask for deterministic arithmetic.
+
+    Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. A collective that takes longer than timeout_s ends the
+    run. Raises ValueError when the device that was asked for is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in _TORCHRUN.items())
+    where = torch.device("cpu")
+    if device == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= count:
+            remedy = "start at most that many ranks a machine, or take --device cpu"
+            raise ValueError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    _be_deterministic(seed)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    kind = {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype == "auto" else getattr(torch, dtype)
+    return Runtime(where, kind, rank, local_rank, world_size)
+
+
+def _be_deterministic(seed: int) -> None:
+    """A resumed run must repeat its bits. An op that cannot warns by name; it does not end an overnight run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written once for nothing
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """What a saved state or a benchmark must name about the software it ran on. "" for what is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "safetensors", "tokenizers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_peak(device: torch.device) -> int:
+    """Most bytes this process has held so far: torch's allocations on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # not getrusage: Linux lets a child start with the peak of the process that spawned it
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and leave.
+
+        with StopRequest() as stop:
+            for step in ...:
+                ...
+                if runtime.largest(stop.received): save, return stop.exit_code
+
+    The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
+    """
+
+    received: int = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+
+    @property
+    def exit_code(self) -> int:
+        """143 after SIGTERM, 130 after SIGINT, 0 without a signal."""
+        return 128 + self.received if self.received else 0
+
+
+def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`.
+
+    A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130. Anything else is a bug of ours
+    and keeps its traceback.
+    """
+    try:
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if not is_users_mistake(error):
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error{rank}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        return 2
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """True for a ValueError that a `raise` in this repository's own code made, and for an OSError that names a file.
+
+    That is our convention: ValueError for the user's mistakes, assert for our own invariants. A ValueError out of
+    torch, numpy or the standard library is one that we failed to foresee; shown as the user's it would hide a bug.
+    """
+    if isinstance(error, OSError):
+        return error.filename is not None
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    if code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:  # int("x"), say, which raises inside C
+        return False
+    file = Path(code.co_filename).resolve()
+    if OUR_CODE not in file.parents:
+        return False
+    folder = file.relative_to(OUR_CODE).parts[:-1]  # a virtual environment may lie in the repository, too
+    return not folder or folder[0] in ("psysafe", "kernels")
