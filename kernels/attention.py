@@ -8,10 +8,11 @@ q, o (T, H, K), k and v (S, G, K); query head j reads key/value head j // (H/G).
 dk and dv are rounded once. In the Triton path P (not yet divided by its row sum) and dS also enter their GEMM in the
 input's dtype; fp32 inputs are multiplied in full fp32.
 
-Four GEMM kernels, one program per tile of BLOCK queries or keys of one document and head: forward; dV, dK and dQ, each
-of which computes S again. dK and dV are apart because two fp32 accumulators of 128 x 256 do not fit in the registers
-of a program, and with 64 keys both warpgroups would compute the same S (FlashAttention-2's form: 7 dots, 9 with that
-replication, instead of 8 at full speed). No tile is a transposed accumulator: S^T is computed as k q^T.
+Four GEMM kernels, a program per tile of 128 queries or keys of one document and head: forward; dV, dK and dQ, each of
+which computes S again. dK and dV are apart because two fp32 accumulators of 128 x 256 do not fit in a program's
+registers, and with 64 keys both warpgroups would compute the same S (9 dots instead of 8). Keeping dS for the third
+kernel would save two dots, but ptxas serialises the wgmma of every pipelined kernel that stores it.
+No operand is a transposed accumulator: S^T is computed as k q^T.
 Tiles start where their document starts, so `key <= query` also keeps the next document out and no key reaches back.
 
 Saved per token: q, k, v, o in their dtype and log2 of the softmax's denominator, fp32 (H): 2 K (2H + 2G) + 4H bytes in
@@ -94,21 +95,21 @@ def _program(p_items, inner):
 
 
 @triton.jit
-def _attend(
-    b_acc, b_m, b_l, b_q, desc_k, desc_v, row, col, b_visible, scale,
+def _step(
+    b_o, b_m, b_l, b_q, desc_k, desc_v, row, col, b_seen, scale,
     BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: BK keys from `row` on; b_visible = how many of them each query sees."""
+    """One step of the online softmax: BK keys from `row` on; b_seen = how many of them each query sees."""
     b_s = tl.dot(b_q, desc_k.load([row, col]).T, input_precision=PRECISION)
     if MASKED:
-        b_s = tl.where(tl.arange(0, BK)[None, :] < b_visible[:, None], b_s, float("-inf"))
+        b_s = tl.where(tl.arange(0, BK)[None, :] < b_seen[:, None], b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_m_new[:, None])
     b_alpha = tl.exp2(b_m - b_m_new)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_v = desc_v.load([row, col])
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
-    return b_acc, b_m_new, b_l
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision=PRECISION)
+    return b_o, b_m_new, b_l
 
 
 @triton.jit(do_not_specialize=["T", "inner"])
@@ -118,31 +119,27 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, end, first, p_item, i_h = _program(p_items, inner)
-    # Document-local: query i sees keys 0 .. i + shift, shift = keys that came before the first query.
-    key_start, shift = tl.load(p_item + 3), tl.load(p_item + 4)
+    # Query i of the document sees its keys 0 .. i + shift, from `row` on; shift keys came before the first query.
+    row, shift = tl.load(p_item + 3), tl.load(p_item + 4)
     o_q = first + tl.arange(0, BQ)
     m_q = o_q < end
     col = i_h // GROUP * K
     b_q = desc_q.load([first, i_h * K])
     b_m = tl.full([BQ], float("-inf"), tl.float32)
     b_l = tl.zeros([BQ], tl.float32)
-    b_acc = tl.zeros([BQ, K], tl.float32)
+    b_o = tl.zeros([BQ, K], tl.float32)
     # Every query of the tile sees the blocks of keys before `full` whole: they need no mask.
     full = (first - start + shift + 1) // BK * BK
     last = tl.minimum(first + BQ, end) - start + shift
-    b_visible = o_q - start + shift + 1
+    b_seen = o_q - start + shift + 1
     for j in tl.range(0, full, BK):
-        b_acc, b_m, b_l = _attend(
-            b_acc, b_m, b_l, b_q, desc_k, desc_v, key_start + j, col, b_visible, scale, BK, False, PRECISION
-        )
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen, scale, BK, False, PRECISION)
     for j in tl.range(full, last, BK):
-        b_acc, b_m, b_l = _attend(
-            b_acc, b_m, b_l, b_q, desc_k, desc_v, key_start + j, col, b_visible - j, scale, BK, True, PRECISION
-        )
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen - j, scale, BK, True, PRECISION)
     tl.store(p_lse + i_h * T + o_q, b_m + tl.log2(b_l), mask=m_q)
     # Stored through pointers: a descriptor's box would reach into the next document.
     o_o = o_q.to(tl.int64)[:, None] * (H * K) + i_h * K + tl.arange(0, K)[None, :]
-    tl.store(p_o + o_o, (b_acc / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
+    tl.store(p_o + o_o, (b_o / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -335,11 +332,10 @@ def _backward(
         _delta_kernel[s.H, triton.cdiv(T, 32)](o, do, delta, T, do.stride(0), H=s.H, K=s.K, BT=32, num_warps=4)
     if dq is not None:
         items = tile_items(documents, documents, block, late_first=True)
-        grid, inner = head_grid(T, len(items), G, s.group)
-        inputs = (_rows(n, x, rows) for n, x, rows in (("q", q, block), ("k", k, s.tiles.dq), ("v", v, s.tiles.dq)))
+        (grid, inner), rows = head_grid(T, len(items), G, s.group), s.tiles.dq
         _backward_dq_kernel[grid](
-            *inputs, _rows("do", do, block), lse, delta, dq, items, T, inner, s.scale, s.K**-0.5,
-            **s.options(block, s.tiles.dq),
+            _rows("q", q, block), _rows("k", k, rows), _rows("v", v, rows), _rows("do", do, block), lse, delta, dq,
+            items, T, inner, s.scale, s.K**-0.5, **s.options(block, rows),
         )  # fmt: skip
     parts = head_parts(documents, s.group, G, block)
     items = tile_items(documents, documents, block, late_first=False)
@@ -364,8 +360,8 @@ def _backward(
 
 def _add_parts(partial: Tensor | None, out: Tensor) -> None:
     if partial is not None:
-        grid = (triton.cdiv(out.numel(), 2048),)
-        _add_parts_kernel[grid](partial, out, out.numel(), len(partial), BLOCK=2048, num_warps=4)
+        n = out.numel()
+        _add_parts_kernel[(triton.cdiv(n, 2048),)](partial, out, n, len(partial), BLOCK=2048, num_warps=4)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -377,6 +373,7 @@ class _CausalAttention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, do: Tensor):
         # A gradient may come expanded (from a sum) or permuted.
         do = do if _tma_reads(do) else do.contiguous()
@@ -396,8 +393,10 @@ def causal_attention_triton(
         return causal_attention_reference(q, k, v, documents, key_documents)
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"attention kernels take q, k, v of one 16-bit dtype or fp32; got {q.dtype, k.dtype, v.dtype}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads: expected a multiple")
+    if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)} cannot read k {tuple(k.shape)}, v {tuple(v.shape)}: expected (T, n G, K)")
+    if len(q) != documents.total or len(k) < keys.total:
+        raise ValueError(f"{len(q)} queries, {len(k)} keys, but documents of {documents.total} and {keys.total} tokens")
     if key_documents is None:
         return _CausalAttention.apply(q, k, v, documents)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -414,11 +413,10 @@ def make_case(
 ) -> Case:  # fmt: skip
     """Documents of these lengths with normal q, k, v; `logits` multiplies q, so that the softmax gets sharp."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator)  # noqa: E731
+    draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)  # noqa: E731
     documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), device)
     inputs = {"q": draw(heads) * logits, "k": draw(kv_heads), "v": draw(kv_heads)}
-    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
-    # A lone token's softmax is 1: dq and dk are zero, and what is computed is rounding, which has no relative error.
+    # A lone token's dq and dk are zero: what is computed of them is rounding, which has no relative error.
     grads = ("v",) if max(lengths) == 1 else ("q", "k", "v")
     name = f"{lengths if len(lengths) < 9 else len(lengths)} {heads}/{kv_heads} x {head_dim}"
     return Case(name, inputs, lambda op, x: {"o": op(x["q"], x["k"], x["v"], documents)}, grads)
@@ -444,32 +442,23 @@ def _mutant(change: str):
         heads = torch.arange(H, device=q.device)
         heads = heads % G if change == "tiled heads" else heads // (H // G)
         k, v = k[:, heads], v[:, heads]
-        if change == "one query head's share of dk and dv":
+        if change == "missing group sum":
             first = (torch.arange(H, device=q.device) % (H // G) == 0)[:, None]
             k, v = torch.where(first, k, k.detach()), torch.where(first, v, v.detach())
         t = torch.arange(T, device=q.device)
-        hidden = t[:, None] < t + (1 if change == "strictly causal" else 0)
-        if change == "strictly causal":
-            hidden &= t[:, None] != documents.cu_seqlens[documents.index]
+        hidden = t[:, None] < t
+        if change == "strictly causal":  # a document's first token must see something: itself
+            hidden |= (t[:, None] == t) & (documents.positions > 0)
         if change != "no document boundaries":
             hidden |= documents.index[:, None] != documents.index
-        scale = K**-0.5 if change != "wrong scale" else K**-0.5 * 1.01
-        s = torch.einsum("qhk,shk->hqs", q, k) * scale
+        s = torch.einsum("qhk,shk->hqs", q, k) * K**-0.5 * (1.01 if change == "wrong scale" else 1)
         return torch.einsum("hqs,shk->qhk", s.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
     return op
 
 
-MUTANTS = {
-    change: _mutant(change)
-    for change in (
-        "strictly causal",
-        "one query head's share of dk and dv",
-        "no document boundaries",
-        "wrong scale",
-        "tiled heads",
-    )
-}
+_MISTAKES = "strictly causal", "missing group sum", "no document boundaries", "wrong scale", "tiled heads"
+MUTANTS = {change: _mutant(change) for change in _MISTAKES}
 
 
 def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: object) -> Work:
@@ -482,16 +471,16 @@ def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: obje
 
 def compile_specs(head_dim: int = 256, heads: int = 24, kv_heads: int = 4, dtype: str = "bf16") -> list[CompileSpec]:
     """Every kernel at the 27B sizes; dK and dV also with the fp32 output of several parts."""
-    sizes = 4 if dtype == "fp32" else 2
-    s = _Sizes(heads, heads // kv_heads, head_dim, TILES[sizes, head_dim], "ieee" if sizes == 4 else "tf32")
+    size, precision = (4, "ieee") if dtype == "fp32" else (2, "tf32")
+    s = _Sizes(heads, heads // kv_heads, head_dim, TILES[size, head_dim], precision)
     block = s.tiles.block
-    pointers = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32"}
-    scalars = {"T": "i32", "inner": "i32", "parts": "i32", "scale": "fp32", "factor": "fp32"}
+    arguments = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
+    arguments |= dict.fromkeys(("T", "inner", "parts"), "i32")
 
     def spec(name: str, fn, queries: int, keys: int, out: str, out_dtype: str = dtype) -> CompileSpec:
         boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
         types = {d: f"tensordesc<{dtype}[{rows},{head_dim}]>" for d, rows in boxes.items()}
-        types |= pointers | scalars | {out: f"*{out_dtype}"}
+        types |= arguments | {out: f"*{out_dtype}"}
         options = s.options(queries, keys)
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         signature = {n: types[n] for n in fn.arg_names if n not in options}

@@ -231,15 +231,17 @@ def test_what_cannot_run_is_said():
     documents = packed([5])
     with pytest.raises(ValueError, match="one 16-bit dtype or fp32"):
         causal_attention_triton(q.double(), k.double(), v.double(), documents)
-    with pytest.raises(ValueError, match="cannot share"):
+    with pytest.raises(ValueError, match=r"q \(5, 3, 64\) cannot read k \(5, 2, 64\)"):
         causal_attention_triton(torch.randn(5, 3, 64), torch.randn(5, 2, 64), torch.randn(5, 2, 64), documents)
     with pytest.raises(ValueError, match=r"pass q.contiguous\(\)"):
         causal_attention_triton(torch.randn(2, 5, 64).transpose(0, 1), k, v, documents)
+    with pytest.raises(ValueError, match="documents of 6 and 6 tokens"):
+        causal_attention_triton(q, k, v, packed([6]))
     with pytest.raises(ValueError, match="no gradient"):
         causal_attention_triton(q[:3].requires_grad_(), k, v, packed([3]), documents)
     for op in (causal_attention_triton, causal_attention_reference):
         with pytest.raises(ValueError, match="document 0 has 5 queries but only 3 keys"), torch.no_grad():
-            op(q, k[:3], v[:3], documents, packed([3]))
+            op(q, k, v, documents, packed([3]))
 
 
 @needs_triton
