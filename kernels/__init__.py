@@ -59,6 +59,8 @@ def describe(device: torch.device, head_dim: int) -> str:
     if not runs_triton(x):
         return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
     plain = [name for name, (_, triton_op) in OPS.items() if triton_op is None]
+    if not _attention.triton_supports(head_dim):
+        plain += [f"{name} (head_dim {head_dim})" for name in ("causal_attention", "attention_decode")]
     line = "Triton" + ("" if x.is_cuda else "'s interpreter")
     return line + (f"; reference for {', '.join(plain)}" if plain else "")
 
