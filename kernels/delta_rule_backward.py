@@ -206,6 +206,7 @@ def _gradients_kernel(
 
     # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers; q and k are read again
     # (from L2) where they are used. In one pass ptxas spills about 1 KB a thread.
+    b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
     b_dq = tl.zeros((BT, DK), tl.float32)
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g
@@ -219,7 +220,6 @@ def _gradients_kernel(
             b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_j))
             b_read = tl.dot(b_do, tl.trans(b_S), b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
         b_read *= tl.exp(b_c + b_fine)[:, None]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dc = b_fq * tl.sum(b_q.to(tl.float32) * b_read, 1)
@@ -230,9 +230,8 @@ def _gradients_kernel(
         b_X = tl.where(o_t[:, None] > o_t[None, :], b_X, 0.0)
         tl.store(p_dc + i_gate.to(tl.int64) * BT + o_t, b_dc + tl.sum(b_X, 1) - tl.sum(b_X, 0))
         b_dq = tl.dot(b_dP.to(dtype), b_k, b_dq, input_precision=PRECISION)
-    b_fq, _ = load_factors(p_norms, i_norm, DK, BT)
-    b_q = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
-    b_dq = _through_norm(b_dq * DK**-0.5, b_q, b_fq * DK**0.5)
+    b_raw = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
+    b_dq = _through_norm(b_dq * DK**-0.5, b_raw, b_fq * DK**0.5)
     tl.store(p_dq + o_out, b_dq.to(dtype), mask=m_t[:, None])
     tl.debug_barrier()  # p_dc, written above, is read below by other threads of this program
 
@@ -241,7 +240,6 @@ def _gradients_kernel(
         i_h = i_hk * GROUP + i_g
         i_gate = i_chunk * H + i_h
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
 
         # What wrote into the state: e^(cl - c) R dS'^T, and dP^T D^T (q scaled).
@@ -302,9 +300,8 @@ def _gradients_kernel(
         b_slope = tl.sigmoid(b_a + tl.load(p_dt_bias + i_h).to(tl.float32))
         b_da = -b_dg * tl.exp(tl.load(p_A_log + i_h).to(tl.float32)) * b_slope
         tl.store(p_da + o_row * H + i_h, b_da.to(p_da.dtype.element_ty), mask=m_t)
-    _, b_fk = load_factors(p_norms, i_norm, DK, BT)
-    b_k = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
-    tl.store(p_dk + o_out, _through_norm(b_dk, b_k, b_fk).to(dtype), mask=m_t[:, None])
+    b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
+    tl.store(p_dk + o_out, _through_norm(b_dk, b_raw, b_fk).to(dtype), mask=m_t[:, None])
 
 
 def recompute(
@@ -359,7 +356,7 @@ def gradients(
     """dq, dk (T, Hk, dk), da, db (T, H)."""
     (T, Hk, dk), (H, dv), NC = k.shape, do.shape[1:], len(plan.chunks)
     dq, dk_ = (torch.empty(T, Hk, dk, dtype=k.dtype, device=k.device) for _ in range(2))
-    da, db = (torch.empty(T, H, dtype=a.dtype, device=a.device) for _ in range(2))
+    da, db = (torch.empty(T, H, dtype=a.dtype, device=a.device) for _ in range(2))  # a and b share a dtype
     dc = torch.empty(NC, H, CHUNK, dtype=torch.float32, device=k.device)
     how = options("gradients", do.dtype, dv)
     _gradients_kernel[(Hk, NC)](
