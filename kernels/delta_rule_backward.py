@@ -206,7 +206,6 @@ def _gradients_kernel(
 
     # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers; q and k are read again
     # (from L2) where they are used. In one pass ptxas spills about 1 KB a thread.
-    b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
     b_dq = tl.zeros((BT, DK), tl.float32)
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g
@@ -220,6 +219,7 @@ def _gradients_kernel(
             b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_j))
             b_read = tl.dot(b_do, tl.trans(b_S), b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
+        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
         b_read *= tl.exp(b_c + b_fine)[:, None]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dc = b_fq * tl.sum(b_q.to(tl.float32) * b_read, 1)
@@ -231,6 +231,7 @@ def _gradients_kernel(
         tl.store(p_dc + i_gate.to(tl.int64) * BT + o_t, b_dc + tl.sum(b_X, 1) - tl.sum(b_X, 0))
         b_dq = tl.dot(b_dP.to(dtype), b_k, b_dq, input_precision=PRECISION)
     b_raw = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
+    b_fq, _ = load_factors(p_norms, i_norm, DK, BT)
     b_dq = _through_norm(b_dq * DK**-0.5, b_raw, b_fq * DK**0.5)
     tl.store(p_dq + o_out, b_dq.to(dtype), mask=m_t[:, None])
     tl.debug_barrier()  # p_dc, written above, is read below by other threads of this program
@@ -239,10 +240,7 @@ def _gradients_kernel(
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g
         i_gate = i_chunk * H + i_h
-        b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        last, last_fine = load_last(p_gates, i_gate, BT)
-
-        # What wrote into the state: e^(cl - c) R dS'^T, and dP^T D^T (q scaled).
+        # What wrote into the state: e^(cl - c) R dS'^T ...
         b_wide = tl.zeros((BT, DK), tl.float32)
         b_tile = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, DV, BV):
@@ -251,18 +249,20 @@ def _gradients_kernel(
             b_tile = tl.dot(b_R, tl.trans(b_do), b_tile, input_precision=PRECISION)
             b_dS = tl.load(tile(p_dS, i_gate, DK, DV, o_k, i_v + o_j))
             b_wide = tl.dot(b_R, tl.trans(b_dS), b_wide, input_precision=PRECISION)
+        b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
+        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
+        last, last_fine = load_last(p_gates, i_gate, BT)
         b_wide *= tl.exp((last - b_c) + (last_fine - b_fine))[:, None]
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
         b_om = b_fk * tl.sum(b_k.to(tl.float32) * b_wide, 1)
         b_dk += b_wide
-        # D^T: this tile's rows are the earlier tokens.
+        # ... and dP^T D^T times the scaled q: this tile's rows are the earlier tokens.
         b_x = (b_c[None, :] - b_c[:, None]) + (b_fine[None, :] - b_fine[:, None])
         b_tile *= tl.exp(tl.where(o_t[:, None] <= o_t[None, :], b_x, float("-inf"))) * b_fq[None, :]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dk = tl.dot(b_tile.to(dtype), b_q, b_dk, input_precision=PRECISION)
 
-        # What erased from it: e^c dV S^T; and Z = dV R^T, whose strict triangle is -dL / beta.
-        b_wide = tl.zeros((BT, DK), tl.float32)
+        # Z = dV R^T: its strict triangle times D is -N, its diagonal gives dbeta.
         b_tile = tl.zeros((BT, BT), tl.float32)
         b_transposed = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, DV, BV):
@@ -270,23 +270,29 @@ def _gradients_kernel(
             b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_j))
             b_tile = tl.dot(b_dv, tl.trans(b_R), b_tile, input_precision=PRECISION)
             b_transposed = tl.dot(b_R, tl.trans(b_dv), b_transposed, input_precision=PRECISION)
-            b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_j))
-            b_wide = tl.dot(b_dv, tl.trans(b_S), b_wide, input_precision=PRECISION)
-        b_wide *= -tl.exp(b_c + b_fine)[:, None]
-        b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
-        b_rho = b_fk * tl.sum(b_k.to(tl.float32) * b_wide, 1)
-        b_dk += b_wide
         b_dbeta = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_tile, 0.0), 1) / tl.maximum(b_beta, 1e-30)
         p_b = p_db + o_row * H + i_h
         tl.store(p_b, ((1.0 - b_beta) * b_dbeta).to(p_db.dtype.element_ty), mask=m_t)
         b_tile *= -decay_between(b_c, b_fine, False, BT) * b_fk[None, :]
+        b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
         b_X = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_tile * b_fk[:, None]
+        b_dc = tl.load(p_dc + i_gate.to(tl.int64) * BT + o_t) + tl.sum(b_X, 1) - tl.sum(b_X, 0)
         b_x = (b_c[None, :] - b_c[:, None]) + (b_fine[None, :] - b_fine[:, None])
         b_x = tl.exp(tl.where(o_t[:, None] < o_t[None, :], b_x, float("-inf"))) * b_fk[None, :]
         b_tile -= b_transposed * b_x
         b_dk = tl.dot(b_tile.to(dtype), b_k, b_dk, input_precision=PRECISION)
 
-        b_dc = tl.load(p_dc + i_gate.to(tl.int64) * BT + o_t) + b_rho + tl.sum(b_X, 1) - tl.sum(b_X, 0)
+        # What erased from the state: e^c dV S^T.
+        b_wide = tl.zeros((BT, DK), tl.float32)
+        for i_v in range(0, DV, BV):
+            b_dv = load_rows(p_dv + i_h * DV, begin, length, H * DV, i_v + o_j, BT)
+            b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_j))
+            b_wide = tl.dot(b_dv, tl.trans(b_S), b_wide, input_precision=PRECISION)
+        b_wide *= -tl.exp(b_c + b_fine)[:, None]
+        b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
+        b_dc += b_fk * tl.sum(b_k.to(tl.float32) * b_wide, 1)
+        b_dk += b_wide
+
         # dg_t = sum of dc over s >= t, plus the sum of om over s < t: never as a difference of two sums, whose O(1) last
         # element would bury the rest under strong decay.
         b_dg = tl.sum(tl.where(o_t[None, :] >= o_t[:, None], b_dc[None, :], b_om[None, :]), 1)
@@ -301,6 +307,7 @@ def _gradients_kernel(
         b_da = -b_dg * tl.exp(tl.load(p_A_log + i_h).to(tl.float32)) * b_slope
         tl.store(p_da + o_row * H + i_h, b_da.to(p_da.dtype.element_ty), mask=m_t)
     b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
+    _, b_fk = load_factors(p_norms, i_norm, DK, BT)
     tl.store(p_dk + o_out, _through_norm(b_dk, b_raw, b_fk).to(dtype), mask=m_t[:, None])
 
 
