@@ -38,6 +38,9 @@ document does not fill costs as much as a full one.
 A_log and dt_bias are frozen: the Triton path refuses to differentiate them.
 """
 
+import sys
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -284,7 +287,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """shift moves a: some -20 to -50 of log-decay a token at 20, none at -20. a and b are column slices of one tensor."""
+    """shift moves a: log-decays of -20 to -50 at 20, none at -20. a and b are column slices of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     T, n = sum(lengths), len(lengths)
 
@@ -312,6 +315,79 @@ def make_case(
 
     grads = ("q", "k", "v", "ab", *(("initial_state",) if state else ()))
     return Case(f"{lengths} {key_heads}/{value_heads} {dk}x{dv} shift {shift}", inputs, call, grads)
+
+
+def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
+    one = Documents(torch.tensor([0, documents.total]), documents.device)
+    initial = None if initial_state is None else initial_state[:1]
+    o, final = gated_delta_rule_triton(q, k, v, a, b, A_log, dt_bias, one, initial, output_final_state)
+    return o, final if final is None else final.expand(len(documents), -1, -1, -1)
+
+
+def _decay_after_write(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
+    """S <- e^g (S + k (beta e)^T): every token decays by its predecessor's g, and what is read by its own as well."""
+    keep = decay(a, A_log, dt_bias).exp()
+    before = torch.cat([torch.full_like(a[:1], -1e4), a[:-1]])
+    before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -1e4)
+    o, final = gated_delta_rule_triton(q, k, v, before, b, A_log, dt_bias, documents, initial_state, output_final_state)
+    last = keep[documents.cu_seqlens[1:].long() - 1, :, None, None]
+    return o * keep[..., None], final if final is None else final * last
+
+
+def _without_beta(q, k, v, a, b, *rest, **more):
+    return gated_delta_rule_triton(q, k, v, a, torch.full_like(b, 100.0), *rest, **more)
+
+
+def _transposed_state(*args, initial_state=None, **more):
+    initial = None if initial_state is None else initial_state.mT.contiguous()
+    o, final = gated_delta_rule_triton(*args, initial_state=initial, **more)
+    return o, final if final is None else final.mT
+
+
+def _without_query_scale(q, *rest, **more):
+    o, final = gated_delta_rule_triton(q, *rest, **more)
+    return o * q.shape[-1] ** 0.5, final
+
+
+def _tiled_heads(q, k, v, *rest, **more):
+    """Value head h reads key head h % Hk."""
+    group = v.shape[1] // k.shape[1]
+    return gated_delta_rule_triton(q.repeat(1, group, 1), k.repeat(1, group, 1), v, *rest, **more)
+
+
+class _WithoutOm(_GatedDeltaRule):
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        def wrong(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan):
+            dq, dk, da, db = right(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan)
+            for i, (begin, length) in enumerate(plan.chunks.tolist()):
+                rows = slice(begin, begin + length)
+                K = l2_normalise(k[rows]).repeat_interleave(v_heads // k.shape[1], 1).transpose(0, 1)
+                c = x.gates[i, :, :2].sum(1)[:, :length]
+                om = (c[:, -1:] - c).exp() * (K * (R[i, :, :length] @ dS[i].mT)).sum(-1)
+                slope = A_log.exp() * (a[rows] + dt_bias).sigmoid()
+                da[rows] += F.pad(om, (1, -1)).cumsum(-1).T * slope
+            return dq, dk, da, db
+
+        right, v_heads = backward.gradients, do.shape[1]
+        with mock.patch.object(backward, "gradients", wrong):
+            return _GatedDeltaRule.backward(ctx, do, dfinal)
+
+
+def _without_om(*args, **more):
+    with mock.patch.object(sys.modules[__name__], "_GatedDeltaRule", _WithoutOm):
+        return gated_delta_rule_triton(*args, **more)
+
+
+MUTANTS = {
+    "no reset at a document's start": _one_document,
+    "decay after the write": _decay_after_write,
+    "no beta": _without_beta,
+    "state transposed": _transposed_state,
+    "no scale on q": _without_query_scale,
+    "key heads tiled, not grouped": _tiled_heads,
+    "no gradient of the decay through what a token writes": _without_om,
+}
 
 
 def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, **_) -> Work:

@@ -5,8 +5,9 @@
                 state after every chunk
     gradients   one program per chunk and key head: dq, dk, da, db, summed over the value heads that share the key head
 
-Equations: kernels/delta_rule.py and docs/gated-delta-rule.md. Sizes and layouts: kernels/delta_rule_forward.py. Scratch,
-shared by all layers: R (NC, H, BT, DV), S and dS (NC, H, DK, DV) in v's dtype, one fp32 number per token and head.
+Equations: kernels/delta_rule.py and docs/gated-delta-rule.md. Sizes and layouts: kernels/delta_rule_forward.py.
+Scratch, shared by all layers: R (NC, H, BT, DV), S and dS (NC, H, DK, DV) in v's dtype, one fp32 number per token and
+head.
 """
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from kernels._triton import tl, triton
 from kernels.delta_rule_forward import (
     CHUNK,
-    SEGMENT,
     Prepared,
     Schedule,
     decay_between,
@@ -293,8 +293,8 @@ def _gradients_kernel(
         b_dc += b_fk * tl.sum(b_k.to(tl.float32) * b_wide, 1)
         b_dk += b_wide
 
-        # dg_t = sum of dc over s >= t, plus the sum of om over s < t: never as a difference of two sums, whose O(1) last
-        # element would bury the rest under strong decay.
+        # dg_t = sum of dc over s >= t, plus the sum of om over s < t: never as a difference of two sums, whose O(1)
+        # last element would bury the rest under strong decay.
         b_dg = tl.sum(tl.where(o_t[None, :] >= o_t[:, None], b_dc[None, :], b_om[None, :]), 1)
         o_n = tl.arange(0, BV // 2)
         b_SdS = tl.zeros((DK, BV // 2), tl.float32)

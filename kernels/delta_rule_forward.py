@@ -129,8 +129,8 @@ def _invert(b_L, PRECISION: tl.constexpr):
     """(I + L)^-1 of a strictly lower (64, 64) L.
 
     The four 16 x 16 diagonal blocks by elimination, together, in fp32. Then, with X those inverses and B = X L_off,
-    (I + B)^-1 X = (I - B)(I + B^2) X, exact because B^4 = 0. (The same series over 64 rows would cancel: its powers grow
-    binomially when keys repeat, while the entries of the inverse stay <= 1.)
+    (I + B)^-1 X = (I - B)(I + B^2) X, exact because B^4 = 0. (The same series over 64 rows would cancel: its powers
+    grow binomially when keys repeat, while the entries of the inverse stay <= 1.)
     """
     o_b, o_i = tl.arange(0, 4), tl.arange(0, 16)
     m_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
@@ -253,7 +253,7 @@ def _states_kernel(
     if HAS_INITIAL:
         b_S += tl.load(tile(p_initial, i_document * H + i_h, DK, DV, o_k, o_v)).to(tl.float32)
     for i in range(tl.cdiv(length, BT)):
-        if STORE_CHECKPOINTS:
+        if STORE_CHECKPOINTS:  # noqa: SIM102  a constant alone, so that the branch is compiled only where it is needed
             if (i % SEGMENT == 0) & (i > 0):
                 i_checkpoint = first_checkpoint + i // SEGMENT - 1
                 tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, DK, DV, o_k, o_v), b_S)

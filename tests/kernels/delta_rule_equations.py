@@ -61,16 +61,16 @@ def forward(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None) -> dic
         state = keep[j] * state + K[j].mT @ ((c[j][..., -1:, :] - c[j]).exp() * fk[j] * R[j])
         if begin + length == documents.bounds[i + 1]:
             final[i] = state
-    names = "chunks group dk Q K V rq rk fq fk g beta c keep D G P M S R O final".split()
-    return {name: value for name, value in locals().items() if name in names} | {"o": _tokens(O, chunks)}
+    tensors = {"Q": Q, "K": K, "rq": rq, "rk": rk, "fq": fq, "fk": fk, "beta": beta, "c": c, "keep": keep}
+    tensors |= {"D": D, "G": G, "P": P, "M": M, "S": S, "R": R, "o": _tokens(O, chunks), "final": final}
+    return tensors | {"chunks": chunks, "group": group}
 
 
 def backward(x: dict[str, Tensor], a, A_log, dt_bias, documents, do, dfinal) -> dict[str, Tensor]:
     """The gradients and what leads to them, from `forward`'s tensors."""
-    chunks, group, dk = x["chunks"], x["group"], x["dk"]
-    Q, K, D, G, P, M, S, R, fq, fk, rq, rk, c, beta, keep = (
-        x[name] for name in "Q K D G P M S R fq fk rq rk c beta keep".split()
-    )
+    chunks, group, dk = x["chunks"], x["group"], x["K"].shape[-1]
+    Q, K, D, G, P, M, S, R = (x[name] for name in ("Q", "K", "D", "G", "P", "M", "S", "R"))
+    fq, fk, rq, rk, c, beta, keep = (x[name] for name in ("fq", "fk", "rq", "rk", "c", "beta", "keep"))
     dO, ec, rest = _rows(do, chunks), c.exp(), (c[..., -1:, :] - c).exp()
     dS, dV, dinitial = torch.empty_like(S), torch.empty_like(R), torch.empty_like(dfinal)  # dS: of the end state
     for j, (begin, length, i) in reversed(list(enumerate(chunks))):
