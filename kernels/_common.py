@@ -16,7 +16,7 @@ def check_inputs(op: str, activations: dict[str, Tensor | None], frozen: dict[st
         if x is None:
             continue
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"{op}: {name} is {x.dtype}; the Triton kernel takes bf16, fp16 or fp32, the reference all")
+            raise ValueError(f"{op}: {name} is {x.dtype}; the Triton kernel takes bf16, fp16 or fp32")
         if x.stride(-1) != 1 and x.shape[-1] != 1:
             raise ValueError(f"{op}: {name} has strides {x.stride()}; expected rows with adjacent elements")
     for name, w in frozen.items():

@@ -34,7 +34,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Persistent over rows; a row is P pieces of BN elements, A stays in registers."""
     P: tl.constexpr = (N + BN - 1) // BN
-    o_n = tl.arange(0, BN)[None, :]
+    o_n = tl.arange(0, BN)
     b_A = ()
     for k in tl.static_range(P):
         for j in tl.static_range(R):
@@ -43,7 +43,7 @@ def _forward_kernel(
         o_t = tl.cast(i_t, tl.int64)
         b_dots = ()
         for _ in tl.static_range(R):
-            b_dots += (tl.zeros([1, BN], tl.float32),)
+            b_dots += (tl.zeros([BN], tl.float32),)
         for k in tl.static_range(P):
             m_n = k * BN + o_n < N
             b_o = tl.load(p_o + o_t * stride_o + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
@@ -61,38 +61,35 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     p_dx, p_du, p_o, p_gate, p_A, p_do, p_dgate, p_partial, T, stride_dx, stride_o, stride_gate,
-    N: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (column block, i) takes every i-th block of BT tokens; p_partial (programs, R, N)."""
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+    """Program (column block, i) takes every i-th token; p_partial (programs, R, N)."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < N
     b_A, b_dA = (), ()
     for j in tl.static_range(R):
         b_A += (tl.load(p_A + j * N + o_n, mask=m_n, other=0),)
-        b_dA += (tl.zeros([1, BN], tl.float32),)
-    for i_t in tl.range(tl.program_id(1), tl.cdiv(T, BT), tl.num_programs(1), num_stages=STAGES):
-        o_t = tl.cast(i_t, tl.int64) * BT + tl.arange(0, BT)[:, None]
-        m_t = o_t < T
-        m = m_t & m_n
-        b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m, other=0).to(tl.float32)
-        b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m, other=0).to(tl.float32)
-        b_s = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m, other=0).to(tl.float32))
-        b_x = (b_o * b_s).to(p_o.dtype.element_ty).to(tl.float32)
+        b_dA += (tl.zeros([BN], tl.float32),)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m_n, other=0).to(tl.float32)
+        b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m_n, other=0).to(tl.float32)
+        b_s = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m_n, other=0).to(tl.float32))
         b_new = ()
         for j in tl.static_range(R):
-            b_du = tl.load(p_du + o_t * R + j, mask=m_t, other=0)
+            b_du = tl.load(p_du + o_t * R + j)
             b_dx += b_du * b_A[j]
-            b_new += (b_dA[j] + tl.sum(b_du * b_x, 0, keep_dims=True),)
+            b_new += (b_dA[j] + b_du * (b_o * b_s).to(p_o.dtype.element_ty).to(tl.float32),)
         b_dA = b_new
-        tl.store(p_do + o_t * N + o_n, (b_dx * b_s).to(p_do.dtype.element_ty), mask=m)
-        tl.store(p_dgate + o_t * N + o_n, (b_dx * b_o * b_s * (1 - b_s)).to(p_dgate.dtype.element_ty), mask=m)
+        tl.store(p_do + o_t * N + o_n, (b_dx * b_s).to(p_do.dtype.element_ty), mask=m_n)
+        tl.store(p_dgate + o_t * N + o_n, (b_dx * b_o * b_s * (1 - b_s)).to(p_dgate.dtype.element_ty), mask=m_n)
     for j in tl.static_range(R):
         p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * N
         tl.store(p_row + o_n, b_dA[j], mask=m_n)
 
 
-# Tokens a block, columns a block, warps and stages of the backward; 12 KB of loads a stage, four programs an SM.
-_BACKWARD = {"BT": 2, "BN": 1024, "STAGES": 3, "num_warps": 4}
+# Columns a program, 6 KB of loads a stage; four programs a multiprocessor keep 72 KB in flight.
+_BACKWARD = {"BN": 1024, "STAGES": 4, "num_warps": 4}
 
 
 class _SigmoidGate(torch.autograd.Function):
@@ -116,7 +113,7 @@ class _SigmoidGate(torch.autograd.Function):
         R = 0 if lora_A is None else len(lora_A)
         do, dgate = (torch.empty(T, N, dtype=t.dtype, device=t.device) for t in (o, gate))
         columns = triton.cdiv(N, _BACKWARD["BN"])
-        programs = persistent_programs(o, triton.cdiv(T, _BACKWARD["BT"]), per_sm=4 / columns)
+        programs = persistent_programs(o, T, per_sm=4 / columns)
         partial = o.new_empty(programs, R, N, dtype=torch.float32)
         dx = adjacent(dx)
         _backward_kernel[(columns, programs)](
@@ -194,5 +191,6 @@ def compile_specs() -> list[CompileSpec]:
             fp32 = ("p_A", "p_u", "p_du", "p_partial")
             types = {n: "*fp32" if n in fp32 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
             signature = {n: t for n, t in types.items() if n not in constexprs}
-            specs.append(CompileSpec(f"sigmoid_gate{kernel.__name__} R {R}", kernel, signature, constexprs, num_warps=4))
+            name = f"sigmoid_gate{kernel.__name__} R {R}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
     return specs

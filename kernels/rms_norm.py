@@ -13,7 +13,8 @@ Everything between loads and stores is fp32; the two roundings are those above. 
 forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx, h' and writes dh (40,960 B); the adapter
 adds u, A and B once, and in backward the fp32 partial sums of dA and dB: one row of D for each multiprocessor and sum,
 which a second pass adds in a fixed order. Saved for backward: h' (the residual stream itself) and 4 B a token for
-rsqrt(...); x is rebuilt from them. dh and dy are one tensor. Formula of the norm: Qwen3.5's zero-centred weight (transformers `Qwen3_5RMSNorm`).
+rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero-centred (transformers
+`Qwen3_5RMSNorm`).
 """
 
 import torch
@@ -56,7 +57,7 @@ def _forward_kernel(
     D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = (D + BD - 1) // BD
-    o_d = tl.arange(0, BD)[None, :]
+    o_d = tl.arange(0, BD)
     b_w, b_B, b_A = (), (), ()
     for k in tl.static_range(P):
         m_d = k * BD + o_d < D
@@ -68,7 +69,7 @@ def _forward_kernel(
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         b_rows = ()
-        b_square = tl.zeros([1, BD], tl.float32)
+        b_square = tl.zeros([BD], tl.float32)
         for k in tl.static_range(P):
             m_d = k * BD + o_d < D
             b_h = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
@@ -85,7 +86,7 @@ def _forward_kernel(
         tl.store(p_r + o_t, b_r)
         b_dots = ()
         for _ in tl.static_range(R):
-            b_dots += (tl.zeros([1, BD], tl.float32),)
+            b_dots += (tl.zeros([BD], tl.float32),)
         for k in tl.static_range(P):
             b_x = (b_rows[k] * b_r * b_w[k]).to(p_x.dtype.element_ty)
             tl.store(p_x + o_t * D + k * BD + o_d, b_x, mask=k * BD + o_d < D)
@@ -106,7 +107,7 @@ def _backward_kernel(
     P: tl.constexpr = (D + BD - 1) // BD
     RA: tl.constexpr = R if DA else 0
     SUMS: tl.constexpr = RA + (p_B is not None)
-    o_d = tl.arange(0, BD)[None, :]
+    o_d = tl.arange(0, BD)
     b_w, b_B, b_A, b_sums = (), (), (), ()
     for k in tl.static_range(P):
         m_d = k * BD + o_d < D
@@ -116,7 +117,7 @@ def _backward_kernel(
         for j in tl.static_range(R):
             b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
         for _ in tl.static_range(SUMS):
-            b_sums += (tl.zeros([1, BD], tl.float32),)
+            b_sums += (tl.zeros([BD], tl.float32),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         b_r = tl.load(p_r + o_t)
@@ -124,7 +125,7 @@ def _backward_kernel(
         for j in tl.static_range(R):
             b_dus += (tl.load(p_du_out + o_t * R + j),)
         b_n, b_dn, b_new = (), (), ()
-        b_dot = tl.zeros([1, BD], tl.float32)
+        b_dot = tl.zeros([BD], tl.float32)
         for k in tl.static_range(P):
             m_d = k * BD + o_d < D
             b_nk = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32) * b_r
@@ -143,7 +144,7 @@ def _backward_kernel(
         b_sums = b_new
         if p_dy is not None:
             b_mean = tl.sum(b_dot) / D
-            b_dot = tl.zeros([1, BD], tl.float32)
+            b_dot = tl.zeros([BD], tl.float32)
             b_new = ()
             for k in tl.static_range(P):
                 m_d = k * BD + o_d < D

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from psysafe.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
-EXPECTED_ROW = "an object with prompt and answer (and reasoning), or with messages"
+EXPECTED_FILE = "expected a JSON array of rows or one JSON object a line"
+EXPECTED_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Dataset:
 class MicroBatch:
     """Whole documents in one flat row, as the model takes them.
 
-    tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64, the
-    rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
+    tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
+    the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
     """
 
     tokens: torch.Tensor
@@ -104,18 +106,17 @@ class MicroBatch:
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of the files, in order. A file is a JSON array or JSONL, in UTF-8.
-
-    ValueError names the file and the line or row that cannot be a row.
-    """
+    """All rows of the files (JSON array or JSONL, UTF-8), in order. ValueError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
-    rows = [row for path in paths for row in _read_file(Path(path))]
+    rows = [row for path in paths for row in read_unchecked_rows(path)]
     for row in rows:
         _check_fields(row)
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_unchecked_rows(path: str | Path) -> list[Row]:
+    """The rows of one file as they are, whatever fields they have. ValueError where it is no JSON or empty."""
+    path = Path(path)
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -123,17 +124,20 @@ def _read_file(path: Path) -> list[Row]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON or JSONL file of rows") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
     if text.lstrip().startswith("["):
-        fields = _parse(text, path, first_line=1)
-        rows = [Row(fields, path, number) for number, fields in enumerate(fields, 1)]
+        rows = [Row(fields, path, number) for number, fields in enumerate(_parse(text, path, first_line=1), 1)]
     else:
         # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
     if not rows:
-        raise ValueError(f"{path}: no rows in it; expected a JSON array of rows or one JSON object a line")
+        raise ValueError(f"{path}: no rows in it; {EXPECTED_FILE}")
     return rows
+
+
+def _shown(value: object) -> str:
+    return f"{json.dumps(value):.60} ({type(value).__name__})"
 
 
 def _parse(text: str, path: Path, first_line: int) -> object:
@@ -143,22 +147,20 @@ def _parse(text: str, path: Path, first_line: int) -> object:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
-    expected = "expected a JSON array of rows or one JSON object a line"
-    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {expected}")
+    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 
 
 def _check_fields(row: Row) -> None:
     fields = row.fields
     if not isinstance(fields, dict):
-        raise ValueError(f"{row.where}: {_shown(fields)}, expected {EXPECTED_ROW}")
+        raise ValueError(f"{row.where}: {_shown(fields)}, {EXPECTED_ROW}")
     if "messages" in fields:
         if not isinstance(fields["messages"], list):
             raise ValueError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
         return
     for key in ("prompt", "answer"):
         if key not in fields:
-            found = ", ".join(fields) or "nothing"
-            raise ValueError(f"{row.where}: no {key} in it (found: {found}); expected {EXPECTED_ROW}")
+            raise ValueError(f"{row.where}: no {key} in it (found: {', '.join(fields) or 'nothing'}); {EXPECTED_ROW}")
         if not isinstance(fields[key], str) or not fields[key].strip():
             raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
     for key in ("reasoning", "reasoning_language"):
@@ -166,20 +168,17 @@ def _check_fields(row: Row) -> None:
             raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
 
 
-def _shown(value: object) -> str:
-    return f"{json.dumps(value):.60} ({type(value).__name__})"
-
-
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
     """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
     messages = row.fields.get("messages")
     if messages is None:
-        # The template takes the content apart again at these tags and would lose text without a word.
-        for key, text, tags in (("reasoning", row.reasoning, (THINK, THINK_END)), ("answer", row.fields["answer"], (THINK_END,))):
-            for tag in tags:
-                if tag in text:
-                    raise ValueError(f"{row.where}: {key} holds {tag}, which the chat template would cut at; remove it")
-        content = f"{THINK}\n{row.reasoning}\n{THINK_END}\n{row.fields['answer']}"
+        reasoning, answer = row.reasoning, row.fields["answer"]
+        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
+        for key, text, tag in tags:
+            # The template takes the content apart again at these tags and would lose text without a word.
+            if tag in text:
+                raise ValueError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
+        content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
         messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
     has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
     return messages if system is None or has_system else [{"role": "system", "content": system}, *messages]
@@ -190,23 +189,22 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
 
     ValueError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 2")
     encoded = [_encode_row(row, tokenizer, max_tokens, system) for row in rows]
     documents = [document for document, _ in encoded]
     useless = [document.source for document in documents if document.n_targets == 0]
     if useless:
-        more = f" and {len(useless) - 10:,} more" if len(useless) > 10 else ""
-        raise ValueError(
-            f"{', '.join(useless[:10])}{more}: no trained token in the first {max_tokens} tokens; "
-            "expected an assistant turn after the last user turn, within max_tokens"
-        )
-    without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
-    return Dataset(documents, max_tokens, sum(length > max_tokens for _, length in encoded), without_reasoning)
+        found = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
+        expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
+        raise ValueError(f"{found}: no trained token in it; expected {expected}")
+    n_cut = sum(length > max_tokens for _, length in encoded)
+    n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
+    return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
 
 
 def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     messages = row_messages(row, system)
     try:
         ids, trained = tokenizer.encode_trained(messages)
@@ -233,35 +231,29 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
 
     Every epoch is a fresh permutation; its last batch may be short.
     """
-    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_documents, batch_size))
-    order = _permutation(n_documents, seed, 1 + epoch)
-    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+    epoch, i = divmod(step, steps_per_epoch(n_documents, batch_size))
+    return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]
 
 
 def _permutation(n: int, seed: int, stream: int) -> list[int]:
     """A uniform permutation of range(n): the order of n random 64-bit keys.
 
-    NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise for
-    `Generator.permutation`, nor Python for `random.shuffle`.
+    NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise
+    for `Generator.permutation`, nor Python for `random.shuffle`.
     """
     return np.argsort(np.random.PCG64([seed, stream]).random_raw(n), kind="stable").tolist()
 
 
 def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:
     """The documents, in order, in micro-batches of at most `micro_batch_tokens`; a longer document stands alone."""
-    return [_micro_batch(group) for group in _groups(documents, micro_batch_tokens)]
-
-
-def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> Iterator[list[Document]]:
-    group, n_tokens = [], 0
+    groups, n_tokens = [], 0
     for document in documents:
-        if group and n_tokens + len(document) > micro_batch_tokens:
-            yield group
-            group, n_tokens = [], 0
-        group.append(document)
         n_tokens += len(document)
-    if group:
-        yield group
+        if not groups or n_tokens > micro_batch_tokens:
+            groups.append([])
+            n_tokens = len(document)
+        groups[-1].append(document)
+    return [_micro_batch(group) for group in groups]
 
 
 def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
@@ -279,9 +271,10 @@ def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
     edges = [0, *(np.flatnonzero(np.diff(document.trained)) + 1), len(document)]
     text = ""
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
+        run = tokenizer.decode(document.tokens[a:b])
         # A row's own control characters are shown, not obeyed by the terminal.
-        run = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda c: f"\\x{ord(c[0]):02x}", tokenizer.decode(document.tokens[a:b]))
+        run = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", run)
         text += f"{start}{run}{end}" if document.trained[a] else run
     return text
 
@@ -296,8 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     try:
-        if args.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {args.max_tokens}, expected at least 1")
         rows = read_rows(args.show)
         if not 1 <= args.row <= len(rows):
             raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
