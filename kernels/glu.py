@@ -146,6 +146,29 @@ def _launch(x: Tensor, size: int, BT: int) -> tuple[tuple[int, int], dict[str, i
     return (blocks, segments), {"BT": BT, "BI": block, "STAGES": STAGES, "num_warps": 4}
 
 
+def swiglu_backward(
+    gate_up: Tensor, u: Tensor | None, B: Tensor | None, lora_A: Tensor | None, scale: float,
+    dx: Tensor, du_out: Tensor | None, wanted: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dgate_up (T, 2I) and, of du (T, 2), dB (2I, 1), dA (1, I), those that are `wanted`."""
+    wants_u, wants_B, wants_A = wanted
+    T, size = dx.shape
+    grid, constants = _launch(gate_up, size, BACKWARD_BT)
+    adapted = 2 if B is not None else 0
+    dgate_up = gate_up.new_empty(T, 2 * size)
+    parts = gate_up.new_empty(T, grid[0], 2, dtype=torch.float32) if adapted else None
+    sums = gate_up.new_empty(grid[1], adapted + wants_A, size, dtype=torch.float32)
+    dx = adjacent(dx)
+    _backward_kernel[grid](
+        dx, du_out.contiguous() if lora_A is not None else None, gate_up, u, B, lora_A, dgate_up, parts, sums,
+        T, dx.stride(0), gate_up.stride(0), scale, I=size, DA=wants_A, **constants,
+    )  # fmt: skip
+    total = sums.sum(0)
+    du = parts.sum(1) if wants_u else None
+    dB = total[:2].reshape(2 * size, 1) if wants_B else None
+    return dgate_up, du, dB, total[-1:] if wants_A else None
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, u, B, lora_A, scale, dtype):
@@ -160,23 +183,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx, du_out):
-        gate_up, u, B, lora_A = ctx.saved_tensors
-        _, needs_u, needs_B, needs_A, *_ = ctx.needs_input_grad
-        T, size = dx.shape
-        grid, constants = _launch(gate_up, size, BACKWARD_BT)
-        adapted = 2 if B is not None else 0
-        dgate_up = gate_up.new_empty(T, 2 * size)
-        parts = gate_up.new_empty(T, grid[0], 2, dtype=torch.float32) if adapted else None
-        sums = gate_up.new_empty(grid[1], adapted + needs_A, size, dtype=torch.float32)
-        dx = adjacent(dx)
-        _backward_kernel[grid](
-            dx, du_out.contiguous() if lora_A is not None else None, gate_up, u, B, lora_A, dgate_up, parts, sums,
-            T, dx.stride(0), gate_up.stride(0), ctx.scale, I=size, DA=needs_A, **constants,
-        )  # fmt: skip
-        total = sums.sum(0)
-        du = parts.sum(1) if needs_u else None
-        dB = total[:2].reshape(2 * size, 1) if needs_B else None
-        return dgate_up, du, dB, total[-1:] if needs_A else None, None, None
+        _, *wanted, _, _ = ctx.needs_input_grad
+        return *swiglu_backward(*ctx.saved_tensors, ctx.scale, dx, du_out, wanted), None, None
 
 
 def swiglu_triton(
