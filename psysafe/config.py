@@ -22,7 +22,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -122,6 +122,7 @@ class TrainConfig:
 
 
 KEYS = {f.name: f.type for f in fields(TrainConfig)}
+DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(TrainConfig)}
 
 _RANGES = {  # what a value must be: (the test, the keys)
     "0 or more": (lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed"),
@@ -135,7 +136,6 @@ _RANGES = {  # what a value must be: (the test, the keys)
 _RANGE_OF = {key: (text, test) for text, (test, keys) in _RANGES.items() for key in keys.split()}
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
-DEFAULTS = vars(TrainConfig())
 
 _OTHER_NAMES = {  # what other trainers call it, too far from ours for a spelling match
     **{"learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},

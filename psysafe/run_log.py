@@ -206,7 +206,8 @@ def plot_loss(run_dir: str | Path) -> Path:
 
 
 def _plain(value) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = " ".join(value) if isinstance(value, list) else str(value)
+    return text.lower() if isinstance(value, bool) else text or "-"
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,244 @@
+"""Checkpoints of the base model in: sharded or single safetensors, from a folder or the hub, streamed tensor by tensor
+into the fused weights, so that loading peaks at the model plus one tensor.
+
+    from psysafe import load_model
+    model = load_model("Qwen/Qwen3.5-27B", device="cuda", dtype=torch.bfloat16)
+"""
+
+import argparse
+import math
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from psysafe.config import expand
+from psysafe.layers import FusedLinear
+from psysafe.lora import load_adapter, read_json
+from psysafe.model import Qwen3_5
+from psysafe.model_config import ModelConfig
+
+# The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
+SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
+PREFIXES = ("model.language_model.", "model.")
+READABLE = ("BF16", "F16", "F32", "F64")
+
+
+def load_model(
+    source: str | Path,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Qwen3_5:
+    """A folder, a hub id, or `random:CONFIG.json` (seeded random weights) -> the decoder, in evaluation mode.
+
+    Raises ValueError with one line that says what is wrong with the checkpoint and where.
+    """
+    random = str(source).startswith("random:")
+    folder, _ = resolve_model(source, revision)
+    config_file = folder / (Path(str(source)).name if random else "config.json")
+    model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
+    if random:
+        randomise(model)
+    else:
+        load_weights(model, folder)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model.eval()
+
+
+def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> Qwen3_5:
+    """An uninitialised decoder on the device (also "meta"), its weights in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen3_5(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """(local folder, commit): a hub id is downloaded first, or found in the hub's cache; a folder has no commit ("").
+
+    `random:CONFIG.json` gives the folder of the config, where a tokenizer may lie.
+    """
+    source = str(source)
+    path = Path(expand(source.removeprefix("random:"))).expanduser()
+    if source.startswith("random:"):
+        return path.parent, ""
+    if path.is_dir():
+        return path, ""
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+        )
+        return Path(folder), Path(folder).name
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
+
+
+def published_tensors(model: Qwen3_5) -> dict[str, Tensor]:
+    """Every tensor of the decoder under its published name without prefix ("layers.0.mlp.gate_proj.weight"): views of
+    the parameters, row slices where projections are fused, in the published shape."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            slices = module.weight.detach().split(tuple(module.parts.values()))
+            for part, rows in zip(module.parts, slices, strict=True):
+                tensors[f"{path.rpartition('.')[0]}.{part}.weight"] = rows
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                tensors |= _published(path, name, parameter.detach(), module)
+    return tensors
+
+
+def _published(path: str, name: str, x: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    full = f"{path}.{name}" if path else name
+    if type(module).__name__ == "Adapter":
+        return {}
+    if name == "conv1d":
+        x = x.unsqueeze(1)  # (C, 1, M): a depthwise convolution's layout
+    return {full if name in ("A_log", "dt_bias") else f"{full}.weight": x}
+
+
+def load_weights(model: Qwen3_5, folder: Path) -> None:
+    """Fills the decoder from the folder's safetensors. Everything is checked before the first byte is read."""
+    wanted = published_tensors(model)
+    found: dict[str, tuple[Path, str]] = {}
+    wrong = []
+    for path, key, shape, dtype in tensor_entries(folder):
+        name = decoder_name(key)
+        if name is None or (name == "lm_head.weight" and model.lm_head is None):
+            continue
+        if name not in wanted:
+            wrong.append(f"unknown tensor {key}")
+        elif shape != wanted[name].shape:
+            wrong.append(f"{key} is {list(shape)}, expected {list(wanted[name].shape)}")
+        elif dtype not in READABLE:
+            wrong.append(f"{key} is {dtype}, expected one of {', '.join(READABLE)} (quantised checkpoints do not load)")
+        else:
+            found[name] = (path, key)
+    complained = " ".join(wrong)
+    wrong += [f"missing tensor {name}" for name in wanted if name not in found and name not in complained]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
+    by_shard: dict[Path, list[tuple[str, str]]] = {}
+    for name, (path, key) in found.items():
+        by_shard.setdefault(path, []).append((name, key))
+    for path, names in by_shard.items():
+        for name, key in names:
+            # Opened anew for each tensor: the pages of a mapped shard stay resident while it is open.
+            with safe_open(path, framework="pt") as file:
+                wanted[name].copy_(file.get_tensor(key))
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' names: BF16, F32, ...
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
+    """Every tensor that the index, or the single file, lists."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
+        shards: dict[str, set[str]] = {}
+        for key, shard in weight_map.items():
+            # A name with a folder in it could leave the model's directory.
+            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard:
+                raise ValueError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
+            shards.setdefault(shard, set()).add(key)
+    else:
+        shards = {"model.safetensors": set()}
+    for shard, keys in sorted(shards.items()):
+        path = folder / shard
+        if not path.exists():
+            raise ValueError(f"{path}: missing" + (f" (named in {index.name})" if index.exists() else ""))
+        try:
+            with safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                if keys - present:
+                    raise ValueError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
+                for key in sorted(keys or present):
+                    part = file.get_slice(key)
+                    yield TensorEntry(path, key, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
+
+
+def decoder_name(key: str) -> str | None:
+    """A published name without its prefix, or None for what is not part of the decoder."""
+    if key.startswith(SKIPPED):
+        return None
+    for prefix in PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+@torch.no_grad()
+def randomise(model: Qwen3_5) -> None:
+    """Seeded random weights, tensor by tensor from its published name: the same numbers whatever the loading order,
+    so that other implementations can be given the same model. Magnitudes as at initialisation."""
+    device = model.embed_tokens.device
+    for name, x in published_tensors(model).items():
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        noise = torch.empty(x.shape, dtype=torch.float32, device=device).normal_(generator=generator)
+        if name.endswith("A_log"):
+            noise *= 0.5
+        elif name.endswith("linear_attn.norm.weight"):
+            noise = 1 + 0.1 * noise
+        elif not name.endswith(("dt_bias", "norm.weight")):
+            noise *= model.config.initializer_range
+        else:
+            noise *= 0.1
+        x.copy_(noise)
+
+
+def main(argv: Sequence[str]) -> int:
+    from psysafe.merge import merge
+
+    parser = argparse.ArgumentParser(prog="python -m psysafe.checkpoint", description="Checkpoints out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
+    command.add_argument("--model", required=True, metavar="DIR|HUB_ID", help="the base")
+    command.add_argument("--adapter", required=True, metavar="DIR", help="an adapter of this project's or PEFT's")
+    command.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged checkpoint")
+    command.add_argument("--revision", default="", help="commit or branch of a hub id")
+    command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
+    args = parser.parse_args(argv)
+    out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
+    print(f"merged checkpoint in {out}, read back and checked")
+    return 0
+
+
+if __name__ == "__main__":
+    from psysafe.runtime import main_guard
+
+    sys.exit(main_guard(main))

@@ -1,0 +1,93 @@
+"""The linear-attention mixer: Gated DeltaNet (arXiv 2412.06464) as Qwen3.5 uses it.
+
+    q|k|v, z, b, a = in_proj(x)         one frozen GEMM
+    q, k, v        = silu(causal conv(q|k|v))
+    o              = gated delta rule(q, k, v, a, b)
+    y              = out_proj(rms_norm(o) * w * silu(z))
+
+Convolution and state start afresh at every document. Shapes: T tokens, Hk key heads of dk, H value heads of dv,
+C = 2 Hk dk + H dv convolved channels, M taps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import Pending
+from kernels.seams import add_lora
+from psysafe.layers import Batch, FusedLinear, frozen
+from psysafe.model_config import ModelConfig
+
+
+class GatedDeltaNet(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.key_shape = (config.linear_num_key_heads, config.linear_key_head_dim)
+        self.value_shape = (config.linear_num_value_heads, config.linear_value_head_dim)
+        keys, values = (heads * size for heads, size in (self.key_shape, self.value_shape))
+        heads = config.linear_num_value_heads
+        self.splits = (keys, keys, values)
+        self.in_proj = FusedLinear(
+            config.hidden_size,
+            {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads},
+        )
+        self.conv1d = frozen(2 * keys + values, config.linear_conv_kernel_dim)
+        # The published checkpoints keep these two in fp32: the decay is exponentiated twice.
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = frozen(heads, dtype=wide)
+        self.dt_bias = frozen(heads)
+        self.norm = frozen(config.linear_value_head_dim, dtype=wide)
+        self.out_proj = FusedLinear(values, {"out_proj": config.hidden_size})
+
+    def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
+        qkv, z, b, a = self.project(x, u)
+        if batch.cache is None:
+            q, k, v = kernels.causal_conv1d_silu(qkv, self.conv1d, batch.documents, self.splits)
+        else:
+            q, k, v = batch.cache.convolve(layer, qkv, self.conv1d, batch.documents, self.splits)
+        q, k, v = (part.unflatten(1, shape) for part, shape in zip((q, k, v), self.shapes, strict=True))
+        if batch.cache is None:
+            o, _ = kernels.gated_delta_rule(q, k, v, a, b, self.A_log, self.dt_bias, batch.documents)
+        else:
+            o = batch.cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, batch.documents)
+        x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)
+        return Pending(self.out_proj(x), self.out_proj.owes(u))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return self.key_shape, self.key_shape, self.value_shape
+
+    def project(self, x: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
+        """x (T, D) -> q|k|v (T, C), z (T, H*dv), b (T, H), a (T, H): column slices of one GEMM's output.
+
+        These projections have no elementwise neighbour, so an adapter on them (not in the paper's recipe) is added
+        plainly.
+        """
+        sizes = tuple(self.in_proj.parts.values())
+        if self.in_proj.adapter is None:
+            return _SplitLinear.apply(x, self.in_proj.weight, sizes)
+        y = self.in_proj(x)
+        return add_lora(y, self.in_proj.owes(u), sizes).to(y.dtype).split(sizes, dim=1)
+
+
+class _SplitLinear(torch.autograd.Function):
+    """x W^T split by columns. Backward accumulates dx over the parts' own GEMMs: concatenating their gradients first,
+    as autograd would for one GEMM, costs another pass over the widest tensor of the layer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight)
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        return F.linear(x, weight).split(sizes, dim=1)
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor | None):
+        (weight,) = ctx.saved_tensors
+        dx = None
+        for dy, part in zip(dys, weight.split(ctx.sizes), strict=True):
+            if dy is not None:
+                dx = dy @ part if dx is None else dx.addmm_(dy, part)
+        return dx, None, None

@@ -1,0 +1,225 @@
+"""Loading: published names and layouts, shards streamed, and one clear line for everything that can be wrong."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernels.closeness import relative_error
+from psysafe import load_model
+from psysafe.checkpoint import load_weights, published_tensors
+from tests.oracles import both_models, reference_model, write_checkpoint
+from tests.test_model import ids, one
+
+
+def logits(model, n=20):
+    with torch.no_grad():
+        return model.logits(model(ids(n), one(n)))
+
+
+def shard(folder, tensors: dict, count: int) -> None:
+    """Writes tensors over `count` shards, sorted by size as the published ones are, so that layers are scattered."""
+    names = sorted(tensors, key=lambda name: tensors[name].numel())
+    weight_map = {}
+    for i in range(count):
+        file = f"model.safetensors-{i + 1:05}-of-{count:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::count]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def published_folder(folder, **changes):
+    """A checkpoint as published: nested config, `model.language_model.` names, vision and mtp tensors beside them,
+    A_log and the gated norm in fp32, the rest bf16, three shards."""
+    reference = reference_model(**changes)
+    write_checkpoint(reference, folder)
+    text = json.loads((folder / "config.json").read_text())
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, x in load_file(folder / "model.safetensors").items():
+        wide = name.endswith(("A_log", "linear_attn.norm.weight"))
+        tensors[name.replace("model.", "model.language_model.", 1)] = x if wide else x.bfloat16()
+    tensors["model.visual.patch_embed.proj.bias"] = torch.ones(3)
+    tensors["mtp.norm.weight"] = torch.ones(3)
+    shard(folder, tensors, 3)
+    return reference, tensors
+
+
+def test_published_layout(tmp_path):
+    """Prefix, nested config, shards, vision and mtp tensors skipped; the same numbers as the flat single file."""
+    reference, tensors = published_folder(tmp_path)
+    for name, p in reference.named_parameters():
+        p.data = tensors[name.replace("model.", "model.language_model.", 1)].to(p.dtype)
+    model = load_model(tmp_path)
+    assert model.config.multimodal
+    with torch.no_grad():
+        assert relative_error(logits(model), reference(ids(20)[None]).logits[0]) <= 1e-5
+
+
+def test_fp32_scalars_survive_a_bf16_load(tmp_path):
+    """A_log is exponentiated twice; rounding it to bf16 would move the decay. bf16 files load as well."""
+    _, tensors = published_folder(tmp_path)
+    name = "model.language_model.layers.0.linear_attn.A_log"
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert model.layers[0].linear_attn.A_log.dtype == torch.float32
+    assert torch.equal(model.layers[0].linear_attn.A_log, tensors[name])
+    tensors[name] = tensors[name].bfloat16()
+    shard(tmp_path, tensors, 2)
+    assert torch.equal(load_model(tmp_path).layers[0].linear_attn.A_log, tensors[name].float())
+
+
+def test_tied_head_is_the_embedding(tmp_path):
+    _, model = both_models(tmp_path, "tied, ratio 1")
+    assert model.head is model.embed_tokens
+    assert "lm_head.weight" not in published_tensors(model)
+
+
+def test_random_weights_are_the_same_everywhere(tmp_path):
+    both_models(tmp_path)
+    first, second = (load_model(f"random:{tmp_path}/config.json") for _ in range(2))
+    assert torch.equal(logits(first), logits(second))
+    assert logits(first).isfinite().all() and logits(first).std() > 0
+
+
+def broken(case: str, folder):
+    """Damages a good checkpoint; returns what the error has to say."""
+    _, tensors = published_folder(folder)
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    norm = "model.language_model.norm.weight"
+    if case == "truncated shard":
+        shards[1].write_bytes(shards[1].read_bytes()[:-100])
+        return f"{shards[1].name}: damaged or truncated"
+    if case == "header only half there":
+        shards[0].write_bytes(shards[0].read_bytes()[:20])
+        return f"{shards[0].name}: damaged or truncated"
+    if case == "missing shard":
+        shards[2].unlink()
+        return f"{shards[2].name}: missing .named in model.safetensors.index.json"
+    if case == "no weights":
+        index.unlink()
+        for path in shards:
+            path.unlink()
+        return "model.safetensors: missing"
+    if case == "wrong shape":
+        shard(folder, {**tensors, norm: torch.ones(7)}, 2)
+        return r"norm.weight is \[7\], expected \[48\]"
+    if case == "missing and extra tensors":
+        tensors["model.language_model.surplus"] = tensors.pop(norm)
+        shard(folder, tensors, 2)
+        return "unknown tensor model.language_model.surplus; missing tensor norm.weight"
+    if case == "quantised":
+        shard(folder, {**tensors, norm: torch.ones(48, dtype=torch.int8)}, 2)
+        return "norm.weight is I8, expected one of BF16"
+    if case == "index names another folder":
+        index.write_text(index.read_text().replace(shards[0].name, f"../{shards[0].name}"))
+        return "not a plain file name in this folder"
+    if case == "index and shard disagree":
+        value = json.loads(index.read_text())
+        value["weight_map"][norm] = next(s.name for s in shards if s.name != value["weight_map"][norm])
+        index.write_text(json.dumps(value))
+        return f"lacks {norm}"
+    if case == "index is no JSON":
+        index.write_text("{")
+        return "index.json: not valid JSON"
+    if case == "index without map":
+        index.write_text("{}")
+        return "expected an object 'weight_map'"
+    if case == "config is a list":
+        (folder / "config.json").write_text("[]")
+        return "config.json: expected a JSON object, found list"
+    if case == "no config":
+        (folder / "config.json").unlink()
+        return "config.json: No such file"
+    raise AssertionError(case)
+
+
+CASES = (
+    *("truncated shard", "header only half there", "missing shard", "no weights", "wrong shape"),
+    *("missing and extra tensors", "quantised", "index names another folder", "index and shard disagree"),
+    *("index is no JSON", "index without map", "config is a list", "no config"),
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_broken_checkpoint_is_one_clear_line(case, tmp_path):
+    message = broken(case, tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./a/b", "/no/such", "a/b/c"])
+def test_no_such_model(source):
+    with pytest.raises(ValueError, match=f"{source}: no such model folder"):
+        load_model(source)
+
+
+def test_hub_ids_are_asked_of_the_hub(monkeypatch, tmp_path):
+    """The revision is passed on; a refusal of the hub becomes one line."""
+    import huggingface_hub
+
+    both_models(tmp_path)
+    asked = []
+
+    def download(repo, revision=None, **kwargs):
+        asked.append((repo, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model("org/name", revision="abc")
+    assert asked == [("org/name", "abc")]
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"org/name: no such folder, and the hub did not give it: offline$"):
+        load_model("org/name")
+
+
+def test_nothing_is_read_before_everything_is_checked(tmp_path):
+    """A wrong tensor in the last shard leaves the model untouched."""
+    _, model = both_models(tmp_path / "good")
+    before = {name: x.clone() for name, x in published_tensors(model).items()}
+    (tmp_path / "bad").mkdir()
+    broken("wrong shape", tmp_path / "bad")
+    with pytest.raises(ValueError, match="expected"):
+        load_weights(model, tmp_path / "bad")
+    assert all(torch.equal(x, before[name]) for name, x in published_tensors(model).items())
+
+
+@pytest.mark.slow
+def test_loading_peaks_at_the_model(tmp_path):
+    """A 250 MB checkpoint, its layers scattered over 6 shards: peak memory <= 1.2 x the model's bytes.
+
+    Measured in a process of its own, as growth of the peak resident set over importing everything."""
+    config = dict(hidden_size=512, intermediate_size=2048, vocab_size=20_000, num_hidden_layers=8)
+    reference = reference_model(**config, layer_types=None, tie_word_embeddings=False)
+    write_checkpoint(reference, tmp_path)
+    shard(tmp_path, load_file(tmp_path / "model.safetensors"), 6)
+    script = f"""
+        import re, torch
+        from psysafe import load_model
+        from psysafe.checkpoint import published_tensors
+        torch.zeros(10) @ torch.zeros(10)
+        # VmHWM and not ru_maxrss: that one is inherited from the process that started this one.
+        peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+        before = peak()
+        model = load_model({str(tmp_path)!r})
+        size = sum(x.numel() * x.element_size() for x in published_tensors(model).values())
+        print((peak() - before) / size, size)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    ratio, size = (float(x) for x in out.stdout.split())
+    print(f"peak over model: {ratio:.3f} at {size / 1e6:.0f} MB")
+    assert size > 100e6
+    assert 0.9 <= ratio <= 1.2

@@ -1,0 +1,220 @@
+"""Adapters against PEFT on transformers' model: gradients and loss by name, files both ways, every rank and target."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import kernels
+from kernels.closeness import relative_error
+from psysafe import load_model
+from psysafe.lora import TARGETS, attach, detach, load_adapter, resolve_targets, save_adapter
+from tests.oracles import both_models, reference_model
+from tests.test_model import boundaries, ids, one, transformers_in_fp64
+
+PREFIX = "base_model.model.model."
+LENGTHS = (21, 1, 40)
+
+
+def peft_model(reference, rank: int, targets, rslora=False):
+    """transformers' model under PEFT, B drawn at random so that every gradient is different from zero."""
+    config = LoraConfig(
+        r=rank, lora_alpha=3 * rank, target_modules=list(resolve_targets(targets)), use_rslora=rslora, lora_dropout=0.0
+    )
+    model = get_peft_model(reference, config)
+    torch.manual_seed(11)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn_like(p) * 0.1
+    return model
+
+
+def peft_tensors(model, gradients=False) -> dict[str, torch.Tensor]:
+    """PEFT's adapter tensors, or their gradients, by our names."""
+    return {
+        name.removeprefix(PREFIX).removesuffix(".default.weight"): (p.grad if gradients else p).detach()
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+
+
+def loss_and_gradients(model, adapters, tokens, cu, rows, labels):
+    hidden = model(tokens, cu, rows=rows)
+    loss = kernels.linear_cross_entropy(hidden, model.head, labels) / len(labels)
+    adapters.grad.zero_()
+    loss.backward()
+    return loss.detach(), {name: g.clone() for name, g in adapters.tensors(adapters.grad).items()}
+
+
+def peft_loss_and_gradients(model, tokens, cu, rows, labels):
+    """The same documents one by one; the mean over all trained tokens."""
+    total = 0
+    for begin, end in pairwise(cu.tolist()):
+        logits = model(tokens[begin:end][None], use_cache=False).logits[0]
+        mine = (rows >= begin) & (rows < end)
+        if mine.any():
+            loss = F.cross_entropy(logits[rows[mine] - begin], labels[mine], reduction="sum") / len(labels)
+            loss.backward()
+            total += loss.detach()
+    return total, peft_tensors(model, gradients=True)
+
+
+def compare(tmp_path, name, rank, targets, dtype, limit, rslora=False):
+    reference, model = both_models(tmp_path, name, dtype=dtype)
+    tokens, cu = ids(sum(LENGTHS)), boundaries(LENGTHS)
+    # The rows that predict a trained token: never the last row of a document.
+    rows = torch.tensor([r for b, e in pairwise(cu.tolist()) for r in range(b + (e - b) // 3, e - 1)])
+    labels = tokens[rows + 1]
+    peft = peft_model(reference, rank, targets, rslora)
+    adapters = attach(model, rank, 3 * rank, targets, use_rslora=rslora)
+    for key, x in peft_tensors(peft).items():
+        adapters.tensors()[key].copy_(x)
+    loss, grads = loss_and_gradients(model, adapters, tokens, cu, rows, labels)
+    if dtype == torch.float64:
+        with transformers_in_fp64(peft.base_model.model):
+            peft.double()
+            expected_loss, expected = peft_loss_and_gradients(peft, tokens, cu, rows, labels)
+    else:
+        expected_loss, expected = peft_loss_and_gradients(peft, tokens, cu, rows, labels)
+    assert relative_error(loss, expected_loss) <= limit
+    assert grads.keys() == expected.keys()
+    for key in grads:
+        assert expected[key].abs().max() > 0, key
+        error = relative_error(grads[key], expected[key])
+        assert error <= limit, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear", ("q_proj", "up_proj", "out_proj", "in_proj_z")])
+def test_gradients_equal_peft(rank, targets, tmp_path):
+    compare(tmp_path, "published pattern", rank, targets, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["attention first", "ratio 3, head_dim 32"])
+def test_gradients_equal_peft_in_fp64(name, tmp_path):
+    compare(tmp_path, name, 2, "all-linear", torch.float64, 1e-9)
+
+
+def test_rslora_scale_equals_peft(tmp_path):
+    compare(tmp_path, "published pattern", 4, TARGETS, torch.float32, 1e-4, rslora=True)
+
+
+@pytest.mark.parametrize("op", ["residual_rms_norm", "qk_norm_rope", "swiglu"])
+def test_a_dropped_adapter_term_is_caught(op, tmp_path, monkeypatch):
+    """The op forgets s u B^T: the same comparison has to fail."""
+    original = getattr(kernels, op)
+
+    def wrong(*args, **kwargs):
+        args = [a._replace(lora=None) if isinstance(a, kernels.Pending) else a for a in args]
+        args = [None if isinstance(a, kernels.LoRATerm) else a for a in args]
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, op, wrong)
+    with pytest.raises((AssertionError, RuntimeError)):
+        compare(tmp_path, "published pattern", 1, TARGETS, torch.float32, 1e-4)
+
+
+def tuned(folder: Path, rank=2, targets=TARGETS):
+    reference, model = both_models(folder)
+    adapters = attach(model, rank, 4.0, targets, seed=7)
+    torch.manual_seed(2)
+    for name, x in adapters.tensors().items():
+        if name.endswith("lora_B"):
+            x.copy_(torch.randn_like(x) * 0.1)
+    return reference, model, adapters
+
+
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_saved_adapter_loads_in_peft(rank, targets, tmp_path):
+    reference, model, adapters = tuned(tmp_path / "base", rank, targets)
+    save_adapter(adapters, tmp_path, base=str(tmp_path / "base"), multimodal=False)
+    x = ids(70)
+    with torch.no_grad():
+        peft = PeftModel.from_pretrained(reference, tmp_path)
+        expected = peft(x[None], use_cache=False).logits[0]
+        got = model.logits(model(x, one(70)))
+        assert relative_error(got, expected) <= 1e-5
+        detach(model)
+        assert relative_error(model.logits(model(x, one(70))), expected) > 1e-2
+
+
+def test_peft_adapter_loads_here(tmp_path):
+    """PEFT -> ours -> PEFT: the same numbers, the same tensors."""
+    reference, model = both_models(tmp_path / "base")
+    peft = peft_model(reference, 3, TARGETS)
+    peft.save_pretrained(tmp_path / "theirs")
+    adapters = load_adapter(model, tmp_path / "theirs")
+    x = ids(33)
+    with torch.no_grad():
+        assert relative_error(model.logits(model(x, one(33))), peft(x[None], use_cache=False).logits[0]) <= 1e-5
+    save_adapter(adapters, tmp_path / "ours", base="base", multimodal=False)
+    theirs, ours = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("layout", ["text", "multimodal"])
+def test_both_key_layouts_round_trip(layout, tmp_path):
+    _, model, adapters = tuned(tmp_path / "base")
+    save_adapter(adapters, tmp_path / layout, base="base", multimodal=False, layout=layout)
+    keys = load_file(tmp_path / layout / "adapter_model.safetensors").keys()
+    assert all(("language_model" in key) == (layout == "multimodal") for key in keys)
+    again = load_adapter(model, tmp_path / layout)
+    assert torch.equal(again.param, adapters.param)
+
+
+def test_initial_values_depend_on_seed_and_names_alone(tmp_path):
+    _, model = both_models(tmp_path)
+    first = attach(model, 1, 32, TARGETS, seed=5).param.clone()
+    assert torch.equal(first, attach(model, 1, 32, TARGETS, seed=5).param)
+    assert not torch.equal(first, attach(model, 1, 32, TARGETS, seed=6).param)
+    tensors = attach(model, 1, 32, TARGETS, seed=5).tensors()
+    A = torch.cat([x.flatten() for name, x in tensors.items() if name.endswith("lora_A")])
+    bound = 48**-0.5  # Kaiming-uniform with a = sqrt(5): 1 / sqrt(fan_in); most A's read the hidden size, 48
+    assert 0.8 * bound < A[: 3 * 48].abs().max() <= bound
+    assert all(not x.any() for name, x in tensors.items() if name.endswith("lora_B"))
+
+
+def test_what_cannot_be_honoured_is_refused(tmp_path):
+    _, model, adapters = tuned(tmp_path / "base")
+    save_adapter(adapters, tmp_path / "good", base="base", multimodal=False)
+    config = json.loads((tmp_path / "good/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "good/adapter_model.safetensors")
+
+    def refused(message, tensors=tensors, **changes):
+        folder = tmp_path / "bad"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_adapter(model, folder)
+
+    refused("use_dora = True", use_dora=True)
+    refused("bias none", bias="all")
+    refused("modules_to_save", modules_to_save=["lm_head"])
+    refused("rank_pattern", rank_pattern={"q_proj": 4})
+    refused("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
+    other = {key.replace("layers.", "layers.1"): x for key, x in tensors.items()}
+    refused("none of its .* tensors belongs to this model", other)
+    short = dict(list(tensors.items())[:-1])
+    refused("missing", short)
+    refused(r"is \(1,", {key: x[:1].clone() for key, x in tensors.items()})
+    (tmp_path / "bad/adapter_model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        load_adapter(model, tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"nothing_proj.*expected all-linear"):
+        attach(model, 1, 1, ["nothing_proj"])
+
+
+def test_the_recipe_reaches_what_peft_reaches(tmp_path):
+    """The seven names give the same set of tensors here and in PEFT."""
+    reference, model = both_models(tmp_path)
+    assert {s.name for s in attach(model, 1, 32).segments} == set(peft_tensors(peft_model(reference, 1, TARGETS)))
+    assert load_model(tmp_path).layers[0].mlp.in_proj.adapter is None
+    assert reference_model().config.num_hidden_layers == 4

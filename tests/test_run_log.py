@@ -1,0 +1,124 @@
+"""Metrics that read back bit for bit, a log that a resume can cut back, trackers and plots that fail early."""
+
+import importlib.util
+import json
+import math
+import struct
+import sys
+import types
+
+import pytest
+import torch
+
+from psysafe import run_log
+from psysafe.config import KEYS, TrainConfig
+from psysafe.run_log import RunLog, check_optional, cut_metrics, plot_loss, print_run, read_metrics
+from psysafe.runtime import Peak, Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def write_run(run_dir, steps=range(1, 4), first_step=0, runtime=CPU, **options):
+    with RunLog(run_dir, TrainConfig(), runtime, 3, first_step, **options) as log:
+        for step in steps:
+            log.step(step, loss=1 / step, lr=1e-4 / 3, grad_norm=0.1 * step, tokens=100, seconds=0.5, trained_tokens=40)
+        log.validation(step, 0.1 + 0.2)
+
+
+def test_numbers_read_back_bit_for_bit(tmp_path):
+    write_run(tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    bits = [struct.pack("<dd", row["loss"], row["lr"]) for row in rows[:3]]
+    assert bits == [struct.pack("<dd", 1 / step, 1e-4 / 3) for step in (1, 2, 3)]
+    assert rows[3] == {"step": 3, "val_loss": 0.1 + 0.2}
+    assert rows[0]["trained_tokens"] == 40 and rows[0]["tokens_per_s"] == 200 and rows[0]["memory"] > 1e6
+
+
+def test_lines_stand_in_columns_and_mfu_needs_a_known_peak(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path, flops_per_token=1e9)
+    header, first, *_, last = capsys.readouterr().out.splitlines()
+    assert len(header) == len(first) and header.split()[:3] == ["step", "loss", "lr"]
+    assert first.split()[:2] == ["1/3", "1.0000"] and " - " in first and first.split()[4] == "200"
+    assert last.split() == ["3/3", "validation", "loss", "0.3000"]
+
+    monkeypatch.setattr(Runtime, "peak", Peak(1e12, 1e12))
+    write_run(tmp_path, flops_per_token=1e9)
+    assert capsys.readouterr().out.splitlines()[1].split()[5] == "20.0%"  # 200 tokens/s x 1e9 / 1e12
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["mfu"] == pytest.approx(0.2)
+
+
+def test_what_is_not_finite_becomes_null_and_the_file_stays_json(tmp_path):
+    with RunLog(tmp_path, TrainConfig(), CPU, 1) as log:
+        log.step(1, loss=math.nan, lr=1e-4, grad_norm=math.inf, tokens=1, seconds=0.0, skipped=True, documents=[3, 1])
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["loss"] is None and row["grad_norm"] is None and row["documents"] == [3, 1]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 4}', b"\0\0\0\n"])
+def test_a_resume_cuts_the_log_back_and_mends_a_torn_last_line(tmp_path, torn):
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    cut_metrics(path, 2)
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+    write_run(tmp_path, steps=[3], first_step=2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 3]
+
+
+def test_damage_in_the_middle_of_the_log_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2: not a JSON object with a step; mend"):
+        RunLog(tmp_path, TrainConfig(), CPU, 3, 1)
+
+
+def test_only_the_main_rank_writes(tmp_path, capsys):
+    write_run(tmp_path, runtime=Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2))
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar_instead_of_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    write_run(tmp_path)
+    shown = capsys.readouterr().out
+    assert "3/3" in shown and "loss 0.3333" in shown and "validation loss 0.3000" in shown
+    assert run_log.HEADER not in shown
+
+
+def test_the_resolved_run_names_every_setting_and_its_source(capsys):
+    print_run(TrainConfig(lr=2e-4), dict.fromkeys(KEYS, "default") | {"lr": "--lr"}, {"kernels": "reference"})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines if line] == [*KEYS, "kernels"]
+    assert ["lr", "0.0002", "--lr"] in lines and ["plot", "false", "default"] in lines
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--report trackio: trackio is not installed; pip install trackio"):
+        check_optional(TrainConfig(report="trackio"))
+    with pytest.raises(ValueError, match="--plot: matplotlib is not installed; pip install matplotlib"):
+        check_optional(TrainConfig(plot=True))
+    check_optional(TrainConfig())
+
+
+def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
+    calls = []
+    tracker = types.ModuleType("trackio")
+    tracker.init = lambda **options: calls.append(("init", options["project"], options["name"]))
+    tracker.log = lambda row, step: calls.append(("log", step, row.get("loss", row.get("val_loss"))))
+    tracker.finish = lambda: calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setenv("WANDB_DIR", "")
+    with RunLog(tmp_path, TrainConfig(report="trackio"), CPU, 1) as log:
+        log.step(1, loss=0.5, lr=1e-4, grad_norm=1.0, tokens=1, seconds=1.0)
+        log.validation(1, 0.25)
+    names = ("init", "psych-safety-finetuning", tmp_path.name)
+    assert calls == [names, ("log", 1, 0.5), ("log", 1, 0.25), ("finish",)]
+
+
+def test_the_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path)
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}

@@ -1,0 +1,148 @@
+"""Ranks, signals and exit codes, in processes of their own where the process is what is tested."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from psysafe import config, runtime
+from psysafe.runtime import PEAKS, Runtime, StopRequest, main_guard
+
+ROOT = runtime.OUR_CODE
+
+
+def python(code: str, **environment) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment, **pipes)
+
+
+LOOP = """
+    import sys, time
+    from psysafe.runtime import StopRequest, main_guard
+
+    def main(argv):
+        with StopRequest() as stop:
+            print("ready", flush=True)
+            while not stop.received:
+                time.sleep(0.01)
+            print("saved", flush=True)
+            if argv == ["slow"]:
+                time.sleep(30)
+        return stop.exit_code
+
+    sys.exit(main_guard(main, ARGV))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_finish_and_sets_the_exit_code(number, code):
+    process = python(LOOP.replace("ARGV", "[]"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (code, "saved\n") and "Traceback" not in err
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    process = python(LOOP.replace("ARGV", '["slow"]'))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT  # a shell calls this 130
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM and stop.exit_code == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert StopRequest().exit_code == 0
+
+
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
+    assert main_guard(config.resolve, ["--lrr", "1"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag '--lrr'; did you mean --lr?\n"
+    assert main_guard(config.resolve, ["--config", str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none.toml: No such file or directory\n"
+    assert main_guard(config.resolve, ["--config", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main_guard(config.resolve, ["x"]) == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): unexpected argument 'x'")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    def in_c(argv):
+        int("x")
+
+    def in_torch(argv):
+        torch.distributions.Normal(0.0, torch.tensor(-1.0), validate_args=True)
+
+    def ours_that_asserts(argv):
+        raise AssertionError
+
+    for main, kind in ((in_c, ValueError), (in_torch, ValueError), (ours_that_asserts, AssertionError)):
+        with pytest.raises(kind):
+            main_guard(main, [])
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert main_guard(interrupted, []) == 130 and main_guard(lambda argv: None, []) == 0
+
+
+def test_one_process_is_one_rank_on_the_cpu(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+        import torch
+        from psysafe.runtime import start, memory_peak, memory_total
+        run = start("cpu", seed=3)
+        assert run.is_main and run.dtype == torch.float32 and run.peak is None and run.largest(5) == 5
+        assert start("cpu", "float64").dtype == torch.float64
+        assert torch.are_deterministic_algorithms_enabled() and torch.initial_seed() == 0
+        assert 1e7 < memory_peak(run.device) < memory_total(run.device)
+    """
+    process = python(code)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line():
+    with pytest.raises(ValueError, match="--device cuda: rank 0 needs GPU 0, torch finds 0 here"):
+        runtime.start("cuda")
+
+
+def test_two_ranks_agree_on_a_stop():
+    code = """
+        import sys
+        from psysafe.runtime import start, main_guard
+
+        def main(argv):
+            run = start("cpu", timeout_s=20)
+            print(run.rank, run.is_main, run.largest(15 * run.rank), run.largest(0))
+
+        sys.exit(main_guard(main, []))
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    ranks = [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    assert [rank.communicate(timeout=40)[0] for rank in ranks] == ["0 True 15 0\n", "1 False 15 0\n"]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+def test_the_peak_is_known_by_the_exact_name_only(monkeypatch):
+    run = Runtime(torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert run.peak == (989e12, 4.8e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 MIG 1g.18gb")
+    assert run.peak is None
+    assert all(1e14 < peak.flops < 1e16 and 1e11 < peak.bandwidth < 1e13 for peak in PEAKS.values())
