@@ -439,6 +439,7 @@ def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
         spec("recompute", backward._recompute_kernel, launch["recompute"], ("p_initial",), DV=128, HAS_INITIAL=False),
         spec("reverse", backward._reverse_kernel, launch["reverse"], ("p_dfinal", "p_dinitial"), DV=128,
              HAS_FINAL=False, STORE_INITIAL=False),
-        spec("gradients", backward._gradients_kernel, launch["gradients"], DV=128),
+        spec("gradients", backward._gradients_kernel, launch["gradients"], DV=128, spills=64,
+             why="a few addresses of reductions, stored once and read once per head"),
         spec("step", forward._step_kernel, DV=128, BV=32, EPS=L2_EPS),
     ]  # fmt: skip

@@ -19,12 +19,14 @@ from kernels.delta_rule_forward import (
     Prepared,
     Schedule,
     decay_between,
+    load_chunk,
     load_factors,
     load_gates,
     load_last,
     load_rows,
     options,
     precision,
+    store_rows,
     tile,
 )
 
@@ -144,8 +146,7 @@ def _reverse_kernel(
         b_dR *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
         b_dR = tl.dot(tl.trans(b_P), b_do, b_dR, input_precision=PRECISION)
         b_dv = tl.dot(tl.trans(b_M), b_dR.to(dtype), input_precision=PRECISION) * b_beta[:, None]
-        p_out = p_dv + (at + o_t).to(tl.int64)[:, None] * (H * DV) + i_h * DV + o_v[None, :]
-        tl.store(p_out, b_dv.to(dtype), mask=o_t[:, None] < left)
+        store_rows(p_dv + i_h * DV, b_dv, at, left, H * DV, o_v, BT)
         b_dS *= tl.exp(last + last_fine)
         b_read = b_do.to(tl.float32) * (b_decay * b_fq)[:, None]
         b_dS = tl.dot(tl.trans(b_q), b_read.to(dtype), b_dS, input_precision=PRECISION)
@@ -194,28 +195,23 @@ def _gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     i_hk, i_chunk = tl.program_id(0), tl.program_id(1)
-    begin, length = tl.load(p_chunks + i_chunk * 2), tl.load(p_chunks + i_chunk * 2 + 1)
     o_t, o_k, o_j = tl.arange(0, BT), tl.arange(0, DK), tl.arange(0, BV)
-    m_t = o_t < length
-    o_row = (begin + o_t).to(tl.int64)
     i_norm = i_chunk * (H // GROUP) + i_hk
     p_q += i_hk * DK
     p_k += i_hk * DK
-    o_out = o_row[:, None] * (H // GROUP * DK) + i_hk * DK + o_k[None, :]
     dtype: tl.constexpr = p_R.dtype.element_ty
 
-    # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers; q and k are read again
-    # (from L2) where they are used. In one pass ptxas spills about 1 KB a thread.
+    # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers. q, k and the chunk's place
+    # are read again (from L2) where they are used: held, they and their addresses are spilled.
     b_dq = tl.zeros((BT, DK), tl.float32)
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g
+        begin, length = load_chunk(p_chunks, i_chunk)
         i_gate = i_chunk * H + i_h
+        # What was read from the state: e^c dO S^T.
         b_read = tl.zeros((BT, DK), tl.float32)
-        b_dP = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, DV, BV):
             b_do = load_rows(p_do + i_h * DV, begin, length, H * DV, i_v + o_j, BT)
-            b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_j))
-            b_dP = tl.dot(b_do, tl.trans(b_R), b_dP, input_precision=PRECISION)
             b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_j))
             b_read = tl.dot(b_do, tl.trans(b_S), b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
@@ -224,22 +220,32 @@ def _gradients_kernel(
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dc = b_fq * tl.sum(b_q.to(tl.float32) * b_read, 1)
         b_dq += b_read
-        b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
+        # dP = (dO R^T) D.
+        b_dP = tl.zeros((BT, BT), tl.float32)
+        for i_v in range(0, DV, BV):
+            b_do = load_rows(p_do + i_h * DV, begin, length, H * DV, i_v + o_j, BT)
+            b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_j))
+            b_dP = tl.dot(b_do, tl.trans(b_R), b_dP, input_precision=PRECISION)
         b_dP *= decay_between(b_c, b_fine, True, BT) * b_fk[None, :]
+        b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
+        b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
         b_X = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_dP * b_fq[:, None]
         b_X = tl.where(o_t[:, None] > o_t[None, :], b_X, 0.0)
         tl.store(p_dc + i_gate.to(tl.int64) * BT + o_t, b_dc + tl.sum(b_X, 1) - tl.sum(b_X, 0))
         b_dq = tl.dot(b_dP.to(dtype), b_k, b_dq, input_precision=PRECISION)
+    begin, length = load_chunk(p_chunks, i_chunk)
     b_raw = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
     b_fq, _ = load_factors(p_norms, i_norm, DK, BT)
     b_dq = _through_norm(b_dq * DK**-0.5, b_raw, b_fq * DK**0.5)
-    tl.store(p_dq + o_out, b_dq.to(dtype), mask=m_t[:, None])
+    store_rows(p_dq + i_hk * DK, b_dq, begin, length, H // GROUP * DK, o_k, BT)
     tl.debug_barrier()  # p_dc, written above, is read below by other threads of this program
 
     b_dk = tl.zeros((BT, DK), tl.float32)
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g
+        begin, length = load_chunk(p_chunks, i_chunk)
         i_gate = i_chunk * H + i_h
+        m_t, o_row = o_t < length, (begin + o_t).to(tl.int64)
         # What wrote into the state: e^(cl - c) R dS'^T ...
         b_wide = tl.zeros((BT, DK), tl.float32)
         b_tile = tl.zeros((BT, BT), tl.float32)
@@ -306,9 +312,10 @@ def _gradients_kernel(
         b_slope = tl.sigmoid(b_a + tl.load(p_dt_bias + i_h).to(tl.float32))
         b_da = -b_dg * tl.exp(tl.load(p_A_log + i_h).to(tl.float32)) * b_slope
         tl.store(p_da + o_row * H + i_h, b_da.to(p_da.dtype.element_ty), mask=m_t)
+    begin, length = load_chunk(p_chunks, i_chunk)
     b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
     _, b_fk = load_factors(p_norms, i_norm, DK, BT)
-    tl.store(p_dk + o_out, _through_norm(b_dk, b_raw, b_fk).to(dtype), mask=m_t[:, None])
+    store_rows(p_dk + i_hk * DK, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * DK, o_k, BT)
 
 
 def recompute(

@@ -81,6 +81,12 @@ def _log_decay(b_a, A_log, dt_bias):
 
 
 @triton.jit
+def load_chunk(p_chunks, i_chunk):
+    """A chunk's first token and its number of tokens."""
+    return tl.load(p_chunks + i_chunk * 2), tl.load(p_chunks + i_chunk * 2 + 1)
+
+
+@triton.jit
 def load_gates(p_gates, i_gate, BT: tl.constexpr):
     """c as its coarse and its fine part, and beta, (BT,) each."""
     p = p_gates + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
@@ -116,6 +122,14 @@ def load_rows(p_x, begin, length, stride, o_d, BT: tl.constexpr):
     o_t = tl.arange(0, BT)
     p = p_x + (begin + o_t).to(tl.int64)[:, None] * stride + o_d[None, :]
     return tl.load(p, mask=o_t[:, None] < length, other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, b_x, begin, length, stride, o_d, BT: tl.constexpr):
+    """The counterpart of load_rows; nothing past `length` is written."""
+    o_t = tl.arange(0, BT)
+    p = p_x + (begin + o_t).to(tl.int64)[:, None] * stride + o_d[None, :]
+    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=o_t[:, None] < length)
 
 
 @triton.jit
@@ -175,7 +189,7 @@ def _prepare_kernel(
 ):
     i_h, i_chunk = tl.program_id(0), tl.program_id(1)
     i_hk = i_h // GROUP
-    begin, length = tl.load(p_chunks + i_chunk * 2), tl.load(p_chunks + i_chunk * 2 + 1)
+    begin, length = load_chunk(p_chunks, i_chunk)
     o_t, o_k = tl.arange(0, BT), tl.arange(0, DK)
     m_t = o_t < length
     o_row = (begin + o_t).to(tl.int64)
@@ -275,8 +289,7 @@ def _states_kernel(
         b_R = tl.dot(b_M, b_E.to(dtype), input_precision=PRECISION)
         b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * (b_decay * b_fq)[:, None]
         b_o = tl.dot(b_P, b_R.to(dtype), b_o, input_precision=PRECISION)
-        p_out = p_o + (at + o_t).to(tl.int64)[:, None] * (H * DV) + i_h * DV + o_v[None, :]
-        tl.store(p_out, b_o.to(dtype), mask=o_t[:, None] < left)
+        store_rows(p_o + i_h * DV, b_o, at, left, H * DV, o_v, BT)
         b_R *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
         b_S *= tl.exp(last + last_fine)
         b_S = tl.dot(tl.trans(b_k), b_R.to(dtype), b_S, input_precision=PRECISION)
