@@ -194,7 +194,7 @@ def tasks(found: Offer, seeds: int, device: str) -> Iterator[tuple[str, str, Cal
         for size in sizes:
             if dtype == torch.float32 and found.work(**size).forward_flops > FP32_FLOPS:
                 continue
-            yield _shown(size), _name(dtype), functools.partial(closeness_of, found, size, dtype, seeds, device)
+            yield shown(size), _name(dtype), functools.partial(closeness_of, found, size, dtype, seeds, device)
     every = small + [size for size in found.cases if size not in small and device != "cpu"]
     for mutant in found.mutants:
         rejecting = functools.partial(mutant_rejected, found, mutant, every, device)
@@ -214,7 +214,7 @@ def _gates(found: Offer, seeds: int, device: str) -> Iterator[tuple[str, str, Ca
     for size in PERMUTED.get((found.op, device == "cpu"), ()):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         permuted = functools.partial(permuted_documents, found, size, dtype, device)
-        yield f"documents permuted: {_shown(size)}", _name(dtype), permuted
+        yield f"documents permuted: {shown(size)}", _name(dtype), permuted
 
 
 _ATTENTION_27B = {"heads": 24, "kv_heads": 4, "head_dim": 256}
@@ -234,7 +234,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shown(size: dict) -> str:
+def shown(size: dict) -> str:
     return ", ".join(f"{key} {_short(value)}" for key, value in size.items())
 
 

@@ -19,7 +19,7 @@ from kernels.closeness import Case
 from kernels.delta_rule import decay, gated_delta_rule_step_reference, make_case
 from kernels.delta_rule_forward import CHUNK, L2_EPS
 from kernels.protocol import Work
-from kernels.seams import Documents
+from kernels.seams import Documents, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) ->
 
 
 class _RoundedDot(torch.autograd.Function):
-    """x @ y in fp32 from operands rounded to `dtype`; backward its gradient is such an operand as well."""
+    """x @ y from operands rounded to `dtype`; backward its gradient is such an operand as well."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        x, y = (t.to(dtype).float() for t in (x, y))
+        x, y = (t.to(dtype).to(t.dtype) for t in (x, y))
         ctx.save_for_backward(x, y)
         ctx.dtype = dtype
         return x @ y
@@ -134,7 +134,7 @@ class _RoundedDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         x, y = ctx.saved_tensors
-        g = g.to(ctx.dtype).float()
+        g = g.to(ctx.dtype).to(g.dtype)
         return g @ y.mT, x.mT @ g, None
 
 
@@ -143,14 +143,14 @@ def rounded_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """gated_delta_rule by the equations of its Triton path (kernels/delta_rule.py), chunk by chunk through autograd.
 
-    Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay fp32.
+    Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
     """
-    dtype, group, dk = v.dtype, v.shape[1] // k.shape[1], k.shape[2]
+    dtype, wide, group, dk = v.dtype, compute_dtype(v), v.shape[1] // k.shape[1], k.shape[2]
     dot = lambda x, y: _RoundedDot.apply(x, y, dtype)  # noqa: E731
-    Q, K = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))  # (H, T, dk)
-    V = v.float().transpose(0, 1)
+    Q, K = (x.to(wide).repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))  # (H, T, dk)
+    V = v.to(wide).transpose(0, 1)
     fq, fk = ((x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (Q, K))
-    fq, beta, g = fq * dk**-0.5, b.float().sigmoid().T[..., None], decay(a, A_log, dt_bias).T[..., None]
+    fq, beta, g = fq * dk**-0.5, b.to(wide).sigmoid().T[..., None], decay(a, A_log, dt_bias).T[..., None]
     outs, finals = [], []
     for i, (first, last) in enumerate(zip(documents.bounds, documents.bounds[1:], strict=False)):
         S = V.new_zeros(len(V), dk, V.shape[2]) if initial_state is None else initial_state[i]
@@ -160,7 +160,7 @@ def rounded_delta_rule(
             c = g_c.cumsum(1)
             # Exponents that are always 0 are no differences of c (see gated_delta_rule_reference).
             rest = F.pad(g_c[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
-            eye = torch.eye(c.shape[1], device=c.device)
+            eye = torch.eye(c.shape[1], device=c.device, dtype=wide)
             below = torch.ones_like(eye, dtype=torch.bool).tril(-1)
             D = (c - c.mT).masked_fill(~below, float("-inf")).exp() + eye
             M = torch.linalg.inv(eye + (beta_c * k_scale * k_scale.mT * dot(Kc, Kc.mT) * D).tril(-1))
