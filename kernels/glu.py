@@ -134,7 +134,7 @@ def _backward_kernel(
         tl.store(p_sums + BS * I, tl.sum(b_dA, 0), m_i)
 
 
-BI, STAGES = 1024, 3  # 17,408 = 17 x 1,024: no lane idle
+BI, STAGES = 1024, 4  # 17,408 = 17 x 1,024: no lane idle
 FORWARD_BT, BACKWARD_BT = 2, 1  # two tokens backward would take 188 registers, so half the programs a multiprocessor
 PER_SM = 4  # programs of four warps: 17 blocks x 31 segments fill 132 multiprocessors exactly once
 
