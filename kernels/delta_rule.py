@@ -327,8 +327,8 @@ def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, 
 def _decay_after_write(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
     """S <- e^g (S + k (beta e)^T): every token decays by its predecessor's g, and what is read by its own as well."""
     keep = decay(a, A_log, dt_bias).exp()
-    before = torch.cat([torch.full_like(a[:1], -1e4), a[:-1]])
-    before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -1e4)
+    before = torch.cat([torch.full_like(a[:1], -80.0), a[:-1]])
+    before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -80.0)
     o, final = gated_delta_rule_triton(q, k, v, before, b, A_log, dt_bias, documents, initial_state, output_final_state)
     last = keep[documents.cu_seqlens[1:].long() - 1, :, None, None]
     return o * keep[..., None], final if final is None else final * last
@@ -393,15 +393,14 @@ MUTANTS = {
 def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, **_) -> Work:
     """bf16 inputs, outputs and their gradients once; the dots of the chunk form, a chunk padded to 64 tokens.
 
-    Per chunk and value head in units of 2 * 64 * 64 * d: forward K S, Q S, K^T R of d = dk dv / 64, the (64, 64) tiles
-    against keys and values; backward that, the state's walk back and every product's two gradients. The inverse is left
-    out.
+    Per chunk and value head, forward: K K^T, Q K^T; M E, P R; K S, Q S, K^T R. Backward: two through M and P, dP and Z,
+    three with K or Q, six of the size of the state. Not counted: the inverse, and what backward recomputes.
     """
     T, chunks = sum(lengths), sum(-(-n // CHUNK) for n in lengths)
     keys, values, gates = T * key_heads * dk, T * value_heads * dv, T * value_heads
     square, wide = 2 * CHUNK * CHUNK, 2 * CHUNK * dk * dv
     per_head = square * (2 * dk + 2 * dv) + 3 * wide
-    backward_per_head = square * (2 * dk + 7 * dv + 3 * dk) + 8 * wide
+    backward_per_head = square * (4 * dv + 3 * dk) + 6 * wide
     return Work(
         forward_bytes=2 * (2 * keys + 2 * values + 2 * gates),
         backward_bytes=2 * (4 * keys + 3 * values + 4 * gates),
