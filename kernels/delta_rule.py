@@ -416,7 +416,7 @@ def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
     dot = {"PRECISION": "tf32" if dtype == torch.bfloat16 else "ieee"}
     tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
     fp32 = ("p_gates", "p_norms", "p_initial", "p_final", "p_dfinal", "p_dinitial", "p_checkpoints", "p_dc", "p_A_log")
-    types = tables | dict.fromkeys((*fp32, "p_dt_bias", "p_state"), "*fp32")
+    types = tables | dict.fromkeys((*fp32, "p_state"), "*fp32")
 
     def spec(name: str, fn, how: dict[str, int] | None = None, absent=(), spills: int = 0, why: str = "", **constexprs):
         how = dict(how or {"num_warps": 4, "num_stages": 1})
@@ -424,8 +424,8 @@ def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
         constexprs = sizes | dot | constexprs | how | dict.fromkeys(absent)
         constexprs = {n: value for n, value in constexprs.items() if n in fn.arg_names}
         signature = {n: types.get(n, x if n[0] == "p" else "i32") for n in fn.arg_names if n not in constexprs}
-        # Row strides of the 27B model are multiples of 16, as Triton finds out at the launch.
-        aligned = tuple(n for n in signature)
+        # The 27B model's row strides are multiples of 16: Triton sees that at the launch.
+        aligned = tuple(signature)
         return CompileSpec(f"delta rule {name}", fn, signature, constexprs, warps, stages, spills, why, aligned)
 
     launch = {name: forward.options(name, dtype, 128) for name in ("states", "recompute", "reverse", "gradients")}
