@@ -327,8 +327,8 @@ def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, 
 def _decay_after_write(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
     """S <- e^g (S + k (beta e)^T): every token decays by its predecessor's g, and what is read by its own as well."""
     keep = decay(a, A_log, dt_bias).exp()
-    before = torch.cat([torch.full_like(a[:1], -1e4), a[:-1]])
-    before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -1e4)
+    before = torch.cat([torch.full_like(a[:1], -80.0), a[:-1]])
+    before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -80.0)
     o, final = gated_delta_rule_triton(q, k, v, before, b, A_log, dt_bias, documents, initial_state, output_final_state)
     last = keep[documents.cu_seqlens[1:].long() - 1, :, None, None]
     return o * keep[..., None], final if final is None else final * last
@@ -393,15 +393,14 @@ MUTANTS = {
 def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, **_) -> Work:
     """bf16 inputs, outputs and their gradients once; the dots of the chunk form, a chunk padded to 64 tokens.
 
-    Per chunk and value head in units of 2 * 64 * 64 * d: forward K S, Q S, K^T R of d = dk dv / 64, the (64, 64) tiles
-    against keys and values; backward that, the state's walk back and every product's two gradients. The inverse is left
-    out.
+    Per chunk and value head, forward: K K^T, Q K^T; M E, P R; K S, Q S, K^T R. Backward: two through M and P, dP and Z,
+    three with K or Q, six of the size of the state. Not counted: the inverse, and what backward recomputes.
     """
     T, chunks = sum(lengths), sum(-(-n // CHUNK) for n in lengths)
     keys, values, gates = T * key_heads * dk, T * value_heads * dv, T * value_heads
     square, wide = 2 * CHUNK * CHUNK, 2 * CHUNK * dk * dv
     per_head = square * (2 * dk + 2 * dv) + 3 * wide
-    backward_per_head = square * (2 * dk + 7 * dv + 3 * dk) + 8 * wide
+    backward_per_head = square * (4 * dv + 3 * dk) + 6 * wide
     return Work(
         forward_bytes=2 * (2 * keys + 2 * values + 2 * gates),
         backward_bytes=2 * (4 * keys + 3 * values + 4 * gates),
@@ -417,7 +416,7 @@ def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
     dot = {"PRECISION": "tf32" if dtype == torch.bfloat16 else "ieee"}
     tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
     fp32 = ("p_gates", "p_norms", "p_initial", "p_final", "p_dfinal", "p_dinitial", "p_checkpoints", "p_dc", "p_A_log")
-    types = tables | dict.fromkeys((*fp32, "p_dt_bias", "p_state"), "*fp32")
+    types = tables | dict.fromkeys((*fp32, "p_state"), "*fp32")
 
     def spec(name: str, fn, how: dict[str, int] | None = None, absent=(), spills: int = 0, why: str = "", **constexprs):
         how = dict(how or {"num_warps": 4, "num_stages": 1})
@@ -425,8 +424,8 @@ def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
         constexprs = sizes | dot | constexprs | how | dict.fromkeys(absent)
         constexprs = {n: value for n, value in constexprs.items() if n in fn.arg_names}
         signature = {n: types.get(n, x if n[0] == "p" else "i32") for n in fn.arg_names if n not in constexprs}
-        # Row strides of the 27B model are multiples of 16, as Triton finds out at the launch.
-        aligned = tuple(n for n in signature)
+        # The 27B model's row strides are multiples of 16: Triton sees that at the launch.
+        aligned = tuple(signature)
         return CompileSpec(f"delta rule {name}", fn, signature, constexprs, warps, stages, spills, why, aligned)
 
     launch = {name: forward.options(name, dtype, 128) for name in ("states", "recompute", "reverse", "gradients")}

@@ -201,8 +201,8 @@ def _gradients_kernel(
     p_k += i_hk * DK
     dtype: tl.constexpr = p_R.dtype.element_ty
 
-    # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers. q, k and the chunk's place
-    # are read again (from L2) where they are used: held, they and their addresses are spilled.
+    # Two passes over the heads, dq then dk, so that only one (BT, DK) sum stays in registers. q, k and where the chunk
+    # lies are read again (from L2) where they are used: held, they and their addresses are spilled.
     b_dq = tl.zeros((BT, DK), tl.float32)
     for i_g in range(GROUP):
         i_h = i_hk * GROUP + i_g

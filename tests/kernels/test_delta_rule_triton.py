@@ -8,15 +8,18 @@ import torch
 from kernels import delta_rule_backward as backward
 from kernels import delta_rule_forward as forward
 from kernels.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.compile_check import ttgir_of
 from kernels.delta_rule import (
     CASES,
     MUTANTS,
+    compile_specs,
     gated_delta_rule_step_reference,
     gated_delta_rule_step_triton,
     gated_delta_rule_triton,
     make_case,
 )
 from kernels.seams import Documents
+from kernels.ttgir import transposed_accumulators
 from tests.kernels import delta_rule_equations as equations
 from tests.kernels.test_delta_rule import recurrence
 
@@ -204,3 +207,10 @@ def test_no_checkpoint_for_short_documents():
         [1024, 6, 16, -1],
         [3078, 1, 49, 1],
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", compile_specs(), ids=lambda spec: spec.name)
+def test_no_transposed_accumulator_is_a_dot_operand(spec):
+    """Some Triton versions get such a dot wrong on Hopper; the interpreter cannot show it, the compiled form can."""
+    assert transposed_accumulators(ttgir_of(spec)) == []
