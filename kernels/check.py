@@ -116,21 +116,21 @@ def closeness_of(
     """Raises AssertionError unless the case holds; returns the worst error. All seeds are judged together, because
     the error of a single number (a loss, a document of one token) is luck.
     """
-    actual, rounded, expected = [], [], []
+    actual, again, rounded, expected = [], [], [], []
     for seed in range(seeds):
         case = found.make_case(**size, device=device, dtype=dtype, seed=seed)
         expected.append(run(case, found.reference, torch.float64))
         with poisoned_empty():
             actual.append(run(case, found.triton))
-            again = run(case, found.triton)
-        if dtype == torch.float32:
-            _quietly(assert_close_fp32, actual[-1], expected[-1])
-        else:
+            again.append(run(case, found.triton))
+        if dtype != torch.float32:
             rounded.append(run(case, plain or plain_peer(found)))
-        _same_bits(actual[-1], again)
     actual, expected = _stack(actual), _stack(expected)
     if rounded:
         _quietly(assert_close_bf16, actual, _stack(rounded), expected)
+    else:
+        _quietly(assert_close_fp32, actual, expected)
+    _same_bits(actual, _stack(again))
     return _worst_error(actual, expected)
 
 
@@ -309,8 +309,9 @@ def main() -> int:
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        print("no GPU: the small cases run in Triton's interpreter, fp32, one seed; bf16 and the 27B sizes are not run")
         return in_interpreter("kernels.check", sys.argv[1:])
+    if device == "cpu":
+        print("no GPU: the small cases run in Triton's interpreter, fp32, one seed; bf16 and the 27B sizes are not run")
     rows = []
     for found in chosen:
         for row in check_op(found, args.seeds if device == "cuda" else 1, device):
