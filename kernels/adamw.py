@@ -107,7 +107,7 @@ class AdamWState:
         return cls(*(x.contiguous().to(device) for x in tensors))
 
 
-# ---- reference: rows are worked through in groups, so that its temporaries stay near 60 MB whatever P is
+# The reference works through the rows in groups, so that its temporaries stay near 60 MB whatever P is.
 
 ROWS_AT_ONCE = 4096
 
@@ -225,7 +225,7 @@ def spare_zero(code: Tensor, v: Tensor) -> Tensor:
     return torch.where(v > 0, code.clamp(min=1), code)
 
 
-# ---- Triton: partial sums of the norm, one program that sets the step's scalars, one launch for the update
+# Triton: partial sums of the norm, one program that sets the scalars of the step, one launch for the update.
 
 
 @triton.jit
@@ -420,8 +420,6 @@ def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
     log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
     return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
 
-
-# ---- what the tests, the check, the bench and the compile check need
 
 # Rank 1 at 27B: A and B of gate, up, down in 64 layers, of q|gate, k, v, o in 16. 512 segments, 4,980,736 elements.
 RECIPE_27B = [5120, 17408, 5120, 17408, 17408, 5120] * 64 + [5120, 12288, 5120, 1024, 5120, 1024, 6144, 5120] * 16
