@@ -10,8 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,8 @@ class Dataset:
 class MicroBatch:
     """Whole documents in one flat row, as the model takes them.
 
-    tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64, the
-    rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
+    tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
+    the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
     """
 
     tokens: torch.Tensor
@@ -174,12 +175,13 @@ def row_messages(row: Row, system: str | None = None) -> list[Message]:
     """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
     messages = row.fields.get("messages")
     if messages is None:
-        # The template takes the content apart again at these tags and would lose text without a word.
-        for key, text, tags in (("reasoning", row.reasoning, (THINK, THINK_END)), ("answer", row.fields["answer"], (THINK_END,))):
-            for tag in tags:
-                if tag in text:
-                    raise ValueError(f"{row.where}: {key} holds {tag}, which the chat template would cut at; remove it")
-        content = f"{THINK}\n{row.reasoning}\n{THINK_END}\n{row.fields['answer']}"
+        reasoning, answer = row.reasoning, row.fields["answer"]
+        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
+        for key, text, tag in tags:
+            # The template takes the content apart again at these tags and would lose text without a word.
+            if tag in text:
+                raise ValueError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
+        content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
         messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
     has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
     return messages if system is None or has_system else [{"role": "system", "content": system}, *messages]
@@ -190,8 +192,6 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
 
     ValueError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 2")
     encoded = [_encode_row(row, tokenizer, max_tokens, system) for row in rows]
     documents = [document for document, _ in encoded]
     useless = [document.source for document in documents if document.n_targets == 0]
@@ -207,6 +207,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
 
 def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     messages = row_messages(row, system)
     try:
         ids, trained = tokenizer.encode_trained(messages)
@@ -241,27 +243,22 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
 def _permutation(n: int, seed: int, stream: int) -> list[int]:
     """A uniform permutation of range(n): the order of n random 64-bit keys.
 
-    NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise for
-    `Generator.permutation`, nor Python for `random.shuffle`.
+    NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise
+    for `Generator.permutation`, nor Python for `random.shuffle`.
     """
     return np.argsort(np.random.PCG64([seed, stream]).random_raw(n), kind="stable").tolist()
 
 
 def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:
     """The documents, in order, in micro-batches of at most `micro_batch_tokens`; a longer document stands alone."""
-    return [_micro_batch(group) for group in _groups(documents, micro_batch_tokens)]
-
-
-def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> Iterator[list[Document]]:
-    group, n_tokens = [], 0
+    groups, n_tokens = [], 0
     for document in documents:
-        if group and n_tokens + len(document) > micro_batch_tokens:
-            yield group
-            group, n_tokens = [], 0
-        group.append(document)
         n_tokens += len(document)
-    if group:
-        yield group
+        if not groups or n_tokens > micro_batch_tokens:
+            groups.append([])
+            n_tokens = len(document)
+        groups[-1].append(document)
+    return [_micro_batch(group) for group in groups]
 
 
 def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
@@ -279,9 +276,10 @@ def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
     edges = [0, *(np.flatnonzero(np.diff(document.trained)) + 1), len(document)]
     text = ""
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
+        run = tokenizer.decode(document.tokens[a:b])
         # A row's own control characters are shown, not obeyed by the terminal.
-        run = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda c: f"\\x{ord(c[0]):02x}", tokenizer.decode(document.tokens[a:b]))
+        run = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", run)
         text += f"{start}{run}{end}" if document.trained[a] else run
     return text
 
@@ -296,8 +294,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     try:
-        if args.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {args.max_tokens}, expected at least 1")
         rows = read_rows(args.show)
         if not 1 <= args.row <= len(rows):
             raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
