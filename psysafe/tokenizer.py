@@ -1,7 +1,7 @@
 """Text to token ids: tokenizer.json, the chat template of Qwen3.5, and which tokens of a conversation are trained.
 
-Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the last
-user query begin with a think block, and they are what training teaches: everything after their marker
+Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the
+last user query begin with a think block, and they are what training teaches: everything after their marker
 `<|im_start|>assistant\\n<think>`, up to and with the turn's last newline.
 """
 
@@ -86,9 +86,9 @@ class Tokenizer:
         """Ids of the rendered conversation, and for each whether it is trained.
 
         The text is tokenised once, as a whole: joined pieces would give other ids (the prompt `<think>\\n` ends in the
-        token "\\n", an empty reasoning makes it "\\n\\n"). What is trained is known from how the text was put together and
-        never searched for in it, so a user who writes the marker out is not trained on. A trained piece lies between
-        added tokens, which no other token reaches across.
+        token "\\n", an empty reasoning makes it "\\n\\n"). What is trained is known from how the text was put together
+        and never searched for in it, so a user who writes the marker out is not trained on. A trained piece lies
+        between added tokens, which no other token reaches across.
         """
         pieces = _pieces(messages)
         ids, offsets = self.encode_with_offsets("".join(piece for piece, _ in pieces))

@@ -1,0 +1,312 @@
+"""A row goes in, packed micro-batches come out: rows -> token ids and mask -> the documents of a step -> one flat row.
+
+    python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N]
+
+prints a row as the model sees it, with its trained tokens coloured.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from psysafe.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
+EXPECTED_ROW = "an object with prompt and answer (and reasoning), or with messages"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file with all its fields, also those that training does not read (`risk cluster`, ...)."""
+
+    fields: dict
+    file: Path
+    number: int  # its place among the rows of the file, from 1
+    line: int | None = None  # JSONL only, from 1
+
+    @property
+    def where(self) -> str:
+        return f"{self.file} row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
+        return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One encoded row: tokens (T,) int32, trained (T,) bool, and the file and row number it came from."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_targets(self) -> int:
+        """Trained tokens that something predicts. The first token of a document has nothing before it."""
+        return int(np.count_nonzero(self.trained[1:]))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded rows, in the order of the rows, and what encoding did to them."""
+
+    documents: list[Document]
+    max_tokens: int
+    n_cut: int
+    n_without_reasoning: int
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
+    def n_targets(self) -> int:
+        return sum(document.n_targets for document in self.documents)
+
+    def summary(self) -> str:
+        """The line to print at start."""
+        line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
+        line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
+        return line + (f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else "")
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Whole documents in one flat row, as the model takes them.
+
+    tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
+    the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
+    """
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    rows: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        return MicroBatch(*(t.to(device) for t in (self.tokens, self.cu_seqlens, self.rows, self.labels)))
+
+
+def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
+    """All rows of the files, in order. A file is a JSON array or JSONL, in UTF-8.
+
+    ValueError names the file and the line or row that cannot be a row.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    rows = [row for path in paths for row in _read_file(Path(path))]
+    for row in rows:
+        _check_fields(row)
+    return rows
+
+
+def _read_file(path: Path) -> list[Row]:
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON or JSONL file of rows") from None
+    if text.lstrip().startswith("["):
+        fields = _parse(text, path, first_line=1)
+        rows = [Row(fields, path, number) for number, fields in enumerate(fields, 1)]
+    else:
+        # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
+    if not rows:
+        raise ValueError(f"{path}: no rows in it; expected a JSON array of rows or one JSON object a line")
+    return rows
+
+
+def _parse(text: str, path: Path, first_line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        line, reason = first_line, str(error)
+    expected = "expected a JSON array of rows or one JSON object a line"
+    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {expected}")
+
+
+def _check_fields(row: Row) -> None:
+    fields = row.fields
+    if not isinstance(fields, dict):
+        raise ValueError(f"{row.where}: {_shown(fields)}, expected {EXPECTED_ROW}")
+    if "messages" in fields:
+        if not isinstance(fields["messages"], list):
+            raise ValueError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
+        return
+    for key in ("prompt", "answer"):
+        if key not in fields:
+            found = ", ".join(fields) or "nothing"
+            raise ValueError(f"{row.where}: no {key} in it (found: {found}); expected {EXPECTED_ROW}")
+        if not isinstance(fields[key], str) or not fields[key].strip():
+            raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
+    for key in ("reasoning", "reasoning_language"):
+        if not isinstance(fields.get(key), str | None):
+            raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
+
+
+def _shown(value: object) -> str:
+    return f"{json.dumps(value):.60} ({type(value).__name__})"
+
+
+def row_messages(row: Row, system: str | None = None) -> list[Message]:
+    """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
+    messages = row.fields.get("messages")
+    if messages is None:
+        reasoning, answer = row.reasoning, row.fields["answer"]
+        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
+        for key, text, tag in tags:
+            # The template takes the content apart again at these tags and would lose text without a word.
+            if tag in text:
+                raise ValueError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
+        content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
+        messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
+    has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    return messages if system is None or has_system else [{"role": "system", "content": system}, *messages]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> Dataset:
+    """Every row as a document of at most `max_tokens` tokens; longer rows lose their end and are counted.
+
+    ValueError for a conversation that the template refuses and for rows in which nothing is left to train.
+    """
+    encoded = [_encode_row(row, tokenizer, max_tokens, system) for row in rows]
+    documents = [document for document, _ in encoded]
+    useless = [document.source for document in documents if document.n_targets == 0]
+    if useless:
+        more = f" and {len(useless) - 10:,} more" if len(useless) > 10 else ""
+        raise ValueError(
+            f"{', '.join(useless[:10])}{more}: no trained token in the first {max_tokens} tokens; "
+            "expected an assistant turn after the last user turn, within max_tokens"
+        )
+    without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
+    return Dataset(documents, max_tokens, sum(length > max_tokens for _, length in encoded), without_reasoning)
+
+
+def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
+    """The document, and the row's length before the cut."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    messages = row_messages(row, system)
+    try:
+        ids, trained = tokenizer.encode_trained(messages)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+    return Document(np.array(ids[:max_tokens], np.int32), np.array(trained[:max_tokens], bool), row.where), len(ids)
+
+
+def split_rows(rows: Sequence[Row], *, seed: int, fraction: float = 0.1) -> tuple[list[Row], list[Row]]:
+    """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} row cannot be split into training and validation; give a validation file")
+    n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    validation = set(_permutation(len(rows), seed, 0)[:n_validation])
+    return [r for i, r in enumerate(rows) if i not in validation], [r for i, r in enumerate(rows) if i in validation]
+
+
+def steps_per_epoch(n_documents: int, batch_size: int) -> int:
+    return -(-n_documents // batch_size)
+
+
+def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """The documents of a step (counted from 0 over the whole run): a pure function, so a resumed run needs no iterator.
+
+    Every epoch is a fresh permutation; its last batch may be short.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_documents, batch_size))
+    order = _permutation(n_documents, seed, 1 + epoch)
+    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+
+
+def _permutation(n: int, seed: int, stream: int) -> list[int]:
+    """A uniform permutation of range(n): the order of n random 64-bit keys.
+
+    NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise
+    for `Generator.permutation`, nor Python for `random.shuffle`.
+    """
+    return np.argsort(np.random.PCG64([seed, stream]).random_raw(n), kind="stable").tolist()
+
+
+def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:
+    """The documents, in order, in micro-batches of at most `micro_batch_tokens`; a longer document stands alone."""
+    groups, n_tokens = [], 0
+    for document in documents:
+        n_tokens += len(document)
+        if not groups or n_tokens > micro_batch_tokens:
+            groups.append([])
+            n_tokens = len(document)
+        groups[-1].append(document)
+    return [_micro_batch(group) for group in groups]
+
+
+def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
+    tokens = torch.from_numpy(np.concatenate([document.tokens for document in documents]).astype(np.int64))
+    trained = torch.from_numpy(np.concatenate([document.trained for document in documents]))
+    cu_seqlens = torch.tensor(np.cumsum([0, *map(len, documents)]), dtype=torch.int32)
+    # Token t is predicted at t - 1. The row before a document's first token belongs to another document.
+    trained[cu_seqlens[:-1].long()] = False
+    targets = trained.nonzero().squeeze(1)
+    return MicroBatch(tokens, cu_seqlens, targets - 1, tokens[targets])
+
+
+def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:
+    """The document as text; trained tokens green, or without colour between [[ and ]]."""
+    start, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
+    edges = [0, *(np.flatnonzero(np.diff(document.trained)) + 1), len(document)]
+    text = ""
+    for a, b in pairwise(edges):
+        run = tokenizer.decode(document.tokens[a:b])
+        # A row's own control characters are shown, not obeyed by the terminal.
+        run = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", run)
+        text += f"{start}{run}{end}" if document.trained[a] else run
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m psysafe.data", description="Show a row as the model sees it.")
+    parser.add_argument("--show", required=True, metavar="FILE", help="a JSON or JSONL file of rows")
+    parser.add_argument("--row", type=int, default=1, metavar="N", help="which row, from 1 (default 1)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="folder or hub id (default: bundled)")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="cut longer rows (default 4096)")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    args = parser.parse_args(argv)
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    try:
+        rows = read_rows(args.show)
+        if not 1 <= args.row <= len(rows):
+            raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
+        tokenizer = load_tokenizer(args.model)
+        document, length = _encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system=None)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{document.source} of {len(rows):,}\n\n{show(document, tokenizer, color)}")
+    cut = f", cut from {length:,}" if length > len(document) else ""
+    print(f"{len(document):,} tokens{cut}; {document.n_targets:,} trained")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
