@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from kernels import attention as _attention
@@ -50,6 +51,16 @@ def runs_triton(x: Tensor) -> bool:
     return value == "triton"
 
 
+def describe(device: torch.device, head_dim: int) -> str:
+    """The line that a run prints at its start: what runs here."""
+    x = torch.empty(0, device=device)
+    if not runs_triton(x):
+        return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
+    plain = [name for name, (_, triton_op) in OPS.items() if triton_op is None]
+    line = "Triton" + ("" if x.is_cuda else "'s interpreter")
+    return line + (f"; reference for {', '.join(plain)}" if plain else "")
+
+
 def _switch(name: str, module) -> Callable:
     reference = getattr(module, f"{name}_reference")
     OPS[name] = (reference, getattr(module, f"{name}_triton", None))
@@ -76,4 +87,4 @@ gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
 swiglu = _switch("swiglu", _glu)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
 
-__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "runs_triton", *OPS]
+__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]

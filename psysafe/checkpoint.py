@@ -5,20 +5,25 @@ into the fused weights, so that loading peaks at the model plus one tensor.
     model = load_model("Qwen/Qwen3.5-27B", device="cuda", dtype=torch.bfloat16)
 """
 
+import argparse
+import math
+import re
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from psysafe.config import expand
 from psysafe.layers import FusedLinear
 from psysafe.lora import load_adapter, read_json
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
 
-ASSETS = Path(__file__).parent / "assets"
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
 PREFIXES = ("model.language_model.", "model.")
@@ -37,8 +42,8 @@ def load_model(
     Raises ValueError with one line that says what is wrong with the checkpoint and where.
     """
     random = str(source).startswith("random:")
-    folder = None if random else resolve(source, revision)
-    config_file = Path(str(source).removeprefix("random:")) if random else folder / "config.json"
+    folder, _ = resolve_model(source, revision)
+    config_file = folder / (Path(str(source)).name if random else "config.json")
     model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
     if random:
         randomise(model)
@@ -60,21 +65,27 @@ def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -
         torch.set_default_dtype(before)
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """A model's local folder; a hub id is downloaded first (or found in the hub's cache)."""
+def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """(local folder, commit): a hub id is downloaded first, or found in the hub's cache; a folder has no commit ("").
+
+    `random:CONFIG.json` gives the folder of the config, where a tokenizer may lie.
+    """
     source = str(source)
-    if source.startswith("assets:"):
-        return ASSETS / source.removeprefix("assets:")
-    path = Path(source).expanduser()
+    path = Path(expand(source.removeprefix("random:"))).expanduser()
+    if source.startswith("random:"):
+        return path.parent, ""
     if path.is_dir():
-        return path
+        return path, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        folder = snapshot_download(
+            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+        )
+        return Path(folder), Path(folder).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
@@ -109,13 +120,13 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
     wanted = published_tensors(model)
     found: dict[str, tuple[Path, str]] = {}
     wrong = []
-    for path, key, shape, dtype in _headers(folder):
-        name = _decoder_name(key)
+    for path, key, shape, dtype in tensor_entries(folder):
+        name = decoder_name(key)
         if name is None or (name == "lm_head.weight" and model.lm_head is None):
             continue
         if name not in wanted:
             wrong.append(f"unknown tensor {key}")
-        elif tuple(shape) != tuple(wanted[name].shape):
+        elif shape != wanted[name].shape:
             wrong.append(f"{key} is {list(shape)}, expected {list(wanted[name].shape)}")
         elif dtype not in READABLE:
             wrong.append(f"{key} is {dtype}, expected one of {', '.join(READABLE)} (quantised checkpoints do not load)")
@@ -136,8 +147,22 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
                 wanted[name].copy_(file.get_tensor(key))
 
 
-def _headers(folder: Path) -> Iterator[tuple[Path, str, list[int], str]]:
-    """(file, key, shape, dtype) of every tensor that the index, or the single file, lists."""
+class TensorEntry(NamedTuple):
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' names: BF16, F32, ...
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
+    """Every tensor that the index, or the single file, lists."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -162,12 +187,13 @@ def _headers(folder: Path) -> Iterator[tuple[Path, str, list[int], str]]:
                     raise ValueError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
                 for key in sorted(keys or present):
                     part = file.get_slice(key)
-                    yield path, key, part.get_shape(), part.get_dtype()
+                    yield TensorEntry(path, key, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
 
 
-def _decoder_name(key: str) -> str | None:
+def decoder_name(key: str) -> str | None:
+    """A published name without its prefix, or None for what is not part of the decoder."""
     if key.startswith(SKIPPED):
         return None
     for prefix in PREFIXES:
@@ -194,3 +220,25 @@ def randomise(model: Qwen3_5) -> None:
             noise *= 0.1
         x.copy_(noise)
 
+
+def main(argv: Sequence[str]) -> int:
+    from psysafe.merge import merge
+
+    parser = argparse.ArgumentParser(prog="python -m psysafe.checkpoint", description="Checkpoints out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
+    command.add_argument("--model", required=True, metavar="DIR|HUB_ID", help="the base")
+    command.add_argument("--adapter", required=True, metavar="DIR", help="an adapter of this project's or PEFT's")
+    command.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged checkpoint")
+    command.add_argument("--revision", default="", help="commit or branch of a hub id")
+    command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
+    args = parser.parse_args(argv)
+    out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
+    print(f"merged checkpoint in {out}, read back and checked")
+    return 0
+
+
+if __name__ == "__main__":
+    from psysafe.runtime import main_guard
+
+    sys.exit(main_guard(main))

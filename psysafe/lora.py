@@ -93,7 +93,7 @@ def attach(
     The initial values depend on the seed and the names alone, not on the device.
     """
     targets = resolve_targets(targets)
-    scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+    scale = lora_scale(rank, alpha, use_rslora)
     layers = [(name, layer) for name, layer in fused_layers(model) if set(layer.parts) & set(targets)]
     if not layers:
         raise ValueError(f"lora_targets {list(targets)}: the model has none of these projections")
@@ -191,6 +191,21 @@ def save_adapter(
 def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
     """Attaches an adapter folder of ours or PEFT's, either key layout. Raises ValueError for what cannot be honoured
     (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
+    config, loaded = read_adapter(directory)
+    adapters = attach(
+        model,
+        config["r"],
+        config["lora_alpha"],
+        # What the file holds decides: PEFT's target_modules may also be a regular expression.
+        sorted({name.split(".")[-2] for name in loaded} & set(PRESETS["all-linear"])),
+        use_rslora=config.get("use_rslora", False),
+    )
+    fill_adapter(adapters, loaded, directory)
+    return adapters
+
+
+def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """(adapter_config.json, tensors by our names) of an adapter folder in PEFT's format, checked."""
     directory = Path(directory)
     config = read_json(directory / "adapter_config.json")
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
@@ -198,20 +213,17 @@ def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
             raise ValueError(f"{directory}/adapter_config.json: {key} = {config[key]!r} is not supported")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise ValueError(f"{directory}/adapter_config.json: expected peft_type LORA with bias none")
-    loaded = read_adapter_tensors(directory / "adapter_model.safetensors")
-    targets = config.get("target_modules") or []
-    if isinstance(targets, str):  # a regular expression or "all-linear": what the file holds decides
-        targets = sorted({name.split(".")[-2] for name in loaded})
-    targets = [name.rpartition(".")[2] for name in targets]
-    adapters = attach(
-        model,
-        config["r"],
-        config["lora_alpha"],
-        [t for t in targets if t in PRESETS["all-linear"]],
-        use_rslora=config.get("use_rslora", False),
-    )
-    fill_adapter(adapters, loaded, directory)
-    return adapters
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(config.get(key), kind) or not config[key] > 0:
+            raise ValueError(f"{directory}/adapter_config.json: {key} is {config.get(key)!r}, expected a number above 0")
+    tensors = read_adapter_tensors(directory / "adapter_model.safetensors")
+    if not tensors:
+        raise ValueError(f"{directory}/adapter_model.safetensors: holds no tensors")
+    return config, tensors
+
+
+def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def fill_adapter(adapters: Adapters, loaded: dict[str, Tensor], source: str | Path) -> None:

@@ -1,0 +1,67 @@
+"""Who may import whom: torch, triton <- kernels <- psysafe <- scripts <- tests; and which packages at run time."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train", "generate", "eval")
+RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "numpy", "huggingface_hub"}
+OPTIONAL = {"tqdm", "matplotlib", "wandb", "trackio"}  # tqdm comes with huggingface_hub; the others when asked for
+ALLOWED = {
+    "kernels": {"kernels"},
+    "psysafe": {"kernels", "psysafe"},
+    "scripts": {"kernels", "psysafe"},
+}
+
+
+def imports(source: str) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def faults(where: str, source: str) -> set[str]:
+    """What a file of that part of the project must not import."""
+    ours = imports(source) & {"kernels", "psysafe", "tests", "tools", "benchmarks", *SCRIPTS}
+    others = imports(source) - ours - set(sys.stdlib_module_names)
+    return (ours - ALLOWED[where]) | (others - RUNTIME - OPTIONAL)
+
+
+def files():
+    for part in ("kernels", "psysafe"):
+        yield from ((part, path) for path in sorted((ROOT / part).rglob("*.py")))
+    yield from (("scripts", ROOT / f"{name}.py") for name in SCRIPTS if (ROOT / f"{name}.py").exists())
+
+
+@pytest.mark.parametrize(("where", "path"), files(), ids=lambda x: getattr(x, "name", x))
+def test_import_direction(where, path):
+    assert not faults(where, path.read_text())
+
+
+def test_only_the_switch_knows_the_implementations():
+    """psysafe and the scripts call ops through the package `kernels`, never a Triton version by name."""
+    for where, path in files():
+        if where != "kernels":
+            assert "_triton(" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("kernels", "from psysafe.model import Qwen3_5"),
+        ("psysafe", "def f():\n    import train"),
+        ("scripts", "import transformers"),
+        ("psysafe", "from bitsandbytes.optim import AdamW8bit"),
+    ],
+)
+def test_a_wrong_import_is_seen(where, source):
+    assert faults(where, source)

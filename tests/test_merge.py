@@ -1,0 +1,154 @@
+"""Merged checkpoints: what the adapter touches is rounded once, everything else is the base's, byte for byte."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kernels.closeness import relative_error
+from psysafe import checkpoint, load_model
+from psysafe.lora import attach, save_adapter
+from psysafe.merge import merge
+from tests.oracles import both_models
+from tests.test_checkpoint import published_folder
+from tests.test_model import ids, one
+
+AUXILIARY = {
+    "generation_config.json": "{}",
+    "tokenizer.json": "{}",
+    "chat_template.jinja": "x",
+    "preprocessor_config.json": "{}",
+    "processor_config.json": "{}",
+}
+
+
+def random_adapter(base, folder, targets="all-linear", rank=2, rslora=False):
+    """An adapter for the base, B random."""
+    model = load_model(base)
+    adapters = attach(model, rank, 3.0, targets, seed=1, use_rslora=rslora)
+    torch.manual_seed(4)
+    for name, x in adapters.tensors().items():
+        if name.endswith("lora_B"):
+            x.copy_(torch.randn_like(x) * 0.1)
+    save_adapter(adapters, folder, str(base), model.config.multimodal)
+    return model, adapters
+
+
+def all_tensors(folder):
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A sharded bf16 base with vision and mtp tensors and all the files around it."""
+    published_folder(tmp_path / "base")
+    for name, text in AUXILIARY.items():
+        (tmp_path / "base" / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("shard_size", ["", "20KB"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_one_rounding_and_nothing_else(shard_size, rslora, published):
+    base, out = published / "base", published / "merged"
+    _, adapters = random_adapter(base, published / "adapter", rslora=rslora)
+    merge(base, published / "adapter", out, shard_size)
+    before, after = all_tensors(base), all_tensors(out)
+    assert before.keys() == after.keys()
+    scale = 3.0 / 2**0.5 if rslora else 1.5
+    lora, touched = adapters.tensors(), 0
+    for name, x in after.items():
+        path = name.removeprefix("model.language_model.").removesuffix(".weight")
+        expected = before[name]
+        if f"{path}.lora_A" in lora:
+            touched += 1
+            A, B = lora[f"{path}.lora_A"], lora[f"{path}.lora_B"]
+            # fp32 sum, one rounding; the product's own last bit may differ by the order of its two terms.
+            exact = expected.double() + scale * (B.double() @ A.double())
+            assert (x.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+            wrong = x != exact.to(torch.bfloat16)
+            assert wrong.float().mean() < 1e-3
+        else:
+            assert torch.equal(x.view(torch.uint8), expected.view(torch.uint8)) and x.dtype == expected.dtype
+    assert touched == len(lora) / 2
+    assert {p.name for p in out.iterdir() if p.suffix != ".safetensors"} == {
+        p.name for p in base.iterdir() if p.suffix != ".safetensors"
+    }
+    for name, text in AUXILIARY.items():
+        assert (out / name).read_text() == text
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map.keys() == after.keys()
+    if shard_size:
+        assert len(set(weight_map.values())) > 3
+
+
+def test_logits_of_the_merged_model(tmp_path):
+    """fp32: base + adapter = merged, here and in transformers, from the folder alone."""
+    both_models(tmp_path / "base")
+    model, _ = random_adapter(tmp_path / "base", tmp_path / "adapter", targets=("q_proj", "down_proj", "out_proj"))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    x = ids(50)
+    with torch.no_grad():
+        expected = model.logits(model(x, one(50)))
+        ours = load_model(tmp_path / "merged")
+        assert relative_error(ours.logits(ours(x, one(50))), expected) <= 1e-5
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert relative_error(theirs(x[None], use_cache=False).logits[0], expected) <= 1e-5
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        assert relative_error(plain(x[None], use_cache=False).logits[0], expected) > 1e-2
+
+
+def test_as_peft_merges(tmp_path):
+    reference, _ = both_models(tmp_path / "base")
+    random_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    peft = PeftModel.from_pretrained(reference, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, x in all_tensors(tmp_path / "merged").items():
+        assert relative_error(x, peft[name]) <= 1e-6, name
+
+
+def test_killed_in_the_middle_leaves_nothing_that_looks_finished(published):
+    random_adapter(published / "base", published / "adapter")
+    script = f"""
+        import os, signal
+        import psysafe.merge as m
+        count, save = [0], m.save_file
+        def dying(*args, **kwargs):
+            save(*args, **kwargs)
+            count[0] += 1
+            if count[0] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        m.save_file = dying
+        m.merge({str(published / "base")!r}, {str(published / "adapter")!r}, {str(published / "merged")!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode == -9
+    assert not (published / "merged").exists()
+    merge(published / "base", published / "adapter", published / "merged")
+    assert (published / "merged").exists()
+
+
+def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
+    base, adapter = published / "base", published / "adapter"
+    random_adapter(base, adapter)
+    (published / "taken").mkdir()
+    with pytest.raises(ValueError, match="taken: exists already"):
+        merge(base, adapter, published / "taken")
+    with pytest.raises(ValueError, match="--shard-size lots"):
+        merge(base, adapter, published / "merged", "lots")
+    other = tmp_path_factory.mktemp("other")
+    both_models(other / "base", "wide heads")
+    random_adapter(other / "base", other / "adapter")
+    with pytest.raises(ValueError, match="does not fit this base"):
+        merge(base, other / "adapter", published / "merged")
+    assert not (published / "merged").exists()
+    assert checkpoint.main(
+        ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]
+    ) == 0
+    assert "read back and checked" in capsys.readouterr().out

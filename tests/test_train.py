@@ -1,0 +1,181 @@
+"""The training loop: its curve against PEFT + torch's AdamW, the freedom to cut batches, and what bad steps do."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import get_cosine_schedule_with_warmup
+
+import kernels
+import train
+from kernels.closeness import relative_error
+from psysafe.config import TrainConfig
+from psysafe.data import Dataset, Document, step_documents
+from psysafe.lora import TARGETS, attach
+from psysafe.optim import AdamW
+from psysafe.runtime import Runtime
+from tests.oracles import both_models
+from tests.test_lora import peft_model, peft_tensors
+from tests.test_model import transformers_in_fp64
+
+CONFIG = TrainConfig(batch_size=3, lr=1e-3, warmup_steps=5, seed=1, micro_batch_tokens=1000, optimizer="adamw")
+STEPS = 30
+RUNTIME = {dtype: Runtime(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def dataset(count=11, longest=60) -> Dataset:
+    """Random documents of unlike lengths; about a third of the tokens is trained."""
+    random = np.random.default_rng(0)
+    documents = []
+    for i in range(count):
+        length = int(random.integers(3, longest))
+        trained = np.arange(length) >= int(random.integers(1, length))
+        documents.append(Document(random.integers(0, 97, length).astype(np.int32), trained, f"row {i}"))
+    return Dataset(documents, longest, 0, 0)
+
+
+def setup(folder, dtype=torch.float64, **changes):
+    """Both models, PEFT's and ours with the same adapters, and our optimiser."""
+    config = replace(CONFIG, **changes)
+    reference, model = both_models(folder, dtype=dtype)
+    peft = peft_model(reference, 1, TARGETS)
+    adapters = attach(model, 1, 3, TARGETS)
+    for name, x in peft_tensors(peft).items():
+        adapters.tensors()[name].copy_(x)
+    optimizer = AdamW(
+        adapters.param,
+        adapters.grad,
+        adapters.segments,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        min_8bit_size=1,
+        state_bits=8 if config.optimizer == "adamw8bit" else 32,
+    )
+    return config, peft, model, adapters, optimizer
+
+
+def curve(model, adapters, optimizer, config, data, steps=STEPS) -> list[float]:
+    runtime = RUNTIME[adapters.param.dtype]
+    rows = [train.train_step(model, adapters, optimizer, data, config, runtime, k, STEPS) for k in range(steps)]
+    return [row["loss"].item() for row in rows]
+
+
+def peft_curve(peft, config, data) -> list[float]:
+    """The recipe with the field's own parts: PEFT's model, torch's AdamW, clipping and transformers' schedule."""
+    peft.double()
+    parameters = [p for name, p in peft.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, (config.beta1, config.beta2), config.eps, weight_decay=config.weight_decay
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, STEPS)
+    losses = []
+    with transformers_in_fp64(peft.base_model.model):
+        for step in range(STEPS):
+            documents = [data.documents[i] for i in step_documents(len(data), step, config.batch_size, config.seed)]
+            total, targets = 0.0, sum(document.n_targets for document in documents)
+            optimizer.zero_grad()
+            for document in documents:
+                tokens = torch.from_numpy(document.tokens).long()
+                labels = tokens.where(torch.from_numpy(document.trained), -100)[1:]
+                logits = peft(tokens[None], use_cache=False).logits[0, :-1]
+                loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / targets
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            losses.append(total)
+    return losses
+
+
+def compare_with_peft(tmp_path):
+    config, peft, model, adapters, optimizer = setup(tmp_path)
+    data = dataset()
+    ours, theirs = curve(model, adapters, optimizer, config, data), peft_curve(peft, config, data)
+    assert max(theirs) - min(theirs) > 0.01
+    assert relative_error(torch.tensor(ours), torch.tensor(theirs)) <= 1e-7
+
+
+def test_the_curve_equals_peft_and_torch_adamw(tmp_path):
+    compare_with_peft(tmp_path)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_shifted_mask_is_caught(shift, tmp_path, monkeypatch):
+    """The mask of trained tokens moved by one: the curve is another one."""
+    original = train.pack
+
+    def wrong(documents, limit):
+        moved = [replace(d, trained=np.roll(d.trained, shift)) for d in documents]
+        return original(moved, limit)
+
+    monkeypatch.setattr(train, "pack", wrong)
+    with pytest.raises(AssertionError):
+        compare_with_peft(tmp_path)
+
+
+def cuts(tmp_path, dtype, steps, limits=(1000, 70, 1)):
+    for limit in limits:
+        config, _, model, adapters, optimizer = setup(tmp_path / str(limit), dtype, micro_batch_tokens=limit)
+        losses = curve(model, adapters, optimizer, config, dataset(), steps)
+        yield torch.tensor(losses, dtype=torch.float64), adapters
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    """fp64: one micro-batch, a few, one a document: the same 30 losses and the same adapter."""
+    (whole, first), *others = cuts(tmp_path, torch.float64, STEPS)
+    for losses, adapters in others:
+        assert relative_error(losses, whole) <= 1e-9
+        assert relative_error(adapters.param, first.param) <= 1e-9
+
+
+def test_micro_batches_in_fp32(tmp_path):
+    """fp32: the first step's loss and gradients."""
+    (whole, first), *others = cuts(tmp_path, torch.float32, 1)
+    for losses, adapters in others:
+        assert relative_error(losses, whole) <= 1e-5
+        for name, g in adapters.tensors(adapters.grad).items():
+            assert relative_error(g, first.tensors(first.grad)[name]) <= 1e-5, name
+
+
+def test_a_loss_averaged_per_micro_batch_is_caught(tmp_path, monkeypatch):
+    original = train.batch_loss
+
+    def wrong(model, batch, runtime):
+        return original(model, batch, runtime) / len(batch.labels)
+
+    monkeypatch.setattr(train, "batch_loss", wrong)
+    with pytest.raises(AssertionError):
+        test_micro_batches_change_nothing(tmp_path)
+
+
+def test_a_step_without_a_finite_norm_changes_nothing(tmp_path, monkeypatch):
+    """The adapter and the optimiser's state stay bit for bit; the next good step goes on as if nothing had been."""
+    config, _, model, adapters, optimizer = setup(tmp_path, torch.float32, optimizer="adamw8bit")
+    data = dataset()
+    curve(model, adapters, optimizer, config, data, 2)
+    before = {"param": adapters.param.clone(), **{k: v.clone() for k, v in optimizer.state_tensors().items()}}
+    original = train.batch_loss
+    monkeypatch.setattr(train, "batch_loss", lambda *args: original(*args) * float("nan"))
+    row = train.train_step(model, adapters, optimizer, data, config, RUNTIME[torch.float32], 2, STEPS)
+    assert int(row["skipped"]) == 1 and not torch.isfinite(row["grad_norm"])
+    after = {"param": adapters.param, **optimizer.state_tensors()}
+    assert all(torch.equal(before[k], after[k]) for k in before if "skip" not in k)
+    monkeypatch.setattr(train, "batch_loss", original)
+    row = train.train_step(model, adapters, optimizer, data, config, RUNTIME[torch.float32], 3, STEPS)
+    assert int(row["skipped"]) == 0 and not torch.equal(adapters.param, before["param"])
+
+
+def test_eight_bit_state_trains(tmp_path):
+    """Codes are uint8, and the curve stays near that of fp32 state."""
+    config, _, model, adapters, optimizer = setup(tmp_path / "8", torch.float32, optimizer="adamw8bit")
+    eight = curve(model, adapters, optimizer, config, dataset())
+    assert torch.uint8 in {x.dtype for x in optimizer.state_tensors().values()}
+    config, _, model, adapters, optimizer = setup(tmp_path / "32", torch.float32)
+    full = curve(model, adapters, optimizer, config, dataset())
+    assert relative_error(torch.tensor(eight), torch.tensor(full)) <= 0.02
+    assert kernels.choice() == "auto"
