@@ -12,7 +12,7 @@ and the host reads the tokens one step late. On a GPU the step is one CUDA graph
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from kernels import Documents
 from psysafe.cache import Cache
 from psysafe.lora import fused_layers
 from psysafe.model import Qwen3_5
-from psysafe.sampling import Sampling, choose
+from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
 RUNNING, STOP, LENGTH = 0, 1, 2
@@ -41,23 +41,23 @@ class Options:
     """What to generate and in how much memory; the defaults are those of `generate.py`."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 2048
-    """Tokens of an answer, its reasoning included."""
-    max_think_tokens: int = 0
-    """Reasoning longer than this is closed, and the answer begins; 0 for no limit."""
-    thinking: bool = True
-    """Let the model reason before it answers."""
-    batch_size: int = 0
-    """Sequences decoded together; 0 takes as many as free memory allows (at most 64 on a GPU, 8 on a CPU)."""
-    context: int = 0
-    """Tokens of the longest sequence, prompt and answer; 0 fits the prompts and max_new_tokens."""
-    prefill_tokens: int = 4096
-    """Most prompt tokens in one forward pass; longer prompts are read in pieces."""
+    max_new_tokens: int = setting(2048, "Tokens of an answer, its reasoning included.")
+    max_think_tokens: int = setting(0, "Reasoning longer than this is closed, and the answer begins; 0 for no limit.")
+    thinking: bool = setting(True, "Let the model reason before it answers.")
+    batch_size: int = setting(0, "Sequences decoded together; 0 for what fits in memory, up to 64 (CPU: 8).")
+    context: int = setting(0, "Room for prompt and answer together, in tokens; 0 for what is needed.")
+    prefill_tokens: int = setting(4096, "Most prompt tokens in one forward pass; longer prompts are read in pieces.")
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("max_think_tokens", 0), ("batch_size", 0), ("context", 0)):
+        for name in ("max_new_tokens", "max_think_tokens", "batch_size", "context", "prefill_tokens"):
+            least = 1 if name in ("max_new_tokens", "prefill_tokens") else 0
             if getattr(self, name) < least:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}")
+
+    def that_matter(self) -> dict:
+        """What answers depend on, flat: how many are computed together is not part of it."""
+        kept = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "prefill_tokens")}
+        return kept | kept.pop("sampling")
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,21 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     new_tokens: int
-    stuck: bool
-    """The think block never closed: everything is reasoning, and there is no answer."""
+    stuck: bool  # the think block never closed: everything is reasoning, and there is no answer
 
 
 class Generator:
     """A model and a tokenizer as one function from conversations to answers."""
 
-    def __init__(self, model: Qwen3_5, tokenizer: Tokenizer, options: Options | None = None):
-        self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
+    def __init__(
+        self,
+        model: Qwen3_5,
+        tokenizer: Tokenizer,
+        options: Options | None = None,
+        say: Callable[[str], object] | None = None,
+    ):
+        """say: where to report how much memory the slots take, whenever slots are made."""
+        self.model, self.tokenizer, self.options, self.say = model, tokenizer, options or Options(), say
         self.engine: Engine | None = None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -91,70 +97,67 @@ class Generator:
         conversations: Sequence[Sequence[Message]],
         rows: Sequence[int] | None = None,
         on_token: OnToken | None = None,
-    ) -> Iterator[Answer]:
-        """Answers in the order in which they are finished. A row's number (default: its index) names its random
+    ) -> Iterator["Answer"]:
+        """Answers in the order in which they are finished. A row's number (default: 1, 2, ...) names its random
         numbers. on_token(row, id) sees every token as soon as it is known."""
-        rows = range(len(conversations)) if rows is None else rows
+        rows = range(1, len(conversations) + 1) if rows is None else rows
         return self.complete([Request(r, self.encode(c)) for r, c in zip(rows, conversations, strict=True)], on_token)
 
-    def complete(self, requests: Sequence["Request"], on_token: OnToken | None = None) -> Iterator[Answer]:
-        """As `answers`, for prompts that are token ids already."""
-        if not requests:
-            return
-        self.prepare(requests)
-        for sequence in self.engine.run(requests, on_token):
-            yield self._answer(sequence)
+    def complete(self, requests: Sequence["Request"], on_token: OnToken | None = None) -> Iterator["Answer"]:
+        """As `answers`, for prompts that are token ids already. Raises ValueError for one that no slot can hold."""
+        if requests:
+            self._prepare(requests)
+            for progress in self.engine.run(requests, on_token):
+                yield self._answer(progress)
 
-    def prepare(self, requests: Sequence["Request"]) -> str:
-        """Makes slots for these requests, unless those at hand do; a line about their memory. Raises ValueError for a
-        prompt that no slot can hold."""
-        config, options = self.model.config, self.options
-        longest = max(len(request.ids) for request in requests)
-        limit = options.context or min(longest + options.max_new_tokens, config.max_position_embeddings)
+    def _prepare(self, requests: Sequence["Request"]) -> None:
+        """Makes an engine for these requests, unless the one at hand will do."""
+        options, longest = self.options, max(len(request.ids) for request in requests)
+        positions = self.model.config.max_position_embeddings
+        if options.context > positions:
+            raise ValueError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
+        limit = options.context or min(longest + options.max_new_tokens, positions)
         for request in requests:
-            if not 0 < len(request.ids) < limit:
-                remedy = "raise --context" if options.context else "it is the model's longest; shorten the prompt"
+            if len(request.ids) >= limit:
+                remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
                 raise ValueError(
-                    f"prompt {request.row + 1} has {len(request.ids):,} tokens, but a sequence, its answer included, "
-                    f"holds {limit:,}: {remedy}"
+                    f"{request.name or f'prompt {request.row}'}: {len(request.ids):,} tokens, but prompt and answer "
+                    f"together have room for {limit:,}; {remedy}"
                 )
-        device = self.model.embed_tokens.device
-        wanted = min(len(requests), options.batch_size or MOST_SLOTS[device.type])
+        wanted = min(len(requests), options.batch_size or MOST_SLOTS[self.model.embed_tokens.device.type])
         cache = self.engine and self.engine.cache
-        if cache is None or cache.max_tokens < limit or cache.slots < wanted:
-            self.engine = cache = None  # what it held is free memory for the next one
-            slots = choose_slots(self.model, limit, wanted, exactly=options.batch_size > 0)
-            tokenizer = self.tokenizer
-            closing = tokenizer.encode(CLOSING)
-            self.engine = Engine(self.model, options, slots, limit, tokenizer.eos_ids, closing, tokenizer.think_end_id)
-        cache = self.engine.cache
-        total, each = cache.bytes_per_slot * cache.slots / 1e6, cache.bytes_per_slot / 1e6
-        return f"{cache.slots} slots of {cache.max_tokens:,} tokens, {each:,.1f} MB each, {total:,.1f} MB in all"
+        if cache is not None and cache.max_tokens >= limit and cache.slots >= wanted:
+            return
+        self.engine = cache = None  # what it held is free memory for the next one
+        slots = choose_slots(self.model, limit, wanted, exactly=options.batch_size > 0)
+        tokenizer = self.tokenizer
+        closing = tokenizer.encode(CLOSING)
+        self.engine = Engine(self.model, options, slots, limit, tokenizer.eos_ids, closing, tokenizer.think_end_id)
+        if self.say is not None:
+            each = self.engine.cache.bytes_per_slot / 1e6
+            self.say(f"{slots} slots of {limit:,} tokens, {each:,.1f} MB each, {slots * each:,.1f} MB in all")
 
-    def _answer(self, sequence: "Progress") -> Answer:
-        ids = sequence.ids[:-1] if sequence.finish == STOP else sequence.ids
-        text = self.tokenizer.decode(ids)
-        thought = self.options.thinking
-        stuck = thought and THINK_END not in text
-        reasoning = text.split(THINK_END)[0].strip() if thought else ""
-        answer = "" if stuck else text.split(THINK_END)[-1].strip() if thought else text.strip()
+    def _answer(self, progress: "Progress") -> "Answer":
+        text = self.tokenizer.decode(progress.ids[:-1] if progress.finish == STOP else progress.ids)
+        reasoning, end, answer = text.partition(THINK_END) if self.options.thinking else ("", "", text)
         return Answer(
-            sequence.request.row,
-            text,
-            reasoning,
-            answer,
-            REASONS[sequence.finish],
-            len(sequence.request.ids),
-            len(sequence.ids),
-            stuck,
+            row=progress.request.row,
+            response=text,
+            reasoning=reasoning.strip(),
+            answer=answer.rpartition(THINK_END)[2].strip(),
+            finish_reason=REASONS[progress.finish],
+            prompt_tokens=len(progress.request.ids),
+            new_tokens=len(progress.ids),
+            stuck=self.options.thinking and not end,
         )
 
 
 class Request(NamedTuple):
-    """A prompt to be continued; `row` names its random numbers."""
+    """A prompt to be continued. `row` names its random numbers, `name` it in errors."""
 
     row: int
     ids: list[int]
+    name: str = ""
 
 
 @dataclass

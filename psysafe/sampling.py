@@ -10,7 +10,7 @@ Letters: n rows, V vocabulary, k candidates.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,24 +18,22 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 
 
+def setting(default, sentence: str):
+    """A dataclass field that a flag can set; the sentence is its help."""
+    return field(default=default, metadata={"help": sentence})
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; the defaults choose the most likely one. Raises ValueError for values out of range."""
 
-    temperature: float = 0.0
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Only tokens at least this probable relative to the most likely one."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens of the prompt and of what was written."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that were written already."""
-    seed: int = 0
-    """With the row and the position it fixes every random number."""
+    temperature: float = setting(0.0, "Divides the logits; 0 always takes the most likely token.")
+    top_k: int = setting(0, "Only the k most likely tokens; 0 for all.")
+    top_p: float = setting(1.0, "Only the most likely tokens that together reach this probability.")
+    min_p: float = setting(0.0, "Only tokens at least this probable relative to the most likely one.")
+    repetition_penalty: float = setting(1.0, "Makes tokens of the prompt and of the answer so far less likely.")
+    presence_penalty: float = setting(0.0, "Subtracted from the logits of tokens of the answer so far.")
+    seed: int = setting(0, "With the row and the position it fixes every random number.")
 
     def __post_init__(self):
         for name, fits, expected in (
