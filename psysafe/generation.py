@@ -351,7 +351,7 @@ def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) ->
     least = wanted if exactly else 1
     if fit < least:
         raise ValueError(
-            f"{least} x {max_tokens:,} tokens need {least * each / 1e9:,.1f} GB of cache, but of {free / 1e9:,.1f} GB "
+            f"{least} x {max_tokens:,} tokens need {least * each / 1e6:,.1f} MB of cache, but of {free / 1e6:,.1f} MB "
             f"free memory it may take {CACHE_SHARE:.0%}; lower --batch-size, --context or --max-new-tokens"
         )
     return min(wanted, fit)
