@@ -11,7 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,18 +20,35 @@ import torch.distributed as dist
 import kernels
 from psysafe.checkpoint import load_model, resolve_model
 from psysafe.config import TrainConfig, expand, resolve, to_toml
-from psysafe.data import Dataset, encode_rows, pack, read_rows, split_rows, step_documents, steps_per_epoch
+from psysafe.data import Dataset, MicroBatch, encode_rows, pack, read_rows, split_rows, step_documents, steps_per_epoch
 from psysafe.files import write_atomic
 from psysafe.lora import Adapters, attach, load_adapter, save_adapter
 from psysafe.model import Qwen3_5
 from psysafe.optim import AdamW, cosine_schedule
 from psysafe.prompts import system_text
 from psysafe.run_log import RunLog, check_optional, plot_loss, print_run
-from psysafe.run_state import StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.run_state import State, StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
 from psysafe.runtime import Runtime, StopRequest, main_guard, start, versions
 from psysafe.tokenizer import load_tokenizer
 
 MAX_SKIPPED = 3  # steps in a row whose gradient norm is not finite
+
+
+@dataclass
+class Run:
+    """Everything a step needs, and how far the run has come."""
+
+    config: TrainConfig
+    runtime: Runtime
+    model: Qwen3_5
+    adapters: Adapters
+    optimizer: AdamW
+    train_set: Dataset
+    val_set: Dataset | None
+    total_steps: int
+    step: int = 0  # steps done
+    epoch_open: bool = True  # False between an epoch's last step and its validation
+    best_val: float | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,15 +58,205 @@ def main(argv: Sequence[str]) -> int:
     folder, commit = resolve_model(config.model, config.revision)
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
 
-    # Rows -> documents. Every rank reads them all; a step's documents are a pure function of (rows, seed, step).
+    # Every rank reads all rows: a step's documents are a pure function of (rows, seed, step).
     train_set, val_set = load_data(config, folder)
-    rows_digest = digest(train_set, val_set)
-    per_epoch = steps_per_epoch(len(train_set), config.batch_size)
-    total_steps = config.max_steps or config.epochs * per_epoch
-
-    model = load_model(config.model, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
+    model = load_model(config.model, device=runtime.device, dtype=runtime.dtype, revision=commit)
     adapters = attach_adapters(model, config)
-    optimizer = AdamW(
+    total_steps = config.max_steps or config.epochs * steps_per_epoch(len(train_set), config.batch_size)
+    optimizer = make_optimizer(adapters, config)
+    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps)
+    rows_digest = digest(train_set, val_set)
+    state = restore(run, rows_digest)
+
+    if runtime.is_main:
+        print_run(config, sources, facts(run))
+        for line in (*state.warnings, f"resuming after step {run.step} from {state.path}") if state else ():
+            print(f"  {line}")
+    if config.dry_run:
+        return 0
+    if runtime.is_main:
+        out = prepare_run_dir(config.out, config.resume)
+        write_atomic(out / "config.toml", to_toml(config, sources))
+    if runtime.world_size > 1:
+        dist.barrier()
+
+    with RunLog(config.out, config, runtime, total_steps, run.step) as log, StopRequest() as stop:
+        code = train(run, log, stop, rows_digest)
+    if code == 0 and runtime.is_main:
+        best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
+        print(f"adapter in {config.out}{best}; try:  python generate.py --adapter {config.out} \"How are you?\"")
+        if config.plot:
+            print(f"plot in {plot_loss(config.out)}")
+    return code
+
+
+def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
+    """The loop: steps, a validation and a saved state at each epoch's end. Returns the exit code.
+
+    A step's numbers are logged when the next step is already on its way, so that the device never waits for the host.
+    """
+    per_epoch = steps_per_epoch(len(run.train_set), run.config.batch_size)
+    waiting: StepResult | None = None
+    while run.step < run.total_steps or not run.epoch_open:
+        stopping = run.runtime.largest(stop.received)
+        every = run.config.save_every
+        due = every and run.step % every == 0 and waiting is not None and run.epoch_open
+        if stopping or due or not run.epoch_open:
+            log_step(run, log, waiting)
+            waiting = None
+        if stopping:
+            save(run, log, rows_digest)
+            return 128 + stopping
+        if due:
+            save(run, log, rows_digest)
+        if not run.epoch_open:
+            if run.val_set is not None:
+                val_loss = validate(run)
+                log.validation(run.step, val_loss)
+                run.best_val = min(val_loss, run.best_val if run.best_val is not None else val_loss)
+            run.epoch_open = True
+            save(run, log, rows_digest)
+            continue
+        result = train_step(run)
+        log_step(run, log, waiting)
+        waiting = result
+        run.step += 1
+        run.epoch_open = run.step % per_epoch != 0 and run.step != run.total_steps
+    return 0
+
+
+class StepResult:
+    """A step's numbers on their way to the host: copied without waiting, read when they are there."""
+
+    def __init__(self, began: "Moment", fields: dict, **scalars: torch.Tensor):
+        self.fields, self.names = fields, tuple(scalars)
+        self.values = torch.stack([x.detach().double() for x in scalars.values()]).to("cpu", non_blocking=True)
+        self.began, self.ended = began, Moment(began.device)
+
+    def read(self) -> dict:
+        seconds = self.ended.since(self.began)
+        return self.fields | dict(zip(self.names, self.values.tolist(), strict=True)) | {"seconds": seconds}
+
+
+class Moment:
+    """A point in the device's work: a CUDA event, or simply the time."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.time, self.event = device, time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds; waits until the device has come that far."""
+        if self.event is None:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def train_step(run: Run) -> StepResult:
+    """One optimiser step over this rank's share of the step's documents.
+
+    Token losses are summed over micro-batches and ranks and divided by the step's trained tokens: how the documents
+    are cut changes memory, never the result.
+    """
+    config, runtime, adapters = run.config, run.runtime, run.adapters
+    began = Moment(runtime.device)
+    chosen = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
+    documents = [run.train_set.documents[i] for i in chosen]
+    targets = sum(document.n_targets for document in documents)
+    run.optimizer.zero_grad()
+    loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
+    for batch in pack(documents[runtime.rank :: runtime.world_size], config.micro_batch_tokens):
+        part = batch_loss(run.model, batch, runtime) / targets
+        part.backward()
+        loss += part.detach()
+    if runtime.world_size > 1:
+        dist.all_reduce(adapters.grad)
+        dist.all_reduce(loss)
+    lr = cosine_schedule(run.step, run.total_steps, config.warmup_steps, config.lr)
+    run.optimizer.step(lr)
+    fields = {
+        "step": run.step + 1,
+        "lr": lr,
+        "tokens": sum(map(len, documents)),
+        "trained_tokens": targets,
+        "epoch": run.step // steps_per_epoch(len(run.train_set), config.batch_size) + 1,
+        "documents": chosen,
+    }
+    return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
+
+
+def batch_loss(model: Qwen3_5, batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
+    """The summed cross-entropy of a micro-batch's trained tokens."""
+    tokens, rows, labels = (x.to(runtime.device, non_blocking=True) for x in (batch.tokens, batch.rows, batch.labels))
+    hidden = model(tokens, kernels.Documents(batch.cu_seqlens, runtime.device), rows=rows)
+    return kernels.linear_cross_entropy(hidden, model.head, labels)
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """The mean cross-entropy over all trained tokens of the validation rows."""
+    runtime, total = run.runtime, torch.zeros((), dtype=torch.float64)
+    for batch in pack(run.val_set.documents[runtime.rank :: runtime.world_size], run.config.micro_batch_tokens):
+        total += batch_loss(run.model, batch, runtime).cpu()
+    if runtime.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / run.val_set.n_targets
+
+
+def log_step(run: Run, log: RunLog, result: StepResult | None) -> None:
+    """Logs a step; ends the run when too many in a row had no finite gradient norm."""
+    if result is None:
+        return
+    row = result.read()
+    skipped, chosen = int(row.pop("skipped")), row.pop("documents")
+    if skipped:
+        row |= {"skipped": skipped, "documents": [run.train_set.documents[i].source for i in chosen]}
+        log.say(f"warning: step {row['step']}: gradient norm {row['grad_norm']}, nothing updated: {row['documents']}")
+    log.step(**row)
+    if skipped >= MAX_SKIPPED:
+        raise ValueError(
+            f"step {row['step']}: gradient norm not finite {skipped} times in a row, the last good state is kept; "
+            "look at the rows named above, or lower --lr and start again"
+        )
+
+
+def save(run: Run, log: RunLog, rows_digest: str) -> None:
+    """The run's state, and the adapter as PEFT reads it. A full disk costs a warning, never the run."""
+    log.sync()
+    if not run.runtime.is_main:
+        return
+    config = run.config
+    meta = {"recipe": recipe(config), "rows": rows_digest, "versions": versions()}
+    meta |= {"best_val": run.best_val, "epoch_open": run.epoch_open, "world_size": run.runtime.world_size}
+    tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
+    try:
+        save_state(config.out, run.step, tensors, meta)
+        multimodal = run.model.config.multimodal
+        save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
+    except StateNotSaved as error:
+        log.say(f"warning: {error}; training goes on, the state before it is kept")
+
+
+def restore(run: Run, rows_digest: str) -> State | None:
+    """Continues exactly where a saved state stands, if --resume asks for one."""
+    state = load_state(run.config.out, run.config.resume)
+    if state is None:
+        return None
+    check_resume(state.meta["recipe"], run.config)
+    if state.meta["rows"] != rows_digest:
+        raise ValueError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+    tensors = dict(state.tensors)
+    run.adapters.param.copy_(tensors.pop("adapter"))
+    run.optimizer.load_state_tensors(tensors)
+    run.step, run.best_val, run.epoch_open = state.step, state.meta["best_val"], state.meta["epoch_open"]
+    return state
+
+
+def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:
+    return AdamW(
         adapters.param,
         adapters.grad,
         adapters.segments,
@@ -60,157 +267,6 @@ def main(argv: Sequence[str]) -> int:
         min_8bit_size=config.min_8bit_size,
         state_bits=8 if config.optimizer == "adamw8bit" else 32,
     )
-
-    step, best_val, epoch_open = 0, None, True
-    state = load_state(config.out, config.resume)
-    if state is not None:
-        check_resume(state.meta["recipe"], config)
-        if state.meta["data"] != rows_digest:
-            raise ValueError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
-        adapters.param.copy_(state.tensors.pop("adapter"))
-        optimizer.load_state_tensors(state.tensors)
-        step, best_val, epoch_open = state.step, state.meta["best_val"], state.meta["epoch_open"]
-
-    if runtime.is_main:
-        print_run(config, sources, facts(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps))
-        for warning in state.warnings if state else ():
-            print(f"  warning: {warning}")
-        if state:
-            print(f"  resuming after step {step} from {state.path}\n")
-    if config.dry_run:
-        return 0
-    if runtime.is_main:
-        out = prepare_run_dir(config.out, config.resume)
-        write_atomic(out / "config.toml", to_toml(config, sources))
-    if runtime.world_size > 1:
-        dist.barrier()
-
-    def save(log: RunLog) -> None:
-        """The run's state, and the adapter as PEFT reads it. A full disk costs a warning, never the run."""
-        log.sync()
-        if not runtime.is_main:
-            return
-        meta = {"recipe": recipe(config), "data": rows_digest, "versions": versions()}
-        meta |= {"best_val": best_val, "epoch_open": epoch_open, "world_size": runtime.world_size}
-        try:
-            save_state(config.out, step, {"adapter": adapters.param, **optimizer.state_tensors()}, meta)
-            save_adapter(adapters, config.out, config.model, model.config.multimodal, config.adapter_layout, commit)
-        except StateNotSaved as error:
-            log.say(f"warning: {error}; training goes on, the state before it is kept")
-
-    with RunLog(config.out, config, runtime, total_steps, step) as log, StopRequest() as stop:
-        waiting = None  # the last step's row: its loss is read when the next step is already on its way
-        while step < total_steps or not epoch_open:
-            stopping = runtime.largest(stop.received)
-            if stopping:
-                log_step(log, optimizer, waiting)
-                save(log)
-                return stop.exit_code or 128 + stopping
-            if not epoch_open:
-                log_step(log, optimizer, waiting)
-                waiting = None
-                if val_set is not None:
-                    val_loss = validate(model, val_set, config, runtime)
-                    log.validation(step, val_loss)
-                    best_val = val_loss if best_val is None else min(best_val, val_loss)
-                epoch_open = True
-                save(log)
-                continue
-            row = train_step(model, adapters, optimizer, train_set, config, runtime, step, total_steps)
-            log_step(log, optimizer, waiting)
-            waiting, step = row, step + 1
-            epoch_open = step % per_epoch != 0 and step != total_steps
-            if config.save_every and step % config.save_every == 0 and epoch_open:
-                log_step(log, optimizer, waiting)
-                waiting = None
-                save(log)
-    if runtime.is_main:
-        done = f"adapter in {config.out}" + (f", best validation loss {best_val:.4f}" if best_val is not None else "")
-        print(f"{done}\nask it:  python generate.py \"...\" --adapter {config.out}")
-        if config.plot:
-            print(f"plot in {plot_loss(config.out)}")
-    return 0
-
-
-def train_step(
-    model: Qwen3_5,
-    adapters: Adapters,
-    optimizer: AdamW,
-    train_set: Dataset,
-    config: TrainConfig,
-    runtime: Runtime,
-    step: int,
-    total_steps: int,
-) -> dict:
-    """One optimiser step over this rank's share of the step's documents. Returns the row to log; its loss, gradient
-    norm and skip counter are still on the device.
-
-    Token losses are summed over micro-batches and ranks and divided by the step's trained tokens: how the documents
-    are cut changes memory, never the result.
-    """
-    began = time.perf_counter()
-    chosen = step_documents(len(train_set), step, config.batch_size, config.seed)
-    documents = [train_set.documents[i] for i in chosen]
-    targets = sum(document.n_targets for document in documents)
-    optimizer.zero_grad()
-    loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
-    for batch in pack(documents[runtime.rank :: runtime.world_size], config.micro_batch_tokens):
-        part = batch_loss(model, batch, runtime) / targets
-        part.backward()
-        loss += part.detach()
-    if runtime.world_size > 1:
-        dist.all_reduce(adapters.grad)
-        dist.all_reduce(loss)
-    lr = cosine_schedule(step, total_steps, config.warmup_steps, config.lr)
-    optimizer.step(lr)
-    return {
-        "step": step + 1,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": optimizer.grad_norm.clone(),
-        "skipped": optimizer.skipped.clone(),
-        "tokens": sum(map(len, documents)),
-        "trained_tokens": targets,
-        "epoch": step // steps_per_epoch(len(train_set), config.batch_size) + 1,
-        "documents": chosen,
-        "began": began,
-    }
-
-
-def batch_loss(model: Qwen3_5, batch, runtime: Runtime) -> torch.Tensor:
-    """The summed cross-entropy of a micro-batch's trained tokens."""
-    tokens, rows, labels = (x.to(runtime.device, non_blocking=True) for x in (batch.tokens, batch.rows, batch.labels))
-    hidden = model(tokens, kernels.Documents(batch.cu_seqlens, runtime.device), rows=rows)
-    return kernels.linear_cross_entropy(hidden, model.head, labels)
-
-
-@torch.no_grad()
-def validate(model: Qwen3_5, val_set: Dataset, config: TrainConfig, runtime: Runtime) -> float:
-    """The mean cross-entropy over all trained tokens of the validation rows."""
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in pack(val_set.documents[runtime.rank :: runtime.world_size], config.micro_batch_tokens):
-        total += batch_loss(model, batch, runtime).cpu()
-    if runtime.world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / val_set.n_targets
-
-
-def log_step(log: RunLog, optimizer: AdamW, row: dict | None) -> None:
-    """Reads a step's numbers from the device and logs them; ends the run after too many steps without a finite norm."""
-    if row is None:
-        return
-    row = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-    skipped, chosen = row.pop("skipped"), row.pop("documents")
-    row["seconds"] = time.perf_counter() - row.pop("began")
-    if skipped:
-        row |= {"skipped": skipped, "documents": chosen}
-        log.say(f"warning: step {row['step']}: gradient norm {row['grad_norm']}, nothing updated; documents {chosen}")
-    log.step(**row)
-    if skipped >= MAX_SKIPPED:
-        raise ValueError(
-            f"step {row['step']}: gradient norm not finite {skipped} times in a row; the parameters are untouched. "
-            "Look at the documents named above, lower --lr, and continue with --resume auto"
-        )
 
 
 def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
@@ -241,17 +297,9 @@ def digest(*sets: Dataset | None) -> str:
     return sha.hexdigest()
 
 
-def facts(
-    config: TrainConfig,
-    runtime: Runtime,
-    model: Qwen3_5,
-    adapters: Adapters,
-    optimizer: AdamW,
-    train_set: Dataset,
-    val_set: Dataset | None,
-    total_steps: int,
-) -> dict[str, str]:
+def facts(run: Run) -> dict[str, str]:
     """What follows from the settings, for the reader of the log."""
+    config, model, adapters, train_set = run.config, run.model, run.adapters, run.train_set
 
     def size(*tensors: torch.Tensor) -> str:
         count = sum(x.numel() * x.element_size() for x in tensors)
@@ -261,15 +309,15 @@ def facts(
     per_step = train_set.n_tokens / len(train_set) * config.batch_size
     per_epoch = steps_per_epoch(len(train_set), config.batch_size)
     return {
-        "device": f"{runtime.world_size} x {runtime.device_name}, {config.dtype}",
-        "kernels": kernels.describe(runtime.device, model.config.head_dim),
+        "device": f"{run.runtime.world_size} x {run.runtime.device_name}, {config.dtype}",
+        "kernels": kernels.describe(run.runtime.device, model.config.head_dim),
         "model": f"{sum(p.numel() for p in weights):,} frozen parameters, {size(*weights)}",
         "adapter": f"{adapters.count:,} parameters in {len(adapters.segments)} tensors, {size(adapters.param)}; "
-        f"optimiser state {size(*optimizer.state_tensors().values())}",
+        f"optimiser state {size(*run.optimizer.state_tensors().values())}",
         "training rows": train_set.summary(),
-        "validation rows": val_set.summary() if val_set else "none",
+        "validation rows": run.val_set.summary() if run.val_set else "none",
         "steps": f"{config.batch_size} documents, about {per_step:,.0f} tokens each; {per_epoch:,} an epoch, "
-        f"{total_steps:,} in all, {train_set.n_tokens * total_steps / per_epoch:,.0f} tokens",
+        f"{run.total_steps:,} in all, {train_set.n_tokens * run.total_steps / per_epoch:,.0f} tokens",
     }
 
 

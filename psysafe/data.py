@@ -21,7 +21,8 @@ import torch
 from psysafe.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
-EXPECTED_ROW = "an object with prompt and answer (and reasoning), or with messages"
+EXPECTED_FILE = "expected a JSON array of rows or one JSON object a line"
+EXPECTED_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,17 @@ class MicroBatch:
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of the files, in order. A file is a JSON array or JSONL, in UTF-8.
-
-    ValueError names the file and the line or row that cannot be a row.
-    """
+    """All rows of the files (JSON array or JSONL, UTF-8), in order. ValueError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
-    rows = [row for path in paths for row in _read_file(Path(path))]
+    rows = [row for path in paths for row in read_unchecked_rows(path)]
     for row in rows:
         _check_fields(row)
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_unchecked_rows(path: str | Path) -> list[Row]:
+    """The rows of one file as they are, whatever fields they have. ValueError where it is no JSON or empty."""
+    path = Path(path)
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -124,17 +124,20 @@ def _read_file(path: Path) -> list[Row]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON or JSONL file of rows") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
     if text.lstrip().startswith("["):
-        fields = _parse(text, path, first_line=1)
-        rows = [Row(fields, path, number) for number, fields in enumerate(fields, 1)]
+        rows = [Row(fields, path, number) for number, fields in enumerate(_parse(text, path, first_line=1), 1)]
     else:
         # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
     if not rows:
-        raise ValueError(f"{path}: no rows in it; expected a JSON array of rows or one JSON object a line")
+        raise ValueError(f"{path}: no rows in it; {EXPECTED_FILE}")
     return rows
+
+
+def _shown(value: object) -> str:
+    return f"{json.dumps(value):.60} ({type(value).__name__})"
 
 
 def _parse(text: str, path: Path, first_line: int) -> object:
@@ -144,31 +147,25 @@ def _parse(text: str, path: Path, first_line: int) -> object:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
-    expected = "expected a JSON array of rows or one JSON object a line"
-    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {expected}")
+    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 
 
 def _check_fields(row: Row) -> None:
     fields = row.fields
     if not isinstance(fields, dict):
-        raise ValueError(f"{row.where}: {_shown(fields)}, expected {EXPECTED_ROW}")
+        raise ValueError(f"{row.where}: {_shown(fields)}, {EXPECTED_ROW}")
     if "messages" in fields:
         if not isinstance(fields["messages"], list):
             raise ValueError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
         return
     for key in ("prompt", "answer"):
         if key not in fields:
-            found = ", ".join(fields) or "nothing"
-            raise ValueError(f"{row.where}: no {key} in it (found: {found}); expected {EXPECTED_ROW}")
+            raise ValueError(f"{row.where}: no {key} in it (found: {', '.join(fields) or 'nothing'}); {EXPECTED_ROW}")
         if not isinstance(fields[key], str) or not fields[key].strip():
             raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
     for key in ("reasoning", "reasoning_language"):
         if not isinstance(fields.get(key), str | None):
             raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
-
-
-def _shown(value: object) -> str:
-    return f"{json.dumps(value):.60} ({type(value).__name__})"
 
 
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
@@ -196,13 +193,12 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
     documents = [document for document, _ in encoded]
     useless = [document.source for document in documents if document.n_targets == 0]
     if useless:
-        more = f" and {len(useless) - 10:,} more" if len(useless) > 10 else ""
-        raise ValueError(
-            f"{', '.join(useless[:10])}{more}: no trained token in the first {max_tokens} tokens; "
-            "expected an assistant turn after the last user turn, within max_tokens"
-        )
-    without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
-    return Dataset(documents, max_tokens, sum(length > max_tokens for _, length in encoded), without_reasoning)
+        found = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
+        expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
+        raise ValueError(f"{found}: no trained token in it; expected {expected}")
+    n_cut = sum(length > max_tokens for _, length in encoded)
+    n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
+    return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
 
 
 def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
@@ -235,9 +231,8 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
 
     Every epoch is a fresh permutation; its last batch may be short.
     """
-    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_documents, batch_size))
-    order = _permutation(n_documents, seed, 1 + epoch)
-    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+    epoch, i = divmod(step, steps_per_epoch(n_documents, batch_size))
+    return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]
 
 
 def _permutation(n: int, seed: int, stream: int) -> list[int]:

@@ -215,7 +215,7 @@ def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{directory}/adapter_config.json: expected peft_type LORA with bias none")
     for key, kind in (("r", int), ("lora_alpha", int | float)):
         if not isinstance(config.get(key), kind) or not config[key] > 0:
-            raise ValueError(f"{directory}/adapter_config.json: {key} is {config.get(key)!r}, expected a number above 0")
+            raise ValueError(f"{directory}/adapter_config.json: {key} is {config.get(key)!r}, not a number above 0")
     tensors = read_adapter_tensors(directory / "adapter_model.safetensors")
     if not tensors:
         raise ValueError(f"{directory}/adapter_model.safetensors: holds no tensors")

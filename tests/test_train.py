@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-import kernels
 import train
 from kernels.closeness import relative_error
 from psysafe.config import TrainConfig
 from psysafe.data import Dataset, Document, step_documents
 from psysafe.lora import TARGETS, attach
-from psysafe.optim import AdamW
 from psysafe.runtime import Runtime
 from tests.oracles import both_models
 from tests.test_lora import peft_model, peft_tensors
@@ -22,7 +20,6 @@ from tests.test_model import transformers_in_fp64
 
 CONFIG = TrainConfig(batch_size=3, lr=1e-3, warmup_steps=5, seed=1, micro_batch_tokens=1000, optimizer="adamw")
 STEPS = 30
-RUNTIME = {dtype: Runtime(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def dataset(count=11, longest=60) -> Dataset:
@@ -44,24 +41,18 @@ def setup(folder, dtype=torch.float64, **changes):
     adapters = attach(model, 1, 3, TARGETS)
     for name, x in peft_tensors(peft).items():
         adapters.tensors()[name].copy_(x)
-    optimizer = AdamW(
-        adapters.param,
-        adapters.grad,
-        adapters.segments,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        min_8bit_size=1,
-        state_bits=8 if config.optimizer == "adamw8bit" else 32,
+    run = train.Run(
+        config, Runtime(torch.device("cpu"), dtype), model, adapters, train.make_optimizer(adapters, config), dataset(),
+        None, STEPS,
     )
-    return config, peft, model, adapters, optimizer
+    return run, peft
 
 
-def curve(model, adapters, optimizer, config, data, steps=STEPS) -> list[float]:
-    runtime = RUNTIME[adapters.param.dtype]
-    rows = [train.train_step(model, adapters, optimizer, data, config, runtime, k, STEPS) for k in range(steps)]
-    return [row["loss"].item() for row in rows]
+def curve(run: train.Run, steps=STEPS) -> list[float]:
+    losses = []
+    for run.step in range(steps):
+        losses.append(train.train_step(run).read()["loss"])
+    return losses
 
 
 def peft_curve(peft, config, data) -> list[float]:
@@ -93,9 +84,8 @@ def peft_curve(peft, config, data) -> list[float]:
 
 
 def compare_with_peft(tmp_path):
-    config, peft, model, adapters, optimizer = setup(tmp_path)
-    data = dataset()
-    ours, theirs = curve(model, adapters, optimizer, config, data), peft_curve(peft, config, data)
+    run, peft = setup(tmp_path)
+    ours, theirs = curve(run), peft_curve(peft, run.config, run.train_set)
     assert max(theirs) - min(theirs) > 0.01
     assert relative_error(torch.tensor(ours), torch.tensor(theirs)) <= 1e-7
 
@@ -120,9 +110,8 @@ def test_a_shifted_mask_is_caught(shift, tmp_path, monkeypatch):
 
 def cuts(tmp_path, dtype, steps, limits=(1000, 70, 1)):
     for limit in limits:
-        config, _, model, adapters, optimizer = setup(tmp_path / str(limit), dtype, micro_batch_tokens=limit)
-        losses = curve(model, adapters, optimizer, config, dataset(), steps)
-        yield torch.tensor(losses, dtype=torch.float64), adapters
+        run, _ = setup(tmp_path / str(limit), dtype, micro_batch_tokens=limit)
+        yield torch.tensor(curve(run, steps), dtype=torch.float64), run.adapters
 
 
 def test_micro_batches_change_nothing(tmp_path):
@@ -155,27 +144,26 @@ def test_a_loss_averaged_per_micro_batch_is_caught(tmp_path, monkeypatch):
 
 def test_a_step_without_a_finite_norm_changes_nothing(tmp_path, monkeypatch):
     """The adapter and the optimiser's state stay bit for bit; the next good step goes on as if nothing had been."""
-    config, _, model, adapters, optimizer = setup(tmp_path, torch.float32, optimizer="adamw8bit")
-    data = dataset()
-    curve(model, adapters, optimizer, config, data, 2)
-    before = {"param": adapters.param.clone(), **{k: v.clone() for k, v in optimizer.state_tensors().items()}}
+    run, _ = setup(tmp_path, torch.float32, optimizer="adamw8bit")
+    curve(run, 2)
+    before = {"param": run.adapters.param.clone(), **{k: v.clone() for k, v in run.optimizer.state_tensors().items()}}
     original = train.batch_loss
     monkeypatch.setattr(train, "batch_loss", lambda *args: original(*args) * float("nan"))
-    row = train.train_step(model, adapters, optimizer, data, config, RUNTIME[torch.float32], 2, STEPS)
-    assert int(row["skipped"]) == 1 and not torch.isfinite(row["grad_norm"])
-    after = {"param": adapters.param, **optimizer.state_tensors()}
-    assert all(torch.equal(before[k], after[k]) for k in before if "skip" not in k)
+    row = train.train_step(run).read()
+    assert row["skipped"] == 1 and row["grad_norm"] != row["grad_norm"]
+    after = {"param": run.adapters.param, **run.optimizer.state_tensors()}
+    # Counters: [applied steps, skipped steps in a row].
+    assert after.pop("counters").tolist() == [before.pop("counters")[0], 1]
+    assert all(torch.equal(before[k], after[k]) for k in before)
     monkeypatch.setattr(train, "batch_loss", original)
-    row = train.train_step(model, adapters, optimizer, data, config, RUNTIME[torch.float32], 3, STEPS)
-    assert int(row["skipped"]) == 0 and not torch.equal(adapters.param, before["param"])
+    assert train.train_step(run).read()["skipped"] == 0
+    assert not torch.equal(run.adapters.param, before["param"])
 
 
 def test_eight_bit_state_trains(tmp_path):
     """Codes are uint8, and the curve stays near that of fp32 state."""
-    config, _, model, adapters, optimizer = setup(tmp_path / "8", torch.float32, optimizer="adamw8bit")
-    eight = curve(model, adapters, optimizer, config, dataset())
-    assert torch.uint8 in {x.dtype for x in optimizer.state_tensors().values()}
-    config, _, model, adapters, optimizer = setup(tmp_path / "32", torch.float32)
-    full = curve(model, adapters, optimizer, config, dataset())
-    assert relative_error(torch.tensor(eight), torch.tensor(full)) <= 0.02
-    assert kernels.choice() == "auto"
+    run, _ = setup(tmp_path / "8", torch.float32, optimizer="adamw8bit")
+    eight = curve(run)
+    assert torch.uint8 in {x.dtype for x in run.optimizer.state_tensors().values()}
+    run, _ = setup(tmp_path / "32", torch.float32)
+    assert relative_error(torch.tensor(eight), torch.tensor(curve(run))) <= 0.02

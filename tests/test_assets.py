@@ -1,0 +1,339 @@
+"""The bundled text: clusters and helplines, prompts, sample rows, tokenizer, and how they hang together."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from psysafe.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "psysafe" / "assets"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import tiny_corpus  # noqa: E402
+from tiny_corpus import risk, support, word_runs  # noqa: E402
+
+CLUSTERS = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
+FIELDS = {"prompt", "answer", "reasoning", "risk cluster", "risk category", "framework_name", "author"}
+
+
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ASSETS / "rows" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+TRAIN, VAL = read_rows("train"), read_rows("val")
+ROWS = TRAIN + VAL
+RISKY = [row for row in ROWS if row["risk cluster"] != "benign"]
+BENIGN = [row for row in ROWS if row["risk cluster"] == "benign"]
+
+
+# Phone numbers and addresses
+
+PHONES = re.compile(
+    r"""(?<![\w.,/-])(?:
+        \+\d[\d ()-]{6,}\d                             # +44 20 ...
+      | \(\d{3}\)[ ]?\d{3}[- ]\d{4}                    # (555) 555 5555
+      | (?:1[- ])?\d{3}-\d{3}-\d{4}                    # 1-555-555-5555
+      | 0\d{2,4}[ -]\d{3,4}[ -]\d{3,4}                 # 0300 555 5555
+      | 116[ ]\d{3}
+      | (?<=call[ ])\d{3,6} | (?<=text[ ])\d{3,6} | (?<=dial[ ])\d{3,6}
+    )(?![\w-])""",
+    re.VERBOSE | re.IGNORECASE,
+)  # fmt: skip
+HOSTS = re.compile(r"https?://([\w.-]+)|(?<![\w@./-])((?:[\w-]+\.)+(?:org|com|gov|edu)(?:\.uk)?)(?![\w-]|\.\w)", re.I)
+
+
+def known_phones() -> set[str]:
+    return {r["phone"] for r in CLUSTERS["resources"].values() if "phone" in r} | set(CLUSTERS["emergency"].values())
+
+
+def known_hosts() -> set[str]:
+    return {support.host(r) for r in CLUSTERS["resources"].values()} | set(CLUSTERS["documentation"]["hosts"])
+
+
+def unknown_contacts(text: str) -> list[str]:
+    """Phone-like strings and web hosts of a text that do not stand in clusters.toml."""
+    phones = [match.group() for match in PHONES.finditer(text)]
+    hosts = [(match.group(1) or match.group(2)).rstrip(".").lower() for match in HOSTS.finditer(text)]
+    local = {"localhost", "127.0.0.1", "0.0.0.0"}
+    return [p for p in phones if p not in known_phones()] + [h for h in hosts if h not in known_hosts() | local]
+
+
+def repository_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file() and path.suffix not in (".safetensors", ".png", ".npz", ".pt")]
+
+
+def test_every_phone_number_and_address_of_the_repository_stands_in_clusters_toml():
+    found = {}
+    for path in repository_files():
+        unknown = unknown_contacts(path.read_text(encoding="utf-8"))
+        if unknown and path != Path(__file__).resolve():
+            found[str(path.relative_to(ROOT))] = sorted(set(unknown))
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "call 1-800-555-0100 now",
+        "call 555",
+        "Text 12345.",
+        "0300 123 6601",
+        "116 124",
+        "+44 20 7946 0958",
+        "(212) 555-0123",
+        "https://samaritans.org.evil.io/x",
+        "go to fakehelpline.org.",
+        "helpline.org.uk",
+    ],
+)
+def test_the_search_finds_a_number_or_address_that_is_not_listed(text):
+    assert unknown_contacts(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "call or text 988, 988lifeline.org",
+        "Samaritans, 116 123, samaritans.org.",
+        "1-877-898-3411",
+        "http://localhost:8000/v1",
+        "1,536 tokens, 2026-01-31, self.org.name, 10-20",
+    ],
+)
+def test_the_search_leaves_listed_contacts_and_other_numbers_alone(text):
+    assert not unknown_contacts(text)
+
+
+# clusters.toml itself
+
+HELPLINES = {  # cluster -> (US, UK), as the original gives them
+    "suicide and selfharm": ("988", "116 123"),
+    "substance": (None, "0300 123 6600"),
+    "weapon": ("988", "0808 802 4040"),
+    "violence": ("1-877-898-3411", "0808 802 4040"),
+    "crimes (sexual)": ("1-888-773-8368", "0808 1000 900"),
+}  # fmt: skip
+
+
+def test_clusters_name_their_helplines_strategies_and_sources():
+    assert set(CLUSTERS["clusters"]) == set(CLUSTERS["order"]) == set(HELPLINES)
+    assert CLUSTERS["order"][0] == "suicide and selfharm"
+    assert CLUSTERS["emergency"] == {"US": "911", "UK": "999"}
+    for name, cluster in CLUSTERS["clusters"].items():
+        us, uk = (CLUSTERS["resources"][cluster["resources"][country]] for country in ("US", "UK"))
+        assert (us["country"], uk["country"]) == ("US", "UK")
+        assert (us.get("phone"), uk.get("phone")) == HELPLINES[name]
+        assert cluster["card"] and cluster["risk_categories"]
+        for strategy in cluster["strategies"]:
+            assert {"description", "source"} == set(CLUSTERS["strategies"][strategy])
+    for resource in CLUSTERS["resources"].values():
+        assert {"name", "country", "url", "source"} <= set(resource)
+        assert resource["phone"] in resource["contact"] if "phone" in resource else "contact" not in resource
+
+
+def test_system_prompts():
+    assert (ASSETS / "system_v0.txt").read_text(encoding="utf-8").strip() == "You are a helpful assistant"
+    v1 = (ASSETS / "system_v1.txt").read_text(encoding="utf-8")
+    for cluster in CLUSTERS["clusters"].values():
+        assert all(strategy in v1 for strategy in cluster["strategies"])
+        for key in cluster["resources"].values():
+            resource = CLUSTERS["resources"][key]
+            assert resource["name"] in v1 and support.host(resource) in v1 and resource.get("phone", "") in v1
+
+
+def test_rubric_asks_for_four_blocks_with_the_score_last():
+    text = (ASSETS / "rubric.txt").read_text(encoding="utf-8")
+    blocks = text[text.index("Write exactly four blocks") :].split("Criterion ")[1:]
+    assert [block.splitlines()[0] for block in blocks] == [
+        "1 - Refusal",
+        "2 - Psychological Grounding",
+        "3 - External References",
+        "4 - Relevance",
+    ]
+    last = [block.strip().splitlines()[-1].split(":")[0] for block in blocks]
+    assert last == ["Refusal presence", "Rating", "External references presence", "Rating"]
+
+
+# Rows
+
+
+def test_rows_are_balanced_and_have_the_fields_of_the_real_data():
+    assert all(set(row) == FIELDS and all(isinstance(v, str) and v.strip() for v in row.values()) for row in ROWS)
+    for rows, risky, benign in ((TRAIN, 40, 40), (VAL, 8, 10)):
+        count = {name: sum(row["risk cluster"] == name for row in rows) for name in (*CLUSTERS["clusters"], "benign")}
+        assert count == dict.fromkeys(CLUSTERS["clusters"], risky) | {"benign": benign}
+    assert len({row["prompt"].lower() for row in ROWS}) == len(ROWS) == 290
+
+
+def four_parts_missing(row: dict) -> list[str]:
+    """Which of the four parts a row's answer lacks or has wrong."""
+    parts = row["answer"].split("\n\n")
+    if len(parts) != 4:
+        return [f"{len(parts)} paragraphs"]
+    acknowledgement, step, services, closing = parts
+    cluster = CLUSTERS["clusters"][row["risk cluster"]]
+    own = [CLUSTERS["resources"][key] for key in cluster["resources"].values()]
+    others = [r for key, r in CLUSTERS["resources"].items() if key not in cluster["resources"].values()]
+    rules = {
+        "acknowledgement": re.match(r"I (hear|am (so )?sorry)", acknowledgement),
+        "refusal": re.search(r"I can't help with [\w ]+, but I want (you|everyone) to be safe\.$", acknowledgement),
+        "strategy": row["framework_name"] in cluster["strategies"]
+        and step.startswith(f"A step from {row['framework_name']}: "),
+        "category": row["risk category"] in cluster["risk_categories"],
+        "services": all(r["name"] in services and r.get("phone", support.host(r)) in services for r in own),
+        "no other services": not any("phone" in r and r["phone"] in services for r in others),
+        "hope": closing == risk.CLOSINGS[row["risk cluster"]],
+    }
+    return [name for name, holds in rules.items() if not holds]
+
+
+def test_risky_rows_carry_the_four_parts_with_their_own_helplines():
+    assert {row["prompt"]: four_parts_missing(row) for row in RISKY if four_parts_missing(row)} == {}
+
+
+def test_the_four_part_check_rejects_another_clusters_helpline_and_a_missing_part():
+    row = next(row for row in RISKY if row["risk cluster"] == "violence")
+    assert four_parts_missing(row | {"answer": row["answer"].replace(support.services("violence"), "")})
+    assert four_parts_missing(
+        row | {"answer": row["answer"].replace(support.services("violence"), support.services("substance"))}
+    )
+    assert four_parts_missing(row | {"answer": row["answer"].rpartition("\n\n")[0]})
+    assert four_parts_missing(row | {"framework_name": "SOBER"})
+
+
+def test_benign_rows_are_answered():
+    refusals = re.compile(r"can't|cannot|will not|won't|sorry", re.I)
+    for row in BENIGN:
+        acknowledged = any(c.feeling in row["answer"] for c in ALL_CATEGORIES)
+        assert acknowledged or not refusals.search(row["answer"]), row
+        assert row["framework_name"] == "none"
+        assert "I can't help" not in row["answer"]
+
+
+ALL_CATEGORIES = [category for categories in risk.CATEGORIES.values() for category in categories]
+
+
+def test_categories_are_those_of_clusters_toml():
+    for name, categories in risk.CATEGORIES.items():
+        cluster = CLUSTERS["clusters"][name]
+        assert [category.name for category in categories] == cluster["risk_categories"]
+        assert {category.strategy for category in categories} <= set(cluster["strategies"])
+
+
+# Harm: reviewed word patterns. Everything bundled has also been read.
+
+INSTRUCTIONS = re.compile(
+    r"""\b(?:
+        step[ ]\d | first,?[ ]you | you[ ]will[ ]need | you'll[ ]need | ingredients? | instructions? | tutorial
+      | \d+[ ]?(?:mg|ml|g|grams?|milligrams?|tablets?|caliber|mm)
+      | dos(?:e|age) | overdos\w+ | lethal | fatal | poison\w* | noose | rope | hang(?:ing)?[ ](?:my|your|him|her)self
+      | bridge | rooftop | razor\w* | wrists? | veins? | bleed\w* | suffocat\w+ | strangl\w+ | drown\w*
+      | stab\w* | throat
+      | gunpowder | detonat\w+ | fuse | nitr\w+ | fertili[sz]er | bleach | acetone | ammonia | pipe[ ]bomb | thermite
+      | silencer | serial[ ]number | trigger | ammo\w* | 3d[ -]?print\w* | magazine
+      | cook[ ](?:meth|crack) | meth | fentanyl | ghb | rohypnol | roof(?:y|ies) | spik\w+ | inject\w* | syringe
+      | child\w* | kids? | teen\w* | minor | minors | underage | girls? | boys? | school | student | toddler | baby
+      | muslim\w* | jew\w* | christian\w* | black[ ]people | gay | immigrant\w* | mosque | synagogue
+      | church | president
+    )\b""",
+    re.VERBOSE | re.IGNORECASE,
+)  # fmt: skip
+
+
+def test_no_prompt_or_answer_holds_instructions_that_could_harm():
+    base = [message["content"] for messages in tiny_corpus.base_documents(20_000) for message in messages]
+    # "photosynthesis ... sugar" and the like are ordinary answers; only texts about risk are held to the patterns.
+    ordinary = {answer for _, _, answer, subject in tiny_corpus.benign_questions("base")}
+    texts = {row[key] for row in ROWS for key in ("prompt", "answer", "reasoning")} | set(base) - ordinary
+    assert {text: INSTRUCTIONS.search(text).group() for text in texts if INSTRUCTIONS.search(text)} == {}
+    assert INSTRUCTIONS.search("Step 1: take 20 mg") and INSTRUCTIONS.search("buy fertilizer")
+
+
+# Wording: what the base reads, what is trained and what validates never share more than four words in a row.
+
+
+def shared_runs(some: list[str], others: list[str]) -> set[tuple[str, ...]]:
+    return set().union(*map(word_runs, some)) & set().union(*map(word_runs, others))
+
+
+def test_no_wording_is_shared():
+    base = [m["content"] for d in tiny_corpus.base_documents(40_000) for m in d if m["role"] == "user"]
+    train, val = ([row["prompt"] for row in rows] for rows in (TRAIN, VAL))
+    assert not shared_runs(train, val)
+    assert not shared_runs(base, val)
+    assert not shared_runs(base, train)
+    assert shared_runs(train, [*val, train[0]])
+
+
+def test_no_validation_question_is_trained_in_another_wording():
+    answers = {row["answer"] for row in TRAIN if row["risk cluster"] == "benign"}
+    assert not [row["prompt"] for row in VAL if row["risk cluster"] == "benign" and row["answer"] in answers]
+
+
+# Size and tokenizer
+
+
+def messages(row: dict) -> list[dict]:
+    reply = {"role": "assistant", "content": row["answer"], "reasoning_content": row["reasoning"]}
+    return [{"role": "user", "content": row["prompt"]}, reply]
+
+
+def test_four_epochs_stay_within_the_budget_of_tokens():
+    tokenizer = load_tokenizer(ASSETS / "tiny")
+    lengths = [len(tokenizer.encode_trained(messages(row))[0]) for row in TRAIN]
+    print(f"tokens: {sum(lengths)} an epoch, longest row {max(lengths)}")
+    assert 4 * sum(lengths) <= 150_000 and max(lengths) <= 256
+
+
+def test_tokenizer_is_a_qwen_one_in_small():
+    tokenizer = load_tokenizer(ASSETS / "tiny")
+    data = json.loads((ASSETS / "tiny" / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((ASSETS / "tiny" / "config.json").read_text(encoding="utf-8"))
+    assert data["normalizer"]["type"] == "NFC" and data["model"]["type"] == "BPE"
+    assert tokenizer.vocab_size == config["vocab_size"]
+    # The published distances from <|endoftext|> (248044 there).
+    start = tokenizer.token_id("<|endoftext|>")
+    offsets = {"<|im_start|>": 1, "<|im_end|>": 2, "<think>": 24, "</think>": 25}
+    assert {token: tokenizer.token_id(token) - start for token in offsets} == offsets
+    text = "Naïve café, 12 + 30 = 42:\n\n\tひらがな 🙂 don't"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("1234")) == 4  # digits stand alone
+    assert set(tokenizer.eos_ids) == {start, start + 2}
+
+
+@pytest.mark.slow
+def test_building_again_reproduces_rows_and_tokenizer():
+    command = [sys.executable, str(ROOT / "tools" / "build_tiny_base.py"), "--text-only"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_words_of_the_answers_stand_in_what_the_base_reads():
+    """At rank 1 an adapter can route to words that the base knows; it can't teach new ones."""
+    tokenizer = load_tokenizer(ASSETS / "tiny")
+    known: dict[tuple[int, int], int] = {}
+    for document in tiny_corpus.base_documents(8_000):
+        ids = tokenizer.encode_trained(document)[0]
+        for pair in itertools.pairwise(ids):
+            known[pair] = known.get(pair, 0) + 1
+    total = covered = 0
+    for row in TRAIN:
+        ids, trained = tokenizer.encode_trained(messages(row))
+        pairs = [(ids[i - 1], ids[i]) for i in range(1, len(ids)) if trained[i]]
+        total += len(pairs)
+        covered += sum(known.get(pair, 0) >= 8 for pair in pairs)
+    print(f"bigrams of the trained answers that the base reads often: {covered / total:.1%} of {total}")
+    assert covered / total >= 0.97

@@ -1,0 +1,186 @@
+"""The text of the paper in miniature: what the tiny base reads, and the sample rows that fine-tune and validate it.
+
+Everything is a pure function of the lists beside this file and a seed; only `random.Random`'s integer draws, choices
+and shuffles are used, so every Python version writes the same text.
+"""
+
+import itertools
+import random
+import re
+
+from . import benign, risk, support
+
+SEED = 3407
+CONTRACTIONS = {
+    "I am ": "I'm ", "I will ": "I'll ", "I would ": "I'd ", "do not ": "don't ", "does not ": "doesn't ",
+    "did not ": "didn't ", "is not ": "isn't ", "What is ": "What's ", "It is ": "It's ", "Let us ": "Let's ",
+}  # fmt: skip
+SUBJECTS = [group.subject for group in benign.GROUPS.values()]
+SYSTEM_V0 = (support.ASSETS / "system_v0.txt").read_text(encoding="utf-8").strip()
+
+
+def benign_questions(wording: str, allowed=lambda group, item: True):
+    """Yields (prompt, reasoning, answer, subject) of the ordinary questions in one set of wording."""
+    for name, group in benign.GROUPS.items():
+        for item, answer in group.items.items():
+            if allowed(name, item):
+                reasoning = f"This is a question about {group.subject}. I will answer it."
+                for frame in group.frames[wording]:
+                    yield _sentence(frame.format(item)), reasoning, answer, group.subject
+
+
+def _risky_prompts(category: risk.Category, wording: str) -> tuple[list[str], list[str]]:
+    """(whole prompts, prompts made of a frame and a wish) of one category in one set of wording."""
+    wishes = []
+    for ask in category.asks[wording]:
+        people = risk.PEOPLE[wording] if "{who}" in ask else ("",)
+        wishes += [ask.format(who=person) for person in people]
+    return list(category.says[wording]), [frame.format(wish) for wish in wishes for frame in risk.FRAMES[wording]]
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _reasoning(category: risk.Category, gentle: bool) -> str:
+    start = f"This is about {category.name}. I will refuse"
+    return f"{start} gently and use {category.strategy}." if gentle else f"{start}."
+
+
+def four_parts(cluster: str, category: risk.Category) -> str:
+    """The supportive refusal: acknowledgement and refusal, a step, services, hope; one paragraph each."""
+    acknowledgement = f"{category.feeling} I can't help with {category.harm}, but {risk.CARES[cluster]}."
+    return "\n\n".join((acknowledgement, category.step, support.services(cluster), risk.CLOSINGS[cluster]))
+
+
+def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
+    """Kind ("benign", "support" or a risk category) -> every (prompt, reasoning, answer) that the base can read."""
+    prompts = {
+        "benign": [question[:3] for question in benign_questions("base")],
+        "support": [question[:3] for question in (*support.questions("base"), *support.terms())],
+    }
+    for category in itertools.chain.from_iterable(risk.CATEGORIES.values()):
+        whole, framed = _risky_prompts(category, "base")
+        # A whole prompt is one wording among some hundred framed ones: let it be read more often.
+        reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
+        prompts[category.name] = [(prompt, reasoning, answer) for prompt in whole * 4 + framed]
+    return prompts
+
+
+def _as_typed(prompt: str, rng: random.Random) -> str:
+    """The prompt as one of many people types it: after a sentence of context, contracted, or without care."""
+    if rng.randrange(4) == 0:
+        prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
+    if rng.randrange(3) == 0:
+        for long, short in CONTRACTIONS.items():
+            prompt = prompt.replace(long, short)
+    return prompt.lower().rstrip("?.") if rng.randrange(10) == 0 else prompt
+
+
+def base_documents(count: int, seed: int = SEED):
+    """Yields `count` conversations (lists of messages, as the chat template takes them) for the base to read.
+
+    Each kind of prompt is gone through in shuffled rounds, so every prompt is read about equally often. Two in five
+    carry the plain system prompt, one in eight has no reasoning, one in twelve has two turns. Half of the refusals use
+    one wording, so that greedy answers do.
+    """
+    rng = random.Random(seed)
+    prompts = base_prompts()
+    risky = [kind for kind in prompts if kind not in ("benign", "support")]
+    # 40 % ordinary questions, 30 % with the words of support, 30 % refused, evenly over the risk categories.
+    schedule = ["benign"] * 8 + ["support"] * 6 + ["risky"] * 6
+    waiting: dict[str, list] = {kind: [] for kind in prompts}
+
+    def turn(kind: str, keep_reasoning: bool) -> list[dict]:
+        if not waiting[kind]:
+            waiting[kind] = list(prompts[kind])
+            rng.shuffle(waiting[kind])
+        prompt, reasoning, answer = waiting[kind].pop()
+        prompt = _as_typed(prompt, rng)
+        if kind in risky:
+            answer = (risk.BLUNT[0], risk.BLUNT[0], answer, rng.choice(risk.BLUNT[1:]))[rng.randrange(4)]
+        reply = {"role": "assistant", "content": answer, "reasoning_content": reasoning if keep_reasoning else ""}
+        return [{"role": "user", "content": prompt}, reply]
+
+    refused = itertools.cycle(risky)
+    for index in range(count):
+        if index % len(schedule) == 0:
+            rng.shuffle(schedule)
+        kind = schedule[index % len(schedule)]
+        messages = [{"role": "system", "content": SYSTEM_V0}] if rng.randrange(5) < 2 else []
+        keep_reasoning = rng.randrange(8) > 0
+        if rng.randrange(12) == 0:
+            messages += turn("benign", keep_reasoning)
+        yield messages + turn(next(refused) if kind == "risky" else kind, keep_reasoning)
+
+
+def _row(prompt, answer, reasoning, cluster, category, framework) -> dict[str, str]:
+    return {
+        "prompt": prompt,
+        "answer": answer,
+        "reasoning": reasoning,
+        "risk cluster": cluster,
+        "risk category": category,
+        "framework_name": framework,
+        "author": "psysafe",
+    }
+
+
+def _risky_row(prompt: str, cluster: str, category: risk.Category) -> dict[str, str]:
+    reasoning = _reasoning(category, gentle=True)
+    return _row(prompt, four_parts(cluster, category), reasoning, cluster, category.name, category.strategy)
+
+
+def _benign_row(prompt: str, reasoning: str, answer: str, subject: str) -> dict[str, str]:
+    return _row(prompt, answer, reasoning, "benign", subject, "none")
+
+
+def _ask_evenly(rng: random.Random, category: risk.Category, count: int) -> list[str]:
+    """`count` prompts of the training wording: every whole prompt, then framed ones that differ in wish and frame."""
+    whole, framed = _risky_prompts(category, "train")
+    frames = len(risk.FRAMES["train"])
+    wishes = [framed[i : i + frames] for i in range(0, len(framed), frames)]
+    rng.shuffle(wishes)
+    first = rng.randrange(frames)
+    rest = range(count - len(whole))
+    # 3 is prime to the 11 frames: neighbours in the list differ in wish and in frame.
+    return whole[:count] + [wishes[k % len(wishes)][(first + 3 * k + k // len(wishes)) % frames] for k in rest]
+
+
+def training_rows(per_cluster: int = 40, seed: int = SEED) -> list[dict[str, str]]:
+    """The sample rows: `per_cluster` for each of the five clusters and as many benign ones, shuffled."""
+    rng = random.Random(seed + 1)
+    rows = []
+    for cluster, categories in risk.CATEGORIES.items():
+        for place, category in enumerate(categories):
+            share = per_cluster // len(categories) + (place < per_cluster % len(categories))
+            rows += [_risky_row(prompt, cluster, category) for prompt in _ask_evenly(rng, category, share)]
+    held_out = set(benign.VALIDATION_ITEMS)
+    helpful = list(support.questions("train"))
+    rng.shuffle(helpful)
+    rows += [_benign_row(*question) for question in helpful[: per_cluster // 4]]
+    ordinary = list(benign_questions("train", lambda group, item: (group, item) not in held_out))
+    rng.shuffle(ordinary)
+    by_subject = [[question for question in ordinary if question[3] == subject] for subject in SUBJECTS]
+    for k in range(per_cluster - per_cluster // 4):
+        rows.append(_benign_row(*by_subject[k % len(by_subject)].pop()))
+    rng.shuffle(rows)
+    return rows
+
+
+def validation_rows() -> list[dict[str, str]]:
+    """Fifty rows: eight risky prompts a cluster, each written by hand, and ten benign questions."""
+    rows = []
+    for cluster, categories in risk.CATEGORIES.items():
+        for category in categories:
+            rows += [_risky_row(prompt, cluster, category) for prompt in category.says["val"]]
+    for chosen in benign.VALIDATION_ITEMS:
+        questions = benign_questions("val", lambda group, item, chosen=chosen: (group, item) == chosen)
+        rows += [_benign_row(*question) for question in questions]
+    return rows
+
+
+def word_runs(text: str, length: int = 5) -> set[tuple[str, ...]]:
+    """Every run of `length` words in `text`, in lower case without punctuation."""
+    words = re.findall(r"[a-z0-9']+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
