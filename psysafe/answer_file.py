@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data import Row, _read_file
+from psysafe.data import Row, read_unchecked_rows
 from psysafe.files import write_atomic
 from psysafe.generation import Answer, Generator, Request
 from psysafe.tokenizer import Message
@@ -22,7 +22,7 @@ ADDED += ("stucked", "settings")
 
 def read_prompts(path: str | Path) -> list[Row]:
     """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. ValueError names what is broken."""
-    rows = _read_file(Path(path))
+    rows = read_unchecked_rows(Path(path))
     for row in rows:
         fields = row.fields
         if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
