@@ -460,7 +460,7 @@ def _move_by_rounded(p, m, v, *rest, right=move):
 
 
 MUTANTS = {
-    "eps without its bias correction": _mutant(step_scalars=lambda t, *rest, right=step_scalars: (right(t, *rest)[0], rest[2])),
+    "eps without bias correction": _mutant(step_scalars=lambda *args, right=step_scalars: (right(*args)[0], args[3])),
     "bias correction of the next step": _mutant(step_scalars=lambda t, *rest, right=step_scalars: right(t + 1, *rest)),
     "weight decay coupled to the gradient": _decay_coupled,
     "no clipping": lambda *args, **settings: adamw_8bit_reference(*args, **settings | {"max_grad_norm": math.inf}),
