@@ -27,9 +27,13 @@ def read_prompts(path: str | Path) -> list[Row]:
         fields = row.fields
         if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
             raise ValueError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
-        prompt = fields.get("prompt")
-        if "messages" not in fields and (not isinstance(prompt, str) or not prompt.strip()):
-            raise ValueError(f"{row.where}: prompt is {json.dumps(prompt):.60}, expected a text that is not empty")
+        if "messages" in fields:
+            if not isinstance(fields["messages"], list):
+                found = json.dumps(fields["messages"])
+                raise ValueError(f"{row.where}: messages is {found:.60}, expected a list of messages")
+        elif not isinstance(fields["prompt"], str) or not fields["prompt"].strip():
+            found = json.dumps(fields["prompt"])
+            raise ValueError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
     return rows
 
 

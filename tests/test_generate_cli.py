@@ -306,6 +306,8 @@ def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
         ('{"prompt": 3}\n', "row 1 (line 1): prompt is 3"),
         ('[{"prompt": "a"}, 7]', "row 2: expected an object with a prompt, found 7"),
         ('{"messages": [{"role": "judge", "content": "a"}]}\n', "row 1 (line 1): Unexpected message role 'judge'"),
+        ('{"messages": null}\n', "row 1 (line 1): messages is null, expected a list of messages"),
+        ('{"messages": ["hi"]}\n', "row 1 (line 1): message 1 is 'hi'"),
         ('{"messages": []}\n', "row 1 (line 1): No messages provided"),
         ('{"prompt": "\\ud83d"}\n', "row 1 (line 1): '\\ud83d' at character"),
         ('{"prompt": "a"}\n{"prompt": "' + "b" * 90 + '"}\n', "row 2 (line 2): 111 tokens, but prompt and answer"),
