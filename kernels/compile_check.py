@@ -152,13 +152,22 @@ def _resources(spec: CompileSpec, target: str) -> Resources:
     )
 
 
+def _one_line(error: BaseException) -> str:
+    """The innermost error: a compilation error of a called function hides behind that of its caller."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # Triton's messages open with "at line:column:" in the kernel, print its source and end with what is wrong.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    where = f" {lines[0]}" if lines[0].startswith("at ") else ""
+    return f"{type(error).__name__}{where} {lines[-1]}"
+
+
 def _in_worker(work: str, spec: CompileSpec, home: tuple[str, str], target: str):
     try:
         spec = dataclasses.replace(spec, fn=getattr(importlib.import_module(home[0]), home[1]))
         return _resources(spec, target) if work == "resources" else _compile(spec, target).asm[work]
     except Exception as error:  # whatever the compiler throws is this kernel's result, and the others go on
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Resources(error=f"{type(error).__name__}: {lines[-1] if lines else 'no message'}")
+        return Resources(error=_one_line(error))
 
 
 @contextlib.contextmanager
