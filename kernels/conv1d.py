@@ -296,7 +296,6 @@ def compile_specs() -> list[CompileSpec]:
         constexprs = shape | {"STAGES": stages} | ({} if state else {"p_state": None})
         types = {n: "*i64" if n in int64 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
         signature = {n: t for n, t in types.items() if n not in constexprs}
-        aligned = tuple(n for n in signature if n.startswith(("p_", "stride")))
         name = f"causal_conv1d_silu{kernel.__name__}{' with state' * state}"
-        specs.append(CompileSpec(name, kernel, signature, constexprs, aligned=aligned))
+        specs.append(CompileSpec(name, kernel, signature, constexprs))
     return specs

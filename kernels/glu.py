@@ -273,7 +273,6 @@ def compile_specs() -> list[CompileSpec]:
             constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
             types = {n: scalars.get(n, "*bf16" if n in bf16 else "*fp32") for n in kernel.arg_names}
             signature = {n: t for n, t in types.items() if n not in constexprs}
-            aligned = tuple(n for n in signature if n.startswith(("p_", "stride")))
             name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4, aligned=aligned))
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
     return specs
