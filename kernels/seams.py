@@ -70,7 +70,7 @@ class Documents:
         self.lengths: list[int] = [b - a for a, b in pairwise(bounds)]
         self.total: int = bounds[-1]
         self.device = device
-        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
+        self.cu_seqlens = self.to_device(cu_seqlens.to(torch.int32))
         self._tables: dict[object, object] = {}
 
     def __len__(self) -> int:
@@ -95,7 +95,8 @@ class Documents:
         )
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Copies a host table without blocking the host."""
-        if self.device.type == "cuda":
+        """Copies a tensor to where the documents are. From pageable memory the host might have to wait for the GPU, so a
+        host tensor is pinned first."""
+        if self.device.type == "cuda" and table.device.type == "cpu":
             table = table.pin_memory()
-        return table.to(self.device, non_blocking=True)
+        return table.to(self.device, non_blocking=self.device.type == "cuda")
