@@ -95,8 +95,8 @@ class Documents:
         )
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Copies a tensor to where the documents are. From pageable memory the host might have to wait for the GPU, so a
-        host tensor is pinned first."""
+        """Copies a tensor to where the documents are; from the host to a GPU through pinned memory, because a copy from
+        pageable memory may make the host wait."""
         if self.device.type == "cuda" and table.device.type == "cpu":
             table = table.pin_memory()
         return table.to(self.device, non_blocking=self.device.type == "cuda")
