@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from psysafe.config import expand
+
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, THINK_END = "<think>", "</think>"
 ASSISTANT_MARKER = f"{IM_START}assistant\n{THINK}"
@@ -102,6 +104,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     Reads tokenizer.json, and the ids that end a generation from generation_config.json where there is one (else they
     are those of `<|im_end|>` and `<|endoftext|>`).
     """
+    source = expand(str(source))
     path = _find_file(source, "tokenizer.json", revision)
     if path is None:
         raise ValueError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
