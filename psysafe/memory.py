@@ -84,7 +84,7 @@ def saved_bytes(
         return T * (D * element + 4)  # the residual stream and its inverse RMS
 
     mlp, down = u(rows, "gate_proj", "up_proj"), u(rows, "down_proj")
-    kept = stream(rows) + mlp + (8 * rows if rows < T else 0)
+    kept = (stream(rows) if layer or fused else 0) + mlp + (8 * rows if rows < T else 0)
     stages = {"gate_up": rows * 2 * size * element}
     # What is not fused keeps its operands in fp32: x where A is applied, the GEMM's output where B is.
     if not fused and mlp:
@@ -103,7 +103,7 @@ def saved_bytes(
         into, out = u(T, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), u(rows, "out_proj")
         if not (layer or into or out):
             return Saved(kept, stages)  # below the first adapter there is no backward pass
-        kept += stream(T) + into + out + (4 * T * D if into else 0)
+        kept += (stream(T) if layer else 0) + into + out + (4 * T * D if into else 0)
         if rank > FUSED_ROWS and out:
             kept += 4 * T * w.delta_out
         tiles = batch.chunks * CHUNK * (2 * values * CHUNK * element + 4 * (3 * values + 2 * keys))

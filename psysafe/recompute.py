@@ -30,7 +30,7 @@ class Remake:
         assert set(dropped) <= set(STAGES), dropped
         self.dropped = dropped
         self.hooks = saved_tensors_hooks(self.pack, _redeem)
-        self.sources: dict[int, tuple[_Source, int]] = {}  # by the address of an output's memory
+        self.sources: dict[int, tuple[_Source, int]] = {}  # by the address of an output's storage
         # An output that was freed within the block could leave its address to a tensor that must be kept.
         self.alive: list[Tensor] = []
 
@@ -48,7 +48,8 @@ class Remake:
     def __call__(self, name: str, fn: Callable, *args: Tensor | None):
         """fn(*args), a tensor or a tuple. Whatever else fn reads (parameters, u) has to outlive the forward pass."""
         assert name in STAGES, name
-        if name not in self.dropped or not torch.is_grad_enabled():
+        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
+        if name not in self.dropped or not needs_grad:
             return fn(*args)
         source = self._source(fn, args)
         with saved_tensors_hooks(source.inner_ticket, _redeem):
@@ -58,7 +59,7 @@ class Remake:
 
     def derive(self, x: Tensor, fn: Callable, *args: Tensor) -> None:
         """Tells that x, which no operation saves, equals fn(*args): what dropped calls on x need to be made again."""
-        if self.dropped and torch.is_grad_enabled():
+        if self.dropped and x.requires_grad:
             self._register(self._source(fn, args), x)
 
     def pack(self, x: Tensor) -> "Tensor | _Ticket":
@@ -148,4 +149,4 @@ def _tuple(outputs: Tensor | tuple) -> tuple:
 
 
 def _address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    return x.untyped_storage()._cdata  # of the storage object, which tensors without memory (meta) have, too
