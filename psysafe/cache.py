@@ -1,11 +1,14 @@
 """What the model remembers of sequences: keys and values of attention layers, convolution tail and state of delta-net
 layers, one slot a sequence.
 
-The model's one forward uses it through a `CacheView` (some slots); prefill, prefill in pieces and decoding differ only
-in how many tokens a document brings.
+The model's one forward uses it through a view: `Cache.at(slots)` for documents of any length that begin or continue
+sequences (prefill, also in pieces), `Cache.step(live)` for one more token of every slot (decoding).
 """
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -57,20 +60,22 @@ class Cache:
             self.host_lengths[slot] = 0
 
     def at(self, slots: list[int] | None = None) -> "CacheView":
-        """The given slots in this order (None: all). Decoding all slots works in place; others are gathered."""
-        return CacheView(self, slots)
+        """The given slots in this order (None: all), for documents of any length."""
+        return CacheView(self, list(range(self.slots)) if slots is None else slots)
+
+    def step(self, live: Tensor) -> "StepView":
+        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it."""
+        return StepView(self, live)
 
 
 class CacheView:
     """The slots that a forward pass continues, document i in the i-th of them."""
 
-    def __init__(self, cache: Cache, slots: list[int] | None):
-        self.cache = cache
-        self.everything = slots is None or slots == list(range(cache.slots))
-        self.host_slots = list(range(cache.slots)) if slots is None else slots
-        self.slots = torch.tensor(self.host_slots, device=cache.lengths.device)
+    def __init__(self, cache: Cache, slots: list[int]):
+        self.cache, self.host_slots = cache, slots
+        self.slots = torch.tensor(slots, device=cache.lengths.device)
         self.past = cache.lengths[self.slots]
-        self.host_past = [cache.host_lengths[slot] for slot in self.host_slots]
+        self.host_past = [cache.host_lengths[slot] for slot in slots]
 
     def positions(self, documents: Documents) -> Tensor:
         """(T,): positions in the whole sequences. Raises ValueError where a sequence would outgrow its slot."""
@@ -93,11 +98,8 @@ class CacheView:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """q (T, H, K), k and v (T, G, K) of the new tokens -> o (T, H, K)."""
         k_cache, v_cache = self.cache.layers[layer]
-        where = self.slots[documents.index], self.positions(documents)
+        where = self.slots[documents.index], documents.positions + self.past[documents.index]
         k_cache[where], v_cache[where] = k, v
-        if documents.total == len(documents):
-            caches = (k_cache, v_cache) if self.everything else (k_cache[self.slots], v_cache[self.slots])
-            return kernels.attention_decode(q, *caches, self.past + 1)
         if not any(self.host_past):
             return kernels.causal_attention(q, k, v, documents)
         keys, rows = self._all_keys(documents)
@@ -105,8 +107,8 @@ class CacheView:
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         """x (T, C), as `causal_conv1d_silu`, with the tails of the slots before and, after it, in them."""
-        conv = self.cache.layers[layer][0]
-        tail = conv if self.everything else conv[self.slots]
+        store = self.cache.layers[layer][0]
+        tail = store[self.slots]
         out = kernels.causal_conv1d_silu(x, weight, documents, splits, initial_state=tail)
         kept = tail.shape[1]
         lengths = documents.table("lengths", lambda d: d.to_device(torch.tensor(d.lengths)))
@@ -115,28 +117,16 @@ class CacheView:
         starts = documents.cu_seqlens[:-1, None].long()
         old = tail.gather(1, row.clamp(max=kept - 1)[..., None].expand(-1, -1, tail.shape[2]))
         new = x[(starts + row - kept).clamp(min=0)]
-        self._store(conv, torch.where((row < kept)[..., None], old, new))
+        store[self.slots] = torch.where((row < kept)[..., None], old, new)
         return out
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         """As `gated_delta_rule`, from and into the slots' states."""
         store = self.cache.layers[layer][1]
-        state = store if self.everything else store[self.slots]
-        if documents.total == len(documents):
-            o = kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, state)
-        else:
-            o, state = kernels.gated_delta_rule(
-                q, k, v, a, b, A_log, dt_bias, documents, initial_state=state, output_final_state=True
-            )
-        if state is not store:
-            self._store(store, state)
+        o, store[self.slots] = kernels.gated_delta_rule(
+            q, k, v, a, b, A_log, dt_bias, documents, initial_state=store[self.slots], output_final_state=True
+        )
         return o
-
-    def _store(self, store: Tensor, value: Tensor) -> None:
-        if self.everything:
-            store.copy_(value)
-        else:
-            store[self.slots] = value
 
     def _all_keys(self, documents: Documents) -> tuple[Documents, Tensor]:
         """Old and new keys of every document: their boundaries, and their rows in the flattened cache."""
@@ -149,3 +139,46 @@ class CacheView:
             return Documents(bounds, documents.device), documents.to_device(torch.cat(rows))
 
         return documents.table(("all keys", *self.host_slots, *self.host_past), build)
+
+
+class StepView:
+    """All slots, each continued by one token. Nothing in it waits for the device, changes shape or allocates what
+    outlives the step, so that a decode step can be captured as one CUDA graph and replayed.
+
+    Slots that are not live are computed like the others, since the shapes are fixed, but do not grow: they write the
+    same row again and again, behind their length, and have to be reset before they are used. The host does not follow
+    the lengths: it learns from the sampled tokens, later, which sequences went on.
+    """
+
+    def __init__(self, cache: Cache, live: Tensor):
+        self.cache, self.live = cache, live
+        self.slots = torch.arange(cache.slots, device=live.device)
+
+    def positions(self, documents: Documents) -> Tensor:
+        """(slots,): where the new tokens stand. The caller keeps lengths below the cache's size."""
+        return self.cache.lengths
+
+    def advance(self, documents: Documents) -> None:
+        self.cache.lengths += self.live
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """(slots,): lengths with the new token."""
+        return self.cache.lengths + 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        k_cache, v_cache = self.cache.layers[layer]
+        where = self.slots, self.cache.lengths
+        k_cache[where], v_cache[where] = k, v
+        return kernels.attention_decode(q, k_cache, v_cache, self.lengths)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
+        tail = self.cache.layers[layer][0]
+        window = torch.cat([tail, x[:, None]], 1)  # (slots, M, C)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
+        tail.copy_(window[:, 1:])
+        return F.silu(acc).to(x.dtype).split(splits, 1)
+
+    def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
+        return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])

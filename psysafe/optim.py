@@ -32,7 +32,7 @@ class AdamW:
     can read them one step late instead of waiting.
 
     Memory: 2 bytes an element and 8 for every 256 of them, or 8 bytes an element; a step allocates 4 bytes for every
-    1,024 elements in Triton, and in the reference about 60 MB at most, whatever P is.
+    1,024 elements in Triton, and in the reference about 70 MB at most, whatever P is.
     """
 
     def __init__(

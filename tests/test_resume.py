@@ -125,6 +125,20 @@ def test_a_forgotten_part_of_the_state_is_caught(workspace, uninterrupted, tmp_p
         assert_same_run(uninterrupted, workspace / "damaged")
 
 
+@pytest.mark.slow
+def test_training_goes_on_from_an_adapter(workspace, uninterrupted):
+    """--adapter-init: the first step of a warm-up has rate 0, so after it the adapter is still the one that was given;
+    after two steps it has moved."""
+    first = load_file(uninterrupted / "adapter_model.safetensors")
+    for steps, same in ((1, True), (2, False)):
+        out = f"from-adapter-{steps}"
+        done = finish(workspace, out, "--adapter-init", str(uninterrupted), "--max-steps", str(steps))
+        assert done.returncode == 0, done.stderr
+        tensors = load_file(workspace / out / "adapter_model.safetensors")
+        assert all(torch.equal(tensors[name], first[name]) for name in first) == same
+    assert metrics(workspace / "from-adapter-1")[0]["loss"] < metrics(uninterrupted)[0]["loss"]
+
+
 def refused(workspace, capfd, *flags: str) -> str:
     """Runs train.py in this process; it has to end with code 2 and one line on stderr."""
     import train

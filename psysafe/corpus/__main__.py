@@ -4,8 +4,9 @@
     python -m psysafe.corpus validate FILE...
     python -m psysafe.corpus split FILE... --out DIR [--val 100] [--test 100] [--seed 42] [--quoted-in SYSTEM ...]
     python -m psysafe.corpus leakage --held-out FILE... [--training FILE...] [--system SYSTEM...] [--benchmark FILE...]
+    python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
 
-validate and leakage exit with 1 when they find something.
+validate and leakage exit with 1 when they find something, impute when a row is left without reasoning.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from pathlib import Path
 from psysafe.checkpoint import resolve_model
 from psysafe.config import ASSETS, expand
 from psysafe.corpus import tools
+from psysafe.corpus.impute import impute
 from psysafe.data import read_rows
+from psysafe.evaluation.transport import Endpoint, key_from
 from psysafe.files import write_atomic
 from psysafe.prompts import system_text
 from psysafe.runtime import main_guard
@@ -33,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         ("validate", run_validate, add_validate),
         ("split", run_split, add_split),
         ("leakage", run_leakage, add_leakage),
+        ("impute", run_impute, add_impute),
     ):
         command = commands.add_parser(name, help=run.__doc__.split(".")[0])
         add(command)
@@ -120,6 +124,37 @@ def run_leakage(args) -> int:
     )
     print("\n".join(str(leak) for leak in leaks) if leaks else "no leaks")
     return 1 if leaks else 0
+
+
+def add_impute(command: argparse.ArgumentParser) -> None:
+    command.add_argument("files", nargs="+", metavar="FILE")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSONL of all rows, reasoning filled in")
+    command.add_argument("--url", required=True, help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
+    command.add_argument("--model-name", required=True, help="the model's name at the endpoint")
+    command.add_argument("--key-variable", default="PSYSAFE_API_KEY", help="environment variable that holds the key")
+    command.add_argument("--workers", type=int, default=8, help="requests under way at once (8)")
+    command.add_argument("--temperature", type=float, default=0.7)
+    command.add_argument("--max-tokens", type=int, default=2048, help="longest reply (2048)")
+
+
+def run_impute(args) -> int:
+    """Reasoning traces for rows that have none, from a model behind an endpoint."""
+    rows = read_rows([expand(path) for path in args.files])
+    options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = out.with_name(out.name + ".traces.jsonl")
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    filled, failed = impute(rows, endpoint, journal, args.workers, say)
+    tools.write_rows(filled, out)
+    for where, reason in failed.items():
+        print(f"{where}: no reasoning: {reason}")
+    print(f"{len(filled) - len(failed):,} of {len(filled):,} rows have reasoning or need none; {out}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

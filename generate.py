@@ -1,0 +1,141 @@
+"""Answers prompts with the base model or an adapter: prompt in, text out.
+
+    python generate.py "I feel like giving up."                   # the bundled model, tuned once train.py has run
+    python generate.py "..." --compare base,runs/tiny             # the same question before and after
+    python generate.py --chat --adapter runs/psysafe              # a conversation; the model is the adapter's base
+    python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from psysafe.answer_file import AnswerFile, answer_rows, conversation, read_prompts
+from psysafe.checkpoint import load_model, resolve_model
+from psysafe.config import resolve
+from psysafe.data import Row
+from psysafe.generation import Generator, Options, merge_adapters
+from psysafe.lora import detach, load_adapter, read_json
+from psysafe.prompts import system_text
+from psysafe.runtime import main_guard, start
+from psysafe.sampling import Sampling
+from psysafe.terminal import ask, chat
+from psysafe.tokenizer import load_tokenizer
+
+BASE = "base"  # how --adapter, --compare and the rows name the model without an adapter
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    options = Options(**taken(Options, args), sampling=Sampling(**taken(Sampling, args)))
+    system = system_text(args.system)
+    rows = read_prompts(args.prompts) if args.prompts else []
+    source, revision, adapters = what_answers(args)
+    runtime = start(args.device, args.dtype)
+    torch.use_deterministic_algorithms(False)  # it would make index_put sort; ours writes no place twice
+    folder, commit = resolve_model(source, revision)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}")
+
+    settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
+    file = AnswerFile(args.out, rows, adapters, settings | options.that_matter()) if rows else None
+    for adapter in adapters:
+        if adapter != BASE:
+            load_adapter(model, adapter)
+        if args.merge:
+            merge_adapters(model)
+        generator = Generator(model, tokenizer, options, say=None if args.chat else say)
+        if args.chat:
+            chat(generator, system)
+        elif file:
+            answer_rows(generator, file, adapter, system, say)
+        else:
+            if args.compare:
+                print(f"--- {adapter}", flush=True)
+            ask(generator, conversation(Row({"prompt": args.prompt}, Path(), 1), system))
+        detach(model)
+    if file:
+        file.finish()
+    return 0
+
+
+def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
+    """(model, its revision, adapters). Without --model it is the base that the adapter names, else the bundled model,
+    which brings the adapter of the bundled run once there is one."""
+    adapters = args.compare.split(",") if args.compare else [args.adapter] if args.adapter else []
+    named = [adapter for adapter in adapters if adapter != BASE]
+    bundled, _ = resolve([])
+    if not adapters and not args.model and Path(bundled.out, "adapter_config.json").exists():
+        say(f"with the adapter in {bundled.out} (--adapter {BASE} leaves it off)")
+        adapters = [bundled.out]
+    if args.merge and not any(adapter != BASE for adapter in adapters):
+        raise ValueError("--merge: there is no adapter to merge; name one with --adapter")
+    if args.model or not named:
+        return args.model or bundled.model, None, adapters or [BASE]
+    config = read_json(Path(named[0], "adapter_config.json"))
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"{named[0]}/adapter_config.json names no base model; give --model")
+    return config["base_model_name_or_path"], config.get("revision"), adapters
+
+
+def taken(kind: type, args: argparse.Namespace) -> dict:
+    """The arguments that are fields of a dataclass."""
+    return {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
+
+
+def say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    epilog = """Equal settings and seeds give equal answers. In float32 that holds for every batch size; in bfloat16
+another one rounds differently and may take another word. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
+for thinking."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what to answer")
+    add("--chat", action="store_true", help="talk; every answer knows what was said before")
+    add("--prompts", metavar="FILE", help="JSON or JSONL rows with a prompt, or messages")
+    add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
+    add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
+    add("--adapter", metavar="DIR", help="folder in PEFT's format, or base for none (for the bundled model: its run's)")
+    add("--merge", action="store_true", help="add the adapter into the weights instead of computing it beside them")
+    add("--compare", metavar="base,DIR", help="answer with each of these adapters")
+    add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
+    for field in (*fields(Options), *fields(Sampling)):
+        flag, sentence = "--" + field.name.replace("_", "-"), field.metadata.get("help", "").replace("%", "%%")
+        if field.type is bool:
+            add(flag, action=argparse.BooleanOptionalAction, default=field.default, help=sentence)
+        elif sentence:
+            add(flag, type=field.type, default=field.default, metavar="N", help=f"{sentence} ({field.default})")
+    args = parser.parse_args(argv)
+    if (args.prompt is not None) + args.chat + (args.prompts is not None) != 1:
+        parser.error('expected one of: "a prompt", --chat, --prompts FILE')
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty; expected a text")
+    if (args.prompts is None) != (args.out is None):
+        parser.error("--prompts FILE and --out FILE go together")
+    if args.out and os.path.realpath(args.out) == os.path.realpath(args.prompts):
+        parser.error("--out is the file of --prompts and would be overwritten")
+    if args.compare and (args.adapter or args.chat or args.merge):
+        parser.error("--compare names the adapters itself, and goes with no --adapter, --chat or --merge")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

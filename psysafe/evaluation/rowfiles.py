@@ -1,0 +1,51 @@
+"""Rows of benchmarks and answers from CSV, JSON or JSONL files, with the line to name when one is broken."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
+    """The rows of a file, each with at least the required fields. Values of a CSV are texts.
+
+    Raises ValueError of one line: the file, the line, what is missing and what was expected.
+    """
+    path = Path(path)
+    expected = f"expected CSV, JSON or JSONL rows with {', '.join(required)}"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; {expected}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
+    rows = _csv(text) if path.suffix.lower() == ".csv" else _json(text, path, expected)
+    for where, row in rows:
+        missing = [name for name in required if not isinstance(row, dict) or row.get(name) is None]
+        if missing:
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path} {where}: no {missing[0]} in it (found: {found:.100}); {expected}")
+    if not rows:
+        raise ValueError(f"{path}: no rows in it; {expected}")
+    return [row for _, row in rows]
+
+
+def _csv(text: str) -> list[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    return [(f"line {reader.line_num}", row) for row in reader]
+
+
+def _json(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
+    if text.lstrip().startswith("["):
+        pieces = [("", text)]
+    else:  # not splitlines(): it also cuts at U+2028, which JSON allows inside a text
+        pieces = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = []
+    for where, piece in pieces:
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} {where}: malformed JSON ({error}); {expected}".replace(" :", ":")) from None
+        rows += [(f"row {n}", row) for n, row in enumerate(value, 1)] if isinstance(value, list) else [(where, value)]
+    return rows
