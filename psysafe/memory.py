@@ -1,8 +1,8 @@
 """The memory plan: what every layer keeps for its backward pass and what it makes again, so that a step just fits.
 
-    plan = Plan.of(model.config, adapters.targets, limit=84e9, fixed=54e9)
-    plan.apply(model, tokens, documents)        # before a micro-batch's forward pass; no synchronisation
-    plan.choose(4096, 4)                        # what that does and costs: a Choice
+    plan = Plan(model.config, adapters.targets, adapters.rank, limit=84_000_000_000, fixed=53_840_000_000)
+    plan.choose(Sizes.largest(tokens=4096, documents=4))     # what is dropped, what is kept, the peak, the cost
+    plan.apply(model, Sizes.of([650, 1200, 800]))            # before a micro-batch's forward pass; host work only
 
 Counted is what the Triton kernels save, byte for byte (tests/test_memory.py compares with autograd's own count), for
 adapters of rank 1. Per layer, five calls can be made again (recompute.py). They are dropped cheapest first, by time per
@@ -21,14 +21,14 @@ from psysafe.recompute import STAGES
 from psysafe.roofline import CHUNK, DELTA_RULE, SPEEDS, Widths, useful_flops
 
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
-H100_MEMORY = 85_000_000_000  # what an "80 GB" H100 reports
+H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
 LOSS_ROWS = 4095  # most rows of logits that exist at once (kernels/cross_entropy.py: chunks)
 FUSED_ROWS = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/_common.py)
 WORKSPACE = 150_000_000  # cuBLAS's workspaces, column sums of the adapters' gradients, schedules
 
 
-class Batch(NamedTuple):
+class Sizes(NamedTuple):
     """What the sizes of a micro-batch's saved tensors depend on."""
 
     tokens: int
@@ -37,16 +37,16 @@ class Batch(NamedTuple):
     rows: int  # that feed a trained token
 
     @staticmethod
-    def of(lengths: Iterable[int], rows: int | None = None) -> "Batch":
+    def of(lengths: Iterable[int], rows: int | None = None) -> "Sizes":
         lengths = list(lengths)
         chunks, checkpoints = (sum(-(-n // size) for n in lengths) for size in (CHUNK, SEGMENT))
         tokens = sum(lengths)
-        return Batch(tokens, chunks, checkpoints - len(lengths), tokens if rows is None else rows)
+        return Sizes(tokens, chunks, checkpoints - len(lengths), tokens if rows is None else rows)
 
     @staticmethod
-    def largest(tokens: int, documents: int) -> "Batch":
+    def largest(tokens: int, documents: int) -> "Sizes":
         """The most that so many tokens in so many documents can need."""
-        return Batch(tokens, tokens // CHUNK + documents, tokens // SEGMENT, tokens)
+        return Sizes(tokens, tokens // CHUNK + documents, tokens // SEGMENT, tokens)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Saved:
 
 
 class Choice(NamedTuple):
-    """A plan for one size of micro-batch."""
+    """A plan for one size of micro-sizes."""
 
     dropped: tuple[frozenset[str], ...]  # by layer
     layers: tuple[int, ...]  # bytes kept by each layer
@@ -68,12 +68,12 @@ class Choice(NamedTuple):
 
 
 def saved_bytes(
-    config: ModelConfig, layer: int, batch: Batch, targets: Iterable[str], rank: int = 1, element: int = 2
+    config: ModelConfig, layer: int, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2
 ) -> Saved:
     """What layer `layer` saves on the Triton path. element: bytes of an activation (2: bf16)."""
-    T, D, size, w = batch.tokens, config.hidden_size, config.intermediate_size, Widths.of(config)
+    T, D, size, w = sizes.tokens, config.hidden_size, config.intermediate_size, Widths.of(config)
     heads, values, keys = config.num_attention_heads, config.linear_num_value_heads, config.linear_num_key_heads
-    rows = batch.rows if layer == config.num_hidden_layers - 1 else T
+    rows = sizes.rows if layer == config.num_hidden_layers - 1 else T
     fused, targets = rank == 1, set(targets)
 
     def u(T: int, *parts: str) -> int:
@@ -106,8 +106,8 @@ def saved_bytes(
         kept += (stream(T) if layer else 0) + into + out + (4 * T * D if into else 0)
         if rank > FUSED_ROWS and out:
             kept += 4 * T * w.delta_out
-        tiles = batch.chunks * CHUNK * (2 * values * CHUNK * element + 4 * (3 * values + 2 * keys))
-        states = batch.checkpoints * values * config.linear_key_head_dim * config.linear_value_head_dim * 4
+        tiles = sizes.chunks * CHUNK * (2 * values * CHUNK * element + 4 * (3 * values + 2 * keys))
+        states = sizes.checkpoints * values * config.linear_key_head_dim * config.linear_value_head_dim * 4
         stages |= {
             "in_proj": T * w.delta_in * element,
             "conv": T * w.conv * element,
@@ -116,11 +116,11 @@ def saved_bytes(
     return Saved(kept + (u(T, "down_proj") if layer else 0), stages)
 
 
-def tail_bytes(config: ModelConfig, batch: Batch, targets: Iterable[str], rank: int = 1, element: int = 2) -> int:
+def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2) -> int:
     """What is saved outside the layers: rotary angles, final norm, the loss's gradient."""
-    D, rows = config.hidden_size, batch.rows
+    D, rows = config.hidden_size, sizes.rows
     u = 4 * rank * ("down_proj" in set(targets))
-    return batch.tokens * 4 * config.rotary_dim + rows * (D * element + 4 + u) + rows * D * element
+    return sizes.tokens * 4 * config.rotary_dim + rows * (D * element + 4 + u) + rows * D * element
 
 
 def again_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
@@ -156,17 +156,17 @@ class Plan:
     fixed: int
     element: int = 2
 
-    def choose(self, batch: Batch) -> Choice:
+    def choose(self, sizes: Sizes) -> Choice:
         """The cheapest choice that fits; ValueError with the numbers and the flags to change if none does."""
         config, layers = self.config, range(self.config.num_hidden_layers)
-        saved = [saved_bytes(config, i, batch, self.targets, self.rank, self.element) for i in layers]
+        saved = [saved_bytes(config, i, sizes, self.targets, self.rank, self.element) for i in layers]
         kept = [x.kept + sum(x.stages.values()) for x in saved]
-        total = sum(kept) + tail_bytes(config, batch, self.targets, self.rank, self.element)
-        beside = self.fixed + WORKSPACE + self.scratch(batch)
+        total = sum(kept) + tail_bytes(config, sizes, self.targets, self.rank, self.element)
+        beside = self.fixed + WORKSPACE + self.scratch(sizes)
         cost = again_seconds(config)
         # Early layers first: when backward comes to them, the late layers' tensors are gone.
         order = sorted(
-            (cost[config.layer_types[i], name] * batch.tokens / size, i, name)
+            (cost[config.layer_types[i], name] * sizes.tokens / size, i, name)
             for i in layers
             for name, size in saved[i].stages.items()
             if size
@@ -181,39 +181,48 @@ class Plan:
             kept[i], total, seconds = kept[i] - size, total - size, seconds + price * size
         if beside + total > self.limit:
             raise ValueError(
-                f"micro-batches of {batch.tokens:,} tokens need {(beside + total) / 1e9:.1f} GB even with everything "
+                f"micro-batches of {sizes.tokens:,} tokens need {(beside + total) / 1e9:.1f} GB even with everything "
                 f"made again that can be; {self.limit / 1e9:.1f} GB are free for it: lower --micro-batch-tokens (and "
                 "--max-tokens, for a longer row stands alone), take --embedding cpu, or raise --memory-limit"
             )
         return Choice(tuple(map(frozenset, dropped)), tuple(kept), total, beside + total, seconds)
 
-    def scratch(self, batch: Batch) -> int:
+    def scratch(self, sizes: Sizes) -> int:
         """Most bytes in use at once beside what is saved: one chunk of logits, or one layer's backward pass."""
-        config, w, T = self.config, Widths.of(self.config), batch.tokens
+        config, w, T = self.config, Widths.of(self.config), sizes.tokens
         D, size = config.hidden_size, config.intermediate_size
-        logits = min(batch.rows, LOSS_ROWS) * config.vocab_size
+        logits = min(sizes.rows, LOSS_ROWS) * config.vocab_size
         # gate|up made again, its gradient, that of SwiGLU's output, and the stream's on both sides.
         mlp = T * (5 * size + 6 * D)
         # The mixer's tensors made again and their gradients; R, S and dS of the delta rule.
         heads = config.linear_num_value_heads
-        states = 2 * batch.chunks * heads * config.linear_key_head_dim * config.linear_value_head_dim
-        delta = T * (2 * (w.delta_in + w.conv) + 4 * w.delta_out + 6 * D) + 2 * batch.chunks * CHUNK**2 * heads + states
+        states = 2 * sizes.chunks * heads * config.linear_key_head_dim * config.linear_value_head_dim
+        delta = T * (2 * (w.delta_in + w.conv) + 4 * w.delta_out + 6 * D) + 2 * sizes.chunks * CHUNK**2 * heads + states
         attention = T * (4 * w.attention_in + 3 * w.attention_out + 6 * D)
         kinds = {"full_attention": attention, "linear_attention": delta}
         return self.element * max(logits, mlp, *(kinds[kind] for kind in set(config.layer_types)))
 
-    def apply(self, model: Qwen3_5, batch: Batch) -> Choice:
+    def apply(self, model: Qwen3_5, sizes: Sizes) -> Choice:
         """Tells every block of the model what to make again in the next forward pass."""
-        choice = self.choose(batch)
+        choice = self.choose(sizes)
         for block, dropped in zip(model.layers, choice.dropped, strict=True):
             block.recompute = dropped
         return choice
 
-    def describe(self, batch: Batch) -> list[str]:
+    def out_of_memory(self, step: int, out: str, error: Exception) -> str:
+        """The message for a GPU that ran out of memory in spite of the plan."""
+        lower = (self.limit + RESERVE) / 1e9 - 2
+        return (
+            f"step {step}: out of GPU memory with {self.limit / 1e9:.1f} GB planned for ({str(error).split('.')[0]}); "
+            f"the run is saved: continue with --out {out} --resume auto --memory-limit {lower:.0f}, or lower "
+            "--micro-batch-tokens, or take --embedding cpu"
+        )
+
+    def describe(self, sizes: Sizes) -> list[str]:
         """The plan for a reader: the peak and what it is made of, then layers of a kind in one line."""
-        choice, config = self.choose(batch), self.config
+        choice, config = self.choose(sizes), self.config
         lines = [
-            f"at {batch.tokens:,} tokens: predicted peak {choice.peak / 1e9:.2f} GB of {self.limit / 1e9:.2f} GB: "
+            f"at {sizes.tokens:,} tokens: predicted peak {choice.peak / 1e9:.2f} GB of {self.limit / 1e9:.2f} GB: "
             f"weights, adapter, optimiser {self.fixed / 1e9:.2f}, saved for backward {choice.saved / 1e9:.2f}, "
             f"scratch {(choice.peak - choice.saved - self.fixed) / 1e9:.2f}"
         ]
@@ -225,7 +234,7 @@ class Plan:
             which = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {layers[0]} to {layers[-1]}"
             name = {"full_attention": "attention", "linear_attention": "delta-net"}[kind]
             lines.append(
-                f"{which + ', ' + name:<32}{size / batch.tokens / 1e3:>7.1f} KB a token{size / 1e6:>9.1f} MB"
+                f"{which + ', ' + name:<32}{size / sizes.tokens / 1e3:>7.1f} KB a token{size / 1e6:>9.1f} MB"
                 f"  made again: {again}"
             )
         lines.append(f"made again in {1e3 * choice.seconds:.0f} ms a micro-batch on an H100 (computed, not measured)")

@@ -137,13 +137,20 @@ class Qwen3_5(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, cu_seqlens end at {documents.total}")
         positions = documents.positions if cache is None else cache.positions(documents)
         batch = Batch(documents, *self.rotary(positions), cache)
-        h, pending = F.embedding(tokens, self.embed_tokens), None
+        h, pending = self.embed(tokens), None
         for layer in self.layers:
             h, pending = layer(h, pending, batch, rows if layer is self.layers[-1] else None)
         _, x, _ = kernels.residual_rms_norm(h, pending, self.norm, self.config.rms_norm_eps)
         if cache is not None:
             cache.advance(documents)
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (T,) -> (T, D). An embedding in host memory wants its tokens there, too: that costs no wait."""
+        h = F.embedding(tokens.to(self.embed_tokens.device), self.embed_tokens)
+        if h.device != self.norm.device:
+            h = (h.pin_memory() if self.norm.is_cuda else h).to(self.norm.device, non_blocking=True)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V), in the activation dtype."""

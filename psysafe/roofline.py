@@ -23,13 +23,16 @@ class Part(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """What large GEMMs (FLOP/s) and streaming kernels (bytes/s) reach, which is less than the data sheet says."""
+    """What large GEMMs (FLOP/s) and streaming kernels (bytes/s) reach, which is less than the data sheet says; and the
+    bytes of memory that the GPU reports.
+    """
 
     gemm: float
     bandwidth: float
+    memory: int
 
 
-SPEEDS = {"H100": Speed(700e12, 3.0e12), "H200": Speed(790e12, 4.3e12)}
+SPEEDS = {"H100": Speed(700e12, 3.0e12, 85_000_000_000), "H200": Speed(790e12, 4.3e12, 150_000_000_000)}
 # FLOP/s of the two cores, forward and backward: estimates from compiled kernels, to be replaced by measurements.
 ATTENTION = Part(410e12, 255e12)
 DELTA_RULE = Part(205e12, 261e12)

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import kernels
 from psysafe.checkpoint import build
 from psysafe.lora import PRESETS, TARGETS, attach
-from psysafe.memory import H100_MEMORY, RESERVE, Batch, Plan, saved_bytes, tail_bytes
+from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
 from psysafe.model_config import ModelConfig
 from psysafe.recompute import STAGES, Remake
 from psysafe.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
@@ -73,7 +73,7 @@ def counted(monkeypatch, targets, rank, dropped, rows) -> Counter:
 
 def compare(monkeypatch, targets=TARGETS, rank=1, dropped=(), rows=None):
     found = counted(monkeypatch, targets, rank, dropped, rows)
-    batch = Batch.of(LENGTHS, rows)
+    batch = Sizes.of(LENGTHS, rows)
     expected = 0
     for i in range(CONFIG.num_hidden_layers):
         saved = saved_bytes(CONFIG, i, batch, targets, rank)
@@ -125,7 +125,7 @@ def test_a_forgotten_tensor_is_caught(monkeypatch):
 
 def test_bytes_of_the_published_model():
     """The set without any GEMM in backward: 123 KB a token in a delta-net layer, 131 KB in an attention layer."""
-    batch = Batch.of([4096])
+    batch = Sizes.of([4096])
     for layer, cheap, expected in ((1, ("conv", "delta_rule"), 123_072), (3, ("rope",), 131_072)):
         saved = saved_bytes(CONFIG, layer, batch, TARGETS)
         kept = saved.kept + sum(size for name, size in saved.stages.items() if name not in cheap)
@@ -133,22 +133,22 @@ def test_bytes_of_the_published_model():
 
 
 def test_4096_tokens_fit_an_80_gb_gpu():
-    choice = plan().choose(Batch.largest(4096, 4))
+    choice = plan().choose(Sizes.largest(4096, 4))
     assert choice.peak <= 85.0e9 - 1e9
     # Everything cheap goes before the first GEMM does; then as few GEMMs as possible.
     assert all("conv" in x for x, kind in zip(choice.dropped[1:], CONFIG.layer_types[1:], strict=True) if "lin" in kind)
     assert not any("in_proj" in x for x in choice.dropped) and sum("gate_up" in x for x in choice.dropped) < 24
     assert choice.peak > 83.4e9, "more was dropped than needed"
-    assert choice.saved == sum(choice.layers) + tail_bytes(CONFIG, Batch.largest(4096, 4), TARGETS)
+    assert choice.saved == sum(choice.layers) + tail_bytes(CONFIG, Sizes.largest(4096, 4), TARGETS)
 
 
 def test_the_recipe_s_own_steps_need_nothing_made_again():
-    choice = plan().choose(Batch.largest(2560, 4))
+    choice = plan().choose(Sizes.largest(2560, 4))
     assert not any(choice.dropped) and choice.seconds == 0
 
 
 def test_less_memory_costs_more_time_until_nothing_fits():
-    batch, before = Batch.largest(4096, 4), 0.0
+    batch, before = Sizes.largest(4096, 4), 0.0
     for limit in range(84, 62, -2):
         choice = plan(limit * 10**9).choose(batch)
         assert choice.peak <= limit * 10**9 and choice.seconds >= before
@@ -160,7 +160,7 @@ def test_less_memory_costs_more_time_until_nothing_fits():
 def test_the_plan_reaches_the_model():
     model = build(CONFIG, "meta", torch.bfloat16)
     attach(model, 1, 32)
-    choice = plan().apply(model, Batch.largest(4096, 4))
+    choice = plan().apply(model, Sizes.largest(4096, 4))
     assert tuple(block.recompute for block in model.layers) == choice.dropped and any(choice.dropped)
 
 
