@@ -105,7 +105,7 @@ def attach(
     if not layers:
         raise ValueError(f"lora_targets {list(targets)}: the model has none of these projections")
     detach(model)
-    device = model.embed_tokens.device
+    device = model.norm.device  # not the embedding's, which may lie in host memory
     dtype = torch.promote_types(model.embed_tokens.dtype, torch.float32)
     sizes = [((len(layer.parts) * rank, layer.weight.shape[1]), (layer.weight.shape[0], rank)) for _, layer in layers]
     total = sum(math.prod(shape) for pair in sizes for shape in pair)
