@@ -27,7 +27,7 @@ from psysafe.model import Qwen3_5
 from psysafe.optim import AdamW, cosine_schedule
 from psysafe.roofline import flops_per_token
 from psysafe.run_log import RunLog, check_optional, plot_loss, print_run
-from psysafe.run_state import State, StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.run_state import State, check_resume, load_state, prepare_run_dir, recipe, save_state
 from psysafe.runtime import Moment, Runtime, StopRequest, main_guard, start, versions
 
 MAX_SKIPPED = 3  # steps in a row whose gradient norm is not finite
@@ -49,6 +49,7 @@ class Run:
     epoch_open: bool = True  # False between an epoch's last step and its validation
     best_val: float | None = None
     plan: Plan | None = None  # on a GPU: what backward makes again
+    unsaved: str = ""  # why the last save failed, if it did
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
     model = load_model(
         config.model, device=runtime.device, dtype=runtime.dtype, revision=commit, embedding=config.embedding
     )
+    check_vocabulary(config, model, train_set, val_set)
     adapters = attach_adapters(model, config)
+    # An adapter given by --adapter-init brings its own shape; the run is recorded with it.
+    shape = {"lora_rank": adapters.rank, "lora_alpha": float(adapters.alpha), "lora_targets": list(adapters.targets)}
+    config = replace(config, **shape)
     total_steps = config.max_steps or config.epochs * steps_per_epoch(len(train_set), config.batch_size)
     optimizer = make_optimizer(adapters, config)
     plan = make_plan(config, model, adapters, optimizer, runtime.device)
@@ -90,8 +95,12 @@ def main(argv: Sequence[str]) -> int:
         dist.barrier()
 
     useful = flops_per_token(model.config, rows.context, rows.trained / rows.tokens)
-    with RunLog(config.out, config, runtime, total_steps, run.step, useful) as log, StopRequest() as stop:
+    log = RunLog(config.out, config, runtime, total_steps, run.step, useful, validated=run.epoch_open)
+    with log, StopRequest() as stop:
         code = train(run, log, stop, rows_digest)
+    if code == 0 and run.unsaved:
+        print(f"error: {run.unsaved}; make room and finish with --resume auto", file=sys.stderr)
+        return 1
     if code == 0 and runtime.is_main:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
         print(f"adapter in {config.out}{best}; try:  python generate.py --adapter {config.out} \"How are you?\"")
@@ -190,10 +199,11 @@ def train_step(run: Run) -> StepResult:
 
 def batch_loss(model: Qwen3_5, batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
     """The summed cross-entropy of a micro-batch's trained tokens."""
-    rows, labels = (x.to(runtime.device, non_blocking=True) for x in (batch.rows, batch.labels))
-    tokens = batch.tokens.to(model.embed_tokens.device, non_blocking=True)
-    hidden = model(tokens, kernels.Documents(batch.cu_seqlens, runtime.device), rows=rows)
-    return kernels.linear_cross_entropy(hidden, model.head, labels)
+    documents = kernels.Documents(batch.cu_seqlens, runtime.device)
+    in_host_memory = model.embed_tokens.device.type == "cpu"
+    tokens = batch.tokens if in_host_memory else documents.to_device(batch.tokens)
+    hidden = model(tokens, documents, rows=documents.to_device(batch.rows))
+    return kernels.linear_cross_entropy(hidden, model.head, documents.to_device(batch.labels))
 
 
 @torch.no_grad()
@@ -233,12 +243,13 @@ def save(run: Run, log: RunLog, rows_digest: str) -> None:
     meta = {"recipe": recipe(config), "rows": rows_digest, "versions": versions()}
     meta |= {"best_val": run.best_val, "epoch_open": run.epoch_open, "world_size": run.runtime.world_size}
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
+    multimodal, run.unsaved = run.model.config.multimodal, ""
     try:
-        save_state(config.out, run.step, tensors, meta)
-        multimodal = run.model.config.multimodal
         save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
-    except StateNotSaved as error:
-        log.say(f"warning: {error}; training goes on, the state before it is kept")
+        save_state(config.out, run.step, tensors, meta)
+    except OSError as error:  # StateNotSaved is one
+        run.unsaved = f"step {run.step} was not saved: {error}"
+        log.say(f"warning: {run.unsaved}; training goes on, what was saved before is kept")
 
 
 def restore(run: Run, rows_digest: str) -> State | None:
@@ -254,6 +265,16 @@ def restore(run: Run, rows_digest: str) -> State | None:
     run.optimizer.load_state_tensors(tensors)
     run.step, run.best_val, run.epoch_open = state.step, state.meta["best_val"], state.meta["epoch_open"]
     return state
+
+
+def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None) -> None:
+    """A tokenizer of another model would otherwise end in an illegal memory access on the device."""
+    largest = max(int(document.tokens.max()) for data in sets if data is not None for document in data.documents)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"{config.model}: its tokenizer gives token {largest}, its config.json says vocab_size "
+            f"{model.config.vocab_size}; take both from the same model"
+        )
 
 
 def digest(*sets: Dataset | None) -> str:
