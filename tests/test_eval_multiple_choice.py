@@ -1,6 +1,6 @@
-"""MMLU and HellaSwag against lm-eval 0.4.13: request strings, log-likelihoods, metrics of the fixture rows.
+"""MMLU and HellaSwag against lm-eval 0.4.13: request strings, log-likelihoods and metrics of the fixture.
 
-"""MMLU and HellaSwag against lm-eval 0.4.13: request strings, log-likelihoods, metrics of the fixture.
+The goldens come from tools/make_lm_eval_goldens.py. The deliberate errors at the end must each break the comparison.
 """
 
 import argparse
