@@ -97,6 +97,7 @@ def compare(
         for prompt in prompts
         if prompt in scored[name]
     ]
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
 
     by = f"the {rules.NAME}" if who is None else who.name
