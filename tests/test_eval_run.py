@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 import eval as script
-from psysafe.config import ASSETS
+from psysafe import load_model
+from psysafe.config import ASSETS, resolve
 from psysafe.data import read_rows
 from psysafe.evaluation import miniature, published, report, results
 from psysafe.evaluation.journal import Journal
 from psysafe.evaluation.results import Result, Table
+from psysafe.lora import attach, save_adapter
 from psysafe.runtime import main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_judge import reply
@@ -174,7 +176,7 @@ def test_the_report_in_a_browser(tmp_path):
     """Headless Chromium draws it, and sends nothing anywhere: every connection would go through a proxy that counts."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("no Chromium here")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here")
     assert run("report", *everything(tmp_path), "--out", str(tmp_path / "report")) == 0
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as proxy:
@@ -201,12 +203,18 @@ def test_the_report_in_a_browser(tmp_path):
         how = {"env": environment, "capture_output": True, "timeout": 120, "check": True}
         subprocess.run(shot, **how)
         done = subprocess.run([*common, "--dump-dom", page], **how)
+        ours = list(asked)
+        # The same page with an image from elsewhere and without its policy: that the proxy would have seen.
+        text = re.sub("<meta http-equiv[^>]*>", "", (tmp_path / "report" / "report.html").read_text())
+        (tmp_path / "leaky.html").write_text(text.replace("<nav>", '<img src="http://example.com/x.png"><nav>'))
+        subprocess.run([*common, "--dump-dom", (tmp_path / "leaky.html").as_uri()], **how)
     document = done.stdout.decode()
     assert document.count('<table class="result">') == 7 * 2 + len(published.TABLES)
     assert document.count("<svg") == 7 and document.count("<rect") == 14
     assert picture.stat().st_size > 20_000
     # The browser itself may ask for its own services; nothing of it is the page's.
-    assert not [line for line in asked if "example" in line], asked
+    assert not [line for line in ours if "example" in line], ours
+    assert [line for line in asked if "example" in line]
     if os.environ.get("KEEP_SCREENSHOT"):
         shutil.copy(picture, os.environ["KEEP_SCREENSHOT"])
 
@@ -214,3 +222,23 @@ def test_the_report_in_a_browser(tmp_path):
 def test_it_starts_as_a_script(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "eval.py")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torchrun train.py" in done.stderr
+
+
+def test_the_miniature_run_reuses_answers_until_the_adapter_changes(tmp_path, monkeypatch, capsys):
+    """python eval.py on random weights: a second start makes nothing again, a retrained adapter does."""
+    monkeypatch.chdir(tmp_path)
+    config, sources = resolve(["--model", f"random:{ASSETS / 'tiny' / 'config.json'}", "--out", "runs/tiny"])
+    monkeypatch.setattr(miniature, "resolve", lambda argv: (config, sources))
+    monkeypatch.setattr(miniature, "MAX_NEW_TOKENS", 3)
+    adapters = attach(load_model(config.model), 1, 32.0, seed=0)
+    Path("runs/tiny").mkdir(parents=True)
+    save_adapter(adapters, "runs/tiny", config.model, multimodal=False)
+    assert run() == 0
+    table = capsys.readouterr().out
+    assert table.startswith("The paper in miniature") and "rule-based judge" in table.splitlines()[0]
+    answers = Path("runs/tiny/eval/answers.jsonl")
+    assert answers.read_bytes().count(b"\n") == 100
+    assert run() == 0 and capsys.readouterr().out == table and answers.read_bytes().count(b"\n") == 100
+    adapters.param.add_(0.01)
+    save_adapter(adapters, "runs/tiny", config.model, multimodal=False)
+    assert run() == 0 and answers.read_bytes().count(b"\n") == 150

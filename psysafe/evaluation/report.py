@@ -86,7 +86,7 @@ def markdown(parts: Sequence[Part]) -> str:
             lines += [f"### {table.title}", "", *_markdown_table(table), "", *([table.note, ""] if table.note else [])]
         lines += [*(f"{note}  " for note in result.notes), contamination(result), ""]
         if result.failed:
-            lines += [f"{len(result.failed):,} failed items:", ""]
+            lines += [f"Failed items: {len(result.failed):,}", ""]
             lines += [f"- {_cell(item)}: {_cell(reason)}" for item, reason in result.failed.items()] + [""]
         lines += [f"- {name}: {_cell(value)}" for name, value in facts(folder, result, rest).items()] + [""]
     return "\n".join(lines)
@@ -126,7 +126,7 @@ def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
     parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in [*result.notes, contamination(result)]]
     if result.failed:
         items = "".join(f"<li>{html.escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
-        summary = f"<summary>{len(result.failed):,} failed items</summary>"
+        summary = f"<summary>failed items: {len(result.failed):,}</summary>"
         parts.append(f"<details open>{summary}<ul>{items}</ul></details>\n")
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
@@ -167,7 +167,7 @@ def bars(table: Table) -> str:
     drawn = []
     for i, (row, value) in enumerate(zip(table.rows, values, strict=True)):
         label = ", ".join(str(row[t]) for t in texts)
-        label = label if len(label) <= 36 else label[:35] + "…"
+        label = label if len(label) <= 32 else label[:31] + "…"
         y, length = i * step, width * max(value or 0, 0) / top
         drawn.append(
             f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(label)}</text>'
