@@ -139,13 +139,12 @@ class Benchmark:
 
     __doc__ = __doc__
 
-    def __init__(self, name: str, fields: Sequence[str], item: Callable[[dict], Item], repository: str, file: str):
-        self.name, self.fields, self.item, self.repository, self.file = name, fields, item, repository, file
+    def __init__(self, name: str, fields: Sequence[str], item: Callable[[dict], Item]):
+        self.name, self.fields, self.item = name, fields, item
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--data", metavar="FILE", help=f"rows with {', '.join(self.fields)}"
-                            + (", or the folder of *_test.csv" if self.name == "mmlu" else "")
-                            + f" (default: {self.repository}; needs pyarrow)")  # fmt: skip
+        folder = ", or the authors' folder of *_test.csv" if self.name == "mmlu" else ""
+        parser.add_argument("--data", required=True, metavar="FILE", help=f"rows with {', '.join(self.fields)}{folder}")
         parser.add_argument("--chat", action="store_true", help="put the questions into the chat template")
         parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="where to cut contexts")
         parser.add_argument("--batch-tokens", type=int, default=0, metavar="N", help="tokens of a forward pass (auto)")
@@ -161,7 +160,7 @@ class Benchmark:
                 assert 0 <= items[-1].gold < len(items[-1].choices)
             except (ValueError, TypeError, AttributeError, AssertionError):
                 raise ValueError(
-                    f"{args.data or self.repository} row {number}: not a row of {self.name}; expected {self.fields}"
+                    f"{args.data} row {number}: not a row of {self.name}; expected {self.fields}"
                 ) from None
         subject, settings = subjects.from_arguments(args)
         if args.chat and args.thinking:
@@ -170,7 +169,7 @@ class Benchmark:
         found, rate = self.score(subject, settings, items, args)
         result = Result(self.name, f"{self.name.upper() if self.name == 'mmlu' else 'HellaSwag'}, 0-shot", [])
         result.tables = tables(self.name, items, {s.name: found[s] for s in settings})
-        result.settings = {**subject.facts(), "chat template": args.chat, "data": args.data or self.repository}
+        result.settings = {**subject.facts(), "chat template": args.chat, "data": args.data}
         result.settings = {k: v for k, v in result.settings.items() if k not in GENERATION_ONLY}
         result.notes = [rate] if rate else []
         if args.train:
@@ -220,27 +219,10 @@ class Benchmark:
         saved = sum(len(b.prefix) * (len(b.choices) - 1) for batch in todo for i in batch for b in encoded[i])
         return f"{rate:,.0f} tokens/s; contexts shared by their choices saved {saved / (saved + total):.0%} of them"
 
-    def read(self, data: str | None) -> list[dict]:
-        if data is None:
-            return self._from_hub()
-        if Path(data).is_dir():
+    def read(self, data: str) -> list[dict]:
+        if self.name == "mmlu" and Path(data).is_dir():
             return _read_folder(Path(data))
         return read_table(data, self.fields)
-
-    def _from_hub(self) -> list[dict]:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{self.repository} is in Parquet: pip install pyarrow, or give --data FILE") from None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            path = hf_hub_download(self.repository, self.file, repo_type="dataset")
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.repository}: the hub did not give it ({reason}); give --data FILE") from None
-        return pyarrow.parquet.read_table(path).to_pylist()
 
 
 GENERATION_ONLY = {"max_new_tokens", "max_think_tokens", "context", "temperature", "top_k", "top_p", "min_p",
@@ -299,7 +281,5 @@ def mmlu_leaves(items: Sequence[Item], scored: Sequence[dict[str, float]]) -> di
     return {subject: mean(values) for subject, values in sorted(by_subject.items())}
 
 
-MMLU = Benchmark("mmlu", ["question", "choices", "answer", "subject"], mmlu_item,
-                 "cais/mmlu", "all/test-00000-of-00001.parquet")  # fmt: skip
-HELLASWAG = Benchmark("hellaswag", ["activity_label", "ctx_a", "ctx_b", "endings", "label"], hellaswag_item,
-                      "Rowan/hellaswag", "data/validation-00000-of-00001.parquet")  # fmt: skip
+MMLU = Benchmark("mmlu", ["question", "choices", "answer", "subject"], mmlu_item)
+HELLASWAG = Benchmark("hellaswag", ["activity_label", "ctx_a", "ctx_b", "endings", "label"], hellaswag_item)
