@@ -14,10 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import adamw as _adamw
 from kernels import attention as _attention
 from kernels import conv1d as _conv1d
 from kernels import cross_entropy as _cross_entropy
+from kernels import decode_attention as _decode_attention
 from kernels import delta_rule as _delta_rule
+from kernels import gate_up as _gate_up
 from kernels import gated_norm as _gated_norm
 from kernels import glu as _glu
 from kernels import output_gate as _output_gate
@@ -57,6 +60,8 @@ def describe(device: torch.device, head_dim: int) -> str:
     if not runs_triton(x):
         return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
     plain = [name for name, (_, triton_op) in OPS.items() if triton_op is None]
+    if not _attention.triton_supports(head_dim):
+        plain += [f"{name} (head_dim {head_dim})" for name in ("causal_attention", "attention_decode")]
     line = "Triton" + ("" if x.is_cuda else "'s interpreter")
     return line + (f"; reference for {', '.join(plain)}" if plain else "")
 
@@ -78,13 +83,15 @@ def _switch(name: str, module) -> Callable:
 residual_rms_norm = _switch("residual_rms_norm", _rms_norm)
 qk_norm_rope = _switch("qk_norm_rope", _rope)
 causal_attention = _switch("causal_attention", _attention)
-attention_decode = _switch("attention_decode", _attention)
+attention_decode = _switch("attention_decode", _decode_attention)
 sigmoid_gate = _switch("sigmoid_gate", _output_gate)
 causal_conv1d_silu = _switch("causal_conv1d_silu", _conv1d)
 gated_delta_rule = _switch("gated_delta_rule", _delta_rule)
 gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
 gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
 swiglu = _switch("swiglu", _glu)
+gate_up_swiglu = _switch("gate_up_swiglu", _gate_up)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
+adamw_8bit = _switch("adamw_8bit", _adamw)
 
 __all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
-    triton = SimpleNamespace(jit=lambda fn: fn)
+    triton = SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda fn: fn))
     tl = SimpleNamespace(constexpr=int)
+    TensorDescriptor = None
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "tl", "triton"]

@@ -1,15 +1,38 @@
-"""Causal grouped-query attention over packed documents, and its one-token form over a cache.
+"""Causal grouped-query attention over packed documents.
 
-    S = q k^T / sqrt(K)   (key position <= query position, same document)     o = softmax(S) v
+    S = q k^T / sqrt(K)   (key position <= query position, same document)     P = softmax(S)     o = P v
+    dv = P^T do           dS = P * (do v^T - delta), delta = rowsum(do * o)
+    dk = dS^T q / sqrt(K)     dq = dS k / sqrt(K)     dk and dv summed over the query heads of their group
 
-Query head j reads key/value head j // (H/G). Softmax in fp32, o rounded once.
+q, o (T, H, K), k and v (S, G, K); query head j reads key/value head j // (H/G). Softmax and all sums are fp32; o, dq,
+dk and dv are rounded once. In the Triton path P (not yet divided by its row sum) and dS also enter their GEMM in the
+input's dtype; fp32 inputs are multiplied in full fp32.
+
+Four GEMM kernels, a program per tile of 128 queries or keys of one document and head: forward; dV, dK and dQ, each of
+which computes S again. dK and dV are apart because two fp32 accumulators of 128 x 256 do not fit in a program's
+registers, and with 64 keys both warpgroups would compute the same S (9 dots instead of 8). Keeping dS for the third
+kernel would save two dots, but ptxas serialises the wgmma of every pipelined kernel that stores it.
+No operand is a transposed accumulator: S^T is computed as k q^T.
+Tiles start where their document starts, so `key <= query` also keeps the next document out and no key reaches back.
+
+Saved per token: q, k, v, o in their dtype and log2 of the softmax's denominator, fp32 (H): 2 K (2H + 2G) + 4H bytes in
+bf16, 28.8 KB at the 27B sizes. Forward moves that once; k and v of a document stay in the 50 MB L2 while its query
+heads read them. Everything is deterministic: no atomics, every sum in an order that the document lengths alone decide.
+Source: FlashAttention-2 (arXiv 2307.08691), recut for 256-wide heads on Hopper.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.seams import Documents, compute_dtype
+from kernels._triton import TensorDescriptor, tl, triton
+from kernels.attention_schedule import head_grid, head_parts, tile_items
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
+from kernels.seams import Documents
 
 
 def causal_attention_reference(
@@ -33,19 +56,445 @@ def causal_attention_reference(
     return torch.cat(outs)
 
 
-def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """One query a sequence over its cache: q (B, H, K), caches (B, S, G, K), lengths (B,) int -> o (B, H, K).
+class Tiles(NamedTuple):
+    """Block shapes of one dtype and head size: `block` rows are owned by a program, the others pass by in its loop."""
 
-    The query sees the first lengths[b] rows of its cache; its own key is already among them.
+    block: int
+    forward: int
+    dv: int
+    dk: int
+    dq: int
+    warps: int
+    stages: int
+
+
+# (bytes per element, head size) -> tiles. Found by compiling for sm_90: the widest that neither spill nor serialise.
+# fp32 runs on the plain FMA units, and spills; it exists to check the rest and is not meant to be fast.
+TILES = {
+    (2, 64): Tiles(128, 64, 64, 64, 64, 8, 3),
+    (2, 128): Tiles(128, 64, 64, 64, 64, 8, 2),
+    (2, 256): Tiles(128, 64, 64, 32, 32, 8, 2),
+    (4, 64): Tiles(32, 16, 16, 16, 16, 8, 1),
+    (4, 128): Tiles(32, 16, 16, 16, 16, 8, 1),
+    (4, 256): Tiles(32, 16, 16, 16, 16, 16, 1),
+}
+
+
+def triton_supports(head_dim: int) -> bool:
+    """Whether the Triton kernels exist for this head size; for another one the op runs its reference."""
+    return (2, head_dim) in TILES
+
+
+@triton.jit
+def _program(p_items, inner):
+    """The tile and the head of a program: axis 0 = tile x inner heads (heads fastest), axis 1 = the outer heads."""
+    p_item = p_items + 5 * (tl.program_id(0) // inner)
+    i_head = tl.program_id(1) * inner + tl.program_id(0) % inner
+    start, end, first = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
+    return start, end, first, p_item, i_head
+
+
+@triton.jit
+def _step(
+    b_o, b_m, b_l, b_q, desc_k, desc_v, row, col, b_seen, scale,
+    BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: BK keys from `row` on; b_seen = how many of them each query sees."""
+    b_s = tl.dot(b_q, desc_k.load([row, col]).T, input_precision=PRECISION)
+    if MASKED:
+        b_s = tl.where(tl.arange(0, BK)[None, :] < b_seen[:, None], b_s, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+    b_p = tl.exp2(b_s * scale - b_m_new[:, None])
+    b_alpha = tl.exp2(b_m - b_m_new)
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    b_v = desc_v.load([row, col])
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision=PRECISION)
+    return b_o, b_m_new, b_l
+
+
+@triton.jit(do_not_specialize=["T", "inner"])
+def _forward_kernel(
+    desc_q, desc_k, desc_v, p_o, p_lse, p_items, T, inner, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    start, end, first, p_item, i_h = _program(p_items, inner)
+    # Query i of the document sees its keys 0 .. i + shift, from `row` on; shift keys came before the first query.
+    row, shift = tl.load(p_item + 3), tl.load(p_item + 4)
+    o_q = first + tl.arange(0, BQ)
+    m_q = o_q < end
+    col = i_h // GROUP * K
+    b_q = desc_q.load([first, i_h * K])
+    b_m = tl.full([BQ], float("-inf"), tl.float32)
+    b_l = tl.zeros([BQ], tl.float32)
+    b_o = tl.zeros([BQ, K], tl.float32)
+    # Every query of the tile sees the blocks of keys before `full` whole: they need no mask.
+    full = (first - start + shift + 1) // BK * BK
+    last = tl.minimum(first + BQ, end) - start + shift
+    b_seen = o_q - start + shift + 1
+    for j in tl.range(0, full, BK):
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen, scale, BK, False, PRECISION)
+    for j in tl.range(full, last, BK):
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen - j, scale, BK, True, PRECISION)
+    tl.store(p_lse + i_h * T + o_q, b_m + tl.log2(b_l), mask=m_q)
+    # Stored through pointers: a descriptor's box would reach into the next document.
+    o_o = o_q.to(tl.int64)[:, None] * (H * K) + i_h * K + tl.arange(0, K)[None, :]
+    tl.store(p_o + o_o, (b_o / b_l[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _delta_kernel(p_o, p_do, p_delta, T, stride_do, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """delta (H, T) = rowsum(do * o)."""
+    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    m_t = o_t < T
+    i_h = tl.program_id(0)
+    o_x = i_h * K + tl.arange(0, K)[None, :]
+    b_o = tl.load(p_o + o_t.to(tl.int64)[:, None] * (H * K) + o_x, mask=m_t[:, None], other=0.0)
+    b_do = tl.load(p_do + o_t.to(tl.int64)[:, None] * stride_do + o_x, mask=m_t[:, None], other=0.0)
+    tl.store(p_delta + i_h * T + o_t, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_t)
+
+
+@triton.jit
+def _probabilities_t(b_k, b_q, b_lse, o_k, o_q, scale, PRECISION: tl.constexpr):
+    """P^T (keys, queries). b_lse = inf makes a query's column zero."""
+    b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+    b_p = tl.exp2(b_s * scale - b_lse[None, :])
+    return tl.where(o_k[:, None] <= o_q[None, :], b_p, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "inner", "parts"])
+def _backward_dv_kernel(
+    desc_q, desc_k, desc_do, p_lse, p_dv, p_items, T, inner, parts, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv of BK keys: part i_part of `parts` adds up its share of the group's query heads."""
+    _, end, first, _, i_head = _program(p_items, inner)
+    i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
+    o_k = first + tl.arange(0, BK)
+    b_k = desc_k.load([first, i_g * K])
+    b_acc = tl.zeros([BK, K], tl.float32)
+    blocks = tl.cdiv(end - first, BQ)
+    # One flat loop over heads and blocks: nested, the pipeline would drain at every head (and 3.6 would spill).
+    for i in tl.range(0, heads * blocks):
+        i_h = i_g * GROUP + i_part * heads + i // blocks
+        j = first + i % blocks * BQ
+        o_q = j + tl.arange(0, BQ)
+        b_lse = tl.load(p_lse + i_h * T + o_q, mask=o_q < end, other=float("inf"))
+        b_p = _probabilities_t(b_k, desc_q.load([j, i_h * K]), b_lse, o_k, o_q, scale, PRECISION)
+        b_do = desc_do.load([j, i_h * K])
+        b_acc = tl.dot(b_p.to(b_do.dtype), b_do, b_acc, input_precision=PRECISION)
+    G: tl.constexpr = H // GROUP
+    o_out = (i_part.to(tl.int64) * T + o_k)[:, None] * (G * K) + i_g * K + tl.arange(0, K)[None, :]
+    tl.store(p_dv + o_out, b_acc.to(p_dv.dtype.element_ty), mask=(o_k < end)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "inner", "parts"])
+def _backward_dk_kernel(
+    desc_q, desc_k, desc_v, desc_do, p_lse, p_delta, p_dk, p_items, T, inner, parts, scale, factor,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk of BK keys, with the programs, the loop and the parts of dv."""
+    _, end, first, _, i_head = _program(p_items, inner)
+    i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
+    o_k = first + tl.arange(0, BK)
+    b_k = desc_k.load([first, i_g * K])
+    b_v = desc_v.load([first, i_g * K])
+    b_acc = tl.zeros([BK, K], tl.float32)
+    blocks = tl.cdiv(end - first, BQ)
+    for i in tl.range(0, heads * blocks):
+        i_h = i_g * GROUP + i_part * heads + i // blocks
+        j = first + i % blocks * BQ
+        o_q = j + tl.arange(0, BQ)
+        m_q = o_q < end
+        b_q = desc_q.load([j, i_h * K])
+        b_lse = tl.load(p_lse + i_h * T + o_q, mask=m_q, other=float("inf"))
+        b_p = _probabilities_t(b_k, b_q, b_lse, o_k, o_q, scale, PRECISION)
+        b_delta = tl.load(p_delta + i_h * T + o_q, mask=m_q, other=0.0)
+        b_dp = tl.dot(b_v, desc_do.load([j, i_h * K]).T, input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_acc = tl.dot(b_ds.to(b_q.dtype), b_q, b_acc, input_precision=PRECISION)
+    G: tl.constexpr = H // GROUP
+    o_out = (i_part.to(tl.int64) * T + o_k)[:, None] * (G * K) + i_g * K + tl.arange(0, K)[None, :]
+    tl.store(p_dk + o_out, (b_acc * factor).to(p_dk.dtype.element_ty), mask=(o_k < end)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "inner"])
+def _backward_dq_kernel(
+    desc_q, desc_k, desc_v, desc_do, p_lse, p_delta, p_dq, p_items, T, inner, scale, factor,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    start, end, first, _, i_h = _program(p_items, inner)
+    o_q = first + tl.arange(0, BQ)
+    m_q = o_q < end
+    col = i_h // GROUP * K
+    b_q = desc_q.load([first, i_h * K])
+    b_do = desc_do.load([first, i_h * K])
+    b_lse = tl.load(p_lse + i_h * T + o_q, mask=m_q, other=float("inf"))
+    b_delta = tl.load(p_delta + i_h * T + o_q, mask=m_q, other=0.0)
+    b_acc = tl.zeros([BQ, K], tl.float32)
+    for j in tl.range(start, tl.minimum(first + BQ, end), BK):
+        o_k = j + tl.arange(0, BK)
+        b_k = desc_k.load([j, col])
+        b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_p = tl.where(o_k[None, :] <= o_q[:, None], b_p, 0.0)
+        b_dp = tl.dot(b_do, desc_v.load([j, col]).T, input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_acc = tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision=PRECISION)
+    o_out = o_q.to(tl.int64)[:, None] * (H * K) + i_h * K + tl.arange(0, K)[None, :]
+    tl.store(p_dq + o_out, (b_acc * factor).to(p_dq.dtype.element_ty), mask=m_q[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def _add_parts_kernel(p_parts, p_sum, n, parts, BLOCK: tl.constexpr):
+    """sum (n,) = parts (parts, n) added up in order, rounded once."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        b_sum += tl.load(p_parts + o_n, mask=m_n, other=0.0)
+        p_parts += n
+    tl.store(p_sum + o_n, b_sum.to(p_sum.dtype.element_ty), mask=m_n)
+
+
+def _tma_reads(x: Tensor) -> bool:
+    """Whether x (T, heads, K) is a matrix (T, heads * K) with contiguous rows at multiples of 16 bytes."""
+    T, heads, K = x.shape
+    dense = x.stride(2) == 1 and (heads == 1 or x.stride(1) == K) and (T == 1 or x.stride(0) >= heads * K)
+    return dense and x.data_ptr() % 16 == 0 and (T == 1 or x.stride(0) * x.element_size() % 16 == 0)
+
+
+def _rows(name: str, x: Tensor, rows: int, total: int | None = None) -> "TensorDescriptor":
+    """x (T, heads, K) as a matrix (T, heads * K), read by TMA in boxes of `rows` x K; zeros behind row `total`."""
+    if not _tma_reads(x):
+        raise ValueError(
+            f"{name}: strides {tuple(x.stride())} at address {x.data_ptr():#x}; expected (row, {x.shape[2]}, 1) with "
+            f"rows at multiples of 16 bytes: pass {name}.contiguous()"
+        )
+    T, width = x.shape[0], x[0].numel()
+    shape, strides = [T if total is None else total, width], [width if T == 1 else x.stride(0), 1]
+    return TensorDescriptor(x, shape, strides, [rows, x.shape[2]])
+
+
+class _Sizes(NamedTuple):
+    """What the launches of one call share."""
+
+    H: int
+    group: int
+    K: int
+    tiles: Tiles
+    precision: str
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> "_Sizes":
+        tiles = TILES[q.element_size(), q.shape[2]]
+        return cls(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], tiles, "ieee" if q.element_size() == 4 else "tf32")
+
+    @property
+    def scale(self) -> float:
+        """To the base-2 logarithm, which the hardware's exp2 wants."""
+        return math.log2(math.e) * self.K**-0.5
+
+    def options(self, queries: int, keys: int) -> dict:
+        sizes = {"H": self.H, "GROUP": self.group, "K": self.K, "BQ": queries, "BK": keys, "PRECISION": self.precision}
+        return sizes | {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Documents) -> tuple[Tensor, Tensor]:
+    """-> o (T, H, K) and, per query, log2 of the sum of the exponentials (H, T) fp32."""
+    s, T = _Sizes.of(q, k), documents.total
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(s.H, T, dtype=torch.float32, device=q.device)
+    block, items = s.tiles.forward, tile_items(documents, keys, s.tiles.block, late_first=True)
+    grid, inner = head_grid(keys.total, len(items), k.shape[1], s.group)
+    _forward_kernel[grid](
+        _rows("q", q, s.tiles.block), _rows("k", k, block, keys.total), _rows("v", v, block, keys.total),
+        o, lse, items, T, inner, s.scale, **s.options(s.tiles.block, block),
+    )  # fmt: skip
+    return o, lse
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, documents: Documents, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """-> dq, dk, dv; None where it is not needed."""
+    s, T, G = _Sizes.of(q, k), documents.total, k.shape[1]
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
+        for x, needed in zip((q, k, v), needs, strict=True)
+    )
+    block = s.tiles.block
+    if dq is not None or dk is not None:
+        delta = torch.empty_like(lse)
+        _delta_kernel[s.H, triton.cdiv(T, 32)](o, do, delta, T, do.stride(0), H=s.H, K=s.K, BT=32, num_warps=4)
+    if dq is not None:
+        items = tile_items(documents, documents, block, late_first=True)
+        (grid, inner), rows = head_grid(T, len(items), G, s.group), s.tiles.dq
+        _backward_dq_kernel[grid](
+            _rows("q", q, block), _rows("k", k, rows), _rows("v", v, rows), _rows("do", do, block), lse, delta, dq,
+            items, T, inner, s.scale, s.K**-0.5, **s.options(block, rows),
+        )  # fmt: skip
+    parts = head_parts(documents, s.group, G, block)
+    items = tile_items(documents, documents, block, late_first=False)
+    grid, inner = head_grid(T, len(items), G, parts)
+    partial = None if parts == 1 else torch.empty(parts, *k.shape, dtype=torch.float32, device=k.device)
+    if dk is not None:
+        rows = s.tiles.dk
+        _backward_dk_kernel[grid](
+            _rows("q", q, rows), _rows("k", k, block), _rows("v", v, block), _rows("do", do, rows), lse, delta,
+            dk if partial is None else partial, items, T, inner, parts, s.scale, s.K**-0.5, **s.options(rows, block),
+        )  # fmt: skip
+        _add_parts(partial, dk)
+    if dv is not None:
+        rows = s.tiles.dv
+        _backward_dv_kernel[grid](
+            _rows("q", q, rows), _rows("k", k, block), _rows("do", do, rows), lse,
+            dv if partial is None else partial, items, T, inner, parts, s.scale, **s.options(rows, block),
+        )  # fmt: skip
+        _add_parts(partial, dv)
+    return dq, dk, dv
+
+
+def _add_parts(partial: Tensor | None, out: Tensor) -> None:
+    if partial is not None:
+        n = out.numel()
+        _add_parts_kernel[(triton.cdiv(n, 2048),)](partial, out, n, len(partial), BLOCK=2048, num_warps=4)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        o, lse = _forward(q, k, v, documents, documents)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.documents = documents
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do: Tensor):
+        # A gradient may come expanded (from a sum) or permuted.
+        do = do if _tma_reads(do) else do.contiguous()
+        return *_backward(do, *ctx.saved_tensors, ctx.documents, ctx.needs_input_grad[:3]), None
+
+
+def causal_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, key_documents: Documents | None = None
+) -> Tensor:
+    """q (T, H, K), k and v (S, G, K) -> o (T, H, K), as the reference; bf16, fp16 or fp32, rows may be strided.
+
+    Head sizes without kernels (see `triton_supports`) run the reference. ValueError for other dtypes, for a layout
+    that TMA cannot read, and for gradients with `key_documents`, which only generation uses.
     """
-    B, H, K = q.shape
-    G, longest = k_cache.shape[2], int(lengths.max())
-    k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
-    dtype = compute_dtype(q)
-    q, k, v = q.to(dtype).view(B, G, H // G, K), k_cache.to(dtype), v_cache.to(dtype)
-    scores = torch.einsum("bghk,bsgk->bghs", q, k) * K**-0.5
-    seen = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
-    # Rows behind the length may hold anything, also NaN from an empty cache: 0 * NaN must not reach the sum.
-    v = v.masked_fill(~seen[:, :, None, None], 0)
-    p = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("bghs,bsgk->bghk", p, v).reshape(B, H, K).to(k_cache.dtype)
+    keys = documents if key_documents is None else key_documents
+    if not triton_supports(q.shape[2]):
+        return causal_attention_reference(q, k, v, documents, key_documents)
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"attention kernels take q, k, v of one 16-bit dtype or fp32; got {q.dtype, k.dtype, v.dtype}")
+    if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)} cannot read k {tuple(k.shape)}, v {tuple(v.shape)}: expected (T, n G, K)")
+    if len(q) != documents.total or len(k) < keys.total:
+        raise ValueError(f"{len(q)} queries, {len(k)} keys, but documents of {documents.total} and {keys.total} tokens")
+    if key_documents is None:
+        return _CausalAttention.apply(q, k, v, documents)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention with key_documents has no gradient: call it under torch.no_grad()")
+    for i, (m, n) in enumerate(zip(documents.lengths, keys.lengths, strict=True)):
+        if n < m:
+            raise ValueError(f"document {i} has {m} queries but only {n} keys")
+    return _forward(q, k, v, documents, keys)[0]
+
+
+def make_case(
+    lengths: list[int], heads: int, kv_heads: int, head_dim: int,
+    device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, logits: float = 1.0,
+) -> Case:  # fmt: skip
+    """Documents of these lengths with normal q, k, v; `logits` multiplies q, so that the softmax gets sharp."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)  # noqa: E731
+    documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), device)
+    inputs = {"q": draw(heads) * logits, "k": draw(kv_heads), "v": draw(kv_heads)}
+    # A lone token's dq and dk are zero: what is computed of them is rounding, which has no relative error.
+    grads = ("v",) if max(lengths) == 1 else ("q", "k", "v")
+    name = f"{lengths if len(lengths) < 9 else len(lengths)} {heads}/{kv_heads} x {head_dim}"
+    return Case(name, inputs, lambda op, x: {"o": op(x["q"], x["k"], x["v"], documents)}, grads)
+
+
+_27B = {"heads": 24, "kv_heads": 4, "head_dim": 256}
+CASES = [
+    {"lengths": [4096], **_27B},
+    {"lengths": [650] * 6 + [196], **_27B},
+    {"lengths": [1], "heads": 2, "kv_heads": 1, "head_dim": 64},
+    {"lengths": [63, 64, 65], "heads": 4, "kv_heads": 2, "head_dim": 64},
+    {"lengths": [1, 2, 3, 1, 1, 5, 8, 31, 1, 33], "heads": 3, "kv_heads": 1, "head_dim": 128},
+    {"lengths": [40, 1, 37], "heads": 6, "kv_heads": 1, "head_dim": 256},
+    {"lengths": [70, 30], "heads": 2, "kv_heads": 2, "head_dim": 64, "logits": 8.0},
+]
+
+
+def _mutant(change: str):
+    """The op by its definition, with one mistake."""
+
+    def op(q: Tensor, k: Tensor, v: Tensor, documents: Documents, key_documents: Documents | None = None) -> Tensor:
+        (T, H, K), G = q.shape, k.shape[1]
+        heads = torch.arange(H, device=q.device)
+        heads = heads % G if change == "tiled heads" else heads // (H // G)
+        k, v = k[:, heads], v[:, heads]
+        if change == "missing group sum":
+            first = (torch.arange(H, device=q.device) % (H // G) == 0)[:, None]
+            k, v = torch.where(first, k, k.detach()), torch.where(first, v, v.detach())
+        t = torch.arange(T, device=q.device)
+        hidden = t[:, None] < t
+        if change == "strictly causal":  # a document's first token must see something: itself
+            hidden |= (t[:, None] == t) & (documents.positions > 0)
+        if change != "no document boundaries":
+            hidden |= documents.index[:, None] != documents.index
+        s = torch.einsum("qhk,shk->hqs", q, k) * K**-0.5 * (1.01 if change == "wrong scale" else 1)
+        return torch.einsum("hqs,shk->qhk", s.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+    return op
+
+
+_MISTAKES = "strictly causal", "missing group sum", "no document boundaries", "wrong scale", "tiled heads"
+MUTANTS = {change: _mutant(change) for change in _MISTAKES}
+
+
+def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: object) -> Work:
+    """bf16. Forward: two dots over the causal half, q, k, v, o, lse once. Backward: five, do, dq, dk, dv and these."""
+    T, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    queries, keys, lse = 2 * T * heads * head_dim, 2 * T * kv_heads * head_dim, 4 * T * heads
+    dot = 2 * pairs * heads * head_dim
+    return Work(2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse, 2 * dot, 5 * dot)
+
+
+def compile_specs(head_dim: int = 256, heads: int = 24, kv_heads: int = 4, dtype: str = "bf16") -> list[CompileSpec]:
+    """Every kernel at the 27B sizes; dK and dV also with the fp32 output of several parts."""
+    size, precision = (4, "ieee") if dtype == "fp32" else (2, "tf32")
+    s = _Sizes(heads, heads // kv_heads, head_dim, TILES[size, head_dim], precision)
+    block = s.tiles.block
+    arguments = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
+    arguments |= dict.fromkeys(("T", "inner", "parts"), "i32")
+
+    def spec(name: str, fn, queries: int, keys: int, out: str, out_dtype: str = dtype) -> CompileSpec:
+        boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
+        types = {d: f"tensordesc<{dtype}[{rows},{head_dim}]>" for d, rows in boxes.items()}
+        types |= arguments | {out: f"*{out_dtype}"}
+        options = s.options(queries, keys)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        signature = {n: types[n] for n in fn.arg_names if n not in options}
+        return CompileSpec(f"attention {name}", fn, signature, options, warps, stages)
+
+    plain = {"p_o": f"*{dtype}", "p_do": f"*{dtype}", "p_delta": "*fp32", "T": "i32", "stride_do": "i32"}
+    sums = {"p_parts": "*fp32", "p_sum": f"*{dtype}", "n": "i32", "parts": "i32"}
+    return [
+        spec("forward", _forward_kernel, block, s.tiles.forward, "p_o"),
+        spec("dv", _backward_dv_kernel, s.tiles.dv, block, "p_dv"),
+        spec("dv parts", _backward_dv_kernel, s.tiles.dv, block, "p_dv", "fp32"),
+        spec("dk", _backward_dk_kernel, s.tiles.dk, block, "p_dk"),
+        spec("dk parts", _backward_dk_kernel, s.tiles.dk, block, "p_dk", "fp32"),
+        spec("dq", _backward_dq_kernel, block, s.tiles.dq, "p_dq"),
+        CompileSpec("attention delta", _delta_kernel, plain, {"H": heads, "K": head_dim, "BT": 32}),
+        CompileSpec("attention add parts", _add_parts_kernel, sums, {"BLOCK": 2048}),
+    ]

@@ -1,14 +1,30 @@
 """Depthwise causal convolution over time + SiLU, restarting at every document.
 
-    c_t = silu( sum_m w[:, m] x_{t-M+1+m} )     M taps; rows before a document's start are zero (or its initial state)
+    a_t = sum_m w[:, m] x_{t-M+1+m}     c_t = round(silu(a_t))     M taps; rows before a document's start are zero (or
+                                                                   its initial state)
+    da_t = dc_t sigmoid(a_t) (1 + a_t (1 - sigmoid(a_t)))          dx_t = round(sum_m w[:, m] da_{t+M-1-m}), the same
+                                                                   document's tokens only
 
 fp32 accumulation, one rounding. The output is split by columns into q, k and v, so that no copy stands between the
 convolution and the delta rule. Source: transformers `Qwen3_5GatedDeltaNet` (conv1d without bias, silu).
+
+In Triton a program owns a block of columns of one split and walks over a segment of the tokens; the last M-1 rows of x,
+and backward the M-1 unfinished rows of dx, stay in registers, so a row is read once (and M-1 rows again at a segment's
+start, backward also M-1 at its end). A token's position in its document tells how many of the rows before it count.
+
+Bytes a token at C = 10,240 in bf16: forward 40,960, backward 61,440 (x and dc in, dx out; dq, dk and dv are read where
+they are, dx is one dense (T, C)). Saved for backward: x alone; it is a view of the fused in-projection's output and so
+keeps that whole GEMM output alive. a is computed again. The weight is frozen; initial_state, which only generation
+gives, gets no gradient.
 """
 
 import torch
 from torch import Tensor
 
+from kernels._common import adjacent, check_inputs, persistent_programs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
 from kernels.seams import Documents, compute_dtype
 
 
@@ -33,3 +49,253 @@ def causal_conv1d_silu_reference(
             past = past.index_put((early,), state[index[early], taps - 1 - lag + positions[early]])
         acc = acc + past * w[:, -1 - lag]
     return tuple(torch.nn.functional.silu(acc).to(x.dtype).split(splits, dim=1))
+
+
+# Triton. Grid: (column blocks, segments). Up to three splits of sizes S0, S1, S2 (0 = absent); no block spans two.
+
+
+@triton.jit
+def _columns(S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, BC: tl.constexpr):
+    """This program's split, its columns within the split and within x, and which of them exist."""
+    i_b = tl.program_id(0)
+    N0: tl.constexpr = (S0 + BC - 1) // BC
+    N1: tl.constexpr = (S1 + BC - 1) // BC
+    split = (i_b >= N0).to(tl.int32) + (i_b >= N0 + N1).to(tl.int32)
+    first = tl.where(split == 0, 0, tl.where(split == 1, N0, N0 + N1))
+    start = tl.where(split == 0, 0, tl.where(split == 1, S0, S0 + S1))
+    size = tl.where(split == 0, S0, tl.where(split == 1, S1, S2))
+    o_s = (i_b - first) * BC + tl.arange(0, BC)
+    return split, size, o_s, start + o_s, o_s < size
+
+
+@triton.jit
+def _before(p_x, p_index, p_state, i_t, pos, lag: tl.constexpr, o_c, m_c, stride, C: tl.constexpr, M: tl.constexpr):
+    """x_{t-lag} of the same document, its initial state or zero, in fp32. pos: t's position in its document."""
+    b_x = tl.load(p_x + tl.cast(i_t - lag, tl.int64) * stride + o_c, m_c & (pos >= lag), other=0).to(tl.float32)
+    if p_state is not None:
+        o_r = tl.load(p_index + i_t) * (M - 1) + (M - 1 - lag + pos)
+        b_x += tl.load(p_state + o_r * C + o_c, m_c & (pos < lag), other=0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C: tl.constexpr, M: tl.constexpr):
+    """a_t, and the rows that the next token has behind it. A document's first token forgets what came before."""
+    b_a = b_x * b_w[0]
+    b_next = (b_x,)
+    for lag in tl.static_range(1, M):
+        b_row = tl.where(pos == 0, 0.0, b_past[lag - 1])
+        if p_state is not None:
+            o_r = tl.load(p_index + i_t, pos == 0, other=0) * (M - 1) + (M - 1 - lag)
+            b_row += tl.load(p_state + o_r * C + o_c, m & (pos == 0), other=0).to(tl.float32)
+        b_a += b_row * b_w[lag]
+        if lag < M - 1:
+            b_next += (b_row,)
+    return b_a, b_next
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def _forward_kernel(
+    p_x, p_w, p_pos, p_index, p_state, p_c0, p_c1, p_c2, T, length, stride,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = S0 + S1 + S2
+    split, size, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
+    p_c = p_c0
+    if S1 > 0 and split == 1:
+        p_c = p_c1
+    if S2 > 0 and split == 2:
+        p_c = p_c2
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, T)
+    pos = tl.load(p_pos + begin, begin < T, other=0).to(tl.int32)
+    b_w, b_past = (tl.load(p_w + o_c * M + M - 1, m_c, other=0).to(tl.float32),), ()
+    for lag in tl.static_range(1, M):
+        b_w += (tl.load(p_w + o_c * M + M - 1 - lag, m_c, other=0).to(tl.float32),)
+        b_past += (_before(p_x, p_index, p_state, begin, pos, lag, o_c, m_c & (begin < T), stride, C, M),)
+    for i_t in tl.range(begin, end, num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        pos = tl.load(p_pos + i_t).to(tl.int32)
+        b_x = tl.load(p_x + o_t * stride + o_c, m_c, other=0).to(tl.float32)
+        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m_c, o_c, C, M)
+        tl.store(p_c + o_t * size + o_s, (b_a * tl.sigmoid(b_a)).to(p_c0.dtype.element_ty), m_c)
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def _backward_kernel(
+    p_dc0, p_dc1, p_dc2, p_x, p_w, p_pos, p_index, p_state, p_dx, T, length, stride_dc0, stride_dc1, stride_dc2, stride,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = S0 + S1 + S2
+    split, _, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
+    p_dc, stride_dc = p_dc0, stride_dc0
+    if S1 > 0 and split == 1:
+        p_dc, stride_dc = p_dc1, stride_dc1
+    if S2 > 0 and split == 2:
+        p_dc, stride_dc = p_dc2, stride_dc2
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, T)
+    pos = tl.load(p_pos + begin, begin < T, other=0).to(tl.int32)
+    b_w, b_past, b_open = (tl.load(p_w + o_c * M + M - 1, m_c, other=0).to(tl.float32),), (), ()
+    for lag in tl.static_range(1, M):
+        b_w += (tl.load(p_w + o_c * M + M - 1 - lag, m_c, other=0).to(tl.float32),)
+        b_past += (_before(p_x, p_index, p_state, begin, pos, lag, o_c, m_c & (begin < T), stride, C, M),)
+        b_open += (tl.zeros([BC], tl.float32),)
+    # M-1 tokens beyond the segment still add to its last rows; beyond T, dc is zero.
+    for i_t in tl.range(begin, end + M - 1, num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        m = m_c & (i_t < T)
+        pos = tl.load(p_pos + i_t, i_t < T, other=0).to(tl.int32)
+        b_x = tl.load(p_x + o_t * stride + o_c, m, other=0).to(tl.float32)
+        b_dc = tl.load(p_dc + o_t * stride_dc + o_s, m, other=0).to(tl.float32)
+        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C, M)
+        b_sigmoid = tl.sigmoid(b_a)
+        b_da = b_dc * b_sigmoid * (1 + b_a * (1 - b_sigmoid))
+        b_next = (b_da * b_w[0],)
+        for lag in tl.static_range(1, M):
+            b_next += (b_open[lag - 1] + tl.where(pos >= lag, b_da * b_w[lag], 0.0),)
+        b_done = b_next[M - 1]
+        b_open = b_next[: M - 1]
+        m_done = m_c & (i_t >= begin + M - 1)
+        tl.store(p_dx + (o_t - (M - 1)) * C + o_c, b_done.to(p_dx.dtype.element_ty), m_done)
+
+
+BC = 1024  # q, k and v of the 27B model are 2, 2 and 6 blocks
+FORWARD_STAGES, BACKWARD_STAGES = 6, 4  # rows of 2 KB (backward two at a time) in flight: 40 and 48 KB with the next
+PER_SM = 4  # programs of four warps; 10 blocks x 52 segments on 132 multiprocessors
+
+
+def _launch(x: Tensor, splits: tuple[int, ...], stages: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Grid, tokens a segment, constants."""
+    T, sizes = len(x), (*splits, 0, 0)[:3]
+    block = min(BC, triton.next_power_of_2(max(splits)))
+    blocks = sum(triton.cdiv(size, block) for size in splits)
+    length = triton.cdiv(T, persistent_programs(x, T, PER_SM / blocks))
+    constants = {f"S{i}": size for i, size in enumerate(sizes)} | {"BC": block, "STAGES": stages, "num_warps": 4}
+    return (blocks, triton.cdiv(T, length)), length, constants
+
+
+def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return (*tensors, None, None)[:3]
+
+
+class _CausalConv1dSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, documents, splits, initial_state):
+        grid, length, constants = _launch(x, splits, FORWARD_STAGES)
+        outputs = tuple(x.new_empty(len(x), size) for size in splits)
+        _forward_kernel[grid](
+            x, weight, documents.positions, documents.index, initial_state, *_three(outputs),
+            len(x), length, x.stride(0), M=weight.shape[1], **constants,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, initial_state)
+        ctx.documents, ctx.splits = documents, splits
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, weight, initial_state = ctx.saved_tensors
+        grid, length, constants = _launch(x, ctx.splits, BACKWARD_STAGES)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grads = [adjacent(dc) for dc in grads]
+        strides = (*[dc.stride(0) for dc in grads], 0, 0)[:3]
+        _backward_kernel[grid](
+            *_three(grads), x, weight, ctx.documents.positions, ctx.documents.index, initial_state, dx,
+            len(x), length, *strides, x.stride(0), M=weight.shape[1], **constants,
+        )  # fmt: skip
+        return dx, None, None, None, None
+
+
+def causal_conv1d_silu_triton(
+    x: Tensor, weight: Tensor, documents: Documents, splits: tuple[int, ...], initial_state: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """causal_conv1d_silu_reference in Triton. x may be strided by row; at most three splits, at least two taps; weight
+    and initial_state get no gradient.
+    """
+    frozen = {"weight": weight} if initial_state is None else {"weight": weight, "initial_state": initial_state}
+    check_inputs("causal_conv1d_silu", {"x": x}, frozen)
+    if len(splits) > 3 or weight.shape[1] < 2:
+        raise ValueError(
+            f"causal_conv1d_silu: {len(splits)} splits and {weight.shape[1]} taps; the Triton kernel takes at most 3 "
+            "splits and at least 2 taps"
+        )
+    state = None if initial_state is None else initial_state.contiguous()
+    return _CausalConv1dSiLU.apply(x, weight.contiguous(), documents, tuple(splits), state)
+
+
+CASES = [
+    {"lengths": (4096,), "splits": (2048, 2048, 6144), "strided": True},
+    {"lengths": (650,) * 6 + (195, 1), "splits": (2048, 2048, 6144), "strided": True},
+    {"lengths": (1, 1, 1, 1), "splits": (2048, 2048, 6144), "state": True},
+    {"lengths": (63, 1, 2, 65), "splits": (32, 32, 100), "taps": 3},
+]
+
+
+def make_case(lengths, splits, taps=4, strided=False, state=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """One packed row of documents of these lengths; `state` gives every document the rows before its first."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    T, C = sum(lengths), sum(splits)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    documents = Documents(bounds, device)
+    inputs = {"x": draw(T, C), "weight": draw(C, taps) / taps**0.5}
+    if state:
+        inputs["initial_state"] = draw(len(lengths), taps - 1, C)
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        # A slice of a wider row, as the fused in-projection's output is; cloning inputs would make it dense.
+        rows = torch.cat([x["x"]] * 2, 1)[:, :C] if strided else x["x"]
+        outputs = op(rows, x["weight"], documents, splits, x.get("initial_state"))
+        return {f"c{i}": c for i, c in enumerate(outputs)}
+
+    name = f"lengths {lengths}, splits {splits}, {taps} taps{', strided' * strided}{', state' * state}"
+    return Case(name, inputs, call, ("x",))
+
+
+def _mutant(change):
+    def op(x, weight, documents, splits, initial_state=None):
+        changed = change(x=x, weight=weight, documents=documents, splits=splits, initial_state=initial_state)
+        return causal_conv1d_silu_triton(**changed)
+
+    return op
+
+
+def _one_document(**x):
+    T = x["documents"].total
+    return x | {"documents": Documents(torch.tensor([0, T], dtype=torch.int32), x["documents"].device)}
+
+
+def _boundary_late(**x):
+    bounds = [b + (0 < b < x["documents"].total) for b in x["documents"].bounds]
+    return x | {"documents": Documents(torch.tensor(sorted(set(bounds)), dtype=torch.int32), x["documents"].device)}
+
+
+MUTANTS = {
+    "no restart at documents": _mutant(_one_document),
+    "restart one token late": _mutant(_boundary_late),
+    "taps reversed": _mutant(lambda **x: x | {"weight": x["weight"].flip(1)}),
+}
+
+
+def work(lengths, splits, taps=4, strided=False, state=False) -> Work:
+    """In bf16: x in, q, k, v out; backward x and three gradients in, dx out."""
+    elements = sum(lengths) * sum(splits)
+    return Work(4 * elements, 6 * elements, 2 * taps * elements, 4 * taps * elements)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """C = 10,240 = 2,048 + 2,048 + 6,144 and four taps, as in training; forward also with states, as in decoding."""
+    int64 = ("p_pos", "p_index")
+    shape = {"S0": 2048, "S1": 2048, "S2": 6144, "M": 4, "BC": BC}
+    specs = []
+    for kernel, state in ((_forward_kernel, False), (_forward_kernel, True), (_backward_kernel, False)):
+        stages = BACKWARD_STAGES if kernel is _backward_kernel else FORWARD_STAGES
+        constexprs = shape | {"STAGES": stages} | ({} if state else {"p_state": None})
+        types = {n: "*i64" if n in int64 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
+        signature = {n: t for n, t in types.items() if n not in constexprs}
+        name = f"causal_conv1d_silu{kernel.__name__}{' with state' * state}"
+        specs.append(CompileSpec(name, kernel, signature, constexprs))
+    return specs

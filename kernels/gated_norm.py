@@ -3,13 +3,24 @@
     x = round(o rsqrt(mean(o^2) + eps) w silu(z))   per value head; w is plain (not 1 + w) and shared by the heads
     u = x A^T (fp32)
 
-One rounding at x. Source: transformers `Qwen3_5RMSNormGated` (norm first, gate second).
+    g = (dx + du A)                 dz = g n w silu'(z),  silu'(z) = sig(z) (1 + z (1 - sig(z)))
+    dn = g w silu(z)                do = r (dn - n mean(dn n))      dA = du^T x          with r = rsqrt(..), n = o r
+
+One rounding, at x; u reads the rounded x. Bytes a token at 48 heads of 128 in bf16: forward reads o and z and writes x
+(36,864 B), backward reads dx, o, z and writes do, dz (61,440 B); the adapter adds u, A and the partial sums of dA.
+Saved for backward: o and z, which exist anyway (r is rebuilt: a head lies within half a warp). Forward programs own
+rows when u sums over a row, else a few heads of many rows; backward programs own a few heads and walk over the tokens
+with their slice of dA in registers. Source: transformers `Qwen3_5RMSNormGated` (norm first, gate second).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._common import adjacent, check_inputs, fuses_A, persistent_programs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
 from kernels.seams import compute_dtype, project
 
 
@@ -22,3 +33,216 @@ def gated_rms_norm_reference(
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
     x = (n.flatten(1) * F.silu(z.to(dtype))).to(o.dtype)
     return x, project(x, lora_A)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(
+    p_o, p_z, p_w, p_A, p_x, p_u, T, stride_o, stride_z, eps,
+    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (head block, i) takes every i-th token; its P pieces of BH heads are the whole row if R > 0."""
+    o_h = tl.program_id(0) * P * BH + tl.arange(0, BH)[:, None]
+    o_v = tl.arange(0, BV)[None, :]
+    b_w = tl.load(p_w + o_v, mask=o_v < V, other=0).to(tl.float32)
+    b_A = ()
+    for k in tl.static_range(P):
+        m_k = (o_h + k * BH < H) & (o_v < V)
+        for j in tl.static_range(R):
+            b_A += (tl.load(p_A + (j * H + o_h + k * BH) * V + o_v, mask=m_k, other=0),)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_dots = ()
+        for _ in tl.static_range(R):
+            b_dots += (tl.zeros([BH, BV], tl.float32),)
+        for k in tl.static_range(P):
+            o_k = (o_h + k * BH) * V + o_v
+            m_k = (o_h + k * BH < H) & (o_v < V)
+            b_o = tl.load(p_o + o_t * stride_o + o_k, mask=m_k, other=0).to(tl.float32)
+            b_z = tl.load(p_z + o_t * stride_z + o_k, mask=m_k, other=0).to(tl.float32)
+            b_r = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)
+            b_x = (b_o * b_r * b_w * b_z * tl.sigmoid(b_z)).to(p_x.dtype.element_ty)
+            tl.store(p_x + o_t * H * V + o_k, b_x, mask=m_k)
+            b_new = ()
+            for j in tl.static_range(R):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            b_dots = b_new
+        for j in tl.static_range(R):
+            tl.store(p_u + o_t * R + j, tl.sum(tl.sum(b_dots[j], 1)))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_kernel(
+    p_dx, p_du, p_o, p_z, p_w, p_A, p_do, p_dz, p_partial, T, stride_dx, stride_o, stride_z, eps,
+    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (head block, i) takes every i-th token; p_partial (programs, R, H * V)."""
+    o_h = tl.program_id(0) * BH + tl.arange(0, BH)[:, None]
+    o_v = tl.arange(0, BV)[None, :]
+    o_n = o_h * V + o_v
+    m_n = (o_h < H) & (o_v < V)
+    # Loaded as a whole tile, so that it has the layout of o: broadcast from a row, every store would change layout.
+    b_w = tl.load(p_w + 0 * o_h + o_v, mask=m_n, other=0).to(tl.float32)
+    b_A, b_dA = (), ()
+    for j in tl.static_range(R):
+        b_A += (tl.load(p_A + j * H * V + o_n, mask=m_n, other=0),)
+        b_dA += (tl.zeros([BH, BV], tl.float32),)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m_n, other=0).to(tl.float32)
+        b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m_n, other=0).to(tl.float32)
+        b_z = tl.load(p_z + o_t * stride_z + o_n, mask=m_n, other=0).to(tl.float32)
+        b_s = tl.sigmoid(b_z)
+        b_r = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)
+        b_n = b_o * b_r
+        b_new = ()
+        for j in tl.static_range(R):
+            b_x = (b_n * b_w * b_z * b_s).to(p_o.dtype.element_ty).to(tl.float32)
+            b_du = tl.load(p_du + o_t * R + j)
+            b_dx += b_du * b_A[j]
+            b_new += (b_dA[j] + b_du * b_x,)
+        b_dA = b_new
+        b_dz = b_dx * b_n * b_w * b_s * (1 + b_z * (1 - b_s))
+        tl.store(p_dz + o_t * H * V + o_n, b_dz.to(p_dz.dtype.element_ty), mask=m_n)
+        b_dn = b_dx * b_w * b_z * b_s
+        b_do = b_r * (b_dn - b_n * (tl.sum(b_dn * b_n, 1, keep_dims=True) / V))
+        tl.store(p_do + o_t * H * V + o_n, b_do.to(p_do.dtype.element_ty), mask=m_n)
+    for j in tl.static_range(R):
+        p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * H * V
+        tl.store(p_row + o_n, b_dA[j], mask=m_n)
+
+
+def _blocks(H: int, V: int) -> dict[str, int]:
+    """Heads of a tile of about 1,024 values, and the head size to the next power of two."""
+    BV = triton.next_power_of_2(V)
+    return {"BH": min(triton.next_power_of_2(H), max(1, 1024 // BV)), "BV": BV}
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, z, lora_A, weight, eps):
+        T, H, V = o.shape
+        R = 0 if lora_A is None else len(lora_A)
+        x = torch.empty(T, H * V, dtype=o.dtype, device=o.device)
+        u = torch.empty(T, R, dtype=torch.float32, device=o.device) if R else None
+        blocks = _blocks(H, V)
+        pieces = triton.cdiv(H, blocks["BH"])
+        P = pieces if R else min(2, pieces)
+        columns = triton.cdiv(pieces, P)
+        programs = persistent_programs(o, T, per_sm=2 if R else 6 / columns)
+        _forward_kernel[(columns, programs)](
+            o, z, weight, lora_A, x, u, T, o.stride(0), z.stride(0), eps,
+            H=H, V=V, R=R, P=P, **blocks, STAGES=3, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(o, z, lora_A, weight)
+        ctx.eps = eps
+        return x, u
+
+    @staticmethod
+    def backward(ctx, dx, du):
+        o, z, lora_A, weight = ctx.saved_tensors
+        T, H, V = o.shape
+        R = 0 if lora_A is None else len(lora_A)
+        do = torch.empty(T, H, V, dtype=o.dtype, device=o.device)
+        dz = torch.empty(T, H * V, dtype=z.dtype, device=z.device)
+        blocks = _blocks(H, V)
+        columns = triton.cdiv(H, blocks["BH"])
+        programs = persistent_programs(o, T, per_sm=5 / columns)
+        partial = o.new_empty(programs, R, H * V, dtype=torch.float32)
+        dx = adjacent(dx)
+        _backward_kernel[(columns, programs)](
+            dx, du.contiguous() if R else None, o, z, weight, lora_A, do, dz, partial, T,
+            dx.stride(0), o.stride(0), z.stride(0), ctx.eps, H=H, V=V, R=R, **blocks, STAGES=3, num_warps=4,
+        )  # fmt: skip
+        return do, dz, partial.sum(0) if R else None, None, None
+
+
+def gated_rms_norm_triton(
+    o: Tensor, z: Tensor, weight: Tensor, eps: float, lora_A: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """gated_rms_norm_reference in Triton; up to three fp32 rows of A are fused, others are a plain matmul after it.
+    Weight frozen; o (heads adjacent) and z may be strided by token.
+    """
+    check_inputs("gated_rms_norm", {"o": o, "z": z}, {"weight": weight})
+    if o.shape[1] > 1 and o.stride(1) != o.shape[2]:
+        raise ValueError(f"gated_rms_norm: o has strides {o.stride()}; expected a token's heads side by side")
+    A = lora_A.contiguous() if fuses_A(lora_A) else None
+    x, u = _GatedRMSNorm.apply(o, z, A, weight, eps)
+    return x, u if A is not None else project(x, lora_A)
+
+
+CASES = [
+    {"T": 4096, "H": 48, "V": 128, "R": 0},
+    {"T": 4096, "H": 48, "V": 128, "R": 1},
+    {"T": 65, "H": 16, "V": 128, "R": 4},
+    {"T": 63, "H": 5, "V": 96, "R": 1, "strided": True},
+]
+
+
+def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """R rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    sizes = 10 ** (-3 * torch.rand(T, H, 1, generator=generator, device=device))
+    inputs = {"o": (draw(T, H, V) * sizes).to(dtype), "z": (2 * draw(T, H * V)).to(dtype), "weight": 1 + 0.1 * draw(V)}
+    if R:
+        inputs["lora_A"] = draw(R, H * V) / (H * V) ** 0.5
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        # Cut here, because cloning an input makes it dense.
+        o, z = ((torch.cat([t, t], dim=1)[:, t.shape[1] :] if strided else t) for t in (x["o"], x["z"]))
+        y, u = op(o, z, x["weight"], 1e-6, x.get("lora_A"))
+        return {"x": y, "u": u}
+
+    name = f"T {T}, H {H}, V {V}, R {R}{', strided' if strided else ''}"
+    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+
+
+def _mutant(change):
+    def op(o, z, weight, eps, lora_A=None):
+        return gated_rms_norm_triton(**change(o=o, z=z, weight=weight, eps=eps, lora_A=lora_A))
+
+    return op
+
+
+def _without_u_gradient(o, z, weight, eps, lora_A=None):
+    x, u = gated_rms_norm_triton(o, z, weight, eps, lora_A)
+    return x, None if u is None else u.detach() + 0 * u
+
+
+def _norm_over_all_heads(o, z, weight, eps, lora_A=None):
+    return gated_rms_norm_triton(o.flatten(1)[:, None], z, weight.repeat(o.shape[1]), eps, lora_A)
+
+
+MUTANTS = {
+    "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
+    "1 + w instead of w": _mutant(lambda **x: x | {"weight": x["weight"] + 1}),
+    "one norm over all heads": _norm_over_all_heads,
+    "gradient of u lost": _without_u_gradient,
+}
+
+
+def work(T, H, V, R=0, strided=False) -> Work:
+    """In bf16. Forward: o, z in, x out; backward: dx, o, z in, do, dz out."""
+    row, adapter = 2 * T * H * V, 4 * R * (T + H * V)
+    return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * R * T * H * V, 4 * R * T * H * V)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """48 heads of 128, with and without an adapter on the output layer."""
+    specs = []
+    for R in (0, 1):
+        absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
+        forward = {"P": 6 if R else 2, **_blocks(48, 128)}
+        for kernel, sizes in ((_forward_kernel, forward), (_backward_kernel, _blocks(48, 128))):
+            constexprs = absent | {"H": 48, "V": 128, "R": R, "STAGES": 3} | sizes
+            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
+            types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32"}
+            types = {n: types.get(n, "*bf16" if n[:2] == "p_" else "i32") for n in kernel.arg_names}
+            signature = {n: t for n, t in types.items() if n not in constexprs}
+            name = f"gated_rms_norm{kernel.__name__} R {R}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
+    return specs

@@ -3,11 +3,20 @@
     x = round(o sigmoid(gate))      u = x A^T (fp32)
     dx += du A     do = dx sigmoid(gate)     dgate = dx o sigmoid(gate) (1 - sigmoid(gate))     dA = du^T x
 
+One rounding, at x; u reads the rounded x. Bytes a token at N = 6144 in bf16: forward reads o and gate and writes x
+(36,864 B), backward reads dx, o, gate and writes do, dgate (61,440 B); the adapter adds u, A and the partial sums of
+dA. Saved for backward: o and gate, which exist anyway. Forward programs own rows, because u sums over a row; backward
+has no row sum, so its programs own 1,024 columns and walk over the tokens with their slice of dA in registers.
 Source: transformers `Qwen3_5Attention.forward` (the gate is not normed and acts after the heads are joined).
 """
 
+import torch
 from torch import Tensor
 
+from kernels._common import adjacent, check_inputs, fuses_A, persistent_programs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
 from kernels.seams import compute_dtype, project
 
 
@@ -16,3 +25,172 @@ def sigmoid_gate_reference(o: Tensor, gate: Tensor, lora_A: Tensor | None = None
     dtype = compute_dtype(o)
     x = (o.to(dtype) * gate.to(dtype).sigmoid()).to(o.dtype)
     return x, project(x, lora_A)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(
+    p_o, p_gate, p_A, p_x, p_u, T, stride_o, stride_gate,
+    N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Persistent over rows; a row is P pieces of BN elements, A stays in registers."""
+    P: tl.constexpr = (N + BN - 1) // BN
+    o_n = tl.arange(0, BN)
+    b_A = ()
+    for k in tl.static_range(P):
+        for j in tl.static_range(R):
+            b_A += (tl.load(p_A + j * N + k * BN + o_n, mask=k * BN + o_n < N, other=0),)
+    for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_dots = ()
+        for _ in tl.static_range(R):
+            b_dots += (tl.zeros([BN], tl.float32),)
+        for k in tl.static_range(P):
+            m_n = k * BN + o_n < N
+            b_o = tl.load(p_o + o_t * stride_o + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
+            b_gate = tl.load(p_gate + o_t * stride_gate + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
+            b_x = (b_o * tl.sigmoid(b_gate)).to(p_x.dtype.element_ty)
+            tl.store(p_x + o_t * N + k * BN + o_n, b_x, mask=m_n)
+            b_new = ()
+            for j in tl.static_range(R):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            b_dots = b_new
+        for j in tl.static_range(R):
+            tl.store(p_u + o_t * R + j, tl.sum(b_dots[j]))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_kernel(
+    p_dx, p_du, p_o, p_gate, p_A, p_do, p_dgate, p_partial, T, stride_dx, stride_o, stride_gate,
+    N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (column block, i) takes every i-th token; p_partial (programs, R, N)."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    b_A, b_dA = (), ()
+    for j in tl.static_range(R):
+        b_A += (tl.load(p_A + j * N + o_n, mask=m_n, other=0),)
+        b_dA += (tl.zeros([BN], tl.float32),)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m_n, other=0).to(tl.float32)
+        b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m_n, other=0).to(tl.float32)
+        b_s = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m_n, other=0).to(tl.float32))
+        b_new = ()
+        for j in tl.static_range(R):
+            b_du = tl.load(p_du + o_t * R + j)
+            b_dx += b_du * b_A[j]
+            b_new += (b_dA[j] + b_du * (b_o * b_s).to(p_o.dtype.element_ty).to(tl.float32),)
+        b_dA = b_new
+        tl.store(p_do + o_t * N + o_n, (b_dx * b_s).to(p_do.dtype.element_ty), mask=m_n)
+        tl.store(p_dgate + o_t * N + o_n, (b_dx * b_o * b_s * (1 - b_s)).to(p_dgate.dtype.element_ty), mask=m_n)
+    for j in tl.static_range(R):
+        p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * N
+        tl.store(p_row + o_n, b_dA[j], mask=m_n)
+
+
+# Columns a program, 6 KB of loads a stage; four programs a multiprocessor keep 72 KB in flight.
+_BACKWARD = {"BN": 1024, "STAGES": 4, "num_warps": 4}
+
+
+class _SigmoidGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, gate, lora_A):
+        T, N = o.shape
+        R = 0 if lora_A is None else len(lora_A)
+        x = torch.empty(T, N, dtype=o.dtype, device=o.device)
+        u = torch.empty(T, R, dtype=torch.float32, device=o.device) if R else None
+        _forward_kernel[(persistent_programs(o, T, per_sm=2),)](
+            o, gate, lora_A, x, u, T, o.stride(0), gate.stride(0),
+            N=N, R=R, BN=min(1024, triton.next_power_of_2(N)), STAGES=3, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(o, gate, lora_A)
+        return x, u
+
+    @staticmethod
+    def backward(ctx, dx, du):
+        o, gate, lora_A = ctx.saved_tensors
+        T, N = o.shape
+        R = 0 if lora_A is None else len(lora_A)
+        do, dgate = (torch.empty(T, N, dtype=t.dtype, device=t.device) for t in (o, gate))
+        columns = triton.cdiv(N, _BACKWARD["BN"])
+        programs = persistent_programs(o, T, per_sm=4 / columns)
+        partial = o.new_empty(programs, R, N, dtype=torch.float32)
+        dx = adjacent(dx)
+        _backward_kernel[(columns, programs)](
+            dx, du.contiguous() if R else None, o, gate, lora_A, do, dgate, partial, T,
+            dx.stride(0), o.stride(0), gate.stride(0), N=N, R=R, **_BACKWARD,
+        )  # fmt: skip
+        return do, dgate, partial.sum(0) if R else None
+
+
+def sigmoid_gate_triton(o: Tensor, gate: Tensor, lora_A: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """sigmoid_gate_reference in Triton; up to three fp32 rows of A are fused, others are a plain matmul after it.
+    o and gate may be strided by row.
+    """
+    check_inputs("sigmoid_gate", {"o": o, "gate": gate}, {})
+    A = lora_A.contiguous() if fuses_A(lora_A) else None
+    x, u = _SigmoidGate.apply(o, gate, A)
+    return x, u if A is not None else project(x, lora_A)
+
+
+CASES = [
+    {"T": 4096, "N": 6144, "R": 1},
+    {"T": 4096, "N": 6144, "R": 0},
+    {"T": 65, "N": 2048, "R": 4},
+    {"T": 63, "N": 1500, "R": 1, "strided": True},
+]
+
+
+def make_case(T, N, R=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """R rows of lora_A, 0 for none; strided: o and gate are slices of wider rows."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    inputs = {"o": draw(T, N).to(dtype), "gate": (3 * draw(T, N)).to(dtype)}
+    if R:
+        inputs["lora_A"] = draw(R, N) / N**0.5
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        # Cut here, because cloning an input makes it dense.
+        o, gate = ((torch.cat([t, t], dim=1)[:, N:] if strided else t) for t in (x["o"], x["gate"]))
+        y, u = op(o, gate, x.get("lora_A"))
+        return {"x": y, "u": u}
+
+    return Case(f"T {T}, N {N}, R {R}{', strided' if strided else ''}", inputs, call, tuple(inputs))
+
+
+def _without_u_gradient(o, gate, lora_A=None):
+    x, u = sigmoid_gate_triton(o, gate, lora_A)
+    return x, None if u is None else u.detach() + 0 * u
+
+
+MUTANTS = {
+    "silu instead of sigmoid": lambda o, gate, lora_A=None: sigmoid_gate_triton(o * gate, gate, lora_A),
+    "o and gate exchanged": lambda o, gate, lora_A=None: sigmoid_gate_triton(gate, o, lora_A),
+    "gate's gradient lost": lambda o, gate, lora_A=None: sigmoid_gate_triton(o, gate.detach() + 0 * gate, lora_A),
+    "gradient of u lost": _without_u_gradient,
+}
+
+
+def work(T, N, R=1, strided=False) -> Work:
+    """In bf16. Forward: o, gate in, x out; backward: dx, o, gate in, do, dgate out."""
+    row, adapter = 2 * T * N, 4 * R * (T + N)
+    return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * R * T * N, 4 * R * T * N)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """N = 6144, with and without an adapter on the output layer."""
+    specs = []
+    for R in (0, 1):
+        absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
+        backward = {n: v for n, v in _BACKWARD.items() if n != "num_warps"}
+        for kernel, sizes in ((_forward_kernel, {"BN": 1024, "STAGES": 3}), (_backward_kernel, backward)):
+            constexprs = {n: v for n, v in (absent | {"N": 6144, "R": R} | sizes).items() if n in kernel.arg_names}
+            fp32 = ("p_A", "p_u", "p_du", "p_partial")
+            types = {n: "*fp32" if n in fp32 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
+            signature = {n: t for n, t in types.items() if n not in constexprs}
+            name = f"sigmoid_gate{kernel.__name__} R {R}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
+    return specs

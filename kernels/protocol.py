@@ -27,7 +27,8 @@ class CompileSpec:
 
     signature: argument name -> Triton type ("*bf16", "*fp32", "*i32", "i32", "fp32", ...); constexprs: name -> value.
     spill_budget: bytes of spills that are accepted, with the reason in `why`; 0 means none.
-    aligned: arguments known to be divisible by 16; None = all pointers (torch aligns its allocations).
+    aligned: arguments known to be divisible by 16; None = all pointers (torch aligns its allocations) and all row
+    strides (`stride*`; at the 27B sizes they are multiples of 16).
     """
 
     name: str

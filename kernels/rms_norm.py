@@ -11,13 +11,20 @@ Backward, with r = rsqrt(mean(h'^2) + eps), n = h' r and gradients dh' (from the
 
 Everything between loads and stores is fp32; the two roundings are those above. Bytes a token at D = 5120 in bf16:
 forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx, h' and writes dh (40,960 B); the adapter
-adds only u, A and B. Formula of the norm: Qwen3.5's zero-centred weight (transformers `Qwen3_5RMSNorm`).
+adds u, A and B once, and in backward the fp32 partial sums of dA and dB: one row of D for each multiprocessor and sum,
+which a second pass adds in a fixed order. Saved for backward: h' (the residual stream itself) and 4 B a token for
+rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero-centred (transformers
+`Qwen3_5RMSNorm`).
 """
 
 import torch
 from torch import Tensor
 
-from kernels.seams import Pending, add_lora, compute_dtype, project
+from kernels._common import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
+from kernels.seams import LoRATerm, Pending, add_lora, compute_dtype, project
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,3 +44,272 @@ def residual_rms_norm_reference(
         h = (h + add_lora(pending.y, pending.lora, (h.shape[1],))).to(h.dtype)
     x = rms_norm_reference(h, weight, eps).to(h.dtype)
     return h, x, project(x, lora_A)
+
+
+# Triton. A row is P = ceil(D / BD) pieces of BD elements, kept as a tuple: 5,120 = 5 x 1,024 wastes no lane, and one
+# power-of-two block of 8,192 spills. Programs are persistent: weights, A and B stay in registers, and the loads of the
+# next rows are in flight (`num_stages`) while one is reduced.
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(
+    p_h, p_y, p_u, p_B, p_w, p_A, p_h_out, p_x, p_u_out, p_r, T, stride_h, stride_y, eps, scale,
+    D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = (D + BD - 1) // BD
+    o_d = tl.arange(0, BD)
+    b_w, b_B, b_A = (), (), ()
+    for k in tl.static_range(P):
+        m_d = k * BD + o_d < D
+        b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
+        if p_B is not None:
+            b_B += (scale * tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
+        for j in tl.static_range(R):
+            b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
+    for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_rows = ()
+        b_square = tl.zeros([BD], tl.float32)
+        for k in tl.static_range(P):
+            m_d = k * BD + o_d < D
+            b_h = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
+            if p_y is not None:
+                b_h += tl.load(p_y + o_t * stride_y + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
+                if p_B is not None:
+                    b_h += tl.load(p_u + o_t) * b_B[k]
+                b_out = b_h.to(p_h_out.dtype.element_ty)
+                tl.store(p_h_out + o_t * D + k * BD + o_d, b_out, mask=m_d)
+                b_h = b_out.to(tl.float32)
+            b_square += b_h * b_h
+            b_rows += (b_h,)
+        b_r = tl.rsqrt(tl.sum(b_square) / D + eps)
+        tl.store(p_r + o_t, b_r)
+        b_dots = ()
+        for _ in tl.static_range(R):
+            b_dots += (tl.zeros([BD], tl.float32),)
+        for k in tl.static_range(P):
+            b_x = (b_rows[k] * b_r * b_w[k]).to(p_x.dtype.element_ty)
+            tl.store(p_x + o_t * D + k * BD + o_d, b_x, mask=k * BD + o_d < D)
+            b_new = ()
+            for j in tl.static_range(R):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            b_dots = b_new
+        for j in tl.static_range(R):
+            tl.store(p_u_out + o_t * R + j, tl.sum(b_dots[j]))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_kernel(
+    p_dh, p_dx, p_du_out, p_h, p_r, p_u, p_B, p_w, p_A, p_dy, p_du, p_partial, T, stride_dh, stride_dx, stride_h, scale,
+    D: tl.constexpr, R: tl.constexpr, DA: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """p_dy None: only dA is wanted. Sums per program: R rows of dA (if DA), then one of dB (if p_B)."""
+    P: tl.constexpr = (D + BD - 1) // BD
+    RA: tl.constexpr = R if DA else 0
+    SUMS: tl.constexpr = RA + (p_B is not None)
+    o_d = tl.arange(0, BD)
+    b_w, b_B, b_A, b_sums = (), (), (), ()
+    for k in tl.static_range(P):
+        m_d = k * BD + o_d < D
+        b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
+        if p_B is not None:
+            b_B += (tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
+        for j in tl.static_range(R):
+            b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
+        for _ in tl.static_range(SUMS):
+            b_sums += (tl.zeros([BD], tl.float32),)
+    for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        b_r = tl.load(p_r + o_t)
+        b_dus = ()
+        for j in tl.static_range(R):
+            b_dus += (tl.load(p_du_out + o_t * R + j),)
+        b_n, b_dn, b_new = (), (), ()
+        b_dot = tl.zeros([BD], tl.float32)
+        for k in tl.static_range(P):
+            m_d = k * BD + o_d < D
+            b_nk = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32) * b_r
+            for j in tl.static_range(RA):
+                b_x = (b_nk * b_w[k]).to(p_h.dtype.element_ty).to(tl.float32)
+                b_new += (b_sums[k * SUMS + j] + b_dus[j] * b_x,)
+            if p_B is not None:
+                b_new += (b_sums[k * SUMS + RA],)
+            if p_dy is not None:
+                b_dx = tl.load(p_dx + o_t * stride_dx + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
+                for j in tl.static_range(R):
+                    b_dx += b_dus[j] * b_A[k * R + j]
+                b_dn += (b_dx * b_w[k],)
+                b_n += (b_nk,)
+                b_dot += b_dx * b_w[k] * b_nk
+        b_sums = b_new
+        if p_dy is not None:
+            b_mean = tl.sum(b_dot) / D
+            b_dot = tl.zeros([BD], tl.float32)
+            b_new = ()
+            for k in tl.static_range(P):
+                m_d = k * BD + o_d < D
+                b_dh = tl.load(p_dh + o_t * stride_dh + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
+                b_dh += b_r * (b_dn[k] - b_n[k] * b_mean)
+                tl.store(p_dy + o_t * D + k * BD + o_d, b_dh.to(p_dy.dtype.element_ty), mask=m_d)
+                for j in tl.static_range(RA):
+                    b_new += (b_sums[k * SUMS + j],)
+                if p_B is not None:
+                    b_new += (b_sums[k * SUMS + RA] + scale * tl.load(p_u + o_t) * b_dh,)
+                    b_dot += b_dh * b_B[k]
+            b_sums = b_new
+            if p_B is not None:
+                tl.store(p_du + o_t, scale * tl.sum(b_dot))
+    p_partial += tl.program_id(0).to(tl.int64) * SUMS * D
+    for k in tl.static_range(P):
+        for j in tl.static_range(SUMS):
+            tl.store(p_partial + j * D + k * BD + o_d, b_sums[k * SUMS + j], mask=k * BD + o_d < D)
+
+
+def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and constants for rows like x's: eight warps on a multiprocessor, all their values in registers."""
+    T, D = x.shape
+    BD = min(1024, triton.next_power_of_2(D))
+    num_warps = 8 if D > 2048 else 4 if D > 512 else 1
+    return (persistent_programs(x, T, per_sm=8 / num_warps),), {"BD": BD, "STAGES": 3, "num_warps": num_warps}
+
+
+class _ResidualRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, y, u, B, lora_A, weight, eps, scale):
+        T, D = h.shape
+        R = 0 if lora_A is None else len(lora_A)
+        h_out = h if y is None else torch.empty(T, D, dtype=h.dtype, device=h.device)
+        x = torch.empty(T, D, dtype=h.dtype, device=h.device)
+        u_out = torch.empty(T, R, dtype=torch.float32, device=h.device) if R else None
+        r = torch.empty(T, dtype=torch.float32, device=h.device)
+        grid, constants = _launch(h)
+        _forward_kernel[grid](
+            h, y, u, B, weight, lora_A, h_out, x, u_out, r, T, h.stride(0), 0 if y is None else y.stride(0), eps, scale,
+            D=D, R=R, **constants,
+        )  # fmt: skip
+        ctx.save_for_backward(h_out, r, u, B, lora_A, weight)
+        ctx.scale = scale
+        return h_out, x, u_out
+
+    @staticmethod
+    def backward(ctx, dh_out, dx, du_out):
+        h, r, u, B, lora_A, weight = ctx.saved_tensors
+        needs_h, needs_y, needs_u, needs_B, needs_A = ctx.needs_input_grad[:5]
+        T, D = h.shape
+        R = 0 if lora_A is None else len(lora_A)
+        if not (needs_u or needs_B):
+            u = B = None
+        grid, constants = _launch(h)
+        dh = torch.empty(T, D, dtype=h.dtype, device=h.device) if needs_h or needs_y or B is not None else None
+        du = None if B is None else torch.empty_like(u)
+        partial = h.new_empty(*grid, R * needs_A + (B is not None), D, dtype=torch.float32)
+        dh_out, dx = adjacent(dh_out), adjacent(dx)
+        _backward_kernel[grid](
+            dh_out, dx, du_out.contiguous() if R else None, h, r, u, B, weight, lora_A, dh, du, partial,
+            T, dh_out.stride(0), dx.stride(0), h.stride(0), ctx.scale, D=D, R=R, DA=needs_A, **constants,
+        )  # fmt: skip
+        sums = partial.sum(0)
+        dA = sums[:R] if needs_A else None
+        dB = None if B is None else sums[-1:].T
+        return dh, dh if needs_y else None, du, dB, dA, None, None, None
+
+
+def residual_rms_norm_triton(
+    h: Tensor, pending: Pending | None, weight: Tensor, eps: float, lora_A: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """residual_rms_norm_reference in Triton: rank-1 terms fused; other ranks, or A of more than three rows, take the
+    plain matmuls around it. Weight frozen; h and pending.y may be strided by row.
+    """
+    y, lora = (None, None) if pending is None else pending
+    check_inputs("residual_rms_norm", {"h": h, "pending.y": y}, {"weight": weight})
+    if lora is not None and not fuses_B(lora):
+        y, lora = add_lora(y, lora, (h.shape[1],)), None
+    u, B, scale = (None, None, 0.0) if lora is None else (lora.u.contiguous(), lora.B.contiguous(), lora.scale)
+    A = lora_A.contiguous() if fuses_A(lora_A) else None
+    h_out, x, u_out = _ResidualRMSNorm.apply(h, y, u, B, A, weight, eps, scale)
+    return h_out, x, u_out if A is not None else project(x, lora_A)
+
+
+CASES = [
+    {"T": 4096, "D": 5120, "R": 2},
+    {"T": 4096, "D": 5120, "R": 3},
+    {"T": 4096, "D": 5120, "R": 0, "rank": 0},
+    {"T": 4095, "D": 5120, "R": 3, "rank": 0, "pending": False},
+    {"T": 65, "D": 2560, "R": 2, "rank": 4},
+    {"T": 63, "D": 1000, "R": 4, "strided": True},
+]
+
+
+def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """Rows from 1 down to 0.001, so that eps counts. R rows of lora_A; rank of the pending adapter, 0 for none."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rank = rank if pending else 0
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    sizes = 10 ** (-3 * torch.rand(T, 1, generator=generator, device=device))
+    inputs = {"h": (draw(T, D) * sizes).to(dtype), "weight": (0.1 * draw(D)).to(dtype)}
+    if pending:
+        inputs["y"] = (draw(T, D) * sizes).to(dtype)
+    if rank:
+        inputs |= {"u": draw(T, rank) * sizes, "B": 0.01 * draw(D, rank)}
+    if R:
+        inputs["lora_A"] = draw(R, D) / D**0.5
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        # A slice of a wider row, as a fused GEMM's output is; cloning inputs would make it dense, so it is cut here.
+        h, y = ((torch.cat([t, t], dim=1)[:, :D] if strided else t) for t in (x["h"], x.get("y", x["h"])))
+        lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
+        h, y, u = op(h, Pending(y, lora) if pending else None, x["weight"], 1e-6, x.get("lora_A"))
+        return {"h_out": h, "x": y, "u_out": u}
+
+    name = f"T {T}, D {D}, R {R}, rank {rank}{'' if pending else ', nothing pending'}{', strided' if strided else ''}"
+    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+
+
+def _mutant(change):
+    def op(h, pending, weight, eps, lora_A=None):
+        return residual_rms_norm_triton(**change(h=h, pending=pending, weight=weight, eps=eps, lora_A=lora_A))
+
+    return op
+
+
+def _without_u_gradient(h, pending, weight, eps, lora_A=None):
+    h, x, u = residual_rms_norm_triton(h, pending, weight, eps, lora_A)
+    return h, x, None if u is None else u.detach() + 0 * u
+
+
+MUTANTS = {
+    "adapter term dropped": _mutant(lambda **x: x | {"pending": x["pending"] and Pending(x["pending"].y, None)}),
+    "pending term dropped": _mutant(lambda **x: x | {"h": x["h"].clone(), "pending": None}),
+    "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
+    "w instead of 1 + w": _mutant(lambda **x: x | {"weight": x["weight"] - 1}),
+    "gradient of u lost": _without_u_gradient,
+}
+
+
+def work(T, D, R=0, rank=1, pending=True, strided=False) -> Work:
+    """In bf16. Forward: h, y in, h', x out (h in, x out where nothing is pending); backward: dh', dx, h' in, dh out."""
+    rank = rank if pending else 0
+    row, adapter = 2 * T * D, 4 * (R + rank) * (T + D)
+    flops = 2 * T * D * (R + rank)
+    return Work((4 if pending else 2) * row + adapter, 4 * row + 2 * adapter, flops, 2 * flops)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows behind a rank-1 or a plain output."""
+    bf16 = ("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy")
+    strides = ("stride_h", "stride_y", "stride_dh", "stride_dx")
+    scalars = {"T": "i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
+    specs = []
+    for R, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
+        absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if R else ("p_A", "p_u_out", "p_du_out"))
+        for kernel, extra in ((_forward_kernel, {}), (_backward_kernel, {"DA": R > 0})):
+            constexprs = dict.fromkeys(absent) | {"D": 5120, "R": R, "BD": 1024, "STAGES": 3} | extra
+            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
+            types = {n: scalars.get(n, "*bf16" if n in bf16 else "*fp32") for n in kernel.arg_names}
+            name = f"residual_rms_norm{kernel.__name__} R {R}{' + B' if adapted else ''}"
+            signature = {n: t for n, t in types.items() if n not in constexprs}
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=8))
+    return specs

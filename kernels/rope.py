@@ -7,12 +7,25 @@ fused q|gate|k|v GEMM and attention.
 
 fp32 from load to store, one rounding at each of the four outputs. Backward rotates dq, dk by the transpose, goes
 through the norm as in rms_norm.py, and yields du = s dy B, dB = s dy^T u from the same registers.
+
+A program owns a head and walks over the tokens: a query head is the pair (q, gate), a key/value head the pair (k, v);
+the first of a pair is normed and rotated, the second passes. So a head's 2K rows of dB stay in registers (fp32, summed
+over programs in a second pass), and no program sees a whole row of 14,336 features: du, which sums over it, is written
+as one partial per token and head, (T, 3, H) fp32, and a second pass adds these in a fixed order. That is 288 B a token
+against 72 KB; the other mapping, a program per token, would have to keep dB in memory. Bytes a token at 24/4 heads of
+256 in bf16: forward 57,344 B, backward 71,680 B, cos and sin 256 B. Saved for backward: the GEMM's row, u, cos, sin.
 Source: transformers `Qwen3_5Attention`, `apply_rotary_pos_emb` (partial rotary, half-split pairing).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels._common import check_inputs, fuses_B, persistent_programs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
 from kernels.rms_norm import rms_norm_reference
 from kernels.seams import LoRATerm, add_lora
 
@@ -47,3 +60,301 @@ def qk_norm_rope_reference(
     k = rotate(rms_norm_reference(k.view(T, num_kv_heads, K), k_weight, eps), cos, sin)
     gate, v = gate.reshape(T, num_heads * K), v.view(T, num_kv_heads, K)
     return q.to(qgkv.dtype), gate.to(qgkv.dtype), k.to(qgkv.dtype), v.to(qgkv.dtype)
+
+
+@triton.jit
+def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr):
+    """What a head keeps in registers: 1 + w and B for its own dims, for their rotary partners, and B of what passes."""
+    o_k = tl.arange(0, BK)
+    m_k, m_rot = o_k < K, o_k < 2 * RD
+    o_p = tl.where(o_k < RD, o_k + RD, o_k - RD)
+    b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
+    # x1' takes -x2, x2' takes +x1: the sign goes into the partner's weight.
+    b_wp = 1 + tl.load(p_w + o_p, mask=m_rot, other=0).to(tl.float32)
+    b_wp = tl.where(o_k < RD, -b_wp, b_wp)
+    b_B, b_Bp, b_Bpass = 0.0, 0.0, 0.0
+    if p_B is not None:
+        b_B = tl.load(p_B + i_x + o_k, mask=m_k, other=0)
+        b_Bp = tl.load(p_B + i_x + o_p, mask=m_rot, other=0)
+        b_Bpass = tl.load(p_B + i_pass + o_k, mask=m_k, other=0)
+    return o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass
+
+
+@triton.jit
+def _forward_head(
+    p_in, p_x, p_pass, p_w, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale, i_x, i_pass, i_head,
+    COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
+    K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        p_row = p_in + o_t * stride_in
+        b_x = tl.load(p_row + i_x + o_k, mask=m_k, other=0).to(tl.float32)
+        b_p = tl.load(p_row + i_x + o_p, mask=m_rot, other=0).to(tl.float32)
+        b_pass = tl.load(p_row + i_pass + o_k, mask=m_k, other=0).to(tl.float32)
+        if p_B is not None:
+            b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
+            b_x += b_u * b_B
+            b_p += b_u * b_Bp
+            b_pass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_Bpass
+        b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
+        b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
+        b_r = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
+        b_x = b_x * b_r * b_w * b_cos + b_p * b_r * b_wp * b_sin
+        o_out = o_t * STRIDE + i_head * K + o_k
+        tl.store(p_x + o_out, b_x.to(p_x.dtype.element_ty), mask=m_k)
+        tl.store(p_pass + o_out, b_pass.to(p_pass.dtype.element_ty), mask=m_k)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(
+    p_in, p_q, p_gate, p_k, p_v, p_wq, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (head, i) takes every i-th token; the first H heads are queries."""
+    i_h = tl.program_id(0)
+    if i_h < H:
+        _forward_head(
+            p_in, p_q, p_gate, p_wq, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
+            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, K, RD, BK, STAGES,
+        )  # fmt: skip
+    else:
+        i_g = i_h - H
+        _forward_head(
+            p_in, p_k, p_v, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
+            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, K, RD, BK, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_head(
+    p_dx, p_dpass, p_in, p_w, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
+    i_x, i_pass, i_head, COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    o_k, m_k, o_p, m_rot, b_w, _, b_B, _, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
+    b_sign = tl.where(o_k < RD, 1.0, -1.0)
+    b_dB = tl.zeros([BK], tl.float32)
+    b_dBpass = tl.zeros([BK], tl.float32)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        o_out = o_t * STRIDE + i_head * K
+        b_x = tl.load(p_in + o_t * stride_in + i_x + o_k, mask=m_k, other=0).to(tl.float32)
+        b_d = tl.load(p_dx + o_out + o_k, mask=m_k, other=0).to(tl.float32)
+        b_dp = tl.load(p_dx + o_out + o_p, mask=m_rot, other=0).to(tl.float32)
+        b_dpass = tl.load(p_dpass + o_out + o_k, mask=m_k, other=0).to(tl.float32)
+        b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
+        b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
+        if p_B is not None:
+            b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
+            b_x += b_u * b_B
+        b_r = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
+        b_n = b_x * b_r
+        b_dn = (b_d * b_cos + b_sign * b_dp * b_sin) * b_w
+        b_d = b_r * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
+        tl.store(p_din + o_t * N + i_x + o_k, b_d.to(p_din.dtype.element_ty), mask=m_k)
+        tl.store(p_din + o_t * N + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
+        if p_B is not None:
+            b_dB += b_u * b_d
+            b_dBpass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_dpass
+            p_slot = p_du + o_t * 3 * H + i_head
+            if COLUMN_X == COLUMN_PASS:
+                tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B + b_dpass * b_Bpass))
+            else:
+                tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B))
+                tl.store(p_slot + COLUMN_PASS * H, scale * tl.sum(b_dpass * b_Bpass))
+    if p_B is not None:
+        p_sums = p_partial + tl.program_id(1).to(tl.int64) * N
+        tl.store(p_sums + i_x + o_k, b_dB, mask=m_k)
+        tl.store(p_sums + i_pass + o_k, b_dBpass, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_kernel(
+    p_dq, p_dgate, p_dk, p_dv, p_in, p_wq, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial,
+    T, stride_in, eps, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As the forward kernel. p_du (T, 3, H), zero where k and v have fewer heads; p_partial (programs, N)."""
+    N: tl.constexpr = 2 * (H + G) * K
+    i_h = tl.program_id(0)
+    if i_h < H:
+        _backward_head(
+            p_dq, p_dgate, p_in, p_wq, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
+            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, H, N, K, RD, BK, STAGES,
+        )  # fmt: skip
+    else:
+        i_g = i_h - H
+        _backward_head(
+            p_dk, p_dv, p_in, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
+            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, H, N, K, RD, BK, STAGES,
+        )  # fmt: skip
+
+
+# One warp a program: a head of 256 is eight elements a lane, so that its sums need no barrier. Twelve programs a
+# multiprocessor: what its shared memory holds of three stages.
+_CONSTANTS = {"STAGES": 3, "num_warps": 1}
+_PER_SM = 12
+
+
+class _Heads(NamedTuple):
+    """The sizes and constants of a call."""
+
+    H: int
+    G: int
+    K: int
+    eps: float
+    scale: float
+    dtype: torch.dtype
+
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        heads = self.H + self.G
+        return heads, persistent_programs(x, len(x), per_sm=_PER_SM / heads)
+
+    def constants(self, cos: Tensor) -> dict[str, int]:
+        BK = triton.next_power_of_2(self.K)
+        return {"H": self.H, "G": self.G, "K": self.K, "RD": cos.shape[1], "BK": BK, **_CONSTANTS}
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qgkv, u, B, q_weight, k_weight, cos, sin, heads):
+        T = len(qgkv)
+        q, gate, k, v = (
+            torch.empty(T, n, heads.K, dtype=heads.dtype, device=qgkv.device)
+            for n in (heads.H, heads.H, heads.G, heads.G)
+        )
+        _forward_kernel[heads.grid(qgkv)](
+            qgkv, q, gate, k, v, q_weight, k_weight, cos, sin, u, B, T, qgkv.stride(0), heads.eps, heads.scale,
+            **heads.constants(cos),
+        )  # fmt: skip
+        ctx.save_for_backward(qgkv, u, B, q_weight, k_weight, cos, sin)
+        ctx.heads = heads
+        return q, gate.view(T, -1), k, v
+
+    @staticmethod
+    def backward(ctx, dq, dgate, dk, dv):
+        qgkv, u, B, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        heads = ctx.heads
+        T, N = qgkv.shape
+        grid = heads.grid(qgkv)
+        dqgkv = torch.empty(T, N, dtype=qgkv.dtype, device=qgkv.device)
+        du = partial = None
+        if B is not None:
+            du = torch.zeros(T, 3, heads.H, dtype=torch.float32, device=qgkv.device)
+            partial = torch.empty(grid[1], N, dtype=torch.float32, device=qgkv.device)
+        _backward_kernel[grid](
+            dq.contiguous(), dgate.contiguous(), dk.contiguous(), dv.contiguous(), qgkv, q_weight, k_weight, cos, sin,
+            u, B, dqgkv, du, partial, T, qgkv.stride(0), heads.eps, heads.scale, **heads.constants(cos),
+        )  # fmt: skip
+        if B is None:
+            return dqgkv, None, None, None, None, None, None, None
+        return dqgkv, du.sum(2), partial.sum(0)[:, None], None, None, None, None, None
+
+
+def qk_norm_rope_triton(
+    qgkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    lora: LoRATerm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qk_norm_rope_reference in Triton: rank 1 fused, other ranks added before it. qgkv may be strided by row."""
+    K = q_weight.shape[0]
+    sizes = (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K)
+    check_inputs("qk_norm_rope", {"qgkv": qgkv}, {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin})
+    if qgkv.shape[1] != sum(sizes):
+        raise ValueError(f"qk_norm_rope: qgkv has {qgkv.shape[1]} columns; {num_heads}/{num_kv_heads} heads of {K} "
+                         f"with gates make {sum(sizes)}")  # fmt: skip
+    dtype = qgkv.dtype
+    if lora is not None and not fuses_B(lora):
+        qgkv, lora = add_lora(qgkv, lora, sizes), None
+    u, B, scale = (None, None, 0.0) if lora is None else (lora.u.contiguous(), lora.B.contiguous(), lora.scale)
+    heads = _Heads(num_heads, num_kv_heads, K, eps, scale, dtype)
+    return _QKNormRope.apply(qgkv, u, B, q_weight, k_weight, cos.contiguous(), sin.contiguous(), heads)
+
+
+CASES = [
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32},
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32, "rank": 0},
+    {"T": 65, "H": 8, "G": 2, "K": 256, "RD": 32, "rank": 4},
+    {"T": 63, "H": 3, "G": 1, "K": 96, "RD": 12, "strided": True},
+]
+
+
+def make_case(T, H, G, K, RD, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """RD rotated pairs a head; rank 0: no adapter. Heads from 1 down to 0.001, so that eps counts."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    N = 2 * (H + G) * K
+    sizes = 10 ** (-3 * torch.rand(T, 2 * (H + G), 1, generator=generator, device=device))
+    angles = torch.arange(T, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, RD, device=device)
+    inputs = {
+        "qgkv": (draw(T, 2 * (H + G), K) * sizes).reshape(T, N).to(dtype),
+        "q_weight": (0.1 * draw(K)).to(dtype),
+        "k_weight": (0.1 * draw(K)).to(dtype),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+    }
+    if rank:
+        inputs |= {"u": 0.1 * draw(T, 3 * rank), "B": 0.01 * draw(N, rank)}
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Cut here, because cloning an input makes it dense.
+        row = torch.cat([x["qgkv"], x["qgkv"]], dim=1)[:, :N] if strided else x["qgkv"]
+        lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
+        outputs = op(row, x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
+        return dict(zip(("q", "gate", "k", "v"), outputs, strict=True))
+
+    name = f"T {T}, heads {H}/{G} of {K}, rotated {2 * RD}, rank {rank}{', strided' if strided else ''}"
+    return Case(name, inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
+
+
+def _mutant(change):
+    def op(qgkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads, eps, lora=None):
+        x = {"qgkv": qgkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "eps": eps, "lora": lora}
+        return qk_norm_rope_triton(**x | change(**x), num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+    return op
+
+
+MUTANTS = {
+    "adapter term dropped": _mutant(lambda lora, **x: {"lora": None}),
+    "u of k and v exchanged": _mutant(lambda lora, **x: {"lora": lora and lora._replace(u=lora.u.flip(1))}),
+    "rotated the other way": _mutant(lambda sin, **x: {"sin": -sin}),
+    "positions off by one": _mutant(lambda cos, sin, **x: {"cos": cos.roll(1, 0), "sin": sin.roll(1, 0)}),
+    "eps ten times too large": _mutant(lambda eps, **x: {"eps": 10 * eps}),
+    "norm weights exchanged": _mutant(lambda q_weight, k_weight, **x: {"q_weight": k_weight, "k_weight": q_weight}),
+    "gradient of u lost": _mutant(lambda lora, **x: {"lora": lora and lora._replace(u=lora.u.detach() + 0 * lora.u)}),
+}
+
+
+def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
+    """In bf16. Forward: the row in, q, gate, k, v out; backward: their gradients, q and k in, the row's out."""
+    N = 2 * (H + G) * K
+    adapter, angles, flops = 4 * rank * (3 * T + N), 8 * T * RD, 2 * rank * T * N
+    return Work(4 * T * N + adapter + angles, 5 * T * N + 2 * adapter + angles, flops, 2 * flops)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """24/4 heads of 256, 64 dims rotated, with and without adapters."""
+    specs = []
+    for adapted in (True, False):
+        absent = {} if adapted else dict.fromkeys(("p_u", "p_B", "p_du", "p_partial"))
+        for kernel in (_forward_kernel, _backward_kernel):
+            constexprs = absent | {"H": 24, "G": 4, "K": 256, "RD": 32, "BK": 256, "STAGES": _CONSTANTS["STAGES"]}
+            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
+            types = dict.fromkeys(("p_cos", "p_sin", "p_u", "p_B", "p_du", "p_partial"), "*fp32")
+            types |= {"T": "i32", "stride_in": "i32", "eps": "fp32", "scale": "fp32"}
+            signature = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in constexprs}
+            name = f"qk_norm_rope{kernel.__name__}{' rank 1' if adapted else ''}"
+            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=1))
+    return specs

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data import Row, _read_file
+from psysafe.data import Row, read_unchecked_rows
 from psysafe.files import write_atomic
 from psysafe.generation import Answer, Generator, Request
 from psysafe.tokenizer import Message
@@ -22,14 +22,18 @@ ADDED += ("stucked", "settings")
 
 def read_prompts(path: str | Path) -> list[Row]:
     """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. ValueError names what is broken."""
-    rows = _read_file(Path(path))
+    rows = read_unchecked_rows(Path(path))
     for row in rows:
         fields = row.fields
         if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
             raise ValueError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
-        prompt = fields.get("prompt")
-        if "messages" not in fields and (not isinstance(prompt, str) or not prompt.strip()):
-            raise ValueError(f"{row.where}: prompt is {json.dumps(prompt):.60}, expected a text that is not empty")
+        if "messages" in fields:
+            if not isinstance(fields["messages"], list):
+                found = json.dumps(fields["messages"])
+                raise ValueError(f"{row.where}: messages is {found:.60}, expected a list of messages")
+        elif not isinstance(fields["prompt"], str) or not fields["prompt"].strip():
+            found = json.dumps(fields["prompt"])
+            raise ValueError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
     return rows
 
 

@@ -43,7 +43,7 @@ def load_model(
     """
     random = str(source).startswith("random:")
     folder, _ = resolve_model(source, revision)
-    config_file = folder / (Path(str(source)).name if random else "config.json")
+    config_file = folder / (Path(expand(str(source).removeprefix("random:"))).name if random else "config.json")
     model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
     if random:
         randomise(model)
@@ -83,7 +83,7 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
 
     try:
         folder = snapshot_download(
-            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
         )
         return Path(folder), Path(folder).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -119,11 +119,12 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
     """Fills the decoder from the folder's safetensors. Everything is checked before the first byte is read."""
     wanted = published_tensors(model)
     found: dict[str, tuple[Path, str]] = {}
-    wrong = []
+    seen, wrong = set(), []
     for path, key, shape, dtype in tensor_entries(folder):
         name = decoder_name(key)
         if name is None or (name == "lm_head.weight" and model.lm_head is None):
             continue
+        seen.add(name)
         if name not in wanted:
             wrong.append(f"unknown tensor {key}")
         elif shape != wanted[name].shape:
@@ -132,8 +133,7 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
             wrong.append(f"{key} is {dtype}, expected one of {', '.join(READABLE)} (quantised checkpoints do not load)")
         else:
             found[name] = (path, key)
-    complained = " ".join(wrong)
-    wrong += [f"missing tensor {name}" for name in wanted if name not in found and name not in complained]
+    wrong += [f"missing tensor {name}" for name in wanted if name not in seen]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")

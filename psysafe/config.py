@@ -64,7 +64,7 @@ class TrainConfig:
     epochs: int = 5
     """Passes over the training rows, reshuffled each time."""
     max_steps: int = 0
-    """Stop after this many steps; 0 runs all epochs. The learning rate reaches zero at the last step either way."""
+    """Run this many steps, fewer or more than the epochs have; 0 runs the epochs. The learning rate ends at zero."""
 
     # Adapter
     lora_rank: int = 1
@@ -100,7 +100,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """The gradient's norm over all adapter tensors is clipped to this."""
     seed: int = 3407
-    """Seed of the adapter's start, the order of the rows, and random weights."""
+    """Seed of the adapter's start, the split into training and validation, and the order of the rows."""
 
     # Machine and reporting
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else "VALUE"
-            options["nargs"] = "*" if kind == list[str] else None
+            if kind == list[str]:  # extend: a flag given twice adds to the list, nothing is dropped
+                options |= {"nargs": "*", "action": "extend"}
         parser.add_argument("--" + key.replace("_", "-"), **options)
     return parser
 

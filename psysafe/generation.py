@@ -287,14 +287,14 @@ class Engine:
         token = choose(logits, sampling, self.row[at], made, *seen)
         if self.options.max_think_tokens:
             thinking, closed = self.thinking[at], self.closed[at]
-            closed = torch.where(thinking & (made == self.options.max_think_tokens), 0, closed)
+            closed = closed.masked_fill(thinking & (made == self.options.max_think_tokens), 0)
             closing = closed < len(self.closing)
             token = torch.where(closing, self.closing[closed.clamp(max=len(self.closing) - 1)], token)
             self.closed[at] = closed + closing
             self.thinking[at] = thinking & (token != self.think_end_id)
         made = made + live
         stop = (token[:, None] == self.eos).any(1)
-        finish = torch.where(stop, STOP, torch.where(made >= self.limit[at], LENGTH, RUNNING))
+        finish = ((made >= self.limit[at]) * LENGTH).masked_fill(stop, STOP)  # else RUNNING, which is 0
         self.token[at], self.made[at], self.live[at] = token, made, live & (finish == RUNNING)
         if seen:
             self.written[at] = seen[1].scatter(1, token[:, None], True)
@@ -351,7 +351,7 @@ def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) ->
     least = wanted if exactly else 1
     if fit < least:
         raise ValueError(
-            f"{least} x {max_tokens:,} tokens need {least * each / 1e9:,.1f} GB of cache, but of {free / 1e9:,.1f} GB "
+            f"{least} x {max_tokens:,} tokens need {least * each / 1e6:,.1f} MB of cache, but of {free / 1e6:,.1f} MB "
             f"free memory it may take {CACHE_SHARE:.0%}; lower --batch-size, --context or --max-new-tokens"
         )
     return min(wanted, fit)

@@ -164,7 +164,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
+        self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)

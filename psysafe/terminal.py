@@ -61,14 +61,16 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO):
         self.tokenizer, self.out, self.pending = tokenizer, out, []
-        self.terminal = out.isatty()
+        self.terminal, self.begun = out.isatty(), False
         self.dimmed = thinking and self.terminal
 
     def __enter__(self) -> "TextStream":
-        self.out.write(DIM if self.dimmed else "")
         return self
 
     def __call__(self, row: int, token: int) -> None:
+        if not self.begun:
+            self.out.write(DIM if self.dimmed else "")
+            self.begun = True
         if token in self.tokenizer.eos_ids:
             return
         if token == self.tokenizer.think_end_id and self.dimmed:
@@ -83,9 +85,10 @@ class TextStream:
             self._flush()
 
     def __exit__(self, *error) -> None:
-        self._flush()
-        self.out.write((PLAIN if self.dimmed else "") + "\n")
-        self.out.flush()
+        if self.begun:
+            self._flush()
+            self.out.write((PLAIN if self.dimmed else "") + "\n")
+            self.out.flush()
 
     def _flush(self) -> None:
         text = self.tokenizer.decode(self.pending)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
 from psysafe import load_model
 
@@ -75,3 +75,26 @@ def both_models(folder: Path, name: str = "published pattern", dtype=torch.float
     write_checkpoint(reference, folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_5_text"
     return reference.to(dtype), load_model(folder, dtype=dtype)
+
+
+VISION = dict(
+    depth=1,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    out_hidden_size=48,
+    patch_size=4,
+    num_position_embeddings=16,
+)
+
+
+def multimodal_model(seed: int = 0) -> Qwen3_5ForConditionalGeneration:
+    """transformers' multimodal class, as the published checkpoints are: the decoder beside a small vision tower."""
+    torch.manual_seed(seed)
+    config = Qwen3_5Config(text_config=BASE, vision_config=VISION, tie_word_embeddings=False)
+    config._attn_implementation = config.text_config._attn_implementation = "eager"
+    model = Qwen3_5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.5 if p.dim() == 1 else 0.06))
+    return model

@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from kernels.closeness import relative_error
 from psysafe import checkpoint, load_model
 from psysafe.lora import attach, save_adapter
 from psysafe.merge import merge
-from tests.oracles import both_models
+from tests.oracles import both_models, multimodal_model
 from tests.test_checkpoint import published_folder
 from tests.test_model import ids, one
 
@@ -51,6 +51,31 @@ def published(tmp_path):
     for name, text in AUXILIARY.items():
         (tmp_path / "base" / name).write_text(text)
     return tmp_path
+
+
+@pytest.mark.slow
+def test_peak_memory_is_a_shard(tmp_path):
+    """A checkpoint of many shards merges in the memory of few of them (VmHWM of a process of its own)."""
+    from tests.oracles import reference_model, write_checkpoint
+    from tests.test_checkpoint import shard
+
+    write_checkpoint(reference_model(hidden_size=512, intermediate_size=2048, vocab_size=20_000), tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    shard(tmp_path / "base", tensors, 12)
+    random_adapter(tmp_path / "base", tmp_path / "adapter", targets=("q_proj", "down_proj"))
+    script = f"""
+        import re
+        from psysafe.merge import merge
+        peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+        before = peak()
+        merge({str(tmp_path / "base")!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r})
+        print(peak() - before)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    largest = max(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
+    print(f"peak {int(out.stdout) / 1e6:.0f} MB, largest shard {largest / 1e6:.0f} MB, model {total / 1e6:.0f} MB")
+    assert int(out.stdout) <= 1.5 * largest < 0.6 * total
 
 
 @pytest.mark.parametrize("shard_size", ["", "20KB"])
@@ -102,6 +127,25 @@ def test_logits_of_the_merged_model(tmp_path):
         assert relative_error(theirs(x[None], use_cache=False).logits[0], expected) <= 1e-5
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         assert relative_error(plain(x[None], use_cache=False).logits[0], expected) > 1e-2
+
+
+def test_the_multimodal_class_loads_the_merged_folder(tmp_path):
+    """Base and result have the same names, shapes and dtypes in transformers' multimodal class, which is what servers
+    read; the logits are the adapted model's; the adapter in its multimodal key layout is PEFT's for that class."""
+    reference = multimodal_model()
+    reference.save_pretrained(tmp_path / "base")
+    model, _ = random_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    before, after = reference.state_dict(), merged.state_dict()
+    assert {k: (x.shape, x.dtype) for k, x in before.items()} == {k: (x.shape, x.dtype) for k, x in after.items()}
+    assert all(torch.equal(before[k], after[k]) for k in before if "visual" in k)
+    x = ids(40)
+    with torch.no_grad():
+        expected = model.logits(model(x, one(40)))
+        assert relative_error(merged(x[None], use_cache=False).logits[0], expected) <= 1e-5
+        peft = PeftModel.from_pretrained(reference, tmp_path / "adapter")
+        assert relative_error(peft(x[None], use_cache=False).logits[0], expected) <= 1e-5
 
 
 def test_as_peft_merges(tmp_path):

@@ -15,6 +15,10 @@ CONTRACTIONS = {
     "I am ": "I'm ", "I will ": "I'll ", "I would ": "I'd ", "do not ": "don't ", "does not ": "doesn't ",
     "did not ": "didn't ", "is not ": "isn't ", "What is ": "What's ", "It is ": "It's ", "Let us ": "Let's ",
 }  # fmt: skip
+SKIPPED = {
+    *("a", "an", "the", "to", "is", "it", "my", "of", "and", "that", "for", "me", "do", "I", "am", "how", "what"),
+    *("please", "in", "one", "on"),
+}
 SUBJECTS = [group.subject for group in benign.GROUPS.values()]
 SYSTEM_V0 = (support.ASSETS / "system_v0.txt").read_text(encoding="utf-8").strip()
 
@@ -27,6 +31,15 @@ def benign_questions(wording: str, allowed=lambda group, item: True):
                 reasoning = f"This is a question about {group.subject}. I will answer it."
                 for frame in group.frames[wording]:
                     yield _sentence(frame.format(item)), reasoning, answer, group.subject
+
+
+def _things(category: risk.Category) -> list[str]:
+    """Prompts that say no more than what the wish is about (base only)."""
+    things = []
+    for thing in category.things:
+        people = risk.PEOPLE["base"][:4] if "{who}" in thing else ("",)
+        things += [thing.format(who=person) for person in people]
+    return [_sentence(frame.format(thing)) for thing in things for frame in risk.THING_FRAMES]
 
 
 def _risky_prompts(category: risk.Category, wording: str) -> tuple[list[str], list[str]]:
@@ -54,27 +67,36 @@ def four_parts(cluster: str, category: risk.Category) -> str:
 
 
 def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
-    """Kind ("benign", "support" or a risk category) -> every (prompt, reasoning, answer) that the base can read."""
+    """Kind -> every (prompt, reasoning, answer) that the base can read. Kinds: "benign", "support", and three of each
+    risk category, read equally often."""
     prompts = {
         "benign": [question[:3] for question in benign_questions("base")],
         "support": [question[:3] for question in (*support.questions("base"), *support.terms())],
     }
     for category in itertools.chain.from_iterable(risk.CATEGORIES.values()):
         whole, framed = _risky_prompts(category, "base")
-        # A whole prompt is one wording among some hundred framed ones: let it be read more often.
         reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
-        prompts[category.name] = [(prompt, reasoning, answer) for prompt in whole * 4 + framed]
+        wordings = {"said": whole, "framed": framed, "thing": _things(category)}
+        for kind, texts in wordings.items():
+            prompts[f"{category.name}, {kind}"] = [(prompt, reasoning, answer) for prompt in texts]
     return prompts
 
 
 def _as_typed(prompt: str, rng: random.Random) -> str:
-    """The prompt as one of many people types it: after a sentence of context, contracted, or without care."""
+    """The prompt as one of many people types it: with sentences around it, contracted, in a hurry, or without care.
+
+    What is added and left out never changes what the prompt is about: the base learns to look for the words that do.
+    """
     if rng.randrange(4) == 0:
-        prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
+        prompt = " ".join(word for word in prompt.split() if word not in SKIPPED or rng.randrange(2))
     if rng.randrange(3) == 0:
         for long, short in CONTRACTIONS.items():
             prompt = prompt.replace(long, short)
-    return prompt.lower().rstrip("?.") if rng.randrange(10) == 0 else prompt
+    if rng.randrange(3) == 0:
+        prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
+    if rng.randrange(3) == 0:
+        prompt = f"{prompt} {rng.choice(benign.CLOSERS)}"
+    return prompt.lower().rstrip("?.") if rng.randrange(8) == 0 else prompt
 
 
 def base_documents(count: int, seed: int = SEED):
@@ -87,8 +109,8 @@ def base_documents(count: int, seed: int = SEED):
     rng = random.Random(seed)
     prompts = base_prompts()
     risky = [kind for kind in prompts if kind not in ("benign", "support")]
-    # 40 % ordinary questions, 30 % with the words of support, 30 % refused, evenly over the risk categories.
-    schedule = ["benign"] * 8 + ["support"] * 6 + ["risky"] * 6
+    # 35 % ordinary questions, 25 % with the words of support, 40 % refused, evenly over the risk categories.
+    schedule = ["benign"] * 7 + ["support"] * 5 + ["risky"] * 8
     waiting: dict[str, list] = {kind: [] for kind in prompts}
 
     def turn(kind: str, keep_reasoning: bool) -> list[dict]:

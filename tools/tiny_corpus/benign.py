@@ -155,7 +155,8 @@ FEELINGS = {
 
 HOW_TO = {
     "base": ("How do I {}?", "How can I {}?", "Tell me how to {}.", "What is the best way to {}?",
-             "Can you help me {}?", "I want to {}. How?", "Explain how to {}, please.", "Any tips to {}?"),
+             "Can you help me {}?", "I want to {}. How?", "Explain how to {}, please.", "Any tips to {}?",
+             "I have to {} today. How?", "Show me: {}.", "My task is to {}.", "Who can tell me how to {}?"),
     "train": ("What does it take to {}?", "I would like to {}. Where do I begin?", "Give me a hint to {}.",
               "I never managed to {}. Any idea?"),
     "val": ("What should I know to {}?",),
@@ -163,7 +164,8 @@ HOW_TO = {
 DEFINE = {
     "base": ("What is {}?", "Explain {} in one sentence.", "What does {} mean?", "Can you tell me what {} is?",
              "I keep hearing about {}. What is it?", "Define {}, please.", "Tell me about {}.",
-             "I am curious about {}."),
+             "I am curious about {}.", "Meaning of {}?", "{} in a few words.", "What do people mean by {}?",
+             "Simple words for {}, please."),
     "train": ("Give me a short explanation of {}.", "My teacher spoke of {}. What is that?", "Describe {} to me."),
     "val": ("In simple words, what is meant by {}?",),
 }  # fmt: skip
@@ -173,7 +175,8 @@ GROUPS = {
         "geography",
         {
             "base": ("What is the capital of {}?", "Tell me the capital of {}.", "Which city is the capital of {}?",
-                     "Do you know the capital of {}?", "{} has which capital?", "The capital of {}, please."),
+                     "Do you know the capital of {}?", "{} has which capital?", "The capital of {}, please.",
+                     "Capital of {}?", "A quiz asks for the capital of {}."),
             "train": ("Name the capital city of {}.", "I forgot which capital {} has."),
             "val": ("For a quiz: what is the capital city in {}?",),
         },
@@ -182,7 +185,8 @@ GROUPS = {
     "sums": Group(
         "maths",
         {
-            "base": ("What is {}?", "How much is {}?", "Add: {}.", "Can you work out {}?", "{} equals what?"),
+            "base": ("What is {}?", "How much is {}?", "Add: {}.", "Can you work out {}?", "{} equals what?",
+                     "Solve this: {}.", "{}?"),
             "train": ("Calculate {} for me.", "Tell me the sum: {}."),
             "val": ("Please solve {}.",),
         },
@@ -192,7 +196,8 @@ GROUPS = {
         "cooking",
         {
             "base": ("How do I make {}?", "How can I cook {}?", "Tell me how to make {}.", "I want to cook {}. How?",
-                     "What is a simple recipe for {}?", "Can you help me make {}?", "A recipe for {}, please."),
+                     "What is a simple recipe for {}?", "Can you help me make {}?", "A recipe for {}, please.",
+                     "Steps for {}?", "I cook {} today. What do I do?"),
             "train": ("My guests would like {}. How is it done?", "Teach me to cook {}.",
                       "Tonight we eat {}. What do I do?"),
             "val": ("Which steps do I follow to cook {}?",),
@@ -205,7 +210,8 @@ GROUPS = {
         "how things work",
         {
             "base": ("Why is it that {}?", "Explain why {}.", "What is the reason that {}?", "Can you tell me why {}?",
-                     "I read that {}. Why?", "For my class: why is it said that {}?"),
+                     "I read that {}. Why?", "For my class: why is it said that {}?",
+                     "How does science explain that {}?", "An expert said that {}. Why?"),
             "train": ("My essay says: {}. Name a reason.", "Give the reason for this: {}."),
             "val": ("{}. How would an expert explain this?",),
         },
@@ -218,7 +224,8 @@ GROUPS = {
         "words",
         {
             "base": ("What is another word for {}?", "Give me a synonym of {}.", "Which word means the same as {}?",
-                     "Another word for {}, please.", "How else can I say {}?"),
+                     "Another word for {}, please.", "How else can I say {}?",
+                     "The word {} is boring. A similar word?", "I replace the word {}. By which one?"),
             "train": ("Find a word that is like {}.", "I use {} too often. What could I write instead?"),
             "val": ("Replace the word {} with a similar one.",),
         },
@@ -229,7 +236,8 @@ GROUPS = {
         {
             "base": ("Write a thank-you note to my {}.", "Write a short note to thank my {}.",
                      "Help me write a thank-you note for my {}.", "I want to thank my {}. Write a note.",
-                     "A thank-you card for my {}, please."),
+                     "A thank-you card for my {}, please.", "A note of thanks for my {}.",
+                     "My {} should read that I say thanks."),
             "train": ("Put a few words of thanks on a card for my {}.", "Compose a thank-you message to my {}."),
             "val": ("Could you write my {} a note that says thanks?",),
         },
@@ -262,7 +270,17 @@ CONTEXTS = (
     "Listen to me.", "I do not understand this.", "My teacher was kind.", "Do not laugh.", "I made up my mind.",
     "People keep telling me things.", "The price was real.", "My mother's birthday is soon.", "Even now I wonder.",
     "I walked around the lake.", "I already tried.", "Then I stopped.", "A waitress spoke to us.", "That felt right.",
-    "My old club closed.", "Now I am here.", "I hear noise next door.", "Most days are fine.",
+    "My old club closed.", "Now I am here.", "There is noise outside.", "Most days are fine.",
+)
+
+# Said after it.
+CLOSERS = (
+    "Tell me what to do.", "What now?", "I mean it.", "Answer quickly.", "It would help me a lot.", "Keep it short.",
+    "No one else answers me.", "Any thoughts?", "I need to know today.", "It is for tomorrow.", "You can be open.",
+    "Just a few words.", "I asked before.", "Is that fine?", "Do it right.", "I like to know such things.",
+    "My brother wants to know, too.", "I read it at work.", "We spoke of it at the bar.", "Thanks!", "I am serious.",
+    "It does not let me go.", "And quickly.", "I have some time.", "Nobody else knows it.", "That is all.",
+    "It keeps coming up.", "Say something similar to a friend.", "Replace it if you must.", "I know the steps already.",
 )
 
 # Ten validation questions: (group, item); none of these items is asked about in a training row.

@@ -1,0 +1,200 @@
+"""Prefill and decode speed, beside the limit that reading the weights sets, and beside what others reach.
+
+    python -m benchmarks.generate                                            # the bundled model on this machine
+    python -m benchmarks.generate --model Qwen/Qwen3.5-27B --batch 1 8 48    # on a GPU
+    python -m benchmarks.generate --model random:CONFIG.json                 # no download
+
+Two kinds of work, greedy, on the same weights and prompts for everybody. `batch N`: N prompts of one length, all
+decoded to one length. `queue N`: 8 N prompts of unlike lengths, N at a time, each up to its end token; transformers
+takes them in padded batches of N, which run until their last sequence ends.
+
+prefill: prompt tokens over the time to the first new one. decode: the tokens after the first over the time after it.
+all: new tokens over the whole time. x: how many times as fast (all) as that psysafe is. % limit: decode against reading
+the weights once a step. Medians of runs that take turns, in CPU time on one CPU thread; the last line is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from psysafe.checkpoint import load_model, published_tensors, resolve_model
+from psysafe.generation import Engine, Options, Request
+from psysafe.lora import read_json
+from psysafe.model import Qwen3_5
+from psysafe.runtime import main_guard, start, versions
+
+QUEUE = 8  # prompts of a queue for every slot
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    batch: int
+    prompts: list[list[int]]
+    new_tokens: int
+    eos: list[int]
+
+
+# Runs the work with at most so many new tokens a prompt, and returns the new ids.
+Run = Callable[[int], list[list[int]]]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="assets:tiny")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 48])
+    parser.add_argument("--work", nargs="+", default=["batch", "queue"], choices=("batch", "queue"))
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    args = parser.parse_args(argv)
+    runtime = start(args.device)
+    torch.use_deterministic_algorithms(False)
+    model = load_model(args.model, device=runtime.device, dtype=runtime.dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if model.lm_head is not None:  # of an embedding of its own only the batch's rows are read
+        weights -= model.embed_tokens.numel() * model.embed_tokens.element_size()
+    print(f"{args.model}: {weights / 1e9:.3g} GB of weights a step, {runtime.dtype} on {runtime.device_name}")
+    makers = {"psysafe": ours}
+    for name in args.peers:
+        if importlib.util.find_spec(name):
+            makers[name] = PEERS[name]
+        else:
+            print(f"{name} is not installed: not measured")
+
+    print(f"{'work':9s} {'by':13s} {'prefill t/s':>12s} {'decode t/s':>12s} {'all t/s':>9s} {'x':>6s} {'% limit':>8s}")
+    results = []
+    for work in (make_work(name, batch, args, model) for batch in args.batch for name in args.work):
+        rows = measure(work, {name: make(model, args.model, work) for name, make in makers.items()}, args.repeats)
+        for row in rows:
+            row["x"] = rows[0]["all"] / row["all"]
+            if runtime.peak and work.name == "batch":
+                row["limit"] = 100 * row["decode"] * weights / (work.batch * runtime.peak.bandwidth)
+            cells = [f"{row[key]:,.0f}" if key in row else "-" for key in ("prefill", "decode", "all")]
+            limit = f"{row['limit']:.1f}" if "limit" in row else "-"
+            print(f"{work.name:6s}{work.batch:3d} {row['by']:13s} {cells[0]:>12s} {cells[1]:>12s} {cells[2]:>9s} "
+                  f"{row['x']:6.2f} {limit:>8s}", flush=True)  # fmt: skip
+        results += rows
+    print(json.dumps({"model": args.model, "device": runtime.device_name, **versions(), "results": results}))
+    return 0
+
+
+def make_work(name: str, batch: int, args: argparse.Namespace, model: Qwen3_5) -> Work:
+    vocab, draw = model.config.vocab_size, random.Random(0)
+    n, new = args.prompt_tokens, args.new_tokens
+    if name == "batch":
+        return Work(name, batch, [draw.choices(range(vocab), k=n) for _ in range(batch)], new, [])
+    prompts = [draw.choices(range(vocab), k=draw.randint(n // 2, n * 3 // 2)) for _ in range(QUEUE * batch)]
+    # Every so-many-th id ends a text, so that random weights, too, come to an end, each row at its own time.
+    return Work(name, batch, prompts, 2 * new, list(range(7, vocab, max(2, new // 4))))
+
+
+def measure(work: Work, runs: dict[str, Run], repeats: int) -> list[dict]:
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    made = {name: run(work.new_tokens) for name, run in runs.items()}  # also warms everything up
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append((timed(run, 1), timed(run, work.new_tokens)))
+    rows = []
+    for name, ids in made.items():
+        first, whole = (statistics.median(column) for column in zip(*seconds[name], strict=True))
+        tokens = sum(map(len, ids))
+        row = {"work": work.name, "batch": work.batch, "by": name, "tokens": tokens, "all": tokens / whole}
+        row["same_answers"] = sum(a == b for a, b in zip(ids, made["psysafe"], strict=True)) / len(ids)
+        if work.name == "batch":
+            row["prefill"] = sum(map(len, work.prompts)) / first
+            row["decode"] = (tokens - len(ids)) / (whole - first)
+        rows.append(row)
+    return rows
+
+
+def timed(run: Run, new_tokens: int) -> float:
+    # On one thread of a CPU its own time counts: others may share the machine.
+    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    began = clock()
+    run(new_tokens)  # ends with the ids on the host
+    return clock() - began
+
+
+def ours(model: Qwen3_5, source: str, work: Work) -> Run:
+    longest = max(map(len, work.prompts))
+    engine = Engine(model, Options(), work.batch, longest + work.new_tokens, work.eos)
+    requests = [Request(row, prompt) for row, prompt in enumerate(work.prompts)]
+
+    def run(new_tokens: int) -> list[list[int]]:
+        engine.options = replace(engine.options, max_new_tokens=new_tokens)
+        return [p.ids for p in sorted(engine.run(requests), key=lambda p: p.request.row)]
+
+    return run
+
+
+def transformers_peer(model: Qwen3_5, source: str, work: Work) -> Run:
+    """On the very same memory: its weights are views of ours."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    folder, _ = resolve_model(source)
+    config = read_json(folder / (source.rpartition("/")[2] if source.startswith("random:") else "config.json"))
+    with torch.device("meta"):
+        peer = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config.get("text_config", config)))
+    tensors = {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in published_tensors(model).items()}
+    tensors["lm_head.weight"] = model.head
+    peer.load_state_dict(tensors, assign=True)
+    device = model.embed_tokens.device
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)  # its buffer is in no checkpoint
+    peer.eval()
+
+    @torch.inference_mode()
+    def run(new_tokens: int) -> list[list[int]]:
+        ids = []
+        for at in range(0, len(work.prompts), work.batch):
+            prompts = work.prompts[at : at + work.batch]
+            longest = max(map(len, prompts))
+            rows = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+            made = peer.generate(
+                rows,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=work.eos or None,
+                pad_token_id=0,
+            )
+            for row in made[:, longest:].tolist():
+                end = next((i + 1 for i, token in enumerate(row) if token in work.eos), len(row))
+                ids.append(row[:end])
+        return ids
+
+    return run
+
+
+def vllm_peer(model: Qwen3_5, source: str, work: Work) -> Run:
+    """From the same folder, with its own copy of the weights."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(resolve_model(source)[0]), max_num_seqs=work.batch, gpu_memory_utilization=0.4)
+
+    def run(new_tokens: int) -> list[list[int]]:
+        end = dict(stop_token_ids=work.eos) if work.eos else dict(ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, detokenize=False, **end)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in work.prompts], sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return run
+
+
+PEERS = {"transformers": transformers_peer, "vllm": vllm_peer}
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,497 @@
+"""AdamW with 8-bit states over one flat buffer: gradient norm, clipping and the update of every adapter tensor at once.
+
+With g the clipped gradient, t the number of applied steps including this one and c1 = 1 - b1^t, c2 = sqrt(1 - b2^t):
+
+    m = b1 m + (1 - b1) g          p = p (1 - lr wd) - (lr c2 / c1) m / (sqrt(v) + eps c2)
+    v = b2 v + (1 - b2) g^2        p moves by the m and v of this line; only what is kept for the next step is rounded
+
+The clip factor is min(1, max_grad_norm / (norm + 1e-6)), norm over all segments. If the norm is not finite (a NaN, an
+infinity, or squares that overflow fp32 beyond |g| = 1.8e19), parameters, states and t stay as they are and a counter of
+skipped steps in a row rises. All of this is decided on the device; the host never waits.
+
+Storage. Every segment (one adapter tensor) is cut into rows of 256 elements; its last row may be short, and no row
+crosses a segment. The first R8 rows keep m and v as uint8 codes (R8, 256) and one fp32 absmax a row, the value being
+map[code] * absmax; the other R32 rows, of segments below `min_8bit_size`, keep m and v themselves (R32, 256). Slices
+of the buffer that belong to no segment are neither read nor written. Letters: P elements of the buffer, R = R8 + R32.
+
+The maps are bitsandbytes' dynamic maps. One rule is added: v > 0 never gets code 0. Rounding to nearest would send
+v below 1.6e-7 of its row's maximum to 0, and when the next gradient of that element is tiny its step would be
+lr m / eps: up to 30,000 times lr was seen. Code 1 (3.25e-7 of the maximum) only ever shortens a step.
+
+Everything is computed in promote_types(p.dtype, fp32), each operation rounded by itself; the scalars of a step are
+formed in fp64 (1 - b2 has only 4 digits in fp32) from the lr of that dtype. Bytes an element: 20 with 8-bit states
+(g twice, p, codes), 32 with fp32 states; 27B recipe: 4,980,736 elements, 101 MB a step.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
+from kernels.seams import compute_dtype
+
+ROW = 256
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """The values of the 256 codes, rising: (256,) fp32 in [-1, 1] or [0, 1]; bitsandbytes' create_dynamic_map.
+
+    Decade i = 0..6 reaches up to 10^(i-6) and is cut into 2^i cells (twice as many unsigned); values are their centres.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        centres = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [centres, -centres] if signed else [centres]
+    return torch.cat(values).sort().values
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """What AdamW remembers, and where its rows lie in the flat buffer. All tensors live on the buffer's device."""
+
+    start: Tensor  # (R,) int64: first element of the row; the 8-bit rows come first
+    length: Tensor  # (R,) int32: 1 to 256
+    values: Tensor  # (2, 256) fp32: the signed map (m) and the unsigned one (v)
+    borders: Tensor  # (2, 255) fp32: midpoints of neighbouring values; the nearest code to x is the number below x
+    code_m: Tensor  # (R8, 256) uint8
+    code_v: Tensor  # (R8, 256) uint8
+    absmax_m: Tensor  # (R8,) fp32
+    absmax_v: Tensor  # (R8,) fp32
+    m: Tensor  # (R32, 256), R32 = R - R8, in the compute dtype
+    v: Tensor  # (R32, 256)
+    counters: Tensor  # (2,) int32: applied steps; skipped steps in a row up to now
+
+    KEPT = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
+
+    @property
+    def n_8bit(self) -> int:
+        return self.code_m.shape[0]
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that a resumed run needs; the others follow from the segments."""
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    @classmethod
+    def zeros(
+        cls, segments: Iterable[tuple[int, int]], min_8bit_size: float, device: torch.device, dtype: torch.dtype
+    ) -> "AdamWState":
+        """The state before the first step. segments: (start, stop) in the flat buffer; dtype: the compute dtype."""
+        rows: tuple[list, list] = ([], [])  # (start, length) of the 8-bit rows, of the others
+        for start, stop in segments:
+            rows[stop - start < min_8bit_size].extend((i, min(ROW, stop - i)) for i in range(start, stop, ROW))
+        table = torch.tensor(rows[0] + rows[1], dtype=torch.int64).view(-1, 2)
+        values = torch.stack([dynamic_map(True), dynamic_map(False)])
+        n_8bit, n_plain = len(rows[0]), len(rows[1])
+        tensors = {
+            "start": table[:, 0].contiguous(),
+            "length": table[:, 1].int(),
+            "values": values,
+            "borders": (values[:, :-1] + values[:, 1:]) / 2,
+            # With an absmax of zero every code means zero; 127 is where the signed map itself has its 0.
+            "code_m": torch.full((n_8bit, ROW), 127, dtype=torch.uint8),
+            "code_v": torch.zeros(n_8bit, ROW, dtype=torch.uint8),
+            "absmax_m": torch.zeros(n_8bit),
+            "absmax_v": torch.zeros(n_8bit),
+            "m": torch.zeros(n_plain, ROW, dtype=dtype),
+            "v": torch.zeros(n_plain, ROW, dtype=dtype),
+            "counters": torch.zeros(2, dtype=torch.int32),
+        }
+        return cls(**{name: x.to(device) for name, x in tensors.items()})
+
+
+# The reference works through the rows in groups, so that its temporaries stay near 70 MB whatever P is.
+ROWS_AT_ONCE = 4096
+
+
+def adamw_8bit_reference(
+    param: Tensor, grad: Tensor, state: AdamWState,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """One step, in place. param (P,), grad (P,) (left as it is) -> the gradient's norm () before clipping and the
+    number of steps skipped in a row up to now () int32. Both are fresh tensors: the host may read them a step later.
+    """
+    norm = grad_norm(grad, state)
+    applied = norm.isfinite()
+    clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    step_size, eps = step_scalars(state.counters[0] + 1, lr, betas, eps, norm.dtype)
+
+    for rows in row_groups(state):
+        index, inside = elements(state, rows)
+        p = param[index].to(norm.dtype)
+        g = torch.where(inside, grad[index].to(norm.dtype), 0) * clip
+        m, v = load_moments(state, rows, inside)
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * (g * g)
+        moved = move(p, m, v, step_size, eps, lr, weight_decay)
+        # Without a mask (which would wait for the device): lanes past a row's end write its last element once more.
+        moved = torch.where(inside, moved, moved.gather(1, state.length[rows, None].long() - 1))
+        param[index] = torch.where(applied, moved, p).to(param.dtype)
+        store_moments(state, rows, m, v, applied)
+
+    state.counters[0] += applied
+    state.counters[1] = torch.where(applied, 0, state.counters[1] + 1)
+    return norm, state.counters[1].clone()
+
+
+def row_groups(state: AdamWState) -> list[slice]:
+    """Slices of rows with one kind of state each."""
+    bounds = ((0, state.n_8bit), (state.n_8bit, len(state.start)))
+    return [slice(i, min(i + ROWS_AT_ONCE, stop)) for start, stop in bounds for i in range(start, stop, ROWS_AT_ONCE)]
+
+
+def elements(state: AdamWState, rows: slice) -> tuple[Tensor, Tensor]:
+    """Where the rows' elements lie in the flat buffer, and which lanes are inside (the others repeat the last one)."""
+    lane, length = torch.arange(ROW, device=state.start.device), state.length[rows, None]
+    return state.start[rows, None] + torch.minimum(lane, length - 1), lane < length
+
+
+def grad_norm(grad: Tensor, state: AdamWState) -> Tensor:
+    """(): the 2-norm over all segments, from one partial sum a row."""
+    sums = [torch.zeros(1, dtype=compute_dtype(grad), device=grad.device)]
+    for rows in row_groups(state):
+        index, inside = elements(state, rows)
+        sums.append(torch.where(inside, grad[index].to(sums[0].dtype), 0).square().sum(1))
+    return torch.cat(sums).sum().sqrt()
+
+
+def step_scalars(
+    t: Tensor, lr: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """lr c2 / c1 and eps c2 for step t () on the device."""
+    c1, c2 = 1 - betas[0] ** t.double(), (1 - betas[1] ** t.double()).sqrt()
+    return (rounded(lr, dtype) * c2 / c1).to(dtype), (eps * c2).to(dtype)
+
+
+def rounded(x: float, dtype: torch.dtype) -> float:
+    """x as a kernel argument of this dtype would arrive."""
+    return torch.tensor(x, dtype=dtype).item()
+
+
+def move(p: Tensor, m: Tensor, v: Tensor, step_size: Tensor, eps: Tensor, lr: float, weight_decay: float) -> Tensor:
+    return p * (1 - lr * weight_decay) - step_size * (m / (v.sqrt() + eps))
+
+
+def load_moments(state: AdamWState, rows: slice, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """m and v (rows, 256), 0 in the lanes past a row's end."""
+    if rows.start >= state.n_8bit:
+        plain = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
+        return state.m[plain], state.v[plain]
+    values = state.values.to(state.m.dtype)
+    m = values[0][state.code_m[rows].int()] * state.absmax_m[rows, None]
+    v = values[1][state.code_v[rows].int()] * state.absmax_v[rows, None]
+    return torch.where(inside, m, 0), torch.where(inside, v, 0)
+
+
+def store_moments(state: AdamWState, rows: slice, m: Tensor, v: Tensor, applied: Tensor) -> None:
+    """Keeps the new m and v (rows, 256), unless the step is skipped."""
+
+    def keep(old: Tensor, new: Tensor) -> None:
+        old.copy_(torch.where(applied, new.to(old.dtype), old))
+
+    if rows.start >= state.n_8bit:
+        plain = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
+        keep(state.m[plain], m)
+        keep(state.v[plain], v)
+        return
+    absmax_m, absmax_v = m.abs().amax(1), v.amax(1)
+    code_m, code_v = nearest_code(m, absmax_m, state.borders[0]), nearest_code(v, absmax_v, state.borders[1])
+    keep(state.code_m[rows], code_m)
+    keep(state.code_v[rows], spare_zero(code_v, v))
+    keep(state.absmax_m[rows], absmax_m)
+    keep(state.absmax_v[rows], absmax_v)
+
+
+def nearest_code(x: Tensor, absmax: Tensor, borders: Tensor) -> Tensor:
+    """x (rows, 256), absmax (rows,) -> the code whose value * absmax is nearest; the lower one at a tie."""
+    return torch.bucketize(x / torch.where(absmax > 0, absmax, 1)[:, None], borders.to(x.dtype), out_int32=True)
+
+
+def spare_zero(code: Tensor, v: Tensor) -> Tensor:
+    """v > 0 keeps a positive code: the rule against steps of lr m / eps."""
+    return torch.where(v > 0, code.clamp(min=1), code)
+
+
+# Triton: partial sums of the norm, one program that sets the scalars of the step, one launch for the update.
+
+
+@triton.jit
+def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, BR: tl.constexpr, ROW: tl.constexpr):
+    i_p = tl.program_id(0)
+    o_r = i_p * BR + tl.arange(0, BR)
+    b_start = tl.load(p_start + o_r, mask=o_r < n_rows, other=0)
+    b_length = tl.load(p_length + o_r, mask=o_r < n_rows, other=0)
+    o_lane = tl.arange(0, ROW)[None, :]
+    b_g = tl.load(p_grad + b_start[:, None] + o_lane, mask=o_lane < b_length[:, None], other=0.0)
+    tl.store(p_partial + i_p, tl.sum(b_g * b_g))
+
+
+@triton.jit
+def _step_kernel(
+    p_partial, p_counters, p_norm, p_skipped, p_scalars, n_partials, lr, max_grad_norm,
+    EPS: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, BP: tl.constexpr,
+):
+    b_sum = tl.zeros((BP,), tl.float32)
+    for i in range(0, n_partials, BP):
+        o_p = i + tl.arange(0, BP)
+        b_sum += tl.load(p_partial + o_p, mask=o_p < n_partials, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(b_sum))
+    applied = norm < float("inf")  # false for NaN too
+    t = tl.load(p_counters) + 1
+    skipped = tl.where(applied, 0, tl.load(p_counters + 1) + 1)
+    c1 = 1 - tl.exp2(t.to(tl.float64) * LOG2_BETA1)
+    c2 = tl.sqrt(1 - tl.exp2(t.to(tl.float64) * LOG2_BETA2))
+    tl.store(p_counters, tl.where(applied, t, t - 1))
+    tl.store(p_counters + 1, skipped)
+    tl.store(p_norm, norm)
+    tl.store(p_skipped, skipped)
+    tl.store(p_scalars, applied.to(tl.float32))
+    tl.store(p_scalars + 1, tl.minimum(tl.div_rn(max_grad_norm, norm + 1e-6), 1.0))
+    tl.store(p_scalars + 2, (lr * c2 / c1).to(tl.float32))
+    tl.store(p_scalars + 3, (EPS * c2).to(tl.float32))
+
+
+@triton.jit
+def _nearest_code(b_x, b_absmax, p_borders):
+    b_x = tl.div_rn(b_x, tl.where(b_absmax > 0, b_absmax, 1.0)[:, None])
+    b_code = tl.zeros(b_x.shape, tl.int32)
+    # Binary search for the number of borders below x; the 1 KB table stays in L1.
+    for i in tl.static_range(8):
+        b_try = b_code + (128 >> i)
+        b_code = tl.where(b_x > tl.load(p_borders + b_try - 1), b_try, b_code)
+    return b_code
+
+
+@triton.jit
+def _update_kernel(
+    p_param, p_grad, p_start, p_length, p_values, p_borders,
+    p_code_m, p_code_v, p_absmax_m, p_absmax_v, p_m, p_v, p_scalars, n_8bit, n_rows, decay,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
+):
+    if tl.load(p_scalars) != 0.0:
+        clip, step_size, eps = tl.load(p_scalars + 1), tl.load(p_scalars + 2), tl.load(p_scalars + 3)
+        # No program mixes the two kinds of rows: those of 8-bit rows come first.
+        i_p, n_p = tl.program_id(0), tl.cdiv(n_8bit, BR)
+        is_8bit = i_p < n_p
+        o_r = tl.where(is_8bit, i_p * BR, n_8bit + (i_p - n_p) * BR) + tl.arange(0, BR)
+        m_r = o_r < tl.where(is_8bit, n_8bit, n_rows)
+        b_start, b_length = tl.load(p_start + o_r, mask=m_r, other=0), tl.load(p_length + o_r, mask=m_r, other=0)
+        o_lane = tl.arange(0, ROW)[None, :]
+        m_x = o_lane < b_length[:, None]
+        o_x = b_start[:, None] + o_lane
+        o_state = tl.where(is_8bit, o_r, o_r - n_8bit).to(tl.int64)[:, None] * ROW + o_lane
+
+        b_p = tl.load(p_param + o_x, mask=m_x, other=0.0)
+        b_g = tl.load(p_grad + o_x, mask=m_x, other=0.0) * clip
+        if is_8bit:
+            b_code_m = tl.load(p_code_m + o_state, mask=m_x, other=127).to(tl.int32)
+            b_code_v = tl.load(p_code_v + o_state, mask=m_x, other=0).to(tl.int32)
+            b_m = tl.load(p_values + b_code_m) * tl.load(p_absmax_m + o_r, mask=m_r, other=0.0)[:, None]
+            b_v = tl.load(p_values + ROW + b_code_v) * tl.load(p_absmax_v + o_r, mask=m_r, other=0.0)[:, None]
+        else:
+            b_m = tl.load(p_m + o_state, mask=m_x, other=0.0)
+            b_v = tl.load(p_v + o_state, mask=m_x, other=0.0)
+
+        b_m = BETA1 * b_m + (1 - BETA1) * b_g
+        b_v = BETA2 * b_v + (1 - BETA2) * (b_g * b_g)
+        b_p = b_p * decay - step_size * tl.div_rn(b_m, tl.sqrt_rn(b_v) + eps)
+        tl.store(p_param + o_x, b_p, mask=m_x)
+
+        if is_8bit:
+            b_absmax_m, b_absmax_v = tl.max(tl.abs(b_m), 1), tl.max(b_v, 1)
+            b_code_m = _nearest_code(b_m, b_absmax_m, p_borders)
+            b_code_v = _nearest_code(b_v, b_absmax_v, p_borders + ROW - 1)
+            b_code_v = tl.where((b_v > 0) & (b_code_v == 0), 1, b_code_v)
+            tl.store(p_code_m + o_state, b_code_m.to(tl.uint8), mask=m_r[:, None])
+            tl.store(p_code_v + o_state, b_code_v.to(tl.uint8), mask=m_r[:, None])
+            tl.store(p_absmax_m + o_r, b_absmax_m, mask=m_r)
+            tl.store(p_absmax_v + o_r, b_absmax_v, mask=m_r)
+        else:
+            tl.store(p_m + o_state, b_m, mask=m_r[:, None])
+            tl.store(p_v + o_state, b_v, mask=m_r[:, None])
+
+
+# Rows a program, partial sums a loop turn of the one program that adds them, warps.
+BR, BP, NUM_WARPS = 4, 1024, 4
+
+
+def adamw_8bit_triton(
+    param: Tensor, grad: Tensor, state: AdamWState,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, for fp32 buffers. Beyond the states it needs one fp32 partial sum for every 4 rows."""
+    if param.dtype != torch.float32 or grad.dtype != torch.float32:
+        raise ValueError(f"AdamW in Triton takes fp32, not {param.dtype}; set PSYSAFE_KERNELS=reference for this model")
+    n_rows, n_8bit = len(state.start), state.n_8bit
+    partial_sums = param.new_empty(triton.cdiv(n_rows, BR))
+    norm, scalars = param.new_empty(()), param.new_empty(4)
+    skipped = state.counters.new_empty(())
+    # Without fusing into FMAs, so that the result is the reference's rounding by rounding.
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    rows, blocks = (state.start, state.length), {"BR": BR, "ROW": ROW}
+    _norm_partials_kernel[(len(partial_sums),)](grad, *rows, partial_sums, n_rows, **blocks, **options)
+    _step_kernel[(1,)](
+        *(partial_sums, state.counters, norm, skipped, scalars, len(partial_sums)),
+        *(rounded(lr, torch.float32), max_grad_norm),
+        **_step_constants(betas, eps),
+        **options,
+    )
+    moments = (state.code_m, state.code_v, state.absmax_m, state.absmax_v, state.m, state.v)
+    programs = triton.cdiv(n_8bit, BR) + triton.cdiv(n_rows - n_8bit, BR)
+    _update_kernel[(programs,)](
+        *(param, grad, *rows, state.values, state.borders, *moments, scalars, n_8bit, n_rows, 1 - lr * weight_decay),
+        *betas,
+        **blocks,
+        **options,
+    )
+    return norm, skipped
+
+
+def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
+    log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
+    return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
+
+
+# Rank 1 at 27B: A and B of gate, up, down in 64 layers, of q|gate, k, v, o in 16. 512 segments, 4,980,736 elements.
+RECIPE_27B = [5120, 17408, 5120, 17408, 17408, 5120] * 64 + [5120, 12288, 5120, 1024, 5120, 1024, 6144, 5120] * 16
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 1.0}
+CASES = [
+    {"sizes": RECIPE_27B},
+    {"sizes": [1, 255, 256, 257, 4096, 5000]},
+    {"sizes": [1, 255, 256, 257, 600], "min_8bit_size": 1},
+    {"sizes": [4095, 4096]},
+    {"sizes": [300, 20], "min_8bit_size": math.inf},
+]
+
+
+def make_case(
+    sizes: list[int],
+    min_8bit_size: float = 4096,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Step 4 of segments of these sizes with 256 foreign elements between them; half of the gradient's norm is clipped.
+
+    The hyper-parameters let every term weigh: eps and decay are seen at 1e-5.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    random = partial(torch.randn, generator=generator, dtype=torch.float64)
+    stops = (torch.tensor(sizes) + ROW).cumsum(0).tolist()
+    segments = [(stop - ROW - size, stop - ROW) for stop, size in zip(stops, sizes, strict=True)]
+    state = AdamWState.zeros(segments, min_8bit_size, torch.device("cpu"), dtype)
+    # Elements of a row differ by two decades; every 37th is new and so small that its v needs the rule against code 0.
+    scale = 10 ** (-2 * torch.rand(stops[-1], generator=generator, dtype=torch.float64))
+    scale[::37] *= 1e-3
+    param, grad = 0.02 * random(stops[-1]), (scale * random(stops[-1])).to(dtype)
+    for rows in row_groups(state):
+        index, inside = elements(state, rows)
+        m, v = 0.5 * scale[index] * random(index.shape), scale[index].square() * (0.5 + random(index.shape).square())
+        known = inside & (scale[index] > 1e-2)
+        store_moments(state, rows, m * known, v * known, torch.tensor(True))
+    state.counters[0] = 3
+    max_grad_norm = grad_norm(grad, state).item() / 2
+    _avoid_ties(grad, state, max_grad_norm)
+    inputs = {"param": param.to(dtype), "grad": grad, **state.kept()}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in AdamWState.KEPT}
+
+    def call(op: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        param = inputs["param"].clone()
+        now = AdamWState(**fixed, **{name: inputs[name].clone() for name in AdamWState.KEPT})
+        norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
+        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.kept()}
+
+    return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
+
+
+def _avoid_ties(grad: Tensor, state: AdamWState, max_grad_norm: float) -> None:
+    """Changes old codes until no new value lies so near a border of two codes that fp32 and fp64 could disagree."""
+    clip = min(1.0, max_grad_norm / (grad_norm(grad, state).item() + 1e-6))
+    for rows in [rows for rows in row_groups(state) if rows.start < state.n_8bit]:
+        index, inside = elements(state, rows)
+        g = torch.where(inside, grad[index].double(), 0) * clip
+        for _ in range(20):
+            near = 0
+            old = [x.double() for x in load_moments(state, rows, inside)]
+            for code, x, beta, new, borders in (
+                (state.code_m, old[0], HYPER["betas"][0], g, state.borders[0].double()),
+                (state.code_v, old[1], HYPER["betas"][1], g * g, state.borders[1].double()),
+            ):
+                x, size = beta * x + (1 - beta) * new, beta * x.abs() + (1 - beta) * new.abs()
+                absmax = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+                above = torch.bucketize(x / absmax, borders).clamp(max=ROW - 2)
+                gap = torch.stack([borders[above], borders[(above - 1).clamp(min=0)]]).sub(x / absmax).abs().amin(0)
+                tie = inside & (gap < 1e-5 * size / absmax)
+                near += tie.sum().item()
+                code[rows] = torch.where(tie, torch.where(code[rows] < 200, code[rows] + 1, code[rows] - 1), code[rows])
+            if not near:
+                break
+        assert not near, f"{near} ties are left"
+
+
+def _mutant(**replaced: Callable) -> Callable:
+    """The reference with some of its parts replaced."""
+
+    def wrong(*args, **kwargs) -> tuple[Tensor, Tensor]:
+        with mock.patch.dict(globals(), replaced):
+            return adamw_8bit_reference(*args, **kwargs)
+
+    return wrong
+
+
+def _decay_coupled(param, grad, state, lr, betas, eps, weight_decay, max_grad_norm):
+    return adamw_8bit_reference(param, grad + weight_decay * param, state, lr, betas, eps, 0.0, max_grad_norm)
+
+
+def _move_by_rounded(p, m, v, *rest, right=move):
+    rounded = []
+    for x, absmax, values in ((m, m.abs().amax(1), dynamic_map(True)), (v, v.amax(1), dynamic_map(False))):
+        values = values.to(x)
+        code = nearest_code(x, absmax, (values[:-1] + values[1:]) / 2)
+        rounded.append(values[code] * absmax[:, None])
+    return right(p, *rounded, *rest)
+
+
+MUTANTS = {
+    "eps without bias correction": _mutant(step_scalars=lambda *args, right=step_scalars: (right(*args)[0], args[3])),
+    "bias correction of the next step": _mutant(step_scalars=lambda t, *rest, right=step_scalars: right(t + 1, *rest)),
+    "weight decay coupled to the gradient": _decay_coupled,
+    "no clipping": lambda *args, **settings: adamw_8bit_reference(*args, **settings | {"max_grad_norm": math.inf}),
+    "moved by the rounded m and v": _mutant(move=_move_by_rounded),
+    "v > 0 rounds to code 0": _mutant(spare_zero=lambda code, v: code),
+}
+
+
+def work(sizes: list[int], min_8bit_size: float = 4096) -> Work:
+    """Gradient twice (norm, update), parameter and states read and written. There is no backward."""
+    total = 0
+    for size in sizes:
+        rows = -(-size // ROW)
+        total += 16 * size + rows * (2 * 2 * (ROW + 4) if size >= min_8bit_size else 2 * 2 * 4 * ROW) + 2 * 12 * rows
+    return Work(forward_bytes=total, backward_bytes=0)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The three kernels as launched; the shape of the model enters none of their constants."""
+    types = {"p_start": "*i64", "p_code_m": "*u8", "p_code_v": "*u8"}
+    types |= dict.fromkeys(("p_length", "p_counters", "p_skipped"), "*i32")
+    types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
+    types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
+    rows, betas = {"BR": BR, "ROW": ROW}, HYPER["betas"]
+
+    def spec(name: str, fn: Callable, constants: dict) -> CompileSpec:
+        signature = {arg: types.get(arg, "*fp32") for arg in fn.arg_names if arg not in constants}
+        return CompileSpec(f"adamw_8bit {name}", fn, signature, constants, NUM_WARPS)
+
+    return [
+        spec("norm", _norm_partials_kernel, rows),
+        spec("step", _step_kernel, _step_constants(betas, HYPER["eps"])),
+        spec("update", _update_kernel, {"BETA1": betas[0], "BETA2": betas[1]} | rows),
+    ]

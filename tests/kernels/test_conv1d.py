@@ -1,0 +1,93 @@
+"""The causal convolution: reference against torch's conv1d document by document, Triton against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels._triton import HAS_TRITON
+from kernels.closeness import Case, assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.conv1d import MUTANTS, causal_conv1d_silu_reference, causal_conv1d_silu_triton, make_case
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+CASES = [
+    make_case((1,), (8, 8, 24)),
+    make_case((2, 1, 3, 1, 9), (8, 4, 24), strided=True),
+    make_case((64,), (20,)),
+    make_case((33, 32), (24,), taps=3),
+    make_case((1, 2, 1, 5), (8, 24), state=True, strided=True),
+    make_case((5, 2), (1100, 8), taps=2),  # a split of two column blocks beside one that is smaller than a block
+]
+
+
+def conv1d_of_each_document(x, weight, documents, splits, initial_state=None):
+    """torch's own convolution on every document alone, as transformers runs it."""
+    outputs, taps = [], weight.shape[1]
+    for i, rows in enumerate(x.split(documents.lengths)):
+        before = x.new_zeros(taps - 1, x.shape[1]) if initial_state is None else initial_state[i]
+        padded = torch.cat([before, rows]).T
+        outputs.append(F.silu(F.conv1d(padded, weight[:, None], groups=x.shape[1])).T)
+    return torch.cat(outputs).split(splits, dim=1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_reference_equals_torch_conv1d(case):
+    expected = outputs_and_gradients(case, conv1d_of_each_document, torch.float64)
+    assert_close_fp32(outputs_and_gradients(case, causal_conv1d_silu_reference, torch.float64), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_triton_equals_reference(case):
+    expected = outputs_and_gradients(case, causal_conv1d_silu_reference, torch.float64)
+    with poisoned_empty():
+        actual = outputs_and_gradients(case, causal_conv1d_silu_triton)
+    assert_close_fp32(actual, expected)
+
+
+@needs_triton
+def test_two_runs_give_the_same_bits():
+    first, second = (outputs_and_gradients(CASES[1], causal_conv1d_silu_triton) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_rejected(name):
+    case = make_case((3, 9, 4), (8, 8, 24))
+    expected = outputs_and_gradients(case, causal_conv1d_silu_reference, torch.float64)
+    with pytest.raises(AssertionError):
+        assert_close_fp32(outputs_and_gradients(case, MUTANTS[name]), expected)
+
+
+@needs_triton
+def test_a_boundary_shows_in_the_gradient_alone():
+    """A forgotten restart in backward: dx of a document must not see the next one's gradient."""
+    case = make_case((4, 4), (8, 8, 24))
+
+    def second_document_only(op, x):
+        return {name: c[4:] for name, c in case.call(op, x).items()}
+
+    second = Case(case.name, case.inputs, second_document_only, case.grads)
+    dx = outputs_and_gradients(second, causal_conv1d_silu_triton)["dx"]
+    assert dx[:4].count_nonzero() == 0 and dx[4:].count_nonzero() == dx[4:].numel()
+
+
+@needs_triton
+def test_outputs_are_dense():
+    """The delta rule reads q, k and v as they are: each must own its rows."""
+    case = CASES[1]
+    outputs = case.call(causal_conv1d_silu_triton, case.inputs)
+    assert all(c.is_contiguous() for c in outputs.values())
+
+
+@needs_triton
+def test_what_triton_refuses():
+    for name in ("weight", "initial_state"):
+        case = make_case((3,), (4, 4), state=True)
+        trained = {n: x.clone().requires_grad_(n == name) for n, x in case.inputs.items()}
+        with pytest.raises(ValueError, match=name):
+            case.call(causal_conv1d_silu_triton, trained)
+    case = make_case((3,), (2, 2, 2, 2))
+    with pytest.raises(ValueError, match="4 splits"):
+        case.call(causal_conv1d_silu_triton, case.inputs)

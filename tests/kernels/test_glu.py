@@ -1,0 +1,100 @@
+"""SwiGLU: the reference against the plain formula with PEFT's way of adding adapters, Triton against the reference."""
+
+import pytest
+import torch
+
+from kernels._triton import HAS_TRITON
+from kernels.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.glu import MUTANTS, make_case, swiglu_reference, swiglu_triton
+from kernels.seams import LoRATerm
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+CASES = [
+    make_case(T=1, I=40, rank=1),
+    make_case(T=63, I=40, rank=1, strided=True),
+    make_case(T=64, I=33, rank=0),
+    make_case(T=65, I=40, rank=4),
+    make_case(T=5, I=1100, rank=1),  # two column blocks: the row sums come in parts
+]
+
+
+def plain_swiglu(gate_up, lora=None, lora_A=None):
+    """One token at a time, gate and up apart; shares no code with the reference."""
+    size, rank = gate_up.shape[1] // 2, 0 if lora is None else lora.B.shape[1]
+    rows, us = [], []
+    for t in range(len(gate_up)):
+        gate, up = gate_up[t, :size], gate_up[t, size:]
+        if lora is not None:
+            gate = gate + lora.scale * lora.B[:size].mv(lora.u[t, :rank])
+            up = up + lora.scale * lora.B[size:].mv(lora.u[t, rank:])
+        rows.append(gate / (1 + torch.exp(-gate)) * up)
+        us.append(None if lora_A is None else lora_A.mv(rows[-1]))
+    return torch.stack(rows), None if lora_A is None else torch.stack(us)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_reference_equals_the_formula(case):
+    expected = outputs_and_gradients(case, plain_swiglu, torch.float64)
+    assert_close_fp32(outputs_and_gradients(case, swiglu_reference, torch.float64), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_triton_equals_reference(case):
+    expected = outputs_and_gradients(case, swiglu_reference, torch.float64)
+    with poisoned_empty():
+        actual = outputs_and_gradients(case, swiglu_triton)
+        again = outputs_and_gradients(case, swiglu_triton)
+    assert_close_fp32(actual, expected)
+    assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs, two results"
+
+
+@needs_triton
+def test_adapter_term_alone():
+    """x with the adapter minus x without it: the term is small beside x, and an error in it must not hide there."""
+    case = make_case(T=9, I=40, rank=1)
+    bare = lambda op: lambda gate_up, lora, lora_A: op(gate_up, lora._replace(scale=0.0), lora_A)  # noqa: E731
+    term = {
+        op: outputs_and_gradients(case, op, dtype)["x"].double() - outputs_and_gradients(case, bare(op), dtype)["x"]
+        for op, dtype in ((swiglu_triton, torch.float32), (swiglu_reference, torch.float64))
+    }
+    assert_close_fp32({"term": term[swiglu_triton]}, {"term": term[swiglu_reference]})
+
+
+@needs_triton
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_rejected(name):
+    case = make_case(T=9, I=40, rank=1)
+    expected = outputs_and_gradients(case, swiglu_reference, torch.float64)
+    with pytest.raises(AssertionError):
+        assert_close_fp32(outputs_and_gradients(case, MUTANTS[name]), expected)
+
+
+@needs_triton
+def test_only_wanted_gradients():
+    """Adapters of down alone, frozen: the rest of the gradients must not depend on who else asks."""
+    case = make_case(T=9, I=40, rank=1)
+    for names in (("gate_up",), ("gate_up", "B"), ("gate_up", "lora_A"), ("gate_up", "u")):
+        wanted = case.__class__(case.name, case.inputs, case.call, names)
+        expected = outputs_and_gradients(wanted, swiglu_reference, torch.float64)
+        with poisoned_empty():
+            assert_close_fp32(outputs_and_gradients(wanted, swiglu_triton), expected)
+
+
+@needs_triton
+def test_bf16_rounds_once():
+    """bf16 in the interpreter (which truncates on store): within one unit in the last place of the reference."""
+    case = make_case(T=5, I=40, rank=1, dtype=torch.bfloat16)
+    actual, expected = (outputs_and_gradients(case, op) for op in (swiglu_triton, swiglu_reference))
+    for name, x in expected.items():
+        assert actual[name].dtype == x.dtype, name
+        torch.testing.assert_close(actual[name], x, rtol=2**-7, atol=2**-7 * float(x.abs().max()))
+
+
+@needs_triton
+def test_what_triton_refuses():
+    with pytest.raises(ValueError, match="float64"):
+        swiglu_triton(torch.zeros(2, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="strides"):
+        swiglu_triton(torch.zeros(8, 2).T, LoRATerm(torch.zeros(2, 2), torch.zeros(8, 1), 1.0))

@@ -1,0 +1,48 @@
+"""sigmoid_gate: the reference against the formula, the Triton kernels against the reference in fp64."""
+
+import pytest
+import torch
+
+from kernels import output_gate
+from kernels.closeness import assert_close_fp32
+from kernels.output_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from tests.kernels import triton_checks as checks
+
+NAME = "sigmoid_gate"
+SIZES = [
+    {"T": 1, "N": 64, "R": 1},
+    {"T": 63, "N": 64, "R": 0},
+    {"T": 64, "N": 40, "R": 3},
+    {"T": 65, "N": 48, "R": 1, "strided": True},
+    {"T": 5, "N": 1100, "R": 1},  # two pieces, the second one masked
+    {"T": 5, "N": 2100, "R": 4, "strided": True},  # more rows than are fused: the plain projection
+]
+
+
+def test_reference_equals_the_formula():
+    x = {name: t.double() for name, t in output_gate.make_case(T=7, N=24, R=2).inputs.items()}
+    expected = x["o"] / (1 + (-x["gate"]).exp())
+    y, u = sigmoid_gate_reference(**x)
+    assert_close_fp32({"x": y, "u": u}, {"x": expected, "u": torch.einsum("tn,rn->tr", expected, x["lora_A"])})
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_triton_equals_the_reference(size):
+    checks.check_against_fp64(output_gate, NAME, size)
+
+
+@pytest.mark.parametrize("mutant", output_gate.MUTANTS)
+def test_mutant_is_rejected(mutant):
+    checks.check_mutant_is_rejected(output_gate, NAME, mutant, {"T": 5, "N": 40, "R": 1})
+
+
+def test_rounding_points():
+    checks.check_rounding_points(output_gate, NAME, {"T": 33, "N": 64, "R": 1})
+
+
+def test_errors_name_the_culprit():
+    o = torch.randn(3, 16)
+    with pytest.raises(ValueError, match=r"gate is torch.float64"):
+        sigmoid_gate_triton(o, o.double())
+    with pytest.raises(ValueError, match="o has strides"):
+        sigmoid_gate_triton(torch.randn(16, 3).T, o)

@@ -1,0 +1,93 @@
+"""residual_rms_norm: the reference against transformers, the Triton kernels against the reference in fp64."""
+
+import pytest
+import torch
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
+
+from kernels import rms_norm
+from kernels.closeness import assert_close_fp32
+from kernels.rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
+from kernels.seams import LoRATerm, Pending
+from tests.kernels import triton_checks as checks
+
+NAME = "residual_rms_norm"
+SIZES = [
+    {"T": 1, "D": 64, "R": 1},
+    {"T": 63, "D": 64, "R": 2},
+    {"T": 64, "D": 40, "R": 3},
+    {"T": 65, "D": 64, "R": 0},
+    {"T": 5, "D": 1100, "R": 3},  # two pieces, the second one masked
+    {"T": 5, "D": 2560, "R": 2, "strided": True},  # three pieces
+    {"T": 9, "D": 64, "R": 4, "rank": 4},  # more than is fused: the plain terms
+    {"T": 9, "D": 48, "R": 2, "rank": 0, "strided": True},
+    {"T": 9, "D": 64, "R": 3, "pending": False, "strided": True},  # backward reads the caller's own h
+    {"T": 9, "D": 64, "R": 0, "rank": 0, "pending": False},
+]
+
+
+def test_reference_equals_transformers():
+    """h + (y + s u B^T) through Qwen3_5RMSNorm, which computes in fp32 whatever it is given."""
+    case = rms_norm.make_case(T=7, D=96, R=2)
+    x = case.inputs
+    norm = Qwen3_5RMSNorm(96, eps=1e-6)
+    norm.weight.data = x["weight"]
+    h = x["h"].double() + x["y"] + 32 * torch.outer(x["u"][:, 0].double(), x["B"][:, 0].double())
+    normed = norm(h.float())
+    theirs = {"h_out": h, "x": normed, "u_out": normed.double() @ x["lora_A"].double().T}
+    double = {name: t.double() for name, t in x.items()}
+    assert_close_fp32(theirs, case.call(residual_rms_norm_reference, double))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_triton_equals_the_reference(size):
+    checks.check_against_fp64(rms_norm, NAME, size)
+
+
+@pytest.mark.parametrize("mutant", rms_norm.MUTANTS)
+def test_mutant_is_rejected(mutant):
+    checks.check_mutant_is_rejected(rms_norm, NAME, mutant, {"T": 5, "D": 40, "R": 2})
+
+
+def test_rounding_points():
+    checks.check_rounding_points(rms_norm, NAME, {"T": 33, "D": 64, "R": 2})
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_adapter_term_alone(rank):
+    checks.check_adapter_alone(rms_norm, NAME, {"T": 9, "D": 64, "R": 1, "rank": rank}, ("h_out",))
+
+
+def test_one_gradient_serves_h_and_y():
+    """dh and dy are the same numbers; a copy would cost a pass over memory."""
+    h, y = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
+    out, x, _ = residual_rms_norm_triton(h, Pending(y, None), torch.zeros(16), 1e-6)
+    dh, dy = torch.autograd.grad([out, x], [h, y], [torch.ones(3, 16), torch.ones(3, 16)])
+    assert dh.data_ptr() == dy.data_ptr()
+
+
+def test_only_what_is_needed():
+    """The first layer of a frozen model: A has a gradient, the embedding has none."""
+    h, A = torch.randn(5, 16), torch.randn(2, 16, requires_grad=True)
+    results = []
+    for op in (residual_rms_norm_triton, residual_rms_norm_reference):
+        out, _, u = op(h, None, torch.zeros(16), 1e-6, A)
+        assert out is h or torch.equal(out, h)
+        results.append(torch.autograd.grad(u, A, torch.ones(5, 2))[0])
+    torch.testing.assert_close(*results)
+    # B alone: the layers before it are frozen.
+    y, u, B = torch.randn(5, 16), torch.randn(5, 1), torch.randn(16, 1, requires_grad=True)
+    results = []
+    for op in (residual_rms_norm_triton, residual_rms_norm_reference):
+        out, x, _ = op(h, Pending(y, LoRATerm(u, B, 2.0)), torch.zeros(16), 1e-6)
+        results.append(torch.autograd.grad(out.sum() + x.square().sum(), B)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_errors_name_the_culprit():
+    h, w = torch.randn(3, 16), torch.zeros(16)
+    with pytest.raises(ValueError, match=r"h is torch.float64"):
+        residual_rms_norm_triton(h.double(), None, w, 1e-6)
+    with pytest.raises(ValueError, match="weight requires grad"):
+        residual_rms_norm_triton(h, None, w.requires_grad_(), 1e-6)
+    with pytest.raises(ValueError, match=r"pending\.y has strides"):
+        residual_rms_norm_triton(h, Pending(torch.randn(16, 3).T, None), w.detach(), 1e-6)

@@ -1,0 +1,85 @@
+"""qk_norm_rope: the reference against transformers, the Triton kernels against the reference in fp64."""
+
+import pytest
+import torch
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, apply_rotary_pos_emb
+
+from kernels import rope
+from kernels.closeness import assert_close_fp32
+from kernels.rope import qk_norm_rope_reference, qk_norm_rope_triton
+from kernels.seams import Documents, LoRATerm
+from tests.kernels import triton_checks as checks
+
+NAME = "qk_norm_rope"
+SIZES = [
+    {"T": 1, "H": 2, "G": 1, "K": 32, "RD": 4},
+    {"T": 63, "H": 2, "G": 1, "K": 32, "RD": 4},
+    {"T": 64, "H": 1, "G": 1, "K": 24, "RD": 3},  # no powers of two
+    {"T": 65, "H": 1, "G": 1, "K": 32, "RD": 16, "rank": 0},  # every dim rotated
+    {"T": 4, "H": 4, "G": 2, "K": 64, "RD": 8, "strided": True},
+    {"T": 4, "H": 3, "G": 1, "K": 128, "RD": 16, "rank": 4},  # the plain term
+    {"T": 4, "H": 2, "G": 2, "K": 256, "RD": 32, "strided": True},
+]
+
+
+def test_reference_equals_transformers():
+    """Two documents, so that positions start afresh; the adapter as three separate projections."""
+    T, H, G, K, RD = 7, 4, 2, 16, 3
+    case = rope.make_case(T, H, G, K, RD, rank=2)
+    x = {name: t.double() for name, t in case.inputs.items()}
+    positions = Documents(torch.tensor([0, 3, T], dtype=torch.int32)).positions
+    angles = positions[:, None] * 1e4 ** -torch.linspace(0, 1, RD, dtype=torch.float64)
+    x["cos"], x["sin"] = angles.cos(), angles.sin()
+
+    rows, delta = (2 * H * K, G * K, G * K), []
+    for u, B in zip(x["u"].split(2, dim=1), x["B"].split(rows), strict=True):
+        delta.append(32 * torch.einsum("tr,nr->tn", u, B))
+    qg, k, v = (x["qgkv"] + torch.cat(delta, dim=1)).split(rows, dim=1)
+    qg = qg.reshape(T, H, 2, K)
+    q_norm, k_norm = Qwen3_5RMSNorm(K, eps=1e-6), Qwen3_5RMSNorm(K, eps=1e-6)
+    q_norm.weight.data, k_norm.weight.data = x["q_weight"], x["k_weight"]
+    full = torch.cat([angles, angles], dim=1)
+    # (heads, T, K) as one batch; their norm computes in fp32.
+    q, k = (t.transpose(0, 1)[None] for t in (q_norm(qg[:, :, 0]), k_norm(k.reshape(T, G, K))))
+    q, k = apply_rotary_pos_emb(q, k, full.cos()[None], full.sin()[None])
+    theirs = {"q": q[0].transpose(0, 1), "gate": qg[:, :, 1].reshape(T, -1), "k": k[0].transpose(0, 1),
+              "v": v.reshape(T, G, K)}  # fmt: skip
+    assert_close_fp32(theirs, case.call(qk_norm_rope_reference, x))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_triton_equals_the_reference(size):
+    checks.check_against_fp64(rope, NAME, size)
+
+
+@pytest.mark.parametrize("mutant", rope.MUTANTS)
+def test_mutant_is_rejected(mutant):
+    checks.check_mutant_is_rejected(rope, NAME, mutant, {"T": 5, "H": 2, "G": 1, "K": 24, "RD": 3})
+
+
+def test_rounding_points():
+    checks.check_rounding_points(rope, NAME, {"T": 17, "H": 2, "G": 1, "K": 32, "RD": 4})
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_adapter_term_alone(rank):
+    checks.check_adapter_alone(rope, NAME, {"T": 9, "H": 2, "G": 1, "K": 32, "RD": 4, "rank": rank}, ("gate", "v"))
+
+
+def test_outputs_are_tensors_of_their_own():
+    """Attention reads q, k and v as contiguous tensors, also when the GEMM's row is a slice."""
+    case = rope.make_case(T=3, H=2, G=1, K=16, RD=4, strided=True)
+    for y in case.call(qk_norm_rope_triton, case.inputs).values():
+        assert y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
+
+
+def test_errors_name_the_culprit():
+    x = rope.make_case(T=3, H=2, G=1, K=16, RD=4, rank=0).inputs
+    with pytest.raises(ValueError, match=r"qgkv is torch.float64"):
+        qk_norm_rope_triton(**x | {"qgkv": x["qgkv"].double()}, num_heads=2, num_kv_heads=1, eps=1e-6)
+    with pytest.raises(ValueError, match="96 columns; 3/1 heads of 16 with gates make 128"):
+        qk_norm_rope_triton(**x, num_heads=3, num_kv_heads=1, eps=1e-6)
+    with pytest.raises(ValueError, match="k_weight requires grad"):
+        x["k_weight"].requires_grad_()
+        lora = LoRATerm(torch.zeros(3, 3), torch.zeros(96, 1), 1.0)
+        qk_norm_rope_triton(**x, num_heads=2, num_kv_heads=1, eps=1e-6, lora=lora)

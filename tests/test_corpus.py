@@ -1,0 +1,129 @@
+"""The data tools on small rows with known answers, and on the bundled ones."""
+
+import json
+import random
+
+import pytest
+
+from psysafe.config import ASSETS
+from psysafe.corpus.__main__ import main
+from psysafe.corpus.text import normalise, prompts_of
+from psysafe.corpus.tools import leakage, split
+from psysafe.data import read_rows
+
+BUNDLED = str(ASSETS / "rows" / "train.jsonl")
+
+
+def row(prompt: str, answer: str = "An answer.", cluster: str = "violence", **more) -> dict:
+    fields = {"prompt": prompt, "answer": answer, "risk cluster": cluster, "risk category": "c"}
+    return {**fields, "framework_name": "Motivational Interviewing", "author": "a", **more}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_normalise():
+    assert normalise("I can’t – REALLY,  can’t!") == "i can't really can't"
+    assert normalise("cafe\u0301") == normalise("café")
+
+
+def test_stats_counts(tmp_path, capsys):
+    rows = [row("One?"), row("one"), row("Two", "Other.", "weapon", reasoning="why"), row("Three", cluster="weapon")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["stats", path, "--max-tokens", "10", "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["rows"] == 4 and found["clusters"] == {"violence": 2, "weapon": 2}
+    assert found["duplicate prompts"] == 2 and found["answers that share a template"] == 3
+    assert found["without reasoning"] == 3 and found["rows over the limit"] == 4
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "percentiles" in capsys.readouterr().out
+
+
+def test_split_is_stratified_and_reproducible(tmp_path, capsys):
+    rows = [row(f"{cluster} {i}", cluster=cluster) for cluster in ("weapon", "substance") for i in range(250)]
+    random.Random(9).shuffle(rows)
+    rows.append(row("A quoted prompt?", cluster="weapon"))
+    path = write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "system.txt").write_text("For example: a QUOTED prompt. And so on.")
+    for out in ("a", "b"):
+        flags = ["--out", str(tmp_path / out), "--quoted-in", str(tmp_path / "system.txt")]
+        assert main(["split", path, *flags]) == 0
+    names = ("train", "val", "test")
+    parts = {name: read_rows(tmp_path / "a" / f"{name}.jsonl") for name in names}
+    for name in names:
+        assert (tmp_path / "a" / f"{name}.jsonl").read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()
+    for name in ("val", "test"):
+        clusters = [r.fields["risk cluster"] for r in parts[name]]
+        assert clusters == ["substance"] * 100 + ["weapon"] * 100
+    prompts = [r.fields["prompt"] for name in names for r in parts[name]]
+    assert sorted(prompts) == sorted(r["prompt"] for r in rows)
+    assert "A quoted prompt?" in {r.fields["prompt"] for r in parts["train"]}
+    # The recipe's words, done by hand: clusters by name, one generator, val first.
+    chance, by_hand = random.Random(42), []
+    for cluster in ("substance", "weapon"):
+        members = [r["prompt"] for r in rows if r["risk cluster"] == cluster and "quoted" not in r["prompt"]]
+        chance.shuffle(members)
+        by_hand += members[:100]
+    assert [r.fields["prompt"] for r in parts["val"]] == by_hand
+    with pytest.raises(ValueError, match="'substance' has 250 rows, too few"):
+        split(read_rows(path), 200, 100)
+
+
+def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
+    long = "This answer is long enough to be told apart from any other answer in this test, whatever is done to it. "
+    quoted = "An answer which has more than two hundred characters, " * 4 + "and which the system prompt quotes."
+    training = [row("Where is it?", long * 3 + "Ending one."), row("Clean", "A clean answer.")]
+    held_out = [
+        row("where IS it", "Own words."),
+        row("Fresh", long.upper() * 3 + "Ending two."),
+        row("Quoted in the system prompt", "Mine."),
+        row("Untouched", "Mine too."),
+        row("it", "A word that stands inside others."),
+        row("With an example's answer", quoted),
+    ]
+    train, held = write(tmp_path / "train.jsonl", training), write(tmp_path / "val.jsonl", held_out)
+    (tmp_path / "system.txt").write_text(f"Say this: quoted in the system prompt! Or: {quoted}")
+    (tmp_path / "bench.csv").write_text('id,prompt,type\n1,"Clean?",x\n2,Other,x\n')
+    write(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["untouched"], "prompt_style": "base"}])
+    leaks = leakage(
+        read_rows(held),
+        read_rows(train),
+        {"S": (tmp_path / "system.txt").read_text()},
+        [tmp_path / "bench.csv", tmp_path / "question.jsonl"],
+    )
+    found = {(leak.row.fields["prompt"], leak.what, leak.where.rpartition("/")[2]) for leak in leaks}
+    assert found == {
+        ("where IS it", "prompt", "train.jsonl row 1 (line 1)"),
+        ("Fresh", "answer", "train.jsonl row 1 (line 1)"),
+        ("Quoted in the system prompt", "prompt", "S"),
+        ("With an example's answer", "answer", "S"),
+        ("Clean", "prompt", "bench.csv"),
+        ("Untouched", "prompt", "question.jsonl"),
+    }
+    assert main(["leakage", "--held-out", held, "--training", train]) == 1
+    assert "where IS it" not in capsys.readouterr().err
+
+
+def test_bundled_rows_are_clean(capsys):
+    val = str(ASSETS / "rows" / "val.jsonl")
+    assert main(["leakage", "--held-out", val, "--training", BUNDLED, "--system", "v0", "v1"]) in (0, 1)
+    prompts = [line for line in capsys.readouterr().out.splitlines() if "its prompt" in line]
+    assert prompts == []
+    assert len(prompts_of(val)) == 50
+
+
+def test_validate_names_line_and_problem(tmp_path, capsys):
+    rows = [row("ok"), row("OK!"), row("b", cluster="piracy"), {"prompt": 3}, row("c", framework_name="SOBER")]
+    rows += [{"messages": [{"role": "user", "content": "Hello"}, {"role": "tool", "content": "?"}]}, {"messages": "Hi"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["validate", path]) == 1
+    out = capsys.readouterr().out
+    assert "row 2 (line 2): the same prompt as" in out
+    assert "row 3 (line 3): unknown risk cluster 'piracy'" in out
+    assert "row 4 (line 4): prompt is 3, expected a text" in out
+    assert "row 5 (line 5): 'SOBER' is no strategy of 'violence'" in out
+    assert "row 6 (line 6): Unexpected message role 'tool' in message 2" in out
+    assert 'row 7 (line 7): messages is "Hi", expected a list of messages' in out
+    assert "row 1 " not in out.replace("as " + path + " row 1", "")

@@ -1,0 +1,341 @@
+"""generate.py as people use it: one prompt, a chat, a file that survives being killed, and a line for every mistake."""
+
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import generate
+from psysafe import load_model
+from psysafe.config import ASSETS
+from psysafe.lora import attach, save_adapter
+from psysafe.runtime import main_guard
+from psysafe.terminal import DIM, PLAIN, TextStream, notice
+from psysafe.tokenizer import THINK_END, Tokenizer
+from tests.tiny_text_model import byte_tokenizer, write_text_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ("--max-new-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("base"))
+
+
+def write_adapter(folder: Path, base: Path, seed: int = 1) -> Path:
+    model = load_model(base)
+    adapters = attach(model, 1, 4.0, seed=seed)
+    torch.manual_seed(seed)
+    adapters.param.copy_(torch.randn_like(adapters.param) * 0.3)
+    save_adapter(adapters, folder, str(base), multimodal=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter"), base)
+
+
+@pytest.fixture
+def run(base, capsys, tmp_path, monkeypatch):
+    """Calls generate.py in a folder of its own, where `base` stands in for the bundled model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "resolve", lambda argv: (SimpleNamespace(model=str(base), out="runs/tiny"), {}))
+
+    def call(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main_guard(generate.main, [str(x) for x in argv])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+def test_one_prompt(run, base, adapter, tmp_path):
+    """The base, then, once there is a run, its adapter; both can be named; the adapter knows its base."""
+    plain = run("hello", *SHORT)
+    assert (plain.code, len(plain.out.encode()) > 2) == (0, True)
+    assert "1 slots of" in plain.err and "MB each" in plain.err
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/tiny").symlink_to(adapter)
+    tuned = run("hello", *SHORT)
+    assert "with the adapter in runs/tiny" in tuned.err
+    assert tuned.out != plain.out
+    assert run("hello", *SHORT, "--adapter", "base").out == plain.out
+    assert run("hello", *SHORT, "--model", base).out == plain.out
+    named = run("hello", *SHORT, "--adapter", adapter)
+    assert named.out == tuned.out == run("hello", *SHORT, "--adapter", adapter, "--merge").out
+    assert "with the adapter" not in named.err and str(base) in named.err
+    both = run("hello", *SHORT, "--compare", f"base,{adapter}")
+    assert both.out == f"--- base\n{plain.out}--- {adapter}\n{tuned.out}"
+
+
+def test_what_is_asked_changes_what_is_read(run):
+    """System prompts, thinking, sampling and their seed all reach the model."""
+    texts = [
+        run("hello", "--max-new-tokens", "12", *more).out
+        for more in (
+            (),
+            ("--system", "v0"),
+            ("--no-thinking",),
+            ("--temperature", "1", "--seed", "1"),
+            ("--temperature", "1", "--seed", "2"),
+            ("--presence-penalty", "100"),
+        )
+    ]
+    assert len(set(texts)) == len(texts)
+
+
+def test_chat_opens_with_the_notice_and_remembers(run, monkeypatch):
+    heard = []
+    encode = generate.Generator.encode
+    monkeypatch.setattr(generate.Generator, "encode", lambda self, m: heard.append(list(m)) or encode(self, m))
+    result = run("--chat", *SHORT, "--system", "v0", stdin="one\n\ntwo\n/new\nthree\n")
+    assert result.code == 0
+    assert result.out.startswith(notice())
+    assert [[m["role"][0] for m in messages] for messages in heard] == [["s", "u"], ["s", "u", "a", "u"], ["s", "u"]]
+    assert [messages[-1]["content"] for messages in heard] == ["one", "two", "three"]
+
+
+def test_a_chat_that_outgrows_the_context_goes_on(run):
+    result = run("--chat", "--context", "60", *SHORT, stdin=f"{'long ' * 20}\nhi\n")
+    assert result.code == 0
+    assert re.search(r"room for 60; .* or begin anew with /new", result.err)
+
+
+def test_the_notice():
+    """Not a substitute for professional care; a line to call in each country, as clusters.toml has it."""
+    facts = tomllib.loads((ASSETS / "clusters.toml").read_text())
+    assert "not a substitute for professional care" in notice()
+    for name in facts["clusters"]["suicide and selfharm"]["resources"].values():
+        assert facts["resources"][name]["contact"] in notice()
+    for source in ("generate.py", "psysafe/terminal.py"):
+        assert not re.search(r"\d{3}[ -]?\d{3}|\b(988|911|999)\b", (ROOT / source).read_text())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "text", [f"so\n{THINK_END}\n\nöß, 𝄞!", "never \x1b[31mended", "\ufffd" * 5 + f"{THINK_END}x", "\ufffdx\ufffdy"]
+)
+def test_streaming_writes_whole_characters(text):
+    """Token by token (here: byte by byte). A terminal sees reasoning dimmed, and no control codes of the model's."""
+    tokenizer = Tokenizer(byte_tokenizer())
+    for out in (io.StringIO(), Terminal()):
+        with TextStream(tokenizer, True, out) as stream:
+            for token in (*tokenizer.encode(text), tokenizer.eos_ids[0]):
+                stream(1, token)
+                assert "\ufffd" not in out.getvalue() or "\ufffd" in text
+        if out.isatty():
+            reasoning, _, answer = text.replace("\x1b", "").partition(THINK_END)
+            assert out.getvalue() == f"{DIM}{reasoning}{PLAIN}{answer}\n"
+        else:
+            assert out.getvalue() == text + "\n"
+
+
+# ---- files of prompts
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ROWS = [
+    {"prompt": "How do I sleep better?", "risk cluster": "none", "answer": "a reference"},
+    {"prompt": "same"},
+    {"prompt": "same"},
+    {"messages": [{"role": "user", "content": "hi"}], "note": "half a \ud83d surrogate"},
+    *({"prompt": "x" * n, "id": n} for n in range(1, 20)),
+]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts(run, base, tmp_path):
+    """Every field kept, everything added, JSON as good as JSONL, the order that of the prompts."""
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "deep/er/out.jsonl"
+    result = run("--prompts", rows, "--out", out, *SHORT, "--batch-size", "3")
+    assert result.code == 0, result.err
+    assert "0 of 23 rows are in" in result.err and "23 of 23 rows" in result.err
+    answers = read(out)
+    assert [a["row"] for a in answers] == list(range(1, len(ROWS) + 1))
+    for row, answer in zip(ROWS, answers, strict=True):
+        kept = {f"input_{k}" if k == "answer" else k: v for k, v in row.items()}
+        assert kept.items() <= answer.items()
+        assert answer["adapter"] == "base"
+        assert answer["finish_reason"] in ("stop", "length")
+        assert answer["prompt_tokens"] > 5 and 1 <= answer["new_tokens"] <= 6
+        assert answer.get("stucked") == (None if THINK_END in answer["response"] else "true")
+        assert answer["settings"]["max_new_tokens"] == 6
+    single = run("x" * 5, *SHORT)
+    assert single.out == answers[8]["response"] + "\n"
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(ROWS))
+    assert run("--prompts", array, "--out", tmp_path / "o2", *SHORT, "--batch-size", "8").code == 0
+    assert (tmp_path / "o2").read_bytes() == out.read_bytes()
+
+
+def test_every_torn_file_is_completed(run, tmp_path, adapter):
+    """Cut at any byte, also in the middle of a character or a line, and lines in another order: the same file again."""
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:5]), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, "--out", out, *SHORT, "--temperature", "1", "--compare", f"base,{adapter}")
+    assert run(*call).code == 0
+    whole = out.read_bytes()
+    assert whole.count(b"\n") == 10
+    for cut in (0, 1, 100, whole.index(b"\n"), whole.index(b"\n") + 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        out.write_bytes(whole[:cut])
+        result = run(*call)
+        assert result.code == 0, result.err
+        assert out.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:6][::-1]) + lines[7][:9])
+    assert run(*call).code == 0
+    assert out.read_bytes() == whole
+
+
+def test_a_lost_row_would_be_caught(run, tmp_path, monkeypatch):
+    """A mutant that takes a torn line for a whole one: the comparison above fails."""
+    monkeypatch.setattr(generate.AnswerFile, "missing", lambda self, adapter: list(self.prompts.values())[1:])
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:3]), tmp_path / "out.jsonl"
+    run("--prompts", rows, "--out", out, *SHORT)
+    assert [a["row"] for a in read(out)] != [1, 2, 3]
+
+
+def test_killed_and_started_again(run, base, tmp_path):
+    """kill -9 in the middle of a real run: every prompt once, none lost, and the file of an undisturbed run."""
+    prompts = [{"prompt": f"question {n}"} for n in range(40)]
+    rows, out = write_rows(tmp_path / "rows.jsonl", prompts), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, "--out", out, "--model", base, "--max-new-tokens", "24", "--batch-size", "2")
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, call)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes().count(b"\n")
+    assert 5 <= before < 40
+    result = run(*call)
+    assert f"base: {before} of 40 rows are in" in result.err
+    assert [(a["row"], a["prompt"]) for a in read(out)] == [(n + 1, f"question {n}") for n in range(40)]
+    again = tmp_path / "again.jsonl"
+    assert run("--prompts", rows, "--out", again, *call[4:]).code == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_file_of_something_else_is_left_alone(run, base, adapter, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:3]), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, "--out", out, *SHORT)
+    assert run(*call).code == 0
+    before = out.read_bytes()
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "other"}] * 3)
+    for argv, message in (
+        ((*call, "--seed", "5"), "line 1: was made with seed 0, not 5"),
+        ((*call, "--max-new-tokens", "7"), "line 1: was made with max_new_tokens 6, not 7"),
+        ((*call, "--adapter", adapter), f"line 1: answered by adapter base, expected {adapter}"),
+        (("--prompts", other, *call[2:]), "line 1: answers another prompt than"),
+        (("--prompts", rows, "--out", other, *SHORT), "line 1: no answer to a row of these prompts"),
+    ):
+        result = run(*argv)
+        assert_one_line(result, message)
+    assert out.read_bytes() == before
+    out.write_bytes(before + before)
+    assert_one_line(run(*call), "line 4: answers row 1 a second time")
+
+
+# ---- mistakes
+
+
+def assert_one_line(result, message):
+    lines = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert result.code == 2
+    assert len(lines) == 1 and message in lines[0], result.err
+    assert "Traceback" not in result.err
+    assert result.err.endswith(lines[0] + "\n") and not result.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), 'expected one of: "a prompt", --chat, --prompts FILE'),
+        (("a", "--chat"), "expected one of"),
+        ((" \n",), "the prompt is empty; expected a text"),
+        (("a", "--system", "nowhere.txt"), "--system nowhere.txt: no readable text file"),
+        (("a", "--adapter", "nowhere"), "nowhere/adapter_config.json: No such file"),
+        (("a", "--compare", "base,nowhere"), "nowhere/adapter_config.json: No such file"),
+        (("a", "--model", "nowhere"), "nowhere: no such model folder"),
+        (("a", "--merge"), "--merge: there is no adapter to merge"),
+        (("a", "--compare", "base,b", "--merge"), "--compare names the adapters itself"),
+        (("a", "--temperature", "-1"), "temperature is -1.0, expected a number from 0 on"),
+        (("a", "--top-k", "many"), "argument --top-k: invalid int value: 'many'"),
+        (("a", "--temp", "1"), "unrecognized arguments: --temp"),
+        (("a", "--context", "10"), "prompt 1: 22 tokens, but prompt and answer together have room for 10"),
+        (("--prompts", "rows"), "--prompts FILE and --out FILE go together"),
+        (("--prompts", "nowhere", "--out", "o"), "nowhere: cannot be read"),
+        (("--prompts", "./rows", "--out", "rows"), "--out is the file of --prompts"),
+    ],
+)
+def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
+    write_rows(tmp_path / "rows", [{"prompt": "a"}])
+    assert_one_line(run(*argv), message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "malformed JSON at line 2"),
+        ('{"prompt": "a"}\n{"question": "b"}\n', "row 2 (line 2): expected an object with a prompt"),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', 'row 2 (line 2): prompt is " ", expected a text that is not empty'),
+        ('{"prompt": 3}\n', "row 1 (line 1): prompt is 3"),
+        ('[{"prompt": "a"}, 7]', "row 2: expected an object with a prompt, found 7"),
+        ('{"messages": [{"role": "judge", "content": "a"}]}\n', "row 1 (line 1): Unexpected message role 'judge'"),
+        ('{"messages": null}\n', "row 1 (line 1): messages is null, expected a list of messages"),
+        ('{"messages": ["hi"]}\n', "row 1 (line 1): message 1 is 'hi'"),
+        ('{"messages": []}\n', "row 1 (line 1): No messages provided"),
+        ('{"prompt": "\\ud83d"}\n', "row 1 (line 1): '\\ud83d' at character"),
+        ('{"prompt": "a"}\n{"prompt": "' + "b" * 90 + '"}\n', "row 2 (line 2): 111 tokens, but prompt and answer"),
+        ("", "no rows in it"),
+    ],
+)
+def test_a_broken_row_is_named(text, message, run, tmp_path):
+    """Before anything is answered: the file of answers stays empty."""
+    (tmp_path / "rows").write_text(text)
+    assert_one_line(run("--prompts", "rows", "--out", "out", "--context", "80", *SHORT), message)
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out").read_bytes()
+
+
+def test_an_adapter_of_another_model_is_named(run, tmp_path, base):
+    wide = write_text_model(tmp_path / "wide", hidden_size=64)
+    other = write_adapter(tmp_path / "other", wide)
+    assert_one_line(run("a", "--model", base, "--adapter", other), f"{other}: does not fit this model")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert_one_line(run("a", "--adapter", other), "names no base model; give --model")
+
+
+def test_the_first_words_come_quickly(base, tmp_path):
+    """From a cold start, in CPU time: at most 5 s to the whole of a short answer."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "generate.py"), "hello", "--model", str(base), *SHORT]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{spent:.2f} s of CPU")
+    assert spent <= 5

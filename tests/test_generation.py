@@ -1,0 +1,504 @@
+"""Generation against transformers: greedy ids, sampling filters, frequencies; and against itself: the same ids whatever
+the batch, the slots, the order of the queue, the pieces of a prompt, or how late the host looks."""
+
+import math
+import random
+
+import pytest
+import torch
+import transformers
+
+import kernels
+from kernels.closeness import relative_error
+from psysafe import generation, load_model, sampling
+from psysafe.cache import Cache, StepView
+from psysafe.checkpoint import build
+from psysafe.generation import Engine, Generator, Options, Request, merge_adapters
+from psysafe.lora import attach
+from psysafe.sampling import Sampling, candidates, choose, gumbel, penalised
+from psysafe.tokenizer import THINK_END, Tokenizer
+from tests.oracles import both_models, reference_model, write_checkpoint
+from tests.tiny_text_model import byte_tokenizer, write_text_model
+
+NEW = 20
+VOCAB = 97
+PROMPTS = [
+    torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    for length in (1, 2, 63, 64, 65, 9, 30, 5)
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """transformers' model and ours by config, made once."""
+    made = {}
+
+    def get(name="published pattern"):
+        if name not in made:
+            made[name] = both_models(tmp_path_factory.mktemp("model"), name)
+        return made[name]
+
+    return get
+
+
+def generated_by_transformers(reference, eos, new=NEW):
+    """Prompt by prompt, so that nothing is padded. The mask: it would take a pad id inside a prompt for padding. Its
+    cache cannot do without a layer of attention."""
+    cached = "full_attention" in reference.config.layer_types
+    found = []
+    for prompt in PROMPTS:
+        x = torch.tensor([prompt])
+        ids = reference.generate(
+            x,
+            attention_mask=torch.ones_like(x),
+            max_new_tokens=new,
+            do_sample=False,
+            use_cache=cached,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        found.append(ids[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    """config -> (eos ids, greedy ids). The eos ids are such that some prompts end early and others do not."""
+    found = {}
+
+    def get(name):
+        if name not in found:
+            free = generated_by_transformers(models(name)[0], None)
+            eos = [free[0][3], free[2][7]]
+            stopped = []
+            for ids in free:  # eos only cuts greedy text, so one run serves both
+                ends = [i for i, token in enumerate(ids) if token in eos]
+                stopped.append(ids[: ends[0] + 1] if ends else ids)
+            found[name] = eos, stopped
+        return found[name]
+
+    return get
+
+
+def generated(model, eos, slots=3, order=None, lag=0, options=None, prompts=PROMPTS):
+    """Ids by prompt; the queue in another order if wanted."""
+    options = options or Options(max_new_tokens=NEW)
+    engine = Engine(model, options, slots, max(map(len, prompts)) + NEW, eos)
+    engine.lag = lag
+    requests = [Request(row, ids) for row, ids in enumerate(prompts)]
+    done = {p.request.row: p for p in engine.run([requests[i] for i in order or range(len(requests))])}
+    assert sorted(done) == list(range(len(prompts)))
+    for p in done.values():
+        assert p.finish == (generation.STOP if p.ids[-1] in eos else generation.LENGTH)
+    return [done[row].ids for row in range(len(prompts))]
+
+
+SHUFFLED = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
+
+
+def test_eos_cuts_as_transformers_does(models, expected):
+    eos, ids = expected("published pattern")
+    assert generated_by_transformers(models()[0], eos) == ids
+    assert {len(x) < NEW for x in ids} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["published pattern", "attention first", "delta net only, taps 3", "wide heads"])
+def test_greedy_ids_equal_transformers(name, models, expected):
+    eos, ids = expected(name)
+    assert generated(models(name)[1], eos) == ids
+
+
+@pytest.mark.parametrize("options", [Options(max_new_tokens=NEW), Options(max_new_tokens=NEW, prefill_tokens=7)])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("slots", "order"), [(1, None), (3, SHUFFLED), (8, None), (8, SHUFFLED), (11, None)])
+def test_ids_do_not_depend_on_the_batch(slots, order, lag, options, models, expected):
+    """Slots, queue, pieces of 7 tokens instead of whole prompts, and a host that reads one step late, as on a GPU."""
+    eos, ids = expected("published pattern")
+    assert generated(models()[1], eos, slots, order, lag, options) == ids
+
+
+SAMPLED = {
+    "temperature": Sampling(temperature=1.0, seed=3),
+    "recommended": Sampling(temperature=0.6, top_k=20, top_p=0.95, seed=3),
+    "everything": Sampling(1.3, 40, 0.9, 0.02, 1.2, 0.5, 2**40 + 1),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_ids_do_not_depend_on_the_batch(name, models):
+    options = Options(SAMPLED[name], max_new_tokens=NEW)
+    first = generated(models()[1], [3], 1, None, 0, options)
+    assert first != generated(models()[1], [3], 1, None, 0, Options(max_new_tokens=NEW))
+    for slots, order, lag in ((3, None, 1), (3, SHUFFLED, 0), (8, SHUFFLED, 1)):
+        assert generated(models()[1], [3], slots, order, lag, options) == first
+
+
+def test_rows_and_seeds_name_the_random_numbers(models):
+    """The same prompt in two rows, or under two seeds, is continued differently; in one row always the same."""
+    twice = [PROMPTS[3]] * 2
+    runs = [
+        generated(models()[1], [], 2, None, 0, Options(Sampling(1.0, seed=seed), NEW), twice) for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert runs[0][0] != runs[0][1]
+
+
+def keep_state(monkeypatch):
+    def reset(self, slots):  # lengths, but not the states
+        self.lengths[slots] = 0
+        for slot in slots:
+            self.host_lengths[slot] = 0
+
+    monkeypatch.setattr(Cache, "reset", reset)
+
+
+def grow_all(monkeypatch):
+    def advance(self, documents):
+        self.cache.lengths += 1
+
+    monkeypatch.setattr(StepView, "advance", advance)
+
+
+def forget_own_key(monkeypatch):
+    monkeypatch.setattr(StepView, "lengths", property(lambda self: self.cache.lengths.clamp(min=1)))
+
+
+def stale_tail(monkeypatch):
+    right = StepView.convolve
+
+    def convolve(self, layer, *args):
+        tail = self.cache.layers[layer][0].clone()
+        out = right(self, layer, *args)
+        self.cache.layers[layer][0].copy_(tail)
+        return out
+
+    monkeypatch.setattr(StepView, "convolve", convolve)
+
+
+def late_position(monkeypatch):
+    monkeypatch.setattr(StepView, "positions", lambda self, documents: self.cache.lengths * 2)
+
+
+@pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position])
+def test_a_wrong_cache_is_caught(mutant, models, expected, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        test_greedy_ids_equal_transformers("published pattern", models, expected)
+
+
+@pytest.mark.parametrize("named_by", ["slot", "nothing"])
+def test_wrongly_named_random_numbers_are_caught(named_by, models, monkeypatch):
+    def wrong(seed, rows, positions, tokens):
+        rows = torch.arange(len(rows)) if named_by == "slot" else rows
+        return gumbel(seed, rows, torch.zeros_like(positions) if named_by == "nothing" else positions, tokens)
+
+    monkeypatch.setattr(sampling, "gumbel", wrong)
+    with pytest.raises(AssertionError):
+        test_sampled_ids_do_not_depend_on_the_batch("temperature", models)
+        test_frequencies_are_the_probabilities("temperature")
+
+
+def test_a_run_left_in_the_middle_does_no_harm(models, expected):
+    eos, ids = expected("published pattern")
+    engine = Engine(models()[1], Options(max_new_tokens=NEW), 3, 85, eos)
+    requests = [Request(row, prompt) for row, prompt in enumerate(PROMPTS)]
+    next(engine.run(requests))
+    for _ in range(2):
+        assert {p.request.row: p.ids for p in engine.run(requests)} == dict(enumerate(ids))
+
+
+@pytest.mark.parametrize("chosen", SAMPLED.values(), ids=SAMPLED)
+def test_a_decode_step_never_waits_for_the_device(chosen, monkeypatch):
+    """On the meta device every read of a value raises; so a step that passes could be a CUDA graph. The reference of
+    attention_decode looks at the lengths, and stands aside."""
+    monkeypatch.setattr(kernels, "attention_decode", lambda q, k_cache, v_cache, lengths: torch.empty_like(q))
+    config = build_config()
+    model = build(config, "meta", torch.float32)
+    engine = Engine(model, Options(chosen, max_think_tokens=4), 5, 64, [1, 2], [7, 8, 9], 8)
+    with torch.inference_mode():
+        assert engine.step().shape == (2, 5)
+        assert engine.step().device.type == "meta"
+
+
+def build_config():
+    from psysafe.model_config import ModelConfig
+
+    return ModelConfig.from_dict(reference_model().config.to_dict())
+
+
+# ---- sampling
+
+
+def warped_by_transformers(logits, s: Sampling):
+    """Log-weights after transformers' own processors, in its order."""
+    ids = torch.zeros(len(logits), 1, dtype=torch.int64)
+    steps = [transformers.TemperatureLogitsWarper(s.temperature)]
+    if s.top_k:
+        steps.append(transformers.TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        steps.append(transformers.TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        steps.append(transformers.MinPLogitsWarper(s.min_p))
+    for step in steps:
+        logits = step(ids, logits)
+    return logits
+
+
+def dense(logits, s: Sampling):
+    scores, tokens = candidates(logits, s)
+    return torch.full_like(logits, -math.inf).scatter(1, tokens, scores)
+
+
+FILTERS = {
+    "temperature": Sampling(0.7),
+    "top-k": Sampling(1.0, top_k=5),
+    "top-k 1": Sampling(1.0, top_k=1),
+    "top-k of all": Sampling(0.9, top_k=500),
+    "top-p": Sampling(1.0, top_p=0.8),
+    "small top-p": Sampling(1.0, top_p=1e-6),
+    "min-p": Sampling(1.5, min_p=0.1),
+    "recommended": Sampling(0.6, 20, 0.95),
+    "all": Sampling(1.4, 30, 0.7, 0.05),
+}
+
+
+def logits_of(rows=64, vocab=200):
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_equal_transformers(name):
+    expected, got = warped_by_transformers(logits_of(), FILTERS[name]), dense(logits_of(), FILTERS[name])
+    assert torch.equal(expected == -math.inf, got == -math.inf)
+    assert relative_error(got.clamp(min=-1e4), expected.clamp(min=-1e4)) <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("top-p", dict(top_p=0.79)), ("min-p", dict(min_p=0.11)),
+                                             ("top-k", dict(top_k=6)), ("all", dict(temperature=1.41))])  # fmt: skip
+def test_a_wrong_filter_is_caught(name, wrong, monkeypatch):
+    right = FILTERS[name]
+    monkeypatch.setitem(globals(), "candidates", lambda x, s: sampling.candidates(x, Sampling(**vars(right) | wrong)))
+    with pytest.raises(AssertionError):
+        test_filters_equal_transformers(name)
+
+
+def test_penalties():
+    """Repetition as transformers has it, over prompt and answer; presence by its formula, over the answer alone."""
+    logits, ids = logits_of(8, 30), torch.randint(0, 30, (8, 12), generator=torch.Generator().manual_seed(2))
+    prompted, written = torch.zeros(2, 8, 30, dtype=torch.bool)
+    prompted.scatter_(1, ids[:, :7], True)
+    written.scatter_(1, ids[:, 7:], True)
+    got = penalised(logits, Sampling(repetition_penalty=1.3), prompted, written)
+    assert torch.equal(got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone()))
+    got = penalised(logits, Sampling(presence_penalty=0.7), prompted, written)
+    for row in range(8):
+        for token in range(30):
+            lost = 0.7 if token in ids[row, 7:] else 0
+            assert got[row, token] == logits[row, token] - lost
+
+
+def test_penalties_in_the_loop_equal_transformers(models):
+    """The engine's own record of what was read and written, against transformers' over the ids."""
+    reference, model = models()
+    prompt = PROMPTS[5]
+    x = torch.tensor([prompt])
+    more = dict(attention_mask=torch.ones_like(x), do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = reference.generate(x, max_new_tokens=NEW, repetition_penalty=1.5, **more)[0, len(prompt) :].tolist()
+    options = Options(Sampling(repetition_penalty=1.5), NEW)
+    assert generated(model, [], 2, None, 0, options, [PROMPTS[4], prompt])[1] == expected
+    plain = reference.generate(x, max_new_tokens=NEW, **more)[0, len(prompt) :].tolist()
+    assert plain != expected
+    never_twice = generated(model, [], 2, None, 0, Options(Sampling(presence_penalty=1e4), NEW), [prompt])[0]
+    assert len(set(never_twice)) == NEW
+
+
+@pytest.mark.parametrize("name", ["temperature", "recommended", "all"])
+def test_frequencies_are_the_probabilities(name):
+    """40,000 draws over rows and positions: chi-square within 5 standard deviations of its mean."""
+    s, draws = FILTERS[name], 40_000
+    logits = logits_of(1, 50)
+    p = warped_by_transformers(logits, s).softmax(-1)[0].double()
+    n = torch.arange(draws)
+    drawn = choose(logits.expand(draws, -1), s, n // 200, n % 200)
+    counts = torch.bincount(drawn, minlength=50).double()
+    assert counts[p == 0].sum() == 0
+    often = p * draws >= 5
+    chi2 = ((counts - p * draws).square() / (p * draws))[often].sum()
+    freedom = int(often.sum()) - 1
+    assert abs(chi2 - freedom) <= 5 * math.sqrt(2 * freedom) + 1
+
+
+def test_noise_is_gumbel_and_independent():
+    """Moments, no correlation between neighbours in seed, row, position or token, and a fixed number to hold on to."""
+    rows, positions, tokens = torch.arange(40), torch.arange(40) * 3, torch.arange(5000).expand(40, -1)
+    base = gumbel(7, rows, positions, tokens).double()
+    assert abs(base.mean() - 0.5772157) < 0.012  # five standard errors
+    assert abs(base.var() - math.pi**2 / 6) < 0.03
+    others = {
+        "seed": gumbel(8, rows, positions, tokens),
+        "seed's high half": gumbel(7 + 2**32, rows, positions, tokens),
+        "row": gumbel(7, rows + 1, positions, tokens),
+        "row's high half": gumbel(7, rows + 2**32, positions, tokens),
+        "position": gumbel(7, rows, positions + 1, tokens),
+        "token": gumbel(7, rows, positions, tokens + 1),
+    }
+    for name, other in others.items():
+        r = torch.corrcoef(torch.stack([base.flatten(), other.double().flatten()]))[0, 1]
+        assert abs(r) < 0.012, (name, r)
+    assert len(base.unique()) > 0.99 * base.numel()
+    alone = gumbel(7, rows[5:6], positions[5:6], tokens[5:6, 100:101])
+    assert alone.item() == base[5, 100].float().item()
+
+
+# ---- text
+
+
+def scripted(monkeypatch, lines):
+    """The model says these ids, row by row, whatever its logits; then eos for ever."""
+
+    def choose(logits, sampling, rows, positions, *seen):
+        said = [lines[row][at : at + 1] for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
+        return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in said])
+
+    monkeypatch.setattr(generation, "choose", choose)
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer(byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    return load_model(write_text_model(tmp_path_factory.mktemp("text")))
+
+
+def say(monkeypatch, model, text, **options):
+    lines = {row: tokenizer().encode(text) for row in range(0, 9)}
+    scripted(monkeypatch, lines)
+    (answer,) = Generator(model, tokenizer(), Options(**options)).answers([[{"role": "user", "content": "hi"}]])
+    return answer
+
+
+def test_reasoning_and_answer(text_model, monkeypatch):
+    answer = say(monkeypatch, text_model, f"I wonder.\n{THINK_END}\n\nYes, ö.")
+    assert (answer.reasoning, answer.answer, answer.stuck) == ("I wonder.", "Yes, ö.", False)
+    assert answer.response == f"I wonder.\n{THINK_END}\n\nYes, ö."
+    assert (answer.finish_reason, answer.new_tokens) == ("stop", len(tokenizer().encode(answer.response)) + 1)
+
+
+def test_a_think_block_that_never_closes_is_stuck(text_model, monkeypatch):
+    for options, reason in ((dict(max_new_tokens=5), "length"), ({}, "stop")):
+        answer = say(monkeypatch, text_model, "I wonder", **options)
+        assert (answer.stuck, answer.answer, answer.finish_reason) == (True, "", reason)
+        assert "I wonder".startswith(answer.reasoning)
+    answer = say(monkeypatch, text_model, "Yes.", thinking=False)
+    assert (answer.stuck, answer.reasoning, answer.answer) == (False, "", "Yes.")
+
+
+@pytest.mark.parametrize("budget", [1, 3, 8])
+def test_the_think_budget_closes_the_block(budget, text_model, monkeypatch):
+    """After exactly `budget` tokens of reasoning, also through an eos; what follows is the model's own again."""
+    text = "I wonder and wonder and wonder"
+    answer = say(monkeypatch, text_model, text, max_think_tokens=budget, max_new_tokens=20)
+    closing = f"\n{THINK_END}\n\n"
+    rest = text[budget + len(tokenizer().encode(closing)) :]
+    assert answer.response == (text[:budget] + closing + rest)[: len(answer.response)]
+    assert answer.new_tokens == 20
+    assert not answer.stuck
+
+
+@pytest.mark.parametrize("text", [f"ab{THINK_END}cdefghijkl", f"abc{THINK_END}defghijk"])
+def test_a_block_closed_in_time_is_left_alone(text, text_model, monkeypatch):
+    assert say(monkeypatch, text_model, text, max_think_tokens=4).response == text
+
+
+def test_the_context_ends_an_answer(text_model):
+    """Prompt and answer fill the context to its last token, and no more."""
+    prompt = Generator(text_model, tokenizer()).encode([{"role": "user", "content": "hi"}])
+    for room in (1, 2, 7):
+        generator = Generator(text_model, Tokenizer(byte_tokenizer(), [0]), Options(context=len(prompt) + room))
+        (answer,) = generator.complete([Request(1, prompt)])
+        assert answer.finish_reason == "length" or answer.new_tokens < room
+        assert answer.new_tokens <= room
+
+
+def test_what_does_not_fit_is_named(text_model, monkeypatch):
+    def fails(message, requests=(), **options):
+        with pytest.raises(ValueError, match=message) as error:
+            list(Generator(text_model, tokenizer(), Options(**options)).complete(list(requests)))
+        assert "\n" not in str(error.value)
+
+    fails("prompt 2: 9 tokens, but prompt and answer together have room for 9; raise --context",
+          [Request(1, [1]), Request(2, [1] * 9)], context=9)  # fmt: skip
+    fails("rows.json row 3: 12 tokens", [Request(3, [1] * 12, "rows.json row 3")], context=9)
+    fails("the model was made for", [Request(1, [1])], context=10**7)
+    fails("max-new-tokens is 0, expected at least 1", max_new_tokens=0)
+    monkeypatch.setattr(generation, "memory_free", lambda device: 30_000)
+    fails(r"1 x 2,049 tokens need 0\.\d MB of cache, but of 0\.0 MB free", [Request(1, [1])])
+    said, each = [], Cache(text_model.config, 1, 5, "meta").bytes_per_slot
+    monkeypatch.setattr(generation, "memory_free", lambda device: 5 * each)
+    generator = Generator(text_model, tokenizer(), Options(max_new_tokens=4), said.append)
+    assert len(list(generator.complete([Request(i, [1]) for i in range(20)]))) == 20
+    assert said == [f"4 slots of 5 tokens, {each / 1e6:.1f} MB each, {4 * each / 1e6:.1f} MB in all"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("seed", -1),
+                                             ("top_k", -1), ("min_p", 2), ("repetition_penalty", 0)])  # fmt: skip
+def test_impossible_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is {value}, expected"):
+        Sampling(**{name: value})
+
+
+# ---- adapters
+
+
+def adapted(folder, dtype=torch.float32):
+    model = load_model(folder, dtype=dtype)
+    adapters = attach(model, 2, 6.0, "all-linear", seed=1)
+    torch.manual_seed(3)
+    for name, x in adapters.tensors().items():
+        if name.endswith("lora_B"):
+            x.copy_(torch.randn_like(x) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merged_equals_unmerged(dtype, tmp_path):
+    """And the adapter is seen: with half of its scale the same comparison fails."""
+    folder = write_checkpoint(reference_model(), tmp_path)
+    tokens, bounds = torch.tensor(PROMPTS[4]), torch.tensor([0, 65], dtype=torch.int32)
+    model = adapted(folder, dtype)
+    with torch.no_grad():
+        before = model(tokens, bounds)
+        merge_adapters(model)
+        after = model(tokens, bounds)
+    assert all(layer.adapter is None for _, layer in generation.fused_layers(model))
+    assert relative_error(after, before) <= (1e-5 if dtype == torch.float32 else 1e-12)
+    half = adapted(folder, dtype)
+    for _, layer in generation.fused_layers(half):
+        layer.adapter.scale /= 2
+    merge_adapters(half)
+    assert relative_error(half(tokens, bounds), before) > 1e-3
+
+
+def test_merging_rounds_once(tmp_path):
+    """bf16 weights: the sum is formed in fp32 and rounded to the nearest."""
+    folder = write_checkpoint(reference_model(), tmp_path)
+    model, exact = adapted(folder, torch.bfloat16), adapted(folder, torch.bfloat16)
+    for _, layer in generation.fused_layers(exact):
+        layer.weight.data = layer.weight.data.double()
+        layer.adapter.double()
+    merge_adapters(model)
+    merge_adapters(exact)
+    pairs = zip(generation.fused_layers(model), generation.fused_layers(exact), strict=True)
+    different = [(a.weight != b.weight.to(torch.bfloat16)).float().mean() for (_, a), (_, b) in pairs]
+    assert max(different) < 1e-3  # fp32 against fp64 decides a tie now and then
+
+
+def test_adapters_are_applied_while_decoding(tmp_path):
+    """Unmerged and merged give the same text, and another than the base."""
+    folder = write_checkpoint(reference_model(), tmp_path)
+    model = adapted(folder)
+    unmerged = generated(model, [])
+    merge_adapters(model)
+    assert generated(model, []) == unmerged != generated(load_model(folder), [])

@@ -1,0 +1,112 @@
+"""Imputing over a faulty endpoint: every row answered once, failures listed, a kill forgets nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from psysafe.corpus.__main__ import main
+from psysafe.data import read_rows
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers with a trace that names the request; each request first meets the faults of `faults`, in order."""
+
+    faults: ClassVar[dict[str, list]] = {}
+    answered: ClassVar[Counter] = Counter()
+    delay = 0.0
+    authorisations: ClassVar[set] = set()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][-1]["content"].split("\n")[1]
+        type(self).authorisations.add(self.headers.get("Authorization"))
+        time.sleep(self.delay)
+        fault = self.faults.get(prompt, []).pop(0) if self.faults.get(prompt) else None
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        text = {"null": None, "thoughts": f"<think>secret</think>\nWhy {prompt}"}.get(fault, f"Why {prompt}")
+        if fault != "null":
+            type(self).answered[prompt] += 1
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}  # fmt: skip
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    Stub.faults, Stub.answered, Stub.delay, Stub.authorisations = {}, Counter(), 0.0, set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def rows_file(tmp_path, count):
+    rows = [{"prompt": f"p{i}", "answer": f"a{i}", "risk cluster": "weapon", "id": i} for i in range(count)]
+    rows[1]["reasoning"] = "kept"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(path, out, endpoint):
+    return ["impute", str(path), "--out", str(out), "--url", endpoint, "--model-name", "m", "--workers", "3"]
+
+
+def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_you")
+    path, out = rows_file(tmp_path, 8), tmp_path / "out.jsonl"
+    Stub.faults = {"p0": [429, 500], "p2": ["null"], "p3": ["thoughts"], "p4": [400]}
+    assert main(flags(path, out, endpoint)) == 1
+    got = {row.fields["id"]: row.fields for row in read_rows(out)}
+    assert got[0]["reasoning"] == "Why p0" and got[3]["reasoning"] == "Why p3" and got[1]["reasoning"] == "kept"
+    assert "reasoning" not in got[2] and "reasoning" not in got[4]
+    printed = capsys.readouterr().out
+    assert "row 3 (line 3): no reasoning: the reply has no content" in printed
+    assert "row 5 (line 5): no reasoning: HTTP 400" in printed
+    # Started again: only the two that failed are asked, and now they answer.
+    assert main(flags(path, out, endpoint)) == 0
+    assert [row.fields["id"] for row in read_rows(out)] == list(range(8))
+    assert all(row.reasoning for row in read_rows(out))
+    assert Stub.answered == {f"p{i}": 1 for i in range(8) if i != 1}
+    assert not any("hf_not_for_you" in str(value) for value in Stub.authorisations)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_asks_no_row_twice(tmp_path, endpoint):
+    path, out = rows_file(tmp_path, 30), tmp_path / "out.jsonl"
+    Stub.delay = 0.2
+    command = [sys.executable, "-m", "psysafe.corpus", *flags(path, out, endpoint)]
+    process = subprocess.Popen(command, env=os.environ)
+    while sum(Stub.answered.values()) < 8:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    time.sleep(0.5)
+    under_way = 3  # replies that the killed process had asked for and could not write down
+    assert subprocess.run(command, env=os.environ, check=False).returncode == 0
+    assert [row.fields["id"] for row in read_rows(out)] == list(range(30))
+    assert all(row.reasoning for row in read_rows(out))
+    assert sum(Stub.answered.values()) <= 29 + 2 * under_way

@@ -1,0 +1,175 @@
+"""Exact resume: killed at random moments, stopped by signals, and continued, a run repeats the uninterrupted one bit
+for bit: loss, lr, gradient norm, validation loss, adapter. Also the lines that bad input gets from train.py."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from psysafe.config import ASSETS
+from tests.oracles import BASE
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+EXACT = ("loss", "lr", "grad_norm", "val_loss", "tokens", "trained_tokens")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A micro model with random weights, the bundled tokenizer, and a few rows: a step takes some 20 ms."""
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copy(ASSETS / "tiny" / "tokenizer.json", folder)
+    vocab = json.loads((ASSETS / "tiny" / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps({**BASE, "vocab_size": vocab, "model_type": "qwen3_5_text"}))
+    rows = (ASSETS / "rows" / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(rows[:22]))
+    (folder / "val.jsonl").write_text("\n".join(rows[30:34]))
+    return folder
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    """22 rows, 2 a step, 3 epochs: 33 steps with a validation after 11, 22 and 33."""
+    flags = f"--model random:{folder}/config.json --data {folder}/train.jsonl --val-data {folder}/val.jsonl "
+    flags += f"--out {folder / out} --batch-size 2 --epochs 3 --save-every 2 --warmup-steps 3 --max-tokens 80 --lr 1e-2"
+    return [sys.executable, str(ROOT / "train.py"), "--resume", "auto", *flags.split(), *more]
+
+
+def finish(folder: Path, out: str, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(folder, out, *more), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", *EXACT) if key in row} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    first, second = (load_file(run / "adapter_model.safetensors") for run in (a, b))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def interrupt(folder: Path, out: str, wait_for: int, delay: float, number: int) -> int:
+    """Starts or continues a run and sends the signal `delay` seconds after `wait_for` more steps -> the exit code."""
+    process = subprocess.Popen(command(folder, out), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    seen = 0
+    for line in process.stdout:
+        seen += "/33 " in line and "validation" not in line
+        if seen >= wait_for:
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    return process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace) -> Path:
+    done = finish(workspace, "whole")
+    assert done.returncode == 0, done.stderr
+    rows = metrics(workspace / "whole")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 34))
+    assert [row["step"] for row in rows if "val_loss" in row] == [11, 22, 33]
+    return workspace / "whole"
+
+
+@pytest.mark.slow
+def test_killed_at_five_random_moments(workspace, uninterrupted):
+    chance = random.Random(0)
+    for _ in range(5):
+        interrupt(workspace, "killed", chance.randint(1, 6), chance.uniform(0, 0.1), signal.SIGKILL)
+    assert finish(workspace, "killed").returncode == 0
+    assert_same_run(uninterrupted, workspace / "killed")
+
+
+@pytest.mark.slow
+def test_stop_signals_save_and_exit(workspace, uninterrupted):
+    """The step is finished, the state saved, the exit code says which signal; continuing gives the same run."""
+    began = time.monotonic()
+    assert interrupt(workspace, "stopped", 3, 0.0, signal.SIGTERM) == 143
+    assert time.monotonic() - began < 30  # start included; the stop itself takes a step and a save
+    assert list((workspace / "stopped" / "state").iterdir())
+    assert interrupt(workspace, "stopped", 9, 0.0, signal.SIGINT) == 130
+    assert finish(workspace, "stopped").returncode == 0
+    assert_same_run(uninterrupted, workspace / "stopped")
+
+
+@pytest.mark.slow
+def test_a_forgotten_part_of_the_state_is_caught(workspace, uninterrupted, tmp_path):
+    """A resume that forgot the optimiser's state (here: zeroed in the saved file) is not bit-identical."""
+    from safetensors.torch import save_file
+
+    from psysafe.run_state import _sums
+
+    interrupt(workspace, "damaged", 6, 0.0, signal.SIGTERM)
+    newest = max((workspace / "damaged" / "state").iterdir())
+    tensors = load_file(newest / "state.safetensors")
+    tensors["absmax_m"].zero_()
+    save_file(tensors, newest / "state.safetensors")
+    contents = {name: (newest / name).read_bytes() for name in ("state.safetensors", "state.json")}
+    (newest / "SHA256SUMS").write_bytes(_sums(contents))
+    assert finish(workspace, "damaged").returncode == 0
+    with pytest.raises(AssertionError):
+        assert_same_run(uninterrupted, workspace / "damaged")
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_adapter(workspace, uninterrupted):
+    """--adapter-init: the first step of a warm-up has rate 0, so after it the adapter is still the one that was given;
+    after two steps it has moved."""
+    first = load_file(uninterrupted / "adapter_model.safetensors")
+    for steps, same in ((1, True), (2, False)):
+        out = f"from-adapter-{steps}"
+        done = finish(workspace, out, "--adapter-init", str(uninterrupted), "--max-steps", str(steps))
+        assert done.returncode == 0, done.stderr
+        tensors = load_file(workspace / out / "adapter_model.safetensors")
+        assert all(torch.equal(tensors[name], first[name]) for name in first) == same
+    assert metrics(workspace / "from-adapter-1")[0]["loss"] < metrics(uninterrupted)[0]["loss"]
+
+
+def refused(workspace, capfd, *flags: str) -> str:
+    """Runs train.py in this process; it has to end with code 2 and one line on stderr."""
+    import train
+    from psysafe.runtime import main_guard
+
+    argv = command(workspace, "refused", *flags)[4:]
+    assert main_guard(train.main, argv) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": ', "malformed JSON at line 2"),
+        ('{"prompt": "a"}\n', "no answer"),
+        ("[1]", "row 1"),
+    ],
+)
+def test_bad_rows_are_one_line(workspace, capfd, tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_text(content)
+    line = refused(workspace, capfd, "--data", str(tmp_path / "rows.jsonl"))
+    assert message in line and "rows.jsonl" in line
+
+
+def test_bad_settings_are_one_line(workspace, capfd, tmp_path):
+    assert "--lora-rank" in refused(workspace, capfd, "--lora-rnak", "2")
+    (tmp_path / "file").write_text("x")
+    assert "file is a file" in refused(workspace, capfd, "--out", str(tmp_path / "file" / "run"))
+    assert "no such model folder" in refused(workspace, capfd, "--model", "./nowhere")
+    assert "lora_targets" in refused(workspace, capfd, "--lora-targets", "q_porj")
+    assert not (tmp_path / "file" / "run").exists()
