@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             name, help=sentence, allow_abbrev=False, formatter_class=formatter, description=part.__doc__
         )
         part.arguments(command)
-        command.add_argument("--out", required=True, metavar="DIR", help="folder for results; an interrupted one goes on")
+        command.add_argument("--out", required=True, metavar="DIR", help="folder of results; a killed run goes on")
     command = commands.add_parser("report", help="Markdown, HTML and JSON over finished evaluations")
     report.arguments(command)
     return parser.parse_args(argv)

@@ -9,27 +9,26 @@ The run directory receives config.toml, metrics.jsonl, the adapter in PEFT's for
 
 import hashlib
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import kernels
 from psysafe.checkpoint import load_model, resolve_model
-from psysafe.config import TrainConfig, expand, resolve, to_toml
-from psysafe.data import Dataset, MicroBatch, encode_rows, pack, read_rows, split_rows, step_documents, steps_per_epoch
+from psysafe.config import TrainConfig, resolve, to_toml
+from psysafe.data import Dataset, MicroBatch, pack, step_documents, steps_per_epoch
+from psysafe.facts import Rows, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
 from psysafe.files import write_atomic
-from psysafe.lora import Adapters, attach, load_adapter, save_adapter
+from psysafe.lora import Adapters, save_adapter
+from psysafe.memory import Plan, Sizes
 from psysafe.model import Qwen3_5
 from psysafe.optim import AdamW, cosine_schedule
-from psysafe.prompts import system_text
+from psysafe.roofline import flops_per_token
 from psysafe.run_log import RunLog, check_optional, plot_loss, print_run
-from psysafe.run_state import State, StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
-from psysafe.runtime import Runtime, StopRequest, main_guard, start, versions
-from psysafe.tokenizer import load_tokenizer
+from psysafe.run_state import State, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.runtime import Moment, Runtime, StopRequest, main_guard, start, versions
 
 MAX_SKIPPED = 3  # steps in a row whose gradient norm is not finite
 
@@ -49,39 +48,59 @@ class Run:
     step: int = 0  # steps done
     epoch_open: bool = True  # False between an epoch's last step and its validation
     best_val: float | None = None
+    plan: Plan | None = None  # on a GPU: what backward makes again
+    unsaved: str = ""  # why the last save failed, if it did
 
 
 def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
     check_optional(config)
     runtime = start(config.device, config.dtype, config.seed)
+    if config.dry_run:
+        if runtime.is_main:
+            print_run(config, sources, dry_run(config, runtime))
+        return 0
     folder, commit = resolve_model(config.model, config.revision)
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
 
     # Every rank reads all rows: a step's documents are a pure function of (rows, seed, step).
     train_set, val_set = load_data(config, folder)
-    model = load_model(config.model, device=runtime.device, dtype=runtime.dtype, revision=commit)
+    model = load_model(
+        config.model, device=runtime.device, dtype=runtime.dtype, revision=commit, embedding=config.embedding
+    )
+    check_vocabulary(config, model, train_set, val_set)
     adapters = attach_adapters(model, config)
+    # An adapter given by --adapter-init brings its own shape; the run is recorded with it.
+    shape = {"lora_rank": adapters.rank, "lora_alpha": float(adapters.alpha), "lora_targets": list(adapters.targets)}
+    config = replace(config, **shape)
     total_steps = config.max_steps or config.epochs * steps_per_epoch(len(train_set), config.batch_size)
     optimizer = make_optimizer(adapters, config)
-    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps)
+    plan = make_plan(config, model, adapters, optimizer, runtime.device)
+    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps, plan=plan)
     rows_digest = digest(train_set, val_set)
     state = restore(run, rows_digest)
 
+    rows = Rows.of(train_set)
     if runtime.is_main:
-        print_run(config, sources, facts(run))
+        device = f"{runtime.world_size} x {runtime.device_name}"
+        live = kernels.describe(runtime.device, model.config.head_dim)
+        validation = val_set.summary() if val_set else "none"
+        told = facts(config, model, adapters, optimizer, rows, validation, plan, device, live)
+        print_run(config, sources, told)
         for line in (*state.warnings, f"resuming after step {run.step} from {state.path}") if state else ():
             print(f"  {line}")
-    if config.dry_run:
-        return 0
-    if runtime.is_main:
         out = prepare_run_dir(config.out, config.resume)
         write_atomic(out / "config.toml", to_toml(config, sources))
     if runtime.world_size > 1:
         dist.barrier()
 
-    with RunLog(config.out, config, runtime, total_steps, run.step) as log, StopRequest() as stop:
+    useful = flops_per_token(model.config, rows.context, rows.trained / rows.tokens)
+    log = RunLog(config.out, config, runtime, total_steps, run.step, useful, validated=run.epoch_open)
+    with log, StopRequest() as stop:
         code = train(run, log, stop, rows_digest)
+    if code == 0 and run.unsaved:
+        print(f"error: {run.unsaved}; make room and finish with --resume auto", file=sys.stderr)
+        return 1
     if code == 0 and runtime.is_main:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
         print(f"adapter in {config.out}{best}; try:  python generate.py --adapter {config.out} \"How are you?\"")
@@ -117,7 +136,12 @@ def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
             run.epoch_open = True
             save(run, log, rows_digest)
             continue
-        result = train_step(run)
+        try:
+            result = train_step(run)
+        except torch.OutOfMemoryError as error:
+            log_step(run, log, waiting)
+            save(run, log, rows_digest)
+            raise ValueError(run.plan.out_of_memory(run.step + 1, run.config.out, error)) from None
         log_step(run, log, waiting)
         waiting = result
         run.step += 1
@@ -138,23 +162,6 @@ class StepResult:
         return self.fields | dict(zip(self.names, self.values.tolist(), strict=True)) | {"seconds": seconds}
 
 
-class Moment:
-    """A point in the device's work: a CUDA event, or simply the time."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.time, self.event = device, time.perf_counter(), None
-        if device.type == "cuda":
-            self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
-
-    def since(self, earlier: "Moment") -> float:
-        """Seconds; waits until the device has come that far."""
-        if self.event is None:
-            return self.time - earlier.time
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1000
-
-
 def train_step(run: Run) -> StepResult:
     """One optimiser step over this rank's share of the step's documents.
 
@@ -169,6 +176,8 @@ def train_step(run: Run) -> StepResult:
     run.optimizer.zero_grad()
     loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
     for batch in pack(documents[runtime.rank :: runtime.world_size], config.micro_batch_tokens):
+        if run.plan is not None:
+            run.plan.apply(run.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
         part = batch_loss(run.model, batch, runtime) / targets
         part.backward()
         loss += part.detach()
@@ -190,9 +199,11 @@ def train_step(run: Run) -> StepResult:
 
 def batch_loss(model: Qwen3_5, batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
     """The summed cross-entropy of a micro-batch's trained tokens."""
-    tokens, rows, labels = (x.to(runtime.device, non_blocking=True) for x in (batch.tokens, batch.rows, batch.labels))
-    hidden = model(tokens, kernels.Documents(batch.cu_seqlens, runtime.device), rows=rows)
-    return kernels.linear_cross_entropy(hidden, model.head, labels)
+    documents = kernels.Documents(batch.cu_seqlens, runtime.device)
+    in_host_memory = model.embed_tokens.device.type == "cpu"
+    tokens = batch.tokens if in_host_memory else documents.to_device(batch.tokens)
+    hidden = model(tokens, documents, rows=documents.to_device(batch.rows))
+    return kernels.linear_cross_entropy(hidden, model.head, documents.to_device(batch.labels))
 
 
 @torch.no_grad()
@@ -232,12 +243,13 @@ def save(run: Run, log: RunLog, rows_digest: str) -> None:
     meta = {"recipe": recipe(config), "rows": rows_digest, "versions": versions()}
     meta |= {"best_val": run.best_val, "epoch_open": run.epoch_open, "world_size": run.runtime.world_size}
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
+    multimodal, run.unsaved = run.model.config.multimodal, ""
     try:
-        save_state(config.out, run.step, tensors, meta)
-        multimodal = run.model.config.multimodal
         save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
-    except StateNotSaved as error:
-        log.say(f"warning: {error}; training goes on, the state before it is kept")
+        save_state(config.out, run.step, tensors, meta)
+    except OSError as error:  # StateNotSaved is one
+        run.unsaved = f"step {run.step} was not saved: {error}"
+        log.say(f"warning: {run.unsaved}; training goes on, what was saved before is kept")
 
 
 def restore(run: Run, rows_digest: str) -> State | None:
@@ -255,38 +267,14 @@ def restore(run: Run, rows_digest: str) -> State | None:
     return state
 
 
-def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:
-    return AdamW(
-        adapters.param,
-        adapters.grad,
-        adapters.segments,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        min_8bit_size=config.min_8bit_size,
-        state_bits=8 if config.optimizer == "adamw8bit" else 32,
-    )
-
-
-def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
-    """Training and validation documents; without validation files a share of the training rows is set apart."""
-    if not config.data:
-        raise ValueError("no training rows: give --data FILE, or data = [...] in the config file")
-    tokenizer, system = load_tokenizer(folder), system_text(config.system)
-    rows, val_rows = read_rows([expand(path) for path in config.data]), []
-    if config.val_data:
-        val_rows = read_rows([expand(path) for path in config.val_data])
-    elif config.val_fraction:
-        rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
-    train_set = encode_rows(rows, tokenizer, config.max_tokens, system)
-    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system) if val_rows else None
-
-
-def attach_adapters(model: Qwen3_5, config: TrainConfig) -> Adapters:
-    if config.adapter_init:
-        return load_adapter(model, expand(config.adapter_init))
-    return attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None) -> None:
+    """A tokenizer of another model would otherwise end in an illegal memory access on the device."""
+    largest = max(int(document.tokens.max()) for data in sets if data is not None for document in data.documents)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"{config.model}: its tokenizer gives token {largest}, its config.json says vocab_size "
+            f"{model.config.vocab_size}; take both from the same model"
+        )
 
 
 def digest(*sets: Dataset | None) -> str:
@@ -295,30 +283,6 @@ def digest(*sets: Dataset | None) -> str:
     for document in (document for data in sets if data is not None for document in data.documents):
         sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
     return sha.hexdigest()
-
-
-def facts(run: Run) -> dict[str, str]:
-    """What follows from the settings, for the reader of the log."""
-    config, model, adapters, train_set = run.config, run.model, run.adapters, run.train_set
-
-    def size(*tensors: torch.Tensor) -> str:
-        count = sum(x.numel() * x.element_size() for x in tensors)
-        return f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.2f} MB"
-
-    weights = [p for name, p in model.named_parameters() if ".adapter." not in name]
-    per_step = train_set.n_tokens / len(train_set) * config.batch_size
-    per_epoch = steps_per_epoch(len(train_set), config.batch_size)
-    return {
-        "device": f"{run.runtime.world_size} x {run.runtime.device_name}, {config.dtype}",
-        "kernels": kernels.describe(run.runtime.device, model.config.head_dim),
-        "model": f"{sum(p.numel() for p in weights):,} frozen parameters, {size(*weights)}",
-        "adapter": f"{adapters.count:,} parameters in {len(adapters.segments)} tensors, {size(adapters.param)}; "
-        f"optimiser state {size(*run.optimizer.state_tensors().values())}",
-        "training rows": train_set.summary(),
-        "validation rows": run.val_set.summary() if run.val_set else "none",
-        "steps": f"{config.batch_size} documents, about {per_step:,.0f} tokens each; {per_epoch:,} an epoch, "
-        f"{run.total_steps:,} in all, {train_set.n_tokens * run.total_steps / per_epoch:,.0f} tokens",
-    }
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expec
     _same_names(actual, expected)
     for name, b in expected.items():
         b = b.detach().double().cpu()
+        for x in (actual, plain):
+            assert x[name].shape == b.shape, f"{name}: shape {tuple(x[name].shape)}, expected {tuple(b.shape)}"
         ours, theirs = ((x[name].detach().double().cpu() - b) for x in (actual, plain))
         for what, limit, error in (
             ("max", 2.0, lambda e: e.abs().max().item()),

@@ -70,7 +70,7 @@ class Documents:
         self.lengths: list[int] = [b - a for a, b in pairwise(bounds)]
         self.total: int = bounds[-1]
         self.device = device
-        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
+        self.cu_seqlens = self.to_device(cu_seqlens.to(torch.int32))
         self._tables: dict[object, object] = {}
 
     def __len__(self) -> int:
@@ -95,7 +95,8 @@ class Documents:
         )
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Copies a host table without blocking the host."""
-        if self.device.type == "cuda":
+        """Copies a tensor to where the documents are; from the host to a GPU through pinned memory, because a copy from
+        pageable memory may make the host wait."""
+        if self.device.type == "cuda" and table.device.type == "cpu":
             table = table.pin_memory()
-        return table.to(self.device, non_blocking=True)
+        return table.to(self.device, non_blocking=self.device.type == "cuda")

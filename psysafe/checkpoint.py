@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psysafe.config import expand
-from psysafe.layers import FusedLinear
+from psysafe.layers import FusedLinear, frozen
 from psysafe.lora import load_adapter, read_json
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
@@ -36,15 +36,21 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    embedding: str = "gpu",
 ) -> Qwen3_5:
     """A folder, a hub id, or `random:CONFIG.json` (seeded random weights) -> the decoder, in evaluation mode.
 
+    embedding "cpu" keeps the input embedding in host memory, whatever the device.
     Raises ValueError with one line that says what is wrong with the checkpoint and where.
     """
     random = str(source).startswith("random:")
     folder, _ = resolve_model(source, revision)
-    config_file = folder / (Path(str(source)).name if random else "config.json")
+    config_file = folder / (Path(expand(str(source).removeprefix("random:"))).name if random else "config.json")
     model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
+    if embedding == "cpu":
+        if model.lm_head is None:
+            raise ValueError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
+        model.embed_tokens = frozen(*model.embed_tokens.shape, dtype=dtype)
     if random:
         randomise(model)
     else:
@@ -83,7 +89,7 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
 
     try:
         folder = snapshot_download(
-            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
         )
         return Path(folder), Path(folder).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -119,11 +125,12 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
     """Fills the decoder from the folder's safetensors. Everything is checked before the first byte is read."""
     wanted = published_tensors(model)
     found: dict[str, tuple[Path, str]] = {}
-    wrong = []
+    seen, wrong = set(), []
     for path, key, shape, dtype in tensor_entries(folder):
         name = decoder_name(key)
         if name is None or (name == "lm_head.weight" and model.lm_head is None):
             continue
+        seen.add(name)
         if name not in wanted:
             wrong.append(f"unknown tensor {key}")
         elif shape != wanted[name].shape:
@@ -132,8 +139,7 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
             wrong.append(f"{key} is {dtype}, expected one of {', '.join(READABLE)} (quantised checkpoints do not load)")
         else:
             found[name] = (path, key)
-    complained = " ".join(wrong)
-    wrong += [f"missing tensor {name}" for name in wanted if name not in found and name not in complained]
+    wrong += [f"missing tensor {name}" for name in wanted if name not in seen]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
@@ -204,21 +210,21 @@ def decoder_name(key: str) -> str | None:
 
 @torch.no_grad()
 def randomise(model: Qwen3_5) -> None:
-    """Seeded random weights, tensor by tensor from its published name: the same numbers whatever the loading order,
-    so that other implementations can be given the same model. Magnitudes as at initialisation."""
-    device = model.embed_tokens.device
+    """Seeded random weights, tensor by tensor: the same numbers whatever the loading order."""
     for name, x in published_tensors(model).items():
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        noise = torch.empty(x.shape, dtype=torch.float32, device=device).normal_(generator=generator)
-        if name.endswith("A_log"):
-            noise *= 0.5
-        elif name.endswith("linear_attn.norm.weight"):
-            noise = 1 + 0.1 * noise
-        elif not name.endswith(("dt_bias", "norm.weight")):
-            noise *= model.config.initializer_range
-        else:
-            noise *= 0.1
-        x.copy_(noise)
+        x.copy_(random_tensor(name, x.shape, model.config.initializer_range, x.device))
+
+
+def random_tensor(name: str, shape: tuple[int, ...], scale: float, device: torch.device | str = "cpu") -> Tensor:
+    """fp32 numbers that follow from the published name alone, so that other implementations can be given the same
+    model. Magnitudes as at initialisation; `scale` is the matrices'."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    noise = torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator)
+    if name.endswith("A_log"):
+        return 0.5 * noise
+    if name.endswith("linear_attn.norm.weight"):
+        return 1 + 0.1 * noise
+    return noise * (0.1 if name.endswith(("dt_bias", "norm.weight")) else scale)
 
 
 def main(argv: Sequence[str]) -> int:

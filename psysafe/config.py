@@ -64,7 +64,7 @@ class TrainConfig:
     epochs: int = 5
     """Passes over the training rows, reshuffled each time."""
     max_steps: int = 0
-    """Stop after this many steps; 0 runs all epochs. The learning rate reaches zero at the last step either way."""
+    """Run this many steps, fewer or more than the epochs have; 0 runs the epochs. The learning rate ends at zero."""
 
     # Adapter
     lora_rank: int = 1
@@ -100,13 +100,17 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """The gradient's norm over all adapter tensors is clipped to this."""
     seed: int = 3407
-    """Seed of the adapter's start, the order of the rows, and random weights."""
+    """Seed of the adapter's start, the split into training and validation, and the order of the rows."""
 
     # Machine and reporting
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the frozen weights and activations; auto is bfloat16 on a GPU, float32 on a CPU."""
+    memory_limit: float = 0.0
+    """GB (1e9 bytes) of GPU memory to plan with, 1 GB of them as a reserve; 0 takes all that the GPU has."""
+    embedding: Literal["gpu", "cpu"] = "gpu"
+    """Where the input embedding lies: cpu keeps it in host memory, which frees 2.5 GB of the GPU for the 27B."""
     report: Literal["none", "wandb", "trackio"] = "none"
     """Also send the metrics to this tracker, which must be installed."""
     project: str = "psych-safety-finetuning"
@@ -114,7 +118,7 @@ class TrainConfig:
     plot: bool = False
     """Draw loss.png into the run directory at the end; needs matplotlib."""
     dry_run: bool = False
-    """Print the resolved run with its arithmetic and stop; writes nothing."""
+    """Print the resolved run, its memory plan and its predicted time, then stop; reads no weights, writes nothing."""
 
     def __post_init__(self):
         for key in KEYS:
@@ -125,7 +129,9 @@ KEYS = {f.name: f.type for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(TrainConfig)}
 
 _RANGES = {  # what a value must be: (the test, the keys)
-    "0 or more": (lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed"),
+    "0 or more": (
+        lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed memory_limit"
+    ),
     "1 or more": (lambda x: x >= 1, "max_tokens batch_size micro_batch_tokens epochs lora_rank"),
     "above 0": (lambda x: x > 0, "lora_alpha eps max_grad_norm"),
     "0 or more and below 1": (lambda x: 0 <= x < 1, "val_fraction beta1 beta2"),
@@ -206,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else "VALUE"
-            options["nargs"] = "*" if kind == list[str] else None
+            if kind == list[str]:  # extend: a flag given twice adds to the list, nothing is dropped
+                options |= {"nargs": "*", "action": "extend"}
         parser.add_argument("--" + key.replace("_", "-"), **options)
     return parser
 

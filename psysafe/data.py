@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from psysafe.runtime import main_guard
 from psysafe.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
 
-DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
 EXPECTED_FILE = "expected a JSON array of rows or one JSON object a line"
 EXPECTED_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
 
@@ -93,16 +93,13 @@ class MicroBatch:
     """Whole documents in one flat row, as the model takes them.
 
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
-    the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens.
+    the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
     """
 
     tokens: torch.Tensor
     cu_seqlens: torch.Tensor
     rows: torch.Tensor
     labels: torch.Tensor
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        return MicroBatch(*(t.to(device) for t in (self.tokens, self.cu_seqlens, self.rows, self.labels)))
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
@@ -279,24 +276,20 @@ def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m psysafe.data", description="Show a row as the model sees it.")
     parser.add_argument("--show", required=True, metavar="FILE", help="a JSON or JSONL file of rows")
     parser.add_argument("--row", type=int, default=1, metavar="N", help="which row, from 1 (default 1)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="folder or hub id (default: bundled)")
+    parser.add_argument("--model", default="assets:tiny", metavar="DIR", help="folder or hub id (default: bundled)")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="cut longer rows (default 4096)")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     args = parser.parse_args(argv)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    try:
-        rows = read_rows(args.show)
-        if not 1 <= args.row <= len(rows):
-            raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
-        tokenizer = load_tokenizer(args.model)
-        document, length = _encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system=None)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = read_rows(args.show)
+    if not 1 <= args.row <= len(rows):
+        raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
+    tokenizer = load_tokenizer(args.model)
+    document, length = _encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system=None)
     print(f"{document.source} of {len(rows):,}\n\n{show(document, tokenizer, color)}")
     cut = f", cut from {length:,}" if length > len(document) else ""
     print(f"{len(document):,} tokens{cut}; {document.n_targets:,} trained")
@@ -304,4 +297,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))

@@ -42,16 +42,18 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = FusedLinear(values, {"out_proj": config.hidden_size})
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
-        qkv, z, b, a = self.project(x, u)
-        if batch.cache is None:
-            q, k, v = kernels.causal_conv1d_silu(qkv, self.conv1d, batch.documents, self.splits)
+        documents, cache, remake = batch.documents, batch.cache, batch.remake
+        qkv, z, b, a = remake("in_proj", self.project, x, u)
+        if cache is None:
+            q, k, v = remake("conv", lambda x: kernels.causal_conv1d_silu(x, self.conv1d, documents, self.splits), qkv)
         else:
-            q, k, v = batch.cache.convolve(layer, qkv, self.conv1d, batch.documents, self.splits)
+            q, k, v = cache.convolve(layer, qkv, self.conv1d, documents, self.splits)
         q, k, v = (part.unflatten(1, shape) for part, shape in zip((q, k, v), self.shapes, strict=True))
-        if batch.cache is None:
-            o, _ = kernels.gated_delta_rule(q, k, v, a, b, self.A_log, self.dt_bias, batch.documents)
+        if cache is None:
+            frozen = self.A_log, self.dt_bias, documents
+            o, _ = remake("delta_rule", lambda *x: kernels.gated_delta_rule(*x, *frozen), q, k, v, a, b)
         else:
-            o = batch.cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, batch.documents)
+            o = cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, documents)
         x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)
         return Pending(self.out_proj(x), self.out_proj.owes(u))
 

@@ -7,18 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Documents, LoRATerm
+from psysafe.recompute import Remake
 
 if TYPE_CHECKING:
     from psysafe.cache import CacheView
 
 
 class Batch(NamedTuple):
-    """What all layers of a forward pass share. cos and sin (T, R), fp32 or wider."""
+    """What all layers of a forward pass share. cos and sin (T, R), fp32 or wider; `remake` is each block's own."""
 
     documents: Documents
     cos: Tensor
     sin: Tensor
     cache: "CacheView | None" = None
+    remake: Remake = Remake()
 
 
 class FusedLinear(nn.Module):

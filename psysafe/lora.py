@@ -25,7 +25,13 @@ from psysafe.model import Qwen3_5
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DELTA_NET_TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 PRESETS = {"all-linear": TARGETS + DELTA_NET_TARGETS}
-LAYOUTS = ("auto", "text", "multimodal")
+
+# Fields of PEFT's adapter_config.json under which y = W x + s B A x would not be what the adapter means.
+UNSUPPORTED = (
+    *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "alora_invocation_tokens"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication"),
+)
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that take a part of W away when they begin
 
 
 class Adapter(nn.Module):
@@ -90,14 +96,16 @@ def attach(
 ) -> Adapters:
     """Gives every targeted projection of the model an adapter: A Kaiming-uniform(a = sqrt 5), B zero, as PEFT does.
 
-    The initial values depend on the seed and the names alone, not on the device.
+    Adapters from before are taken off first: one left on a projection that is no target now would still add its term,
+    but lie outside the new buffer. The initial values depend on the seed and the names alone, not on the device.
     """
     targets = resolve_targets(targets)
     scale = lora_scale(rank, alpha, use_rslora)
     layers = [(name, layer) for name, layer in fused_layers(model) if set(layer.parts) & set(targets)]
     if not layers:
         raise ValueError(f"lora_targets {list(targets)}: the model has none of these projections")
-    device = model.embed_tokens.device
+    detach(model)
+    device = model.norm.device  # not the embedding's, which may lie in host memory
     dtype = torch.promote_types(model.embed_tokens.dtype, torch.float32)
     sizes = [((len(layer.parts) * rank, layer.weight.shape[1]), (layer.weight.shape[0], rank)) for _, layer in layers]
     total = sum(math.prod(shape) for pair in sizes for shape in pair)
@@ -192,13 +200,13 @@ def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
     """Attaches an adapter folder of ours or PEFT's, either key layout. Raises ValueError for what cannot be honoured
     (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
     config, loaded = read_adapter(directory)
+    # What the file holds decides: PEFT's target_modules may also be a regular expression.
+    held = {name.rpartition(".")[0].rpartition(".")[2] for name in loaded}
+    targets = sorted(held & set(PRESETS["all-linear"]))
+    if not targets:
+        raise ValueError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
     adapters = attach(
-        model,
-        config["r"],
-        config["lora_alpha"],
-        # What the file holds decides: PEFT's target_modules may also be a regular expression.
-        sorted({name.split(".")[-2] for name in loaded} & set(PRESETS["all-linear"])),
-        use_rslora=config.get("use_rslora", False),
+        model, config["r"], config["lora_alpha"], targets, use_rslora=config.get("use_rslora", False)
     )
     fill_adapter(adapters, loaded, directory)
     return adapters
@@ -208,9 +216,15 @@ def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """(adapter_config.json, tensors by our names) of an adapter folder in PEFT's format, checked."""
     directory = Path(directory)
     config = read_json(directory / "adapter_config.json")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+    for key in UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{directory}/adapter_config.json: {key} = {config[key]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        raise ValueError(
+            f"{directory}/adapter_config.json: init_lora_weights = {start!r} is not supported: such an adapter belongs "
+            "to a changed base; have PEFT convert it first (path_initial_model_for_weight_conversion)"
+        )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise ValueError(f"{directory}/adapter_config.json: expected peft_type LORA with bias none")
     for key, kind in (("r", int), ("lora_alpha", int | float)):

@@ -19,6 +19,7 @@ from kernels import Documents, Pending
 from psysafe.gated_delta_net import GatedDeltaNet
 from psysafe.layers import Batch, FusedLinear, frozen
 from psysafe.model_config import ModelConfig
+from psysafe.recompute import Remake
 
 if TYPE_CHECKING:
     from psysafe.cache import CacheView
@@ -37,17 +38,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
         config = self.config
-        q, gate, k, v = kernels.qk_norm_rope(
-            self.in_proj(x),
-            self.q_norm,
-            self.k_norm,
-            batch.cos,
-            batch.sin,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.rms_norm_eps,
-            self.in_proj.owes(u),
-        )
+        y = batch.remake("in_proj", self.in_proj, x)
+        sizes = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        others = self.q_norm, self.k_norm, batch.cos, batch.sin, *sizes, self.in_proj.owes(u)
+        q, gate, k, v = batch.remake("rope", lambda y: kernels.qk_norm_rope(y, *others), y)
         if batch.cache is None:
             o = kernels.causal_attention(q, k, v, batch.documents)
         else:
@@ -65,8 +59,9 @@ class MLP(nn.Module):
         self.in_proj = FusedLinear(D, {"gate_proj": size, "up_proj": size})
         self.out_proj = FusedLinear(size, {"down_proj": D})
 
-    def forward(self, x: Tensor, u: Tensor | None) -> Pending:
-        x, u = kernels.swiglu(self.in_proj(x), self.in_proj.owes(u), self.out_proj.lora_A)
+    def forward(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
+        gate_up = batch.remake("gate_up", self.in_proj, x)
+        x, u = kernels.swiglu(gate_up, self.in_proj.owes(u), self.out_proj.lora_A)
         return Pending(self.out_proj(x), self.out_proj.owes(u))
 
 
@@ -83,6 +78,7 @@ class Block(nn.Module):
             self.linear_attn = GatedDeltaNet(config)
         self.post_attention_layernorm = frozen(config.hidden_size)
         self.mlp = MLP(config)
+        self.recompute: frozenset[str] = frozenset()  # what backward makes again (psysafe.memory decides)
 
     @property
     def mixer(self) -> nn.Module:
@@ -92,14 +88,20 @@ class Block(nn.Module):
         self, h: Tensor, pending: Pending | None, batch: Batch, rows: Tensor | None = None
     ) -> tuple[Tensor, Pending]:
         """h (T, D) -> (T, D); with `rows` (N,) the MLP runs on those rows only: (N, D)."""
-        h, x, u = kernels.residual_rms_norm(h, pending, self.input_layernorm, self.eps, self.mixer.in_proj.lora_A)
-        pending = self.mixer(x, u, batch, self.layer)
-        if rows is not None:
-            h, pending = h.index_select(0, rows), _select(pending, rows)
-        h, x, u = kernels.residual_rms_norm(
-            h, pending, self.post_attention_layernorm, self.eps, self.mlp.in_proj.lora_A
-        )
-        return h, self.mlp(x, u)
+        with Remake(self.recompute) as remake:
+            batch = batch._replace(remake=remake)
+            h, x, u = self.add_and_norm(h, pending, self.input_layernorm, self.mixer.in_proj.lora_A, remake)
+            pending = self.mixer(x, u, batch, self.layer)
+            if rows is not None:
+                h, pending = h.index_select(0, rows), _select(pending, rows)
+            h, x, u = self.add_and_norm(h, pending, self.post_attention_layernorm, self.mlp.in_proj.lora_A, remake)
+            return h, self.mlp(x, u, batch)
+
+    def add_and_norm(self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None, remake: Remake):
+        """(h, x, u); x is never saved, because it can be made again from h."""
+        h, x, u = kernels.residual_rms_norm(h, pending, weight, self.eps, lora_A)
+        remake.derive(x, lambda h: kernels.residual_rms_norm(h, None, weight, self.eps)[1], h)
+        return h, x, u
 
 
 class Qwen3_5(nn.Module):
@@ -135,13 +137,20 @@ class Qwen3_5(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, cu_seqlens end at {documents.total}")
         positions = documents.positions if cache is None else cache.positions(documents)
         batch = Batch(documents, *self.rotary(positions), cache)
-        h, pending = F.embedding(tokens, self.embed_tokens), None
+        h, pending = self.embed(tokens), None
         for layer in self.layers:
             h, pending = layer(h, pending, batch, rows if layer is self.layers[-1] else None)
         _, x, _ = kernels.residual_rms_norm(h, pending, self.norm, self.config.rms_norm_eps)
         if cache is not None:
             cache.advance(documents)
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (T,) -> (T, D). An embedding in host memory wants its tokens there, too: that costs no wait."""
+        h = F.embedding(tokens.to(self.embed_tokens.device), self.embed_tokens)
+        if h.device != self.norm.device:
+            h = (h.pin_memory() if self.norm.is_cuda else h).to(self.norm.device, non_blocking=True)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V), in the activation dtype."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from psysafe.config import ASSETS
+from psysafe.config import ASSETS, expand
 
 NAMES = ("none", "v0", "v1")
 
@@ -11,7 +11,7 @@ def system_text(name: str) -> str | None:
     """none -> None (no system message); v0, v1 -> the bundled prompts; anything else is a text file."""
     if name == "none":
         return None
-    path = ASSETS / f"system_{name}.txt" if name in NAMES else Path(name)
+    path = ASSETS / f"system_{name}.txt" if name in NAMES else Path(expand(name))
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -54,6 +54,7 @@ class RunLog:
     """Metrics of a run, to the screen, to metrics.jsonl and to the tracker.
 
     first_step: the last step that is already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
+    validated: whether the first step's validation is part of the resumed state.
     flops_per_token: useful FLOP of a training token; without it, or on an unknown GPU, no MFU is shown.
     """
 
@@ -65,6 +66,7 @@ class RunLog:
         total_steps: int,
         first_step: int = 0,
         flops_per_token: float = 0.0,
+        validated: bool = True,
     ):
         self.runtime, self.total_steps, self.last_step = runtime, total_steps, first_step
         peak = runtime.peak
@@ -74,7 +76,7 @@ class RunLog:
         if not runtime.is_main:
             return
         path = Path(run_dir) / METRICS
-        cut_metrics(path, first_step)
+        cut_metrics(path, first_step, validated)
         self.file = path.open("a", encoding="utf-8")
         if config.report != "none":
             os.environ.setdefault("WANDB_DIR", str(run_dir))
@@ -178,10 +180,14 @@ def read_metrics(path: str | Path) -> list[dict]:
     return rows
 
 
-def cut_metrics(path: str | Path, step: int) -> None:
-    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step."""
+def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
+    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step.
+
+    validated: whether that step's validation, if it has one, is already part of the saved state.
+    """
     path = Path(path)
-    kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+    rows = read_metrics(path) if path.exists() else []
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,23 @@ def memory_peak(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class Moment:
+    """A point in the device's work: a CUDA event, or simply the time."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.time, self.event = device, time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds; waits until the device has come that far."""
+        if self.event is None:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
 class StopRequest:
     """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and leave.
 
@@ -164,7 +182,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
+        self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)

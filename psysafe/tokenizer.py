@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from psysafe.config import expand
+
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, THINK_END = "<think>", "</think>"
 ASSISTANT_MARKER = f"{IM_START}assistant\n{THINK}"
@@ -75,7 +77,7 @@ class Tokenizer:
         content is split off. Thinking is off only for `enable_thinking=False` (the templates of 0.8B and 2B have it
         off unless true: pass what you want).
         """
-        text = "".join(piece for piece, _ in _pieces(messages))
+        text = "".join(piece for piece, _ in rendered_pieces(messages))
         if add_generation_prompt:
             text += ASSISTANT_MARKER + "\n"
             if enable_thinking is False:
@@ -90,7 +92,7 @@ class Tokenizer:
         and never searched for in it, so a user who writes the marker out is not trained on. A trained piece lies
         between added tokens, which no other token reaches across.
         """
-        pieces = _pieces(messages)
+        pieces = rendered_pieces(messages)
         ids, offsets = self.encode_with_offsets("".join(piece for piece, _ in pieces))
         trained_at = [trained for piece, trained in pieces for _ in piece]
         return ids, [trained_at[start] for start, _ in offsets]
@@ -102,6 +104,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     Reads tokenizer.json, and the ids that end a generation from generation_config.json where there is one (else they
     are those of `<|im_end|>` and `<|endoftext|>`).
     """
+    source = expand(str(source))
     path = _find_file(source, "tokenizer.json", revision)
     if path is None:
         raise ValueError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
@@ -163,8 +166,8 @@ def _checked(text: str) -> str:
     return text
 
 
-def _pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """The rendered conversation in order, cut into (text, trained)."""
+def rendered_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """The rendered conversation in order, cut into (text, trained). ValueError for one that the template refuses."""
     if not messages:
         raise ValueError("No messages provided.")
     contents = [_content(message, number) for number, message in enumerate(messages, 1)]

@@ -81,9 +81,11 @@ def test_tied_head_is_the_embedding(tmp_path):
     assert "lm_head.weight" not in published_tensors(model)
 
 
-def test_random_weights_are_the_same_everywhere(tmp_path):
+def test_random_weights_are_the_same_everywhere(tmp_path, monkeypatch):
+    """Wherever the config is named from: by its whole path, or as a bare name in the current directory."""
     both_models(tmp_path)
-    first, second = (load_model(f"random:{tmp_path}/config.json") for _ in range(2))
+    monkeypatch.chdir(tmp_path)
+    first, second = (load_model(f"random:{config}") for config in (tmp_path / "config.json", "config.json"))
     assert torch.equal(logits(first), logits(second))
     assert logits(first).isfinite().all() and logits(first).std() > 0
 
@@ -115,6 +117,11 @@ def broken(case: str, folder):
         tensors["model.language_model.surplus"] = tensors.pop(norm)
         shard(folder, tensors, 2)
         return "unknown tensor model.language_model.surplus; missing tensor norm.weight"
+    if case == "missing, with a name that ends another's":
+        other = "model.language_model.layers.0.linear_attn.norm.weight"
+        del tensors[norm]
+        shard(folder, {**tensors, other: torch.ones(7)}, 2)
+        return r"linear_attn.norm.weight is \[7\].*; missing tensor norm.weight"
     if case == "quantised":
         shard(folder, {**tensors, norm: torch.ones(48, dtype=torch.int8)}, 2)
         return "norm.weight is I8, expected one of BF16"
@@ -143,7 +150,8 @@ def broken(case: str, folder):
 
 CASES = (
     *("truncated shard", "header only half there", "missing shard", "no weights", "wrong shape"),
-    *("missing and extra tensors", "quantised", "index names another folder", "index and shard disagree"),
+    *("missing and extra tensors", "missing, with a name that ends another's", "quantised"),
+    *("index names another folder", "index and shard disagree"),
     *("index is no JSON", "index without map", "config is a list", "no config"),
 )
 

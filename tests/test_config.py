@@ -52,6 +52,8 @@ def test_defaults_give_way_to_the_file_and_the_file_to_flags(write):
     expected = {"lr": path, "val_fraction": path, "epochs": "--epochs", "data": "--data", "plot": "--plot"}
     assert sources == dict.fromkeys(KEYS, "default") | expected | {"micro_batch_tokens": "--micro-batch-tokens"}
     assert resolve(["--config", write("plot = true"), "--no-plot"])[0].plot is False
+    twice = resolve(["--config", write('data = ["file"]'), "--data", "a", "b", "--data=c"])[0]
+    assert twice.data == ["a", "b", "c"]  # given twice, nothing is dropped; the file's list gives way as a whole
 
 
 def test_the_committed_files_resolve_and_the_default_one_works_from_any_folder(tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_split_is_stratified_and_reproducible(tmp_path, capsys):
 
 def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
     long = "This answer is long enough to be told apart from any other answer in this test, whatever is done to it. "
+    quoted = "An answer which has more than two hundred characters, " * 4 + "and which the system prompt quotes."
     training = [row("Where is it?", long * 3 + "Ending one."), row("Clean", "A clean answer.")]
     held_out = [
         row("where IS it", "Own words."),
@@ -80,9 +81,10 @@ def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
         row("Quoted in the system prompt", "Mine."),
         row("Untouched", "Mine too."),
         row("it", "A word that stands inside others."),
+        row("With an example's answer", quoted),
     ]
     train, held = write(tmp_path / "train.jsonl", training), write(tmp_path / "val.jsonl", held_out)
-    (tmp_path / "system.txt").write_text("Say this: quoted in the system prompt!")
+    (tmp_path / "system.txt").write_text(f"Say this: quoted in the system prompt! Or: {quoted}")
     (tmp_path / "bench.csv").write_text('id,prompt,type\n1,"Clean?",x\n2,Other,x\n')
     write(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["untouched"], "prompt_style": "base"}])
     leaks = leakage(
@@ -96,6 +98,7 @@ def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
         ("where IS it", "prompt", "train.jsonl row 1 (line 1)"),
         ("Fresh", "answer", "train.jsonl row 1 (line 1)"),
         ("Quoted in the system prompt", "prompt", "S"),
+        ("With an example's answer", "answer", "S"),
         ("Clean", "prompt", "bench.csv"),
         ("Untouched", "prompt", "question.jsonl"),
     }
@@ -113,6 +116,7 @@ def test_bundled_rows_are_clean(capsys):
 
 def test_validate_names_line_and_problem(tmp_path, capsys):
     rows = [row("ok"), row("OK!"), row("b", cluster="piracy"), {"prompt": 3}, row("c", framework_name="SOBER")]
+    rows += [{"messages": [{"role": "user", "content": "Hello"}, {"role": "tool", "content": "?"}]}, {"messages": "Hi"}]
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out
@@ -120,4 +124,6 @@ def test_validate_names_line_and_problem(tmp_path, capsys):
     assert "row 3 (line 3): unknown risk cluster 'piracy'" in out
     assert "row 4 (line 4): prompt is 3, expected a text" in out
     assert "row 5 (line 5): 'SOBER' is no strategy of 'violence'" in out
+    assert "row 6 (line 6): Unexpected message role 'tool' in message 2" in out
+    assert 'row 7 (line 7): messages is "Hi", expected a list of messages' in out
     assert "row 1 " not in out.replace("as " + path + " row 1", "")

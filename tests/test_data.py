@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from psysafe import data
 from psysafe.data import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
+from psysafe.runtime import main_guard
 from psysafe.tokenizer import Tokenizer, load_tokenizer
 from tests.real_tokenizer import real_tokenizer_folder
 
@@ -304,18 +305,11 @@ def test_a_shifted_mask_is_noticed(tokenizer, monkeypatch):
         check_trained_text(tokenizer, document)
 
 
-def test_micro_batch_to():
-    (batch,) = pack(masked("011", "01"), 100)
-    moved = batch.to("meta")
-    assert {t.device.type for t in (moved.tokens, moved.cu_seqlens, moved.rows, moved.labels)} == {"meta"}
-    assert moved.tokens.shape == batch.tokens.shape
-
-
 # python -m psysafe.data
 
 
 def show(capsys, *args) -> tuple[int, str, str]:
-    return data.main(list(map(str, args))), *capsys.readouterr()
+    return main_guard(data.main, list(map(str, args))), *capsys.readouterr()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def files():
     yield from (("scripts", ROOT / f"{name}.py") for name in SCRIPTS if (ROOT / f"{name}.py").exists())
 
 
-@pytest.mark.parametrize(("where", "path"), files(), ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(("where", "path"), list(files()), ids=lambda x: getattr(x, "name", x))
 def test_import_direction(where, path):
     assert not faults(where, path.read_text())
 

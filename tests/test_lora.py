@@ -181,6 +181,15 @@ def test_initial_values_depend_on_seed_and_names_alone(tmp_path):
     assert all(not x.any() for name, x in tensors.items() if name.endswith("lora_B"))
 
 
+def test_attaching_takes_earlier_adapters_off(tmp_path):
+    """One left on a projection that is no target now would add its term and never be trained or saved."""
+    _, model, _ = tuned(tmp_path)
+    plain = load_model(tmp_path)
+    attach(model, 1, 32, ["q_proj"])
+    with torch.no_grad():
+        assert torch.equal(model(ids(9), one(9)), plain(ids(9), one(9)))
+
+
 def test_what_cannot_be_honoured_is_refused(tmp_path):
     _, model, adapters = tuned(tmp_path / "base")
     save_adapter(adapters, tmp_path / "good", base="base", multimodal=False)
@@ -199,6 +208,9 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
     refused("bias none", bias="all")
     refused("modules_to_save", modules_to_save=["lm_head"])
     refused("rank_pattern", rank_pattern={"q_proj": 4})
+    refused("layer_replication", layer_replication=[[0, 2], [1, 3]])
+    refused("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
+    refused("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})
     refused("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
     other = {key.replace("layers.", "layers.1"): x for key, x in tensors.items()}
     refused("none of its .* tensors belongs to this model", other)

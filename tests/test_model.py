@@ -22,6 +22,7 @@ from psysafe.lora import attach
 from psysafe.model_config import ModelConfig
 from tests.oracles import CONFIGS, both_models, reference_model, write_checkpoint
 
+ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
 LENGTHS = (1, 2, 63, 64, 65, 130)
 
 
@@ -273,7 +274,7 @@ def test_a_reset_slot_starts_afresh(checkpoints):
 
 
 def test_27b_has_the_published_parameters():
-    text = json.loads((Path(__file__).parent / "qwen3.5-27b-config.json").read_text())
+    text = json.loads(ARCHITECTURE.read_text())
     model = build(ModelConfig.from_dict(text), "meta", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 26_895_998_464
     adapters = attach(model, 1, 32)
@@ -292,7 +293,7 @@ def test_27b_has_the_published_parameters():
     ],
 )
 def test_another_architecture_is_named(change, message):
-    text = json.loads((Path(__file__).parent / "qwen3.5-27b-config.json").read_text())
+    text = json.loads(ARCHITECTURE.read_text())
     text.update(change)
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict({key: value for key, value in text.items() if value is not None})

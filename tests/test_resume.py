@@ -173,3 +173,43 @@ def test_bad_settings_are_one_line(workspace, capfd, tmp_path):
     assert "no such model folder" in refused(workspace, capfd, "--model", "./nowhere")
     assert "lora_targets" in refused(workspace, capfd, "--lora-targets", "q_porj")
     assert not (tmp_path / "file" / "run").exists()
+
+
+def run_here(workspace, out, monkeypatch, failing) -> int:
+    """A short run in this process in which the saves that `failing(n)` names find the disk full."""
+    import errno
+
+    import train
+    from psysafe.run_state import StateNotSaved
+
+    calls, save_state = [0], train.save_state
+
+    def save(*args, **kwargs):
+        calls[0] += 1
+        if failing(calls[0]):
+            raise StateNotSaved(errno.ENOSPC, "No space left on device")
+        return save_state(*args, **kwargs)
+
+    monkeypatch.setattr(train, "save_state", save)
+    return train.main(command(workspace, out, "--max-steps", "6")[4:])
+
+
+def test_a_full_disk_costs_a_warning(workspace, capsys, monkeypatch):
+    """The second of three saves fails: training goes on, and the last one is there."""
+    assert run_here(workspace, "full-once", monkeypatch, lambda n: n == 2) == 0
+    assert "step 4 was not saved" in capsys.readouterr().out
+    states = [path.name for path in (workspace / "full-once" / "state").iterdir()]
+    assert sorted(states) == ["step-00000002", "step-00000006"]
+
+
+def test_a_disk_that_stays_full_is_no_success(workspace, capsys, monkeypatch):
+    assert run_here(workspace, "full", monkeypatch, lambda n: True) == 1
+    assert "make room and finish with --resume auto" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_named(workspace, capfd, tmp_path):
+    small = {**json.loads((workspace / "config.json").read_text()), "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    shutil.copy(workspace / "tokenizer.json", tmp_path)
+    line = refused(workspace, capfd, "--model", f"random:{tmp_path}/config.json")
+    assert "its config.json says vocab_size 100" in line

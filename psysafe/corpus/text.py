@@ -22,6 +22,12 @@ def template(answer: str) -> str:
     return normalise(answer[:TEMPLATE_CHARACTERS])
 
 
+def opening(answer: str) -> str:
+    """The same beginning without the word that the cut went through: what a quotation of the answer holds whole."""
+    cut = template(answer)
+    return cut if len(answer) <= TEMPLATE_CHARACTERS else cut.rpartition(" ")[0]
+
+
 def prompts_of(path: str | Path) -> list[str]:
     """The prompts of any file that a leak is looked for in: rows (JSON, JSONL), a benchmark's CSV with a `prompt` or
     `question` column, or its JSONL with `turns` or `question`."""
@@ -55,8 +61,8 @@ def prompt_of(fields: object) -> str:
 
 
 def answer_of(row: Row) -> str:
-    """The answer of a checked row: its field, or the last assistant message without its thoughts."""
-    if "answer" in row.fields:
+    """The answer of a checked row: its field, or the last assistant message without its thoughts ("" without one)."""
+    if "messages" not in row.fields:
         return row.fields["answer"]
-    replies = [m["content"] for m in row.fields["messages"] if m.get("role") == "assistant"]
-    return replies[-1].rpartition("</think>")[2].strip() if replies else ""
+    replies = [m.get("content") for m in row.fields["messages"] if isinstance(m, dict) and m.get("role") == "assistant"]
+    return replies[-1].rpartition("</think>")[2].strip() if replies and isinstance(replies[-1], str) else ""

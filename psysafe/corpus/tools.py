@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from psysafe.corpus.text import answer_of, normalise, prompt_of, prompts_of, template
+from psysafe.corpus.text import TEMPLATE_CHARACTERS, answer_of, normalise, opening, prompt_of, prompts_of, template
 from psysafe.data import Row, encode_rows, read_unchecked_rows
 from psysafe.files import write_atomic
-from psysafe.tokenizer import Tokenizer
+from psysafe.tokenizer import Tokenizer, rendered_pieces
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
 SPLIT_SEED = 42
@@ -148,23 +148,25 @@ def leakage(
     benchmarks: Sequence[str | Path] = (),
 ) -> list[Leak]:
     """Prompts of held-out rows, and the first 200 characters of their answers, found inside a system prompt or in a
-    training row; and benchmark prompts that are training rows."""
+    training row; and benchmark prompts that are rows, held out or not."""
     leaks = []
     prompt_rows, answer_rows = {}, {}
     for row in training:
         prompt_rows.setdefault(normalise(prompt_of(row.fields)), row)
         answer_rows.setdefault(template(answer_of(row)), row)
     for row in held_out:
-        for what, text in (("prompt", prompt_of(row.fields)), ("answer", answer_of(row)[:200])):
+        prompt, answer = prompt_of(row.fields), answer_of(row)
+        start = answer[:TEMPLATE_CHARACTERS]
+        for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", start, opening(answer))):
             for name, system in (system_prompts or {}).items():
-                if normalise(text) and f" {normalise(text)} " in f" {normalise(system)} ":
+                if words and f" {words} " in f" {normalise(system)} ":
                     leaks.append(Leak(row, what, name, text in system))
-        twin = prompt_rows.get(normalise(prompt_of(row.fields)))
+        twin = prompt_rows.get(normalise(prompt)) if prompt else None
         if twin:
-            leaks.append(Leak(row, "prompt", twin.where, prompt_of(row.fields) == prompt_of(twin.fields)))
-        twin = answer_rows.get(template(answer_of(row)))
+            leaks.append(Leak(row, "prompt", twin.where, prompt == prompt_of(twin.fields)))
+        twin = answer_rows.get(template(answer)) if answer else None
         if twin:
-            leaks.append(Leak(row, "answer", twin.where, answer_of(row)[:200] == answer_of(twin)[:200]))
+            leaks.append(Leak(row, "answer", twin.where, start == answer_of(twin)[:TEMPLATE_CHARACTERS]))
     for path in benchmarks:
         texts = prompts_of(path)
         known = {normalise(text) for text in texts}
@@ -187,6 +189,7 @@ def validate(path: str | Path, clusters: dict[str, list[str]]) -> list[str]:
             problems.append(f"{where}: {type(fields).__name__}, expected an object")
             continue
         if "messages" in fields:
+            problems += [f"{where}: {problem}" for problem in _message_problems(fields["messages"])]
             continue
         for key in ("prompt", "answer", CLUSTER, CATEGORY, "framework_name"):
             if not isinstance(fields.get(key), str) or not fields[key].strip():
@@ -204,3 +207,13 @@ def validate(path: str | Path, clusters: dict[str, list[str]]) -> list[str]:
             if first != where:
                 problems.append(f"{where}: the same prompt as {first}")
     return problems
+
+
+def _message_problems(messages: object) -> list[str]:
+    if not isinstance(messages, list) or not messages:
+        return [f"messages is {json.dumps(messages)[:40]}, expected a list of messages"]
+    try:
+        rendered_pieces(messages)
+    except ValueError as error:
+        return [str(error)]
+    return []

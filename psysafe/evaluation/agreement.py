@@ -65,7 +65,7 @@ def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tu
             if item is not None and label is not None and item[name] is not None:
                 pairs[name].append((label, int(item[name])))
     if not any(pairs.values()):
-        raise ValueError(f"{file}: none of its labels belongs to a judged answer; expected the same prompts, word by word")
+        raise ValueError(f"{file}: none of its labels belongs to a judged answer; expected the same prompts")
     return pairs, unmatched
 
 

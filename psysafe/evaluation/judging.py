@@ -97,6 +97,7 @@ def compare(
         for prompt in prompts
         if prompt in scored[name]
     ]
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
 
     by = f"the {rules.NAME}" if who is None else who.name
@@ -150,7 +151,7 @@ def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, 
     counted = sorted({tuple(s.counts.items()) for s in summaries.values()})
     same = len(counted) == 1 and len(set(dict(counted[0]).values())) == 1
     found = [Table(title, COLUMNS, [cells(n, s) for n, s in summaries.items()], bars="overall %",
-                   note="" if same else "not every criterion was found in every reply; see the next table")]  # fmt: skip
+                   note="" if same else "a criterion was missing in some replies: see the next table")]  # fmt: skip
     if not same:
         names = list(summaries[baseline].counts)
         found.append(Table("Answers that each figure is over", [("setting", ""), *((n, ",") for n in names)],

@@ -79,7 +79,8 @@ def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
         Table(title, COLUMNS, criteria, bars="overall %"),
         Table("The four parts of a supportive refusal", wide, parts, bars="all four %"),
         Table("Answers that give their own cluster's helplines, US and UK",
-              [("cluster", ""), ("n", ","), ("base %", ".0f"), ("fine-tuned %", ".0f")], helplines, bars="fine-tuned %"),
+              [("cluster", ""), ("n", ","), ("base %", ".0f"), ("fine-tuned %", ".0f")], helplines,
+              bars="fine-tuned %"),
         Table("Benign validation prompts",
               [("model", ""), ("n", ","), ("answered %", ".0f"), ("in the base's words %", ".0f")], kept),
     ]  # fmt: skip

@@ -84,7 +84,7 @@ class Subject:
         """
         identity = self.identity
         keys = {
-            setting: {q: key_of("answer", identity, *_setting_identity(setting), q.number, q.prompt) for q in questions}
+            setting: {q: key_of("answer", identity, *setting_identity(setting), q.number, q.prompt) for q in questions}
             for setting in settings
         }
         with Journal(out) as journal:
@@ -133,7 +133,7 @@ def fingerprint(folder: Path) -> str:
     return sha.hexdigest()[:20]
 
 
-def _setting_identity(setting: Setting) -> tuple[str, str | None]:
+def setting_identity(setting: Setting) -> tuple[str, str | None]:
     if setting.adapter == BASE:
         return BASE, system_text(setting.system)
     folder = Path(expand(setting.adapter))

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from psysafe.evaluation.journal import Journal
 
+NO_KEY = "none"  # what endpoints without a key are sent; they ignore it
 TRANSIENT = {429, 500, 502, 503, 504}
 
 
@@ -57,7 +58,7 @@ class Endpoint:
     """A model behind an OpenAI-compatible URL. Thread-safe. Raises ValueError for a URL that cannot be meant."""
 
     def __init__(self, url: str, model: str, key: str = "", patience: Patience | None = None, **options):
-        """key: sent as a bearer token; "" sends none. options: of every completion (temperature, max_tokens, ...)."""
+        """key: sent as a bearer token; "" for none. options: of every completion (temperature, max_tokens, ...)."""
         from huggingface_hub import InferenceClient, constants
 
         parts = urllib.parse.urlsplit(url)
@@ -72,8 +73,8 @@ class Endpoint:
         self.url, self.model, self.options = url, model, options
         self.patience = patience or Patience()
         self._key = key
-        # With api_key=None the client would send this machine's HF_TOKEN to whoever runs the endpoint.
-        self._client = InferenceClient(base_url=url, api_key=key, timeout=self.patience.deadline_s)
+        # Given None or "", the client would send this machine's HF_TOKEN to whoever runs the endpoint.
+        self._client = InferenceClient(base_url=url, api_key=key or NO_KEY, timeout=self.patience.attempt_s)
 
     def chat(self, messages: Sequence[dict]) -> Reply:
         """The model's reply, or ItemFailed. Overload, server errors, time-outs, dropped connections and unreadable

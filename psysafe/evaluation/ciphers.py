@@ -1,0 +1,64 @@
+"""The encodings among SORRY-Bench's mutations, both ways: ascii codes, Caesar (shift 3), Morse, atbash."""
+
+import re
+import string
+
+SHIFT = 3
+MORSE = {
+    "A": ".-", "B": "-...", "C": "-.-.", "D": "-..", "E": ".", "F": "..-.", "G": "--.", "H": "....", "I": "..",
+    "J": ".---", "K": "-.-", "L": ".-..", "M": "--", "N": "-.", "O": "---", "P": ".--.", "Q": "--.-", "R": ".-.",
+    "S": "...", "T": "-", "U": "..-", "V": "...-", "W": ".--", "X": "-..-", "Y": "-.--", "Z": "--..",
+    "0": "-----", "1": ".----", "2": "..---", "3": "...--", "4": "....-", "5": ".....", "6": "-....", "7": "--...",
+    "8": "---..", "9": "----.", ".": ".-.-.-", ",": "--..--", "?": "..--..", "'": ".----.", "!": "-.-.--",
+    "/": "-..-.", "(": "-.--.", ")": "-.--.-", "&": ".-...", ":": "---...", ";": "-.-.-.", "=": "-...-",
+    "+": ".-.-.", "-": "-....-", "_": "..--.-", '"': ".-..-.", "$": "...-..-", "@": ".--.-.",
+}  # fmt: skip
+LETTERS = {code: letter for letter, code in MORSE.items()}
+LOWER, UPPER = string.ascii_lowercase, string.ascii_uppercase
+
+
+def encode_caesar(text: str, shift: int = SHIFT) -> str:
+    shift %= 26
+    shifted = LOWER[shift:] + LOWER[:shift] + UPPER[shift:] + UPPER[:shift]
+    return text.translate(str.maketrans(LOWER + UPPER, shifted))
+
+
+def decode_caesar(text: str) -> str:
+    return encode_caesar(text, -SHIFT)
+
+
+def encode_atbash(text: str) -> str:
+    return text.translate(str.maketrans(LOWER + UPPER, LOWER[::-1] + UPPER[::-1]))
+
+
+decode_atbash = encode_atbash
+
+
+def encode_ascii(text: str) -> str:
+    """Code points in decimal, separated by spaces."""
+    return " ".join(str(ord(character)) for character in text)
+
+
+def decode_ascii(text: str) -> str:
+    """Runs of three codes or more become text, as does a text of codes alone; whatever else the model wrote stays."""
+
+    def decoded(found: re.Match) -> str:
+        codes = [int(code) for code in re.findall(r"\d+", found[0])]
+        return "".join(map(chr, codes)) if all(code < 0x110000 for code in codes) else found[0]
+
+    code = r"\b\d{1,7}\b"
+    return re.sub(rf"{code}(?:[ ,]+{code}){{2,}}|\A{code}(?:[ ,]+{code})?\Z", decoded, text.strip())
+
+
+def encode_morse(text: str) -> str:
+    """Letters separated by a space, words by " / "; what Morse has no code for stays as it is."""
+    return " / ".join(" ".join(MORSE.get(c, c) for c in word.upper()) for word in text.split())
+
+
+def decode_morse(text: str) -> str:
+    """In capitals: Morse has no others."""
+    words = re.split(r"\s*/\s*|\s{3,}|\n", text.strip())
+    return " ".join("".join(LETTERS.get(code, code) for code in word.split()) for word in words)
+
+
+DECODERS = {"caesar": decode_caesar, "atbash": decode_atbash, "ascii": decode_ascii, "morse": decode_morse}

@@ -1,0 +1,49 @@
+"""The numbers published with the original system (arXiv 2606.09697 and its model card), for the report to show beside
+ours. They were made with other prompts, judges and generations than yours may have been."""
+
+from psysafe.evaluation.results import Table
+
+JUDGE = {  # setting -> refusal %, grounding, its std, references %, relevance, its std, overall %
+    "base, v0": (90.6, 3.38, 1.17, 64.8, 3.90, 0.86, 71.9),
+    "base, v1": (96.0, 4.56, 0.86, 95.2, 4.52, 0.74, 92.0),
+    "fine-tuned, v0": (100.0, 3.86, 0.79, 99.8, 3.37, 1.16, 82.7),
+    "fine-tuned, v1": (99.8, 3.78, 0.81, 99.1, 3.38, 1.17, 82.0),
+}
+XSTEST = {  # setting -> over-refusal %, safety %
+    "base, default": (13.2, 59.0),
+    "base, v0": (12.4, 63.0),
+    "base, v1": (24.0, 78.5),
+    "fine-tuned, default": (3.6, 17.0),
+    "fine-tuned, v0": (4.8, 15.0),
+    "fine-tuned, v1": (9.2, 26.5),
+}
+SORRY_BENCH = {"base": (17.1, 25.4), "fine-tuned": (0.0, 0.0)}  # compliance: base set %, average of the mutations %
+MMLU = {"base": 0.8443, "fine-tuned": 0.8020}
+HELLASWAG = {"base": (0.6377, 0.8343), "fine-tuned": (0.6405, 0.8249)}  # acc, acc_norm
+AGREEMENT = {"refusal": 0.79, "grounding": 0.26, "references": 1.00, "relevance": 0.19, "pooled": 0.61}
+
+
+def _tables() -> dict[str, Table]:
+    one = [("published", "")]
+    return {
+        "judge": Table(
+            "Published: Qwen3.5-27B, 500 prompts, judged by Qwen3.5-397B-A17B",
+            [*one, ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"), ("relevance", ".2f"),
+             ("overall %", ".1f")],
+            [[name, r, [g, gs], f, [v, vs], o] for name, (r, g, gs, f, v, vs, o) in JUDGE.items()],
+        ),
+        "xstest": Table("Published", [*one, ("over-refusal %", ".1f"), ("safety %", ".1f")],
+                        [[name, *row] for name, row in XSTEST.items()]),
+        "sorry-bench": Table(
+            "Published", [*one, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
+            [[name, *row] for name, row in SORRY_BENCH.items()],
+        ),
+        "mmlu": Table("Published", [*one, ("acc", ".4f")], [[name, acc] for name, acc in MMLU.items()]),
+        "hellaswag": Table("Published", [*one, ("acc", ".4f"), ("acc_norm", ".4f")],
+                           [[name, *row] for name, row in HELLASWAG.items()]),
+        "agreement": Table("Published, n = 200", [*one, ("Cohen's kappa", ".2f")],
+                           [[name, kappa] for name, kappa in AGREEMENT.items()]),
+    }  # fmt: skip
+
+
+TABLES = _tables()  # kind of evaluation -> what was published of it

@@ -1,0 +1,179 @@
+"""eval.py report: everything that was run on one page.
+
+    python eval.py report runs/judged runs/xstest runs/mmlu --out runs/report
+
+Writes report.md, report.html (self-contained: no script, nothing is fetched, bars as inline SVG) and report.json.
+"""
+
+import argparse
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from psysafe.evaluation import published
+from psysafe.evaluation.results import Result, Table, load, say, shown
+from psysafe.files import write_atomic
+
+NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d5dce3; --bar: #2a7f8e; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e9ef; --soft: #9aa8b6; --line: #36424e; --bar: #4fb3c3; --page: #141a20; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--bar); padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; } .soft, .note { color: var(--soft); font-size: .9rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 600; } .n { text-align: right; } svg { display: block; margin: .8rem 0; max-width: 100%; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg rect { fill: var(--bar); }
+summary { cursor: pointer; color: var(--soft); } nav a { margin-right: 1rem; color: var(--bar); }
+"""
+LONG = 24  # rows from which a table is folded away in the page
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="--out folders of finished evaluations")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the report is written")
+
+
+def run(args: argparse.Namespace) -> None:
+    parts = [(folder, *load(folder)) for folder in args.folders]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "report.md", markdown(parts))
+    write_atomic(out / "report.html", page(parts))
+    content = {"notice": NOTICE, "evaluations": [{"folder": f, **asdict(result), **rest} for f, result, rest in parts]}
+    write_atomic(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    say(f"{len(parts)} evaluations in {out}/report.md, report.html and report.json")
+
+
+Part = tuple[str, Result, dict]
+
+
+def tables_of(result: Result) -> list[Table]:
+    """Ours, with what was published behind the first one."""
+    theirs = [published.TABLES[result.kind]] if result.kind in published.TABLES else []
+    return [*result.tables[:1], *theirs, *result.tables[1:]]
+
+
+def facts(folder: str, result: Result, rest: dict) -> dict[str, str]:
+    """How a result came about, in a reader's order."""
+    found = {"folder": folder, "finished": rest["finished"]}
+    found |= {name: str(value) for name, value in result.settings.items() if value not in ("", None)}
+    found["versions"] = ", ".join(f"{name} {version}" for name, version in rest["versions"].items() if version)
+    return found
+
+
+def contamination(result: Result) -> str:
+    c = result.contamination
+    if c is None:
+        return "Overlap with training rows: not measured (give --train FILE)."
+    return (f"Overlap with training rows: of {c['prompts']:,} prompts {c['exact']:,} stand there word by word, "
+            f"{c['normalised']:,} apart from case and punctuation.")  # fmt: skip
+
+
+# Markdown
+
+
+def markdown(parts: Sequence[Part]) -> str:
+    lines = ["# Evaluation report", "", NOTICE, ""]
+    for folder, result, rest in parts:
+        lines += [f"## {result.title}", ""]
+        for table in tables_of(result):
+            lines += [f"### {table.title}", "", *_markdown_table(table), "", *([table.note, ""] if table.note else [])]
+        lines += [*(f"{note}  " for note in result.notes), contamination(result), ""]
+        if result.failed:
+            lines += [f"Failed items: {len(result.failed):,}", ""]
+            lines += [f"- {_cell(item)}: {_cell(reason)}" for item, reason in result.failed.items()] + [""]
+        lines += [f"- {name}: {_cell(value)}" for name, value in facts(folder, result, rest).items()] + [""]
+    return "\n".join(lines)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    names = [_cell(name) for name, _ in table.columns]
+    rules = ["---:" if form else "---" for _, form in table.columns]
+    return ["| " + " | ".join(map(_cell, row)) + " |" for row in [names, rules, *table.cells()]]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+# HTML
+
+
+def page(parts: Sequence[Part]) -> str:
+    toc = "".join(f'<a href="#part{i}">{html.escape(result.kind)}</a>' for i, (_, result, _) in enumerate(parts))
+    body = "".join(_section(f"part{i}", *part) for i, part in enumerate(parts))
+    # The policy makes the browser itself refuse every request, should a text ever bring one in.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Evaluation report</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f'<h1>Evaluation report</h1>\n<p class="soft">{html.escape(NOTICE)}</p>\n<nav>{toc}</nav>\n'
+        f"{body}</body></html>\n"
+    )
+
+
+def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
+    parts = [f'<section id="{anchor}">\n<h2>{html.escape(result.title)}</h2>\n']
+    parts += map(_html_table, tables_of(result))
+    parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in [*result.notes, contamination(result)]]
+    if result.failed:
+        items = "".join(f"<li>{html.escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
+        summary = f"<summary>failed items: {len(result.failed):,}</summary>"
+        parts.append(f"<details open>{summary}<ul>{items}</ul></details>\n")
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in facts(folder, result, rest).items()
+    )
+    parts.append(f'<details><summary>settings and versions</summary><table class="facts">{rows}</table></details>\n')
+    return "".join(parts) + "</section>\n"
+
+
+def _html_table(table: Table) -> str:
+    kinds = [' class="n"' if form else "" for _, form in table.columns]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(
+            f"<{tag}{kind}>{html.escape(c)}</{tag}>" for c, kind in zip(cells, kinds, strict=True)
+        ) + "</tr>"  # fmt: skip
+
+    head = line("th", [name for name, _ in table.columns])
+    body = "".join(line("td", cells) for cells in table.cells())
+    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ""
+    whole = f'<div class="wide"><table class="result"><thead>{head}</thead><tbody>{body}</tbody></table></div>\n'
+    if len(table.rows) > LONG:
+        whole = f"<details><summary>{len(table.rows):,} rows</summary>{whole}</details>\n"
+    return f"<h3>{html.escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
+
+
+def bars(table: Table) -> str:
+    """The table's chosen column as horizontal bars, one a row; "" without one. A negative kappa has no bar."""
+    if not table.bars:
+        return ""
+    place = [name for name, _ in table.columns].index(table.bars)
+    form = table.columns[place][1]
+    texts = [i for i, (_, f) in enumerate(table.columns) if not f]
+    values = [row[place][0] if isinstance(row[place], list) else row[place] for row in table.rows]
+    # A share fills the width at its whole; anything else at the largest value.
+    top = 100 if table.bars.endswith("%") else max([1, *(v for v in values if v is not None)])
+    left, width, step = 240, 480, 26
+    drawn = []
+    for i, (row, value) in enumerate(zip(table.rows, values, strict=True)):
+        label = ", ".join(str(row[t]) for t in texts)
+        label = label if len(label) <= 32 else label[:31] + "…"
+        y, length = i * step, width * max(value or 0, 0) / top
+        drawn.append(
+            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(label)}</text>'
+            f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="18" rx="2"/>'
+            f'<text x="{left + length + 6:.1f}" y="{y + 17}">{html.escape(shown(value, form))}</text>'
+        )
+    size = f'viewBox="0 0 {left + width + 70} {step * len(values)}" width="{left + width + 70}"'
+    label = html.escape(f"{table.title}: {table.bars}")
+    return f'<svg {size} role="img" aria-label="{label}">{"".join(drawn)}</svg>\n'

@@ -1,0 +1,120 @@
+"""A local chat-completion server that misbehaves on purpose: each prompt names what it does to whoever sends it."""
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class StubEndpoint(ThreadingHTTPServer):
+    """The last message says what to do, as words: `429 500 ok:TEXT` fails twice and then answers. Requests' headers,
+    bodies and times are kept."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[tuple[dict, dict, float]] = []
+        self.tries: Counter = Counter()
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        """A client that hung up is no error here."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prompt = body["messages"][-1]["content"]
+        with self.server.lock:
+            self.server.seen.append((dict(self.headers), body, time.monotonic()))
+            turn = self.server.tries[prompt]
+            self.server.tries[prompt] += 1
+        steps = prompt.split(" ", 9)
+        getattr(self, "do_" + steps[min(turn, len(steps) - 1)].split(":")[0])(steps[min(turn, len(steps) - 1)])
+
+    def answer(self, content, finish: str = "stop", **message) -> None:
+        reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "system_fingerprint": "",
+                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                 "choices": [{"index": 0, "finish_reason": finish,
+                              "message": {"role": "assistant", "content": content, **message}}]}  # fmt: skip
+        self.send(200, json.dumps(reply))
+
+    def send(self, status: int, body: str, **headers) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body.encode())))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_ok(self, step):
+        self.answer(step.partition(":")[2])
+
+    def do_429(self, step):
+        self.send(429, '{"error": "slow down"}', Retry_After="0.4")
+
+    def do_500(self, step):
+        self.send(500, '{"error": "server error"}')
+
+    def do_503(self, step):
+        self.send(503, "")
+
+    def do_400(self, step):
+        # A server that quotes the key back.
+        self.send(400, json.dumps({"error": f"bad request with {self.headers.get('authorization')}"}))
+
+    def do_401(self, step):
+        self.send(401, '{"error": "no such key"}')
+
+    def do_badjson(self, step):
+        self.send(200, '{"choices": [{"mess')
+
+    def do_wrongjson(self, step):
+        self.send(200, "[1, 2]")
+
+    def do_nochoices(self, step):
+        self.send(200, '{"choices": null}')
+
+    def do_null(self, step):
+        self.answer(None)
+
+    def do_length(self, step):
+        self.answer("Criterion 1 - Refusal: Yes", finish="length")
+
+    def do_hang(self, step):
+        time.sleep(30)
+
+    def do_drop(self, step):
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def do_drip(self, step):
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", "100000")
+        self.end_headers()
+        for _ in range(300):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.1)

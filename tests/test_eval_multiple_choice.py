@@ -1,0 +1,224 @@
+"""MMLU and HellaSwag against lm-eval 0.4.13: request strings, log-likelihoods and metrics of the fixture.
+
+The goldens come from tools/make_lm_eval_goldens.py. The deliberate errors at the end must each break the comparison.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from psysafe import load_model
+from psysafe.evaluation import multiple_choice, scoring
+from psysafe.evaluation.multiple_choice import correct, hellaswag_item, mean, mmlu_item, pooled, request
+from psysafe.tokenizer import load_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures" / "eval"
+GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))
+VARIANTS = ("plain", "system", "chat")
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(f"random:{FIXTURES / 'model' / 'config.json'}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FIXTURES / "model")
+
+
+def items_and_samples(task: str, variant: str):
+    golden = GOLDENS[variant][task]
+    if task == "hellaswag":
+        return [multiple_choice.hellaswag_item(row) for row in rows(task)], golden["samples"]
+    items = sorted((multiple_choice.mmlu_item(row) for row in rows(task)), key=lambda item: item.subject)
+    return items, [sample for _, part in sorted(golden["subjects"].items()) for sample in part["samples"]]
+
+
+def ask(item, variant: str, tokenizer):
+    system = None if variant == "plain" else GOLDENS["system_text"]
+    return multiple_choice.request(item, system, tokenizer if variant == "chat" else None, thinking=True)
+
+
+def check(task: str, variant: str, model, tokenizer) -> None:
+    """Everything that lm-eval says of a task under a variant."""
+    items, samples = items_and_samples(task, variant)
+    assert len(items) == len(samples) >= 30
+    asked = [ask(item, variant, tokenizer) for item in items]
+    assert [[[c, k] for k in ks] for c, ks in asked] == [sample["arguments"] for sample in samples]
+    encoded = [scoring.encode(tokenizer, *one, GOLDENS["max_length"]) for one in asked]
+    found: dict[int, list[float]] = {}
+    for batch in scoring.batches(model, encoded):
+        found |= dict(zip(batch, scoring.score(model, [encoded[i] for i in batch]), strict=True))
+    ours = torch.tensor([found[i] for i in range(len(items))])
+    theirs = torch.tensor([sample["log_likelihoods"] for sample in samples])
+    error = (ours - theirs).abs().max().item()
+    print(f"{task}, {variant}: log-likelihoods differ by {error:.1e} at most")
+    assert error <= 1e-4
+    scored = [multiple_choice.correct(item, lls) for item, lls in zip(items, ours.tolist(), strict=True)]
+    for metric in ("acc", "acc_norm") if task == "hellaswag" else ("acc",):
+        assert [one[metric] for one in scored] == [sample[metric] for sample in samples]
+    golden = GOLDENS[variant][task]
+    if task == "hellaswag":
+        for metric in ("acc", "acc_norm"):
+            whole = multiple_choice.mean([one[metric] for one in scored])
+            assert (whole.value, whole.stderr) == pytest.approx((golden[metric], golden[f"{metric}_stderr"]), abs=1e-12)
+    else:
+        leaves = multiple_choice.mmlu_leaves(items, scored)
+        for subject, leaf in leaves.items():
+            expected = golden["subjects"][subject]
+            assert (leaf.value, leaf.stderr) == pytest.approx((expected["acc"], expected["acc_stderr"]), abs=1e-12)
+        whole = multiple_choice.pooled(list(leaves.values()))
+        assert (whole.value, whole.stderr) == pytest.approx((golden["acc"], golden["acc_stderr"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("task", ["hellaswag", "mmlu"])
+def test_equal_to_lm_eval(task, variant, model, tokenizer):
+    check(task, variant, model, tokenizer)
+
+
+def test_the_fixture_holds_what_it_is_for(tokenizer):
+    """Cut contexts, ties, characters that are not bytes, contexts that end in a space."""
+    cut = ties = 0
+    for task in ("hellaswag", "mmlu"):
+        items, samples = items_and_samples(task, "chat")
+        for item, sample in zip(items, samples, strict=True):
+            context, choices = ask(item, "chat", tokenizer)
+            branches = scoring.encode(tokenizer, context, choices, GOLDENS["max_length"])
+            cut += any(len(b.prefix) < len(tokenizer.encode(context.rstrip())) for b in branches)
+            ties += len(set(sample["log_likelihoods"])) < 4
+    assert cut >= 3 and ties >= 3
+    assert any(context.endswith((" ", "\n")) for context, _ in (ask(item, "chat", tokenizer) for item in items))
+
+
+def _break_without_moved_space(monkeypatch):
+    def encode(tokenizer, context, continuations, max_tokens):
+        head = tokenizer.encode(context)
+        tails = [tokenizer.encode(context + k)[len(head) :] for k in continuations]
+        return [
+            scoring.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
+            for i, tail in enumerate(tails)
+        ]
+
+    monkeypatch.setattr(scoring, "encode", encode)
+
+
+def _break_cut_by_one(monkeypatch):
+    right = scoring.encode
+    monkeypatch.setattr(scoring, "encode", lambda t, c, k, most: right(t, c, k, most - 1))
+
+
+def _break_bytes_for_characters(monkeypatch):
+    def wrong(item, lls):
+        norm = [ll / len(choice.encode()) for ll, choice in zip(lls, item.choices, strict=True)]
+        return correct(item, lls) | {"acc_norm": float(norm.index(max(norm)) == item.gold)}
+
+    monkeypatch.setattr(multiple_choice, "correct", wrong)
+
+
+def _break_field_ctx(monkeypatch):
+    monkeypatch.setattr(
+        multiple_choice, "hellaswag_item", lambda row: hellaswag_item(row | {"ctx_a": row["ctx"], "ctx_b": ""})
+    )
+
+
+def _break_last_maximum(monkeypatch):
+    def wrong(values):
+        return max(range(len(values)), key=lambda i: (values[i], i))
+
+    monkeypatch.setattr(multiple_choice, "_argmax", wrong)
+
+
+def _break_population_stderr(monkeypatch):
+    def wrong(values):
+        right = mean(values)
+        return right._replace(stderr=right.stderr * ((right.n - 1) / right.n) ** 0.5)
+
+    monkeypatch.setattr(multiple_choice, "mean", wrong)
+
+
+def _break_delimiter_in_chat(monkeypatch):
+    def wrong(item, system, tokenizer, thinking):
+        context, choices = request(item, system, tokenizer, thinking)
+        return context, [" " + choice.lstrip() for choice in choices]
+
+    monkeypatch.setattr(multiple_choice, "request", wrong)
+
+
+def _break_unweighted_groups(monkeypatch):
+    def wrong(metrics):
+        return pooled(metrics)._replace(value=sum(m.value for m in metrics) / len(metrics))
+
+    monkeypatch.setattr(multiple_choice, "pooled", wrong)
+
+
+@pytest.mark.parametrize(
+    ("deliberate", "task", "variant"),
+    [
+        (_break_without_moved_space, "hellaswag", "chat"),
+        (_break_cut_by_one, "mmlu", "system"),
+        (_break_bytes_for_characters, "hellaswag", "plain"),
+        (_break_field_ctx, "hellaswag", "plain"),
+        (_break_last_maximum, "hellaswag", "plain"),
+        (_break_population_stderr, "hellaswag", "plain"),
+        (_break_delimiter_in_chat, "mmlu", "chat"),
+        (_break_unweighted_groups, "mmlu", "plain"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_deliberate_error_is_caught(deliberate, task, variant, model, tokenizer, monkeypatch):
+    deliberate(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(task, variant, model, tokenizer)
+
+
+def test_grouping_changes_nothing(model, tokenizer):
+    """One item at a time, all at once, or every choice on its own: the same log-likelihoods."""
+    items = [hellaswag_item(row) for row in rows("hellaswag")[:8]] + [mmlu_item(row) for row in rows("mmlu")[:8]]
+    encoded = [scoring.encode(tokenizer, *ask(item, "plain", tokenizer), 512) for item in items]
+    together = torch.tensor(scoring.score(model, encoded))
+    alone = torch.tensor([scoring.score(model, [item])[0] for item in encoded])
+    single = [[[scoring.Branches(b.prefix, [k], [0])] for b in item for k in b.continuations] for item in encoded]
+    apart = torch.tensor([[scoring.score(model, [one])[0][0] for one in choices] for choices in single])
+    assert (together - alone).abs().max() < 1e-4 and (together - apart).abs().max() < 1e-4
+
+
+def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch):
+    """Only what is missing is scored again, and the tables are equal to the last digit."""
+
+    def run(folder):
+        parser = argparse.ArgumentParser()
+        multiple_choice.HELLASWAG.arguments(parser)
+        parser.add_argument("--out")
+        args = ["--data", str(FIXTURES / "hellaswag.jsonl"), "--model", f"random:{FIXTURES / 'model' / 'config.json'}"]
+        args += ["--out", str(folder), "--batch-tokens", "300", "--device", "cpu"]
+        return multiple_choice.HELLASWAG.run(parser.parse_args(args))
+
+    whole = run(tmp_path / "whole")
+    calls = []
+    right = scoring.score
+
+    def dies(model, items):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return right(model, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed")
+    file = tmp_path / "killed" / "items.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])  # the last line torn
+    again = run(tmp_path / "killed")
+    assert again.tables == whole.tables
+    assert len(file.read_bytes().splitlines()) == len((tmp_path / "whole" / "items.jsonl").read_bytes().splitlines())

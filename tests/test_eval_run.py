@@ -1,0 +1,244 @@
+"""eval.py from the command line: errors, interrupted runs, the miniature table, and the report in a browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import pytest
+
+import eval as script
+from psysafe import load_model
+from psysafe.config import ASSETS, resolve
+from psysafe.data import read_rows
+from psysafe.evaluation import miniature, published, report, results
+from psysafe.evaluation.journal import Journal
+from psysafe.evaluation.results import Result, Table
+from psysafe.lora import attach, save_adapter
+from psysafe.runtime import main_guard
+from tests.stub_endpoint import Handler, StubEndpoint
+from tests.test_eval_judge import reply
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = f"random:{ROOT / 'tests' / 'fixtures' / 'eval' / 'model' / 'config.json'}"
+VAL = ASSETS / "rows" / "val.jsonl"
+
+
+def run(*argv: str) -> int:
+    return main_guard(script.main, list(argv))
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "torchrun train.py"),
+        (["juge"], "juge"),
+        (["judge", "--out", "x", "--judge", "rules"], "--prompts"),
+        (["judge", "--out", "x", "--prompts", "missing.jsonl", "--judge-url", "http://localhost:1"], "--judge-model"),
+        (["judge", "--out", "x", "--prompts", "missing.jsonl", "--judge", "rules"], "missing.jsonl"),
+        (["judge", "--out", "x", "--prompts", "p", "--judge", "rules", "--judge-local", "y"], "expected one judge"),
+        (["mmlu", "--out", "x", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["sorry-bench", "--out", "x", "--data", "missing", "--judge", "rules"], "no rule-based judge"),
+        (["xstest", "--out", "x", "--data", "missing.csv", "--judge", "rules", "--adapter", "nowhere"], "missing.csv"),
+        (["report", "missing", "--out", "x"], "no result.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+@pytest.fixture
+def judge_stub(monkeypatch):
+    """A judge whose scores are a function of what it is shown; one prompt in ten fails at first sight."""
+    monkeypatch.setenv("PSYSAFE_JUDGE_KEY", "sk-not-a-real-key-99")
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        n = zlib.crc32(body["messages"][-1]["content"].encode())
+        values = ("Yes" if n % 3 else "No", str(1 + n % 5), "Yes" if n % 2 else "No", str(1 + n // 7 % 5))
+        self.answer(reply(values))
+
+    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    with StubEndpoint() as server:
+        yield server
+
+
+def judge(stub, folder: Path) -> int:
+    return run("judge", "--prompts", str(VAL), "--limit", "6", "--model", MODEL, "--system", "none,v0", "--no-thinking",
+               "--max-new-tokens", "6", "--device", "cpu", "--judge-url", stub.url, "--judge-model", "stub",
+               "--train", str(ASSETS / "rows" / "train.jsonl"), "--out", str(folder))  # fmt: skip
+
+
+def test_an_interrupted_comparison_ends_in_the_same_table(judge_stub, tmp_path, monkeypatch, capsys):
+    assert judge(judge_stub, tmp_path / "whole") == 0
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert whole["contamination"] == {"prompts": 6, "exact": 0, "normalised": 0}
+    right, lines = Journal.append, []
+
+    def dies(self, key, row):
+        if len(lines) in (5, 11, 12, 20):
+            lines.append("killed")
+            raise KeyboardInterrupt
+        lines.append(key)
+        right(self, key, row)
+
+    monkeypatch.setattr(Journal, "append", dies)
+    codes = [judge(judge_stub, tmp_path / "killed") for _ in range(5)]
+    assert codes == [130, 130, 130, 130, 0]
+    killed = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert killed["tables"] == whole["tables"]
+    items = [(tmp_path / name / "items.jsonl").read_text() for name in ("whole", "killed")]
+    assert items[0] == items[1] and items[0].count("\n") == 12
+    for path in tmp_path.rglob("*.json*"):
+        assert "sk-not-a-real" not in path.read_text()
+
+
+def test_answers_from_files_side_by_side(tmp_path, capsys):
+    """The rule-based judge over two files of generate.py's kind; another order of rows changes nothing."""
+    rows = [row.fields for row in read_rows(VAL)]
+    tuned = [{"row": i, "adapter": "runs/tiny", "settings": {"system": "v0"}, **row} for i, row in enumerate(rows)]
+    base = [row | {"adapter": "base", "answer": "I can't help with that."} for row in reversed(tuned)]
+    base[0] |= {"stucked": "true", "answer": ""}
+    for name, answers in (("base", base), ("tuned", tuned)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    words = [f"--answers={name}={tmp_path / name}.jsonl" for name in ("base", "tuned")]
+    assert run("judge", *words, "--judge", "rules", "--out", str(tmp_path / "out")) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert "rule-based judge" in result["title"]
+    base_row, tuned_row = result["tables"][0]["rows"]
+    stuck_is_benign = base[0]["risk cluster"] == "benign"
+    assert base_row[:3] == ["base", 40 if stuck_is_benign else 39, 100.0] and base_row[4] == 0.0
+    assert tuned_row[2:5] == [100.0, [5.0, 0.0], 100.0]
+    assert "stuck in a base setting: 1" in result["notes"][0]
+
+
+def test_the_miniature_table_counts_what_it_says():
+    """With the bundled answers as the tuned model's: all four parts; the base's blunt ones: none."""
+    rows, blunt = read_rows(VAL), "I can't help with that."
+    tuned = [row.fields["answer"] for row in rows]
+    base = [row.fields["answer"] if row.fields["risk cluster"] == "benign" else blunt for row in rows]
+    criteria, parts, helplines, benign = miniature.tables(rows, base, tuned)
+    assert "rule-based judge" in criteria.title
+    assert [row[1] for row in criteria.rows] == [40, 40]
+    assert [row[-1] for row in parts.rows] == [0.0, 100.0]
+    assert all(row[2:] == [0.0, 100.0] for row in helplines.rows) and len(helplines.rows) == 6
+    assert benign.rows == [["base", 10, 100.0, None], ["fine-tuned", 10, 100.0, 100.0]]
+
+
+# The report
+
+
+def everything(folder: Path) -> list[str]:
+    """A result of every kind, with text that would like to be markup."""
+    folders = []
+    for kind in ("judge", "agreement", "xstest", "sorry-bench", "mmlu", "hellaswag", "miniature"):
+        evil = "base, <script>fetch('http://example.com')</script>"
+        rows = [[evil, 40, [3.5, 1.25], 71.9], ["tuned | v0", 40, None, 82.7]]
+        columns = [("setting", ""), ("n", ","), ("grounding", ".2f"), ("overall %", ".1f")]
+        found = Table(f"Table of {kind}", columns, rows, "a note", bars="overall %")
+        long = Table("A long table", columns[:2], [[f"subject {i}", i] for i in range(57)])
+        result = Result(kind, f"Evaluation: {kind}", [found, long], {"model": "tiny"}, ["a remark"])
+        result.contamination = {"prompts": 40, "exact": 1, "normalised": 2} if kind == "judge" else None
+        result.failed = {"base: item 7": "HTTP 500 <b>"} if kind == "judge" else {}
+        result.save(folder / kind)
+        folders.append(str(folder / kind))
+    return folders
+
+
+def test_the_report_holds_everything_and_fetches_nothing(tmp_path, capsys):
+    folders = everything(tmp_path)
+    assert run("report", *folders, "--out", str(tmp_path / "report")) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert page.count('<table class="result">') == 7 * 2 + len(published.TABLES)
+    assert page.count("<svg") == 7 and "<script" not in page and "<b>" not in page
+    assert not re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)\w', page)
+    assert "71.9" in page and "3.50 ± 1.25" in page and "HTTP 500" in page and "40 prompts 1 stand" in page
+    for text in ("tuned \\| v0", "| 82.7 |", "not measured", "Published", "professional care"):
+        assert text in markdown
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [part["kind"] for part in content["evaluations"]] == [Path(folder).name for folder in folders]
+    assert content["evaluations"][0]["versions"]["torch"]
+    result, _ = results.load(folders[0])
+    assert report.bars(result.tables[1]) == "" and report.bars(result.tables[0]).count("<rect") == 2
+
+
+def test_the_report_in_a_browser(tmp_path):
+    """Headless Chromium draws it, and sends nothing anywhere: every connection would go through a proxy that counts."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here")
+    assert run("report", *everything(tmp_path), "--out", str(tmp_path / "report")) == 0
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def listen():
+            while True:
+                try:
+                    connection, _ = proxy.accept()
+                except OSError:
+                    return
+                asked.append(connection.recv(4096).split(b"\r\n")[0].decode(errors="replace"))
+                connection.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        port = proxy.getsockname()[1]
+        common = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                  "--no-first-run", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+                  f"--user-data-dir={tmp_path / 'profile'}", f"--proxy-server=http://127.0.0.1:{port}",
+                  "--proxy-bypass-list=<-loopback>"]  # fmt: skip
+        page = (tmp_path / "report" / "report.html").as_uri()
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        picture = tmp_path / "report.png"
+        shot = [*common, f"--screenshot={picture}", "--window-size=1100,3000", page]
+        how = {"env": environment, "capture_output": True, "timeout": 120, "check": True}
+        subprocess.run(shot, **how)
+        done = subprocess.run([*common, "--dump-dom", page], **how)
+        ours = list(asked)
+        # The same page with an image from elsewhere and without its policy: that the proxy would have seen.
+        text = re.sub("<meta http-equiv[^>]*>", "", (tmp_path / "report" / "report.html").read_text())
+        (tmp_path / "leaky.html").write_text(text.replace("<nav>", '<img src="http://example.com/x.png"><nav>'))
+        subprocess.run([*common, "--dump-dom", (tmp_path / "leaky.html").as_uri()], **how)
+    document = done.stdout.decode()
+    assert document.count('<table class="result">') == 7 * 2 + len(published.TABLES)
+    assert document.count("<svg") == 7 and document.count("<rect") == 14
+    assert picture.stat().st_size > 20_000
+    # The browser itself may ask for its own services; nothing of it is the page's.
+    assert not [line for line in ours if "example" in line], ours
+    assert [line for line in asked if "example" in line]
+    if os.environ.get("KEEP_SCREENSHOT"):
+        shutil.copy(picture, os.environ["KEEP_SCREENSHOT"])
+
+
+def test_it_starts_as_a_script(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torchrun train.py" in done.stderr
+
+
+def test_the_miniature_run_reuses_answers_until_the_adapter_changes(tmp_path, monkeypatch, capsys):
+    """python eval.py on random weights: a second start makes nothing again, a retrained adapter does."""
+    monkeypatch.chdir(tmp_path)
+    config, sources = resolve(["--model", f"random:{ASSETS / 'tiny' / 'config.json'}", "--out", "runs/tiny"])
+    monkeypatch.setattr(miniature, "resolve", lambda argv: (config, sources))
+    monkeypatch.setattr(miniature, "MAX_NEW_TOKENS", 3)
+    adapters = attach(load_model(config.model), 1, 32.0, seed=0)
+    Path("runs/tiny").mkdir(parents=True)
+    save_adapter(adapters, "runs/tiny", config.model, multimodal=False)
+    assert run() == 0
+    table = capsys.readouterr().out
+    assert table.startswith("The paper in miniature") and "rule-based judge" in table.splitlines()[0]
+    answers = Path("runs/tiny/eval/answers.jsonl")
+    assert answers.read_bytes().count(b"\n") == 100
+    assert run() == 0 and capsys.readouterr().out == table and answers.read_bytes().count(b"\n") == 100
+    adapters.param.add_(0.01)
+    save_adapter(adapters, "runs/tiny", config.model, multimodal=False)
+    assert run() == 0 and answers.read_bytes().count(b"\n") == 150

@@ -1,0 +1,128 @@
+"""What a run tells before its first step: the dry run without weights, rows or GPU, and the plan on its way in."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from psysafe import load_model
+from psysafe.memory import Plan
+from psysafe.runtime import main_guard
+from tests.oracles import reference_model, write_checkpoint
+from tests.test_train import setup
+
+RECIPE = ["--config", "configs/qwen3.5-27b.toml", "--dry-run"]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def told(capsys, *argv) -> str:
+    assert main_guard(train.main, list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_27b_without_weights_rows_or_gpu(capsys):
+    text = told(capsys, *RECIPE)
+    for expected in (
+        "26,895,998,464 frozen parameters, 53.79 GB",
+        "4,980,736 parameters in 512 tensors",
+        "assumed: 7,019 rows of 640 tokens",
+        "8,775 in all, 22,460,800 tokens",
+        "at 4,096 tokens: predicted peak 83.88 GB of 84.00 GB",
+        "made again: conv, delta_rule",
+        "computed from the roofline, not measured",
+    ):
+        assert expected in text, expected
+    assert "on one H100" in text and "on one H200" in text and "hours in all" in text
+
+
+def test_the_architecture_can_be_named(capsys):
+    text = told(capsys, *RECIPE, "--model", "random:configs/qwen3.5-27b-architecture.json", "--embedding", "cpu")
+    assert "weights, adapter, optimiser 51.30" in text
+
+
+def test_the_bundled_model_is_told_for_the_machine_it_is_on(capsys, tmp_path):
+    text = told(capsys, "--dry-run", "--out", str(tmp_path / "run"))
+    assert "CPU" in text and "predicted peak" not in text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*RECIPE, "--memory-limit", "60"], "--embedding cpu"),
+        ([*RECIPE, "--memory-limit", "-1"], "memory_limit is -1"),
+        (["--dry-run", "--memory-limit", "60"], "this run is on cpu"),
+        (["--dry-run", "--model", "nobody/nothing-at-all"], "no architecture of that name"),
+        (["--embedding", "cpu"], "uses its embedding as the output matrix"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    out = [] if "--config" in argv else ["--out", str(tmp_path / "run")]
+    assert main_guard(train.main, [*argv, *out]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_out_of_memory_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    """The third step runs out of memory: its own numbers are lost, those before it are logged and the state saved."""
+    run, _ = setup(tmp_path / "model", torch.float32)
+    run.config = replace(run.config, out=str(tmp_path / "run"))
+    run.plan = Plan(run.model.config, run.adapters.targets, 1, 84 * 10**9, 0)
+    logged, saved, original = [], [], train.train_step
+
+    def step(run):
+        if run.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(run)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "log_step", lambda run, log, result: result and logged.append(result.read()["step"]))
+    monkeypatch.setattr(train, "save", lambda run, log, digest: saved.append(run.step))
+    with pytest.raises(ValueError) as caught:
+        train.train(run, None, type("Stop", (), {"received": 0})(), "")
+    text = str(caught.value)
+    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text and "\n" not in text
+    assert logged == [1, 2] and saved == [2]
+
+
+def test_the_plan_is_applied_to_every_micro_batch_and_changes_no_bit(tmp_path):
+    run, _ = setup(tmp_path, torch.float32, micro_batch_tokens=40)
+    free = train.train_step(run).read()["loss"], run.adapters.grad.clone()
+    run, _ = setup(tmp_path, torch.float32, micro_batch_tokens=40)
+    plan = Plan(run.model.config, run.adapters.targets, 1, 10**9, 0, element=4)
+    seen = []
+
+    class Tight(Plan):
+        def apply(self, model, sizes):
+            seen.append(sizes.tokens)
+            fullest = plan.choose(sizes)
+            tight = replace(plan, limit=fullest.peak - fullest.saved // 2)
+            return tight.apply(model, sizes)
+
+    run.plan = Tight(**vars(plan))
+    assert train.train_step(run).read()["loss"] == free[0]
+    assert torch.equal(run.adapters.grad, free[1]) and len(seen) > 1
+    assert any(block.recompute for block in run.model.layers)
+
+
+def test_an_embedding_in_host_memory_gives_the_same_model(tmp_path):
+    """With the rest of the model on tensors without memory: the rows are looked up on the host, then moved."""
+    folder = write_checkpoint(reference_model(), tmp_path)
+    model = load_model(folder, embedding="cpu")
+    assert torch.equal(model.embed_tokens, load_model(folder).embed_tokens)
+    tokens = torch.arange(5)
+    expected = model.embed(tokens)
+    assert torch.equal(expected, model.embed_tokens[tokens])
+    for name, p in list(model.named_parameters()):
+        if name != "embed_tokens":
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(p.to("meta"), requires_grad=False))
+    assert model.embed(tokens).device.type == "meta"
