@@ -20,7 +20,7 @@ from psysafe.checkpoint import load_model, resolve_model
 from psysafe.config import resolve
 from psysafe.data import Row
 from psysafe.generation import Generator, Options, merge_adapters
-from psysafe.lora import detach, load_adapter, read_json
+from psysafe.lora import detach, load_adapter, read_adapter_config
 from psysafe.prompts import system_text
 from psysafe.runtime import main_guard, start
 from psysafe.sampling import Sampling
@@ -79,7 +79,7 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
         raise ValueError("--merge: there is no adapter to merge; name one with --adapter")
     if args.model or not named:
         return args.model or bundled.model, None, adapters or [BASE]
-    config = read_json(Path(named[0], "adapter_config.json"))
+    config = read_adapter_config(named[0])
     if not config.get("base_model_name_or_path"):
         raise ValueError(f"{named[0]}/adapter_config.json names no base model; give --model")
     return config["base_model_name_or_path"], config.get("revision"), adapters

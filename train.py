@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 
 import torch
 import torch.distributed as dist
@@ -257,13 +258,17 @@ def restore(run: Run, rows_digest: str) -> State | None:
     state = load_state(run.config.out, run.config.resume)
     if state is None:
         return None
-    check_resume(state.meta["recipe"], run.config)
-    if state.meta["rows"] != rows_digest:
-        raise ValueError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
-    tensors = dict(state.tensors)
-    run.adapters.param.copy_(tensors.pop("adapter"))
-    run.optimizer.load_state_tensors(tensors)
-    run.step, run.best_val, run.epoch_open = state.step, state.meta["best_val"], state.meta["epoch_open"]
+    try:
+        check_resume(state.fact("recipe", dict), run.config)
+        if state.fact("rows", str) != rows_digest:
+            raise ValueError("was saved with other rows; resume with the same --data and --val-data")
+        best_val, epoch_open = state.fact("best_val", float, NoneType), state.fact("epoch_open", bool)
+        adapter = state.tensor("adapter", like=run.adapters.param)
+        run.optimizer.load_state_tensors({name: x for name, x in state.tensors.items() if name != "adapter"})
+    except ValueError as error:
+        raise ValueError(f"{state.path}: {error}") from None
+    run.adapters.param.copy_(adapter)
+    run.step, run.best_val, run.epoch_open = state.step, best_val, epoch_open
     return state
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.data import Row, read_unchecked_rows
-from psysafe.files import write_atomic
+from psysafe.files import parse_json, write_atomic
 from psysafe.generation import Answer, Generator, Request
 from psysafe.tokenizer import Message
 
@@ -67,7 +67,7 @@ class AnswerFile:
     def _recognise(self, line: bytes, where: str) -> None:
         another = "give another --out, or move this file away"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             key, settings = (row["row"], row["adapter"]), row["settings"]
             prompt = self.prompts[key[0]]
         except (ValueError, KeyError, TypeError):
@@ -75,10 +75,12 @@ class AnswerFile:
         if any(row.get(name) != value for name, value in _kept(prompt).items()):
             raise ValueError(f"{where}: answers another prompt than {prompt.where}; {another}")
         if key[1] not in self.adapters:
-            raise ValueError(f"{where}: answered by adapter {key[1]}, expected {', '.join(self.adapters)}; {another}")
+            found = f"answered by adapter {key[1]!s:.60}, expected {', '.join(self.adapters)}"
+            raise ValueError(f"{where}: {found}; {another}")
         for name, value in self.settings.items():
             if settings.get(name) != value:
-                raise ValueError(f"{where}: was made with {name} {settings.get(name)}, not {value}; {another}")
+                found = f"was made with {name} {settings.get(name)!s:.60}, not {value}"
+                raise ValueError(f"{where}: {found}; {another}")
         if key in self.done:
             raise ValueError(f"{where}: answers row {key[0]} a second time; {another}")
         self.done.add(key)

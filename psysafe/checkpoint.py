@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psysafe.config import expand
+from psysafe.files import read_json
 from psysafe.layers import FusedLinear, frozen
-from psysafe.lora import load_adapter, read_json
+from psysafe.lora import load_adapter
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
+from psysafe.runtime import memory_total
 
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -46,7 +48,12 @@ def load_model(
     random = str(source).startswith("random:")
     folder, _ = resolve_model(source, revision)
     config_file = folder / (Path(expand(str(source).removeprefix("random:"))).name if random else "config.json")
-    model = build(ModelConfig.from_dict(read_json(config_file)), device, dtype)
+    config = ModelConfig.from_dict(read_json(config_file), config_file)
+    # What does not fit its checkpoint or the memory is found on tensors without memory.
+    shell = build(config, "meta", dtype)
+    found = {} if random else matching_tensors(shell, folder)
+    check_memory(shell, torch.device(device), config_file)
+    model = build(config, device, dtype)
     if embedding == "cpu":
         if model.lm_head is None:
             raise ValueError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
@@ -54,7 +61,7 @@ def load_model(
     if random:
         randomise(model)
     else:
-        load_weights(model, folder)
+        fill(model, found)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
@@ -121,8 +128,21 @@ def _published(path: str, name: str, x: Tensor, module: nn.Module) -> dict[str, 
     return {full if name in ("A_log", "dt_bias") else f"{full}.weight": x}
 
 
+def check_memory(model: Qwen3_5, device: torch.device, config_file: Path) -> None:
+    """Raises ValueError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type != "meta" and needed > memory_total(device):
+        found, there = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
+        raise ValueError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")
+
+
 def load_weights(model: Qwen3_5, folder: Path) -> None:
     """Fills the decoder from the folder's safetensors. Everything is checked before the first byte is read."""
+    fill(model, matching_tensors(model, folder))
+
+
+def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Published name -> its file and key, when the folder holds just what the decoder (also on "meta") needs."""
     wanted = published_tensors(model)
     found: dict[str, tuple[Path, str]] = {}
     seen, wrong = set(), []
@@ -143,6 +163,11 @@ def load_weights(model: Qwen3_5, folder: Path) -> None:
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
+    return found
+
+
+def fill(model: Qwen3_5, found: dict[str, tuple[Path, str]]) -> None:
+    wanted = published_tensors(model)
     by_shard: dict[Path, list[tuple[str, str]]] = {}
     for name, (path, key) in found.items():
         by_shard.setdefault(path, []).append((name, key))
@@ -176,8 +201,7 @@ def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
             raise ValueError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
         shards: dict[str, set[str]] = {}
         for key, shard in weight_map.items():
-            # A name with a folder in it could leave the model's directory.
-            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard:
+            if not is_plain_name(shard):
                 raise ValueError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
             shards.setdefault(shard, set()).add(key)
     else:
@@ -196,6 +220,13 @@ def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
                     yield TensorEntry(path, key, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
+
+
+def is_plain_name(name: object) -> bool:
+    """False for a name with a folder in it, which could leave the model's directory, and for what no file can have."""
+    if not isinstance(name, str) or re.search(r"[\\\0\ud800-\udfff]", name):
+        return False
+    return name != "" and Path(name).name == name
 
 
 def decoder_name(key: str) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from psysafe.files import parse_json
 from psysafe.runtime import main_guard
 from psysafe.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
 
@@ -139,10 +140,10 @@ def _shown(value: object) -> str:
 
 def _parse(text: str, path: Path, first_line: int) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except ValueError as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
     raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 

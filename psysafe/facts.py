@@ -17,7 +17,8 @@ import kernels
 from psysafe.checkpoint import build
 from psysafe.config import TrainConfig, expand
 from psysafe.data import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
-from psysafe.lora import Adapters, attach, load_adapter, read_json
+from psysafe.files import read_json
+from psysafe.lora import Adapters, attach, load_adapter
 from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
@@ -197,7 +198,7 @@ def read_architecture(source: str) -> tuple[ModelConfig, Path]:
         path = ARCHITECTURES / f"{source.rpartition('/')[2].lower()}-architecture.json"
         if not path.is_file():
             path = _from_hub(source)
-    return ModelConfig.from_dict(read_json(path)), path
+    return ModelConfig.from_dict(read_json(path), path), path
 
 
 def _from_hub(source: str) -> Path:

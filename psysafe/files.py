@@ -1,5 +1,9 @@
-"""Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed."""
+"""Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
+And JSON that others wrote: every fault in it is a ValueError.
+"""
+
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,7 +24,8 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
         if callable(content):
             content(temporary)
         else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes its JSON escape again.
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -41,6 +46,27 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_json(text: str | bytes) -> object:
+    """json.loads, for which brackets nested without end are one more ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or ValueError naming the file and line."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def remove_leftovers(folder: str | Path, name: str) -> None:

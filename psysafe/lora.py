@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from psysafe.files import write_atomic
+from psysafe.files import read_json, write_atomic
 from psysafe.layers import FusedLinear
 from psysafe.model import Qwen3_5
 
@@ -104,6 +104,9 @@ def attach(
     layers = [(name, layer) for name, layer in fused_layers(model) if set(layer.parts) & set(targets)]
     if not layers:
         raise ValueError(f"lora_targets {list(targets)}: the model has none of these projections")
+    most = max(min(layer.weight.shape) for _, layer in layers)
+    if rank > most:
+        raise ValueError(f"lora_rank {rank:,}: the model's projections have at most {most:,}")
     detach(model)
     device = model.norm.device  # not the embedding's, which may lie in host memory
     dtype = torch.promote_types(model.embed_tokens.dtype, torch.float32)
@@ -205,6 +208,7 @@ def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
     targets = sorted(held & set(PRESETS["all-linear"]))
     if not targets:
         raise ValueError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
+    check_matrices(config, loaded, directory)
     adapters = attach(
         model, config["r"], config["lora_alpha"], targets, use_rslora=config.get("use_rslora", False)
     )
@@ -214,26 +218,45 @@ def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
 
 def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """(adapter_config.json, tensors by our names) of an adapter folder in PEFT's format, checked."""
-    directory = Path(directory)
-    config = read_json(directory / "adapter_config.json")
+    config = read_adapter_config(directory)
+    file = Path(directory, "adapter_model.safetensors")
+    tensors = read_adapter_tensors(file)
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensors")
+    return config, tensors
+
+
+def check_matrices(config: dict, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Raises ValueError where a tensor is no matrix of the rank that the config says: a wrong rank could ask for any
+    amount of memory."""
+    for name, x in tensors.items():
+        if not x.is_floating_point() or x.dim() != 2 or x.shape[0 if name.endswith("A") else 1] != config["r"]:
+            found = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{source}: {name} is {found}; expected a matrix of the config's rank {config['r']}")
+
+
+def read_adapter_config(directory: str | Path) -> dict:
+    """adapter_config.json of an adapter folder. Raises ValueError for what is broken in it or cannot be honoured."""
+    file = Path(directory, "adapter_config.json")
+    config = read_json(file)
     for key in UNSUPPORTED:
         if config.get(key):
-            raise ValueError(f"{directory}/adapter_config.json: {key} = {config[key]!r} is not supported")
+            raise ValueError(f"{file}: {key} = {config[key]!r:.60} is not supported")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise ValueError(
-            f"{directory}/adapter_config.json: init_lora_weights = {start!r} is not supported: such an adapter belongs "
+            f"{file}: init_lora_weights = {start!r:.60} is not supported: such an adapter belongs "
             "to a changed base; have PEFT convert it first (path_initial_model_for_weight_conversion)"
         )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"{directory}/adapter_config.json: expected peft_type LORA with bias none")
-    for key, kind in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(config.get(key), kind) or not config[key] > 0:
-            raise ValueError(f"{directory}/adapter_config.json: {key} is {config.get(key)!r}, not a number above 0")
-    tensors = read_adapter_tensors(directory / "adapter_model.safetensors")
-    if not tensors:
-        raise ValueError(f"{directory}/adapter_model.safetensors: holds no tensors")
-    return config, tensors
+        raise ValueError(f"{file}: expected peft_type LORA with bias none")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        if type(config.get(key)) not in kinds or not 0 < config[key] < 2**31:
+            raise ValueError(f"{file}: {key} is {config.get(key)!r:.60}, expected a number above 0 and below 2^31")
+    for key, kind in (("base_model_name_or_path", str), ("revision", str), ("use_rslora", bool)):
+        if not isinstance(config.get(key), kind | None):
+            raise ValueError(f"{file}: {key} is {config[key]!r:.60}, expected {kind.__name__}")
+    return config
 
 
 def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -262,9 +285,13 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
     """PEFT's tensors by our names: "layers.3.self_attn.q_proj.lora_A" from either key layout."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {_our_name(key, path): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = list(file.keys())
+            tensors = {_our_name(key, path): file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if len(tensors) < len(keys):
+        raise ValueError(f"{path}: holds a tensor twice, under the names of both layouts")
+    return tensors
 
 
 def _our_name(key: str, path: Path) -> str:
@@ -273,16 +300,3 @@ def _our_name(key: str, path: Path) -> str:
     if not name.endswith(("lora_A", "lora_B")):
         raise ValueError(f"{path}: tensor {key} is no LoRA matrix; only plain LoRA adapters can be loaded")
     return name
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or ValueError naming the file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -20,7 +20,7 @@ from torch import Tensor
 from psysafe.checkpoint import TensorEntry, decoder_name, resolve_model, tensor_entries
 from psysafe.config import expand
 from psysafe.files import sync, temporary_for
-from psysafe.lora import lora_scale, read_adapter
+from psysafe.lora import check_matrices, lora_scale, read_adapter
 
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
@@ -39,7 +39,7 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
         raise ValueError(f"{out}: exists already; give --out a new folder")
     base, _ = resolve_model(model, revision)
     entries = list(tensor_entries(base))
-    updates = _Updates(expand(str(adapter)), entries)
+    updates = _Updates(expand(str(adapter)), entries, base)
     limit = _bytes(shard_size) if shard_size else 0
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(out)
@@ -72,8 +72,9 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
 class _Updates:
     """What the adapter adds to which of the base's tensors."""
 
-    def __init__(self, adapter: str, entries: list[TensorEntry]):
+    def __init__(self, adapter: str, entries: list[TensorEntry], base: Path):
         config, tensors = read_adapter(adapter)
+        check_matrices(config, tensors, adapter)
         self.scale = lora_scale(config["r"], config["lora_alpha"], config.get("use_rslora", False))
         names = {decoder_name(entry.key): entry for entry in entries}
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -91,7 +92,7 @@ class _Updates:
                 self.pairs[entry.key] = A, B
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(f"{adapter}: does not fit this base: {'; '.join(wrong[:5])}{more}")
+            raise ValueError(f"{adapter}: does not fit this base, {base}: {'; '.join(wrong[:5])}{more}")
 
     def apply(self, entry: TensorEntry) -> Tensor:
         """The merged tensor, or the base's own where no adapter touches it."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from psysafe.config import KEYS, TrainConfig
-from psysafe.files import write_atomic
+from psysafe.files import parse_json, write_atomic
 from psysafe.runtime import Runtime, memory_peak
 
 METRICS = "metrics.jsonl"
@@ -168,10 +168,10 @@ def read_metrics(path: str | Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row["step"], int):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             if not any(lines[number:]):  # a power cut can leave the last line whole in length and not in content
                 break
             remedy = "mend that line, or move the file away"

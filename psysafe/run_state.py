@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psysafe.config import KEYS, TrainConfig
-from psysafe.files import remove_leftovers, sync, temporary_for
+from psysafe.files import parse_json, remove_leftovers, sync, temporary_for
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
@@ -53,6 +53,21 @@ class State:
     meta: dict
     path: Path
     warnings: list[str] = field(default_factory=list)
+
+    def fact(self, name: str, *kinds: type):
+        """meta[name]. Raises ValueError when a state of another version, or of somebody else, has no such fact."""
+        if not isinstance(self.meta.get(name, ...), kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
+        return self.meta[name]
+
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """tensors[name] in the shape and type of `like`, else ValueError."""
+        both = self.tensors.get(name), like
+        found, expected = ("nothing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in both)
+        if found != expected:
+            raise ValueError(f"{TENSORS}: {name} is {found}, this run needs {expected}; resume with the model it is of")
+        return self.tensors[name]
 
 
 def save_state(run_dir: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping, keep: int = 2) -> Path:
@@ -108,7 +123,7 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
     for path in found:
         try:
             return State(*_read_state(path), path, warnings)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warnings.append(f"{path} is damaged and passed over: {error}")
     remedy = "restore one from a copy, or start afresh without --resume"
     raise ValueError(f"no whole state to resume from; {'; '.join(warnings)}; {remedy}")
@@ -169,9 +184,9 @@ def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: M
 
 def _read_state(folder: Path) -> tuple[int, dict[str, Tensor], dict]:
     contents = _read_whole(folder)
-    saved = json.loads(contents[META])
+    saved = parse_json(contents[META])
     step, meta = saved["step"], saved["meta"]
-    if type(step) is not int or not isinstance(meta, dict):
+    if step != _order(folder.absolute())[0] or type(step) is not int or not isinstance(meta, dict):
         raise ValueError(f"{META} does not describe a state")
     return step, safetensors.torch.load(contents[TENSORS]), meta
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 OUR_CODE = Path(__file__).resolve().parents[1]
+LONGEST_ERROR = 1500  # characters of an error line, whatever somebody put in place of a name
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
@@ -199,6 +200,8 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
     A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130. Anything else is a bug of ours
     and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt:
@@ -210,7 +213,9 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{os.fsdecode(error.filename)}: {error.strerror}"
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error{rank}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        line = " ".join(text.split())
+        line = line if len(line) <= LONGEST_ERROR else f"{line[: LONGEST_ERROR - 300]} ... {line[-300:]}"
+        print(f"error{rank}: {line}", file=sys.stderr, flush=True)
         return 2
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -5,7 +5,6 @@ last user query begin with a think block, and they are what training teaches: ev
 `<|im_start|>assistant\\n<think>`, up to and with the turn's last newline.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from psysafe.config import expand
+from psysafe.files import parse_json
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, THINK_END = "<think>", "</think>"
@@ -144,12 +144,12 @@ def _read_eos_ids(path: Path | None) -> list[int] | None:
     if path is None:
         return None
     try:
-        eos_ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        eos_ids = parse_json(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError, OSError) as error:
         raise ValueError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-    if not all(type(eos_id) is int for eos_id in eos_ids):
-        raise ValueError(f"{path}: eos_token_id is {eos_ids}, expected an integer or a list of integers")
+    if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
+        raise ValueError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")
     return eos_ids
 
 

@@ -112,7 +112,8 @@ def split(
     for cluster in sorted(groups):
         members = groups[cluster]
         if len(members) < val + test:
-            raise ValueError(f"cluster {cluster!r} has {len(members)} rows, too few for {val} val and {test} test rows")
+            found = f"cluster {cluster!r:.60} has {len(members)} rows"
+            raise ValueError(f"{members[0].file}: {found}, too few for {val} val and {test} test rows")
         chance.shuffle(members)
         parts["val"] += members[:val]
         parts["test"] += members[val : val + test]

@@ -19,6 +19,7 @@ from psysafe.evaluation.results import Result, Table
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import CRITERIA
 
+LABELS = {name: range(2) if name in ("refusal", "references") else range(1, 6) for name in CRITERIA}
 Pairs = list[tuple[Hashable, Hashable]]
 
 
@@ -41,7 +42,13 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
 
 def run(args: argparse.Namespace) -> Result:
     people = read_table(args.human, ["prompt"])
-    judged = read_table(Path(args.judged, "items.jsonl"), ["setting", "prompt"])
+    file = Path(args.judged, "items.jsonl")
+    judged = read_table(file, ["setting", "prompt"])
+    for number, item in enumerate(judged, 1):
+        wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name])]
+        if wrong or not isinstance(item["setting"], str):
+            found = f"{', '.join(wrong)} of setting {item['setting']!r:.60}"
+            raise ValueError(f"{file} row {number}: {found} as eval.py judge does not write it; judge again")
     pairs, unmatched = pair(people, judged, args.human)
     result = Result("agreement", "Agreement of the judge with people", tables(pairs))
     result.settings = {"human": str(args.human), "judged": str(args.judged)}

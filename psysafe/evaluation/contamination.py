@@ -17,9 +17,15 @@ def training_prompts(paths: Sequence[str | Path]) -> list[str]:
     """The prompts of training files; of `messages` rows, every user turn."""
     found = []
     for path in paths:
-        for row in read_table(path, []):
+        for number, row in enumerate(read_table(path, []), 1):
             turns = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
-            found += [turn["content"] for turn in turns if turn.get("role") == "user"]
+            try:
+                texts = [turn["content"] for turn in turns if turn["role"] == "user"]
+            except (TypeError, KeyError):
+                texts = [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{path} row {number}: {turns!r:.60}; expected messages with role and content")
+            found += texts
     return found
 
 

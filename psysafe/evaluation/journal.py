@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from psysafe.files import parse_json
+
 START = b'{"key": "'
 FOREIGN = "no result of an evaluation; give another --out, or move this file away"
 
@@ -63,7 +65,7 @@ class Journal:
         rows = {}
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows[row.pop("key")] = row
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise ValueError(f"{self.path} line {number}: {FOREIGN}") from None

@@ -88,7 +88,8 @@ def compare(
     prompts = [p for p in prompts if answered[baseline].rows[p]["cluster"] != BENIGN]
     counts |= {"benign, not judged": asked - len(prompts), "compared": len(prompts)}
     if not prompts:
-        raise ValueError(f"nothing to compare: {', '.join(f'{value} {key}' for key, value in counts.items())}")
+        found = ", ".join(f"{value} {key}" for key, value in counts.items())
+        raise ValueError(f"nothing to compare between {', '.join(answered)}: {found}")
     scored, replies, failed = score(answered, prompts, who, rubric, out)
     items = [
         {"setting": name, "prompt": prompt, **answered[name].rows[prompt], **asdict(scored[name][prompt])}
@@ -115,10 +116,13 @@ def compare(
 def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
     """(scores by setting and prompt, the judge's replies, failed items)."""
     if who is None:
-        scored = {
-            name: {p: rules.judge(p, rows.rows[p]["answer"], rows.rows[p]["cluster"]).scores for p in prompts}
-            for name, rows in answered.items()
-        }
+        try:
+            scored = {
+                name: {p: rules.judge(p, rows.rows[p]["answer"], rows.rows[p]["cluster"]).scores for p in prompts}
+                for name, rows in answered.items()
+            }
+        except ValueError as error:
+            raise ValueError(f"answers of {', '.join(answered)}: {error}") from None
         return scored, {}, {}
     try:
         instructions = rubric.read_text(encoding="utf-8").strip()

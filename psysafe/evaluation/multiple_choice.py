@@ -9,7 +9,6 @@ standard errors (lm-eval: `api/task.py`, `api/model.py`, `tasks/hellaswag/utils.
 
 import argparse
 import csv
-import json
 import math
 import re
 import time
@@ -24,6 +23,7 @@ from psysafe.evaluation.journal import Journal, key_of
 from psysafe.evaluation.results import Result, Table, say
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.subjects import BASE, Setting, Subject
+from psysafe.files import parse_json
 from psysafe.lora import detach, load_adapter
 from psysafe.prompts import system_text
 from psysafe.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def _clean(text: str) -> str:
 
 
 def _listed(value) -> list[str]:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 def request(item: Item, system: str | None, tokenizer: Tokenizer | None, thinking: bool) -> tuple[str, list[str]]:
@@ -158,7 +158,7 @@ class Benchmark:
             try:
                 items.append(self.item(row))
                 assert 0 <= items[-1].gold < len(items[-1].choices)
-            except (ValueError, TypeError, AttributeError, AssertionError):
+            except (ValueError, TypeError, AttributeError, AssertionError, OverflowError):
                 raise ValueError(
                     f"{args.data} row {number}: not a row of {self.name}; expected {self.fields}"
                 ) from None

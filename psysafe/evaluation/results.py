@@ -7,14 +7,19 @@ JSON keeps every digit.
 import json
 import sys
 import time
+import types
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from psysafe.files import write_atomic
+from psysafe.files import parse_json, write_atomic
 from psysafe.runtime import versions
 
 FILE = "result.json"
+
+
+Cell = str | int | float | None | list[int | float | None]
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Table:
 
     title: str
     columns: list[tuple[str, str]]
-    rows: list[list]
+    rows: list[list[Cell]]
     note: str = ""
     bars: str = ""
 
@@ -79,14 +84,48 @@ def load(folder: str | Path) -> tuple[Result, dict]:
     """(result, {"versions", "finished"}) of a folder. ValueError names the file that is no result."""
     path = Path(folder) / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         rest = {name: content.pop(name) for name in ("versions", "finished")}
         tables = [Table(**{**t, "columns": [tuple(c) for c in t["columns"]]}) for t in content.pop("tables")]
-        return Result(tables=tables, **content), rest
+        result = Result(tables=tables, **content)
+        _check(result, rest)
+        return result, rest
     except FileNotFoundError:
         raise ValueError(f"{folder}: no {FILE} in it; expected the --out folder of a finished evaluation") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no result of an evaluation ({error}); run it again") from None
+
+
+def _check(result: Result, rest: dict) -> None:
+    """Raises ValueError where a field is not of the type that it is annotated with, or a table cannot be shown."""
+    typed = [(result, Result), *((table, Table) for table in result.tables)]
+    fields = [(name, getattr(x, name), kind) for x, cls in typed for name, kind in typing.get_type_hints(cls).items()]
+    fields += [("versions", rest["versions"], dict[str, str]), ("finished", rest["finished"], str)]
+    for name, value, kind in fields:
+        if not _is_of(value, kind):
+            raise ValueError(f"{name} is {value!r:.60}")
+    for table in result.tables:
+        names = [name for name, _ in table.columns]
+        if any(len(row) != len(names) for row in table.rows) or table.bars not in ("", *names):
+            raise ValueError(f"the rows of {table.title!r:.60} do not fit its columns")
+        table.cells()
+    if result.contamination is not None and result.contamination.keys() != {"prompts", "exact", "normalised"}:
+        raise ValueError(f"contamination counts {list(result.contamination)!r:.60}")
+
+
+def _is_of(value, kind) -> bool:
+    kinds, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if kinds is types.UnionType:
+        return any(_is_of(value, part) for part in parts)
+    if not isinstance(value, kinds):
+        return False
+    if kinds is tuple:
+        return len(value) == len(parts) and all(map(_is_of, value, parts))
+    if kinds is dict:
+        return not parts or all(_is_of(k, parts[0]) and _is_of(v, parts[1]) for k, v in value.items())
+    return kinds is not list or not parts or all(_is_of(x, parts[0]) for x in value)
 
 
 def shown(cell, form: str) -> str:

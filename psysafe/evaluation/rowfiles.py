@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from psysafe.files import parse_json
 
 
 def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
@@ -20,20 +23,27 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; {expected}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
-    rows = _csv(text) if path.suffix.lower() == ".csv" else _json(text, path, expected)
+    rows = _csv(text, path, expected) if path.suffix.lower() == ".csv" else _json(text, path, expected)
     for where, row in rows:
         missing = [name for name in required if not isinstance(row, dict) or row.get(name) is None]
         if missing:
             found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{path} {where}: no {missing[0]} in it (found: {found:.100}); {expected}")
+        if not isinstance(row, dict) or not isinstance(row.get("prompt", ""), str):
+            raise ValueError(f"{path} {where}: {row!a:.100}; expected an object whose prompt is a text")
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path} {where}: half of a surrogate pair in it; expected whole Unicode characters")
     if not rows:
         raise ValueError(f"{path}: no rows in it; {expected}")
     return [row for _, row in rows]
 
 
-def _csv(text: str) -> list[tuple[str, dict]]:
+def _csv(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    return [(f"line {reader.line_num}", row) for row in reader]
+    try:
+        return [(f"line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: malformed CSV ({error}); {expected}") from None
 
 
 def _json(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
@@ -44,8 +54,8 @@ def _json(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
     rows = []
     for where, piece in pieces:
         try:
-            value = json.loads(piece)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(piece)
+        except ValueError as error:
             raise ValueError(f"{path} {where}: malformed JSON ({error}); {expected}".replace(" :", ":")) from None
         rows += [(f"row {n}", row) for n, row in enumerate(value, 1)] if isinstance(value, list) else [(where, value)]
     return rows

@@ -17,7 +17,7 @@ from psysafe.evaluation.judge import without_reasoning
 from psysafe.evaluation.results import say
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.generation import Generator, Options
-from psysafe.lora import detach, load_adapter, read_json
+from psysafe.lora import detach, load_adapter, read_adapter_config
 from psysafe.prompts import system_text
 from psysafe.runtime import start
 from psysafe.sampling import Sampling
@@ -165,7 +165,11 @@ def read_answers(spec: str) -> dict[str, Answered]:
     path = path if equals else spec
     found: dict[str, Answered] = {}
     for number, fields in enumerate(read_table(path, ["prompt"]), 1):
-        adapter, system = str(fields.get("adapter") or ""), (fields.get("settings") or {}).get("system")
+        made, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
+        if not isinstance(made, dict) or not isinstance(cluster, str):
+            found = f"settings {made!r:.40} and risk cluster {cluster!r:.40}"
+            raise ValueError(f"{path} row {number}: {found}; expected an object and a text")
+        adapter, system = str(fields.get("adapter") or ""), made.get("system")
         label = f"{Path(adapter).name}, {system}" if adapter else Path(path).stem
         answered = found.setdefault(label, Answered(adapter == BASE, {}))
         text = fields.get("answer") if adapter or "response" not in fields else fields["response"]
@@ -175,7 +179,7 @@ def read_answers(spec: str) -> dict[str, Answered]:
         answered.repeated += fields["prompt"] in answered.rows
         answered.rows.setdefault(
             fields["prompt"],
-            {"answer": without_reasoning(text).strip(), "stuck": stuck, "cluster": fields.get("risk cluster", "")},
+            {"answer": without_reasoning(text).strip(), "stuck": stuck, "cluster": cluster},
         )
     if equals:
         found = {name if len(found) == 1 else f"{name}: {label}": answered for label, answered in found.items()}
@@ -222,7 +226,7 @@ def base_of(adapters: Sequence[str], revision: str = "") -> tuple[str, str]:
     file = Path(expand(named[0]), "adapter_config.json")
     if not file.exists():
         raise ValueError(f"{named[0]}: no adapter_config.json in it; expected a run directory, or base")
-    config = read_json(file)
+    config = read_adapter_config(file.parent)
     if not config.get("base_model_name_or_path"):
         raise ValueError(f"{file} names no base model; give --model")
     return config["base_model_name_or_path"], config.get("revision") or revision
