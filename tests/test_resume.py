@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from psysafe.config import ASSETS
+from psysafe.files import TEMPORARY
 from tests.oracles import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +26,11 @@ EXACT = ("loss", "lr", "grad_norm", "val_loss", "tokens", "trained_tokens")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
+    return write_workspace(tmp_path_factory.mktemp("resume"))
+
+
+def write_workspace(folder: Path) -> Path:
     """A micro model with random weights, the bundled tokenizer, and a few rows: a step takes some 20 ms."""
-    folder = tmp_path_factory.mktemp("resume")
     shutil.copy(ASSETS / "tiny" / "tokenizer.json", folder)
     vocab = json.loads((ASSETS / "tiny" / "config.json").read_text())["vocab_size"]
     (folder / "config.json").write_text(json.dumps({**BASE, "vocab_size": vocab, "model_type": "qwen3_5_text"}))
@@ -75,8 +79,55 @@ def interrupt(folder: Path, out: str, wait_for: int, delay: float, number: int) 
     return process.wait(timeout=60)
 
 
+def kill(folder: Path, out: str, chance: random.Random, saving: bool) -> str:
+    """Starts or continues a run and sends SIGKILL at a random moment; `saving`: while a file of a save is half there.
+
+    Returns where it hit: "a save" or "a step", or "" when the run came to its end before.
+    """
+    process = subprocess.Popen(command(folder, out), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    lines = iter(process.stdout.readline, "")
+    for _ in range(chance.randint(1, 4)):  # the first line of the table is its head
+        next((line for line in lines if "/33 " in line or line.lstrip().startswith("step ")), None)
+    end = time.monotonic() + (60 if saving else chance.uniform(0, 0.1))
+    while time.monotonic() < end and process.poll() is None and not (saving and unfinished(folder / out)):
+        time.sleep(0 if saving else 0.001)
+    process.kill()
+    process.stdout.read()
+    if process.wait(timeout=60) == 0:
+        return ""
+    assert process.returncode == -signal.SIGKILL
+    return "a save" if unfinished(folder / out) else "a step"
+
+
+def unfinished(run: Path) -> bool:
+    """Whether a file or folder of a save lies there under its temporary name."""
+    return any(TEMPORARY in name for place in (run, run / "state") if place.is_dir() for name in os.listdir(place))
+
+
+def soak(folder: Path, whole: Path, kills: int, chance: random.Random, say=print) -> None:
+    """Kills runs `kills` times, every second time inside a save, continues each, and compares every one that comes to
+    its end with the uninterrupted run. AssertionError where they differ."""
+    done, run = 0, 0
+    while done < kills:
+        hit = kill(folder, f"killed-{run}", chance, saving=done % 2 == 1)
+        if hit:
+            done += 1
+            rows = (folder / f"killed-{run}" / "metrics.jsonl").read_bytes().count(b"\n")
+            say(f"kill {done:>2} of {kills}: run {run}, inside {hit}, {rows} rows of metrics on the disk")
+        if not hit or done == kills:
+            ended = finish(folder, f"killed-{run}")
+            assert ended.returncode == 0, ended.stderr
+            assert_same_run(whole, folder / f"killed-{run}")
+            say(f"run {run} came to its end: metrics and adapter bit-identical to the uninterrupted run's")
+            run += 1
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(workspace) -> Path:
+    return run_whole(workspace)
+
+
+def run_whole(workspace: Path) -> Path:
     done = finish(workspace, "whole")
     assert done.returncode == 0, done.stderr
     rows = metrics(workspace / "whole")
@@ -87,11 +138,7 @@ def uninterrupted(workspace) -> Path:
 
 @pytest.mark.slow
 def test_killed_at_five_random_moments(workspace, uninterrupted):
-    chance = random.Random(0)
-    for _ in range(5):
-        interrupt(workspace, "killed", chance.randint(1, 6), chance.uniform(0, 0.1), signal.SIGKILL)
-    assert finish(workspace, "killed").returncode == 0
-    assert_same_run(uninterrupted, workspace / "killed")
+    soak(workspace, uninterrupted, 5, random.Random(0))
 
 
 @pytest.mark.slow
@@ -205,6 +252,23 @@ def test_a_full_disk_costs_a_warning(workspace, capsys, monkeypatch):
 def test_a_disk_that_stays_full_is_no_success(workspace, capsys, monkeypatch):
     assert run_here(workspace, "full", monkeypatch, lambda n: True) == 1
     assert "make room and finish with --resume auto" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_in_the_newest_state_is_said_aloud_and_the_older_one_used(workspace, capsys):
+    import train
+
+    argv = command(workspace, "flipped", "--max-steps", "4", "--val-fraction", "0")[4:]
+    assert train.main(argv) == 0
+    newest = max((workspace / "flipped" / "state").iterdir())
+    assert newest.name.startswith("step-00000004")
+    content = bytearray((newest / "state.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "state.safetensors").write_bytes(content)
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"{newest} is damaged and passed over: its checksums do not hold" in out and "resuming after step" in out
+    assert [row["step"] for row in metrics(workspace / "flipped") if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_tokenizer_of_another_model_is_named(workspace, capfd, tmp_path):
