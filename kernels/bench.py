@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels._triton import HAS_TRITON
 from kernels.check import closeness_of, in_interpreter, shown, versions
 from kernels.closeness import Case
-from kernels.compile_check import _write_json as write_json
+from kernels.compile_check import write_json as write_json
 from kernels.offers import Offer, offers
 from kernels.peers import PEERS
 from kernels.protocol import Work

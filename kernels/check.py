@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels._triton import HAS_TRITON, triton
 from kernels.closeness import Case, assert_close_bf16, assert_close_fp32, poisoned_empty
-from kernels.compile_check import _write_json as write_json
+from kernels.compile_check import write_json as write_json
 from kernels.offers import Offer, offers, plain_peer, torch_flash_attention
 
 FP32_FLOPS = 2e10

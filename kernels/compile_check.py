@@ -245,7 +245,7 @@ def table(specs: list[CompileSpec], results: list[Resources], target: str) -> st
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
-def _write_json(path: Path, document: dict) -> None:
+def write_json(path: Path, document: dict) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(document, file, indent=1)
         file.flush()
@@ -278,7 +278,7 @@ def main() -> int:
             {"kernel": s.name, "warps": s.num_warps, "stages": s.num_stages, **dataclasses.asdict(r), "complaints": w}
             for s, r, w in zip(specs, results, wrong, strict=True)
         ]
-        _write_json(args.json, {"target": args.target, "triton": triton.__version__, "kernels": rows})
+        write_json(args.json, {"target": args.target, "triton": triton.__version__, "kernels": rows})
     return 1 if failed else 0
 
 

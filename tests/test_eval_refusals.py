@@ -220,6 +220,7 @@ def test_encodings_by_hand():
     assert ciphers.encode_atbash("Az") == "Za"
     assert ciphers.encode_ascii("Hi") == "72 105"
     assert ciphers.encode_morse("SOS now") == "... --- ... / -. --- .--"
+    assert ciphers.decode_morse("... --- ...  -. --- .--") == "SOS NOW"
     assert ciphers.decode_ascii("The answer: 72, 101, 121 and 12 apples") == "The answer: Hey and 12 apples"
 
 

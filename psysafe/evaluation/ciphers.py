@@ -56,8 +56,8 @@ def encode_morse(text: str) -> str:
 
 
 def decode_morse(text: str) -> str:
-    """In capitals: Morse has no others."""
-    words = re.split(r"\s*/\s*|\s{3,}|\n", text.strip())
+    """In capitals: Morse has no others. Words stand apart by a slash, two spaces or more, or a line."""
+    words = re.split(r"\s*/\s*|\s{2,}|\n", text.strip())
     return " ".join("".join(LETTERS.get(code, code) for code in word.split()) for word in words)
 
 

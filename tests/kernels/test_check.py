@@ -170,7 +170,7 @@ def test_the_command_checks_in_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU" in done.stdout and "0 failed" in done.stdout
     result = json.loads(file.read_text())
-    assert result["gpu"] is None and result["failed"] == 0 and len(result["rows"]) == 3
+    assert result["gpu"] is None and result["failed"] == 0 and len(result["rows"]) >= 3
 
 
 @pytest.mark.parametrize(
