@@ -1,7 +1,7 @@
 """One optimiser step of the recipe, ours and the peers': the same weights, adapters and tokens in every arm.
 
-    python benchmarks/step.py --device cpu --all          # the race in miniature, anywhere: ours and transformers + PEFT
-    python benchmarks/step.py --all --layers 16           # on a GPU: every arm that is installed
+    python benchmarks/step.py --device cpu --all      # the race in miniature, anywhere: ours and transformers + PEFT
+    python benchmarks/step.py --all --layers 16       # on a GPU: every arm that is installed
     python benchmarks/step.py --arm ours --layers 64 --profile trace.json
 
 Each arm runs in a process of its own. First the arms' loss and LoRA gradients are compared, then steps are timed. The
