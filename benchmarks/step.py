@@ -10,6 +10,7 @@ last line on stdout is one JSON document. Method and results: benchmarks/README.
 
 # ruff: noqa: E402  (the repository's root has to be on the path first)
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,9 +72,15 @@ def main() -> int:
             agreement = agree(compared, Path(folder))
         else:
             agreement = {}
-        for arm in arms:
-            print(f"timing {arm}", flush=True)
-            results[arm] = run_arm(args, arm, Path(folder), compare=False)
+        if args.device == "cpu":
+            print(f"timing {', '.join(arms)}, step by step in turn", flush=True)
+            results = take_turns(args, arms, Path(folder))
+        else:
+            for arm in arms:
+                print(f"timing {arm}", flush=True)
+                results[arm] = run_arm(args, arm, Path(folder), compare=False)
+                if "failed" in results[arm] and args.layers == 64:
+                    results[arm] |= extrapolated(args, arm, Path(folder))
     left_out = {arm: missing(arm, args.device) for arm in NEEDS if arm not in arms and not args.arm}
     report = {"setting": setting(args), "agreement": agreement, "arms": results, "not run": left_out}
     print_table(report)
@@ -99,6 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="also write the JSON document there")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.arm or args.all):
         parser.error("give --arm NAME or --all")
@@ -138,19 +147,54 @@ def documents(args: argparse.Namespace) -> tuple[list[int], int]:
 
 def run_arm(args: argparse.Namespace, arm: str, folder: Path, compare: bool) -> dict:
     """Runs an arm in its own process; {"failed": reason} if it does not come through."""
+    done = subprocess.run(command(args, arm, folder, compare), capture_output=True, text=True, check=False)
+    if args.profile and not compare:
+        print(done.stdout)
+    return finished(folder / f"{arm}.json", done.returncode, done.stderr)
+
+
+def take_turns(args: argparse.Namespace, arms: list[str], folder: Path) -> dict[str, dict]:
+    """Every arm in its own process, one step of each after the other: what else the CPU does hits all alike."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = {arm: subprocess.Popen([*command(args, arm, folder, False), "--turns"], **pipes) for arm in arms}
+    for _ in range(1 + args.warmups + args.steps):  # the first turn loads
+        for process in running.values():
+            if process.poll() is None:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                process.stdout.readline()
+    results = {}
+    for arm, process in running.items():
+        out, err = process.communicate()
+        if args.profile:
+            print(out)
+        results[arm] = finished(folder / f"{arm}.json", process.returncode, err)
+    return results
+
+
+def extrapolated(args: argparse.Namespace, arm: str, folder: Path) -> dict:
+    """64 layers from the slope between 8 and 16, for an arm that does not get that far; said so in the result."""
+    few, more = (run_arm(argparse.Namespace(**vars(args) | {"layers": n}), arm, folder, False) for n in (8, 16))
+    if "failed" in few or "failed" in more:
+        return {}
+    seconds = more["seconds"] + (more["seconds"] - few["seconds"]) / 8 * 48
+    return {"extrapolated": {"seconds": seconds, "8 layers": few["seconds"], "16 layers": more["seconds"]}}
+
+
+def finished(result: Path, returncode: int, stderr: str) -> dict:
+    if returncode:
+        return {"failed": (stderr.strip().splitlines() or [f"exit code {returncode}"])[-1][:300]}
+    return json.loads(result.read_text())
+
+
+def command(args: argparse.Namespace, arm: str, folder: Path, compare: bool) -> list[str]:
     result = folder / f"{arm}.json"
     command = [sys.executable, __file__, "--arm", arm, "--device", args.device, "--tokens", args.tokens]
     command += ["--labelled", args.labelled, "--result", str(result), "--steps", str(args.steps)]
     command += ["--warmups", str(args.warmups), "--layers", str(args.compare_layers if compare else args.layers)]
     command += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
     command += ["--gradients", str(folder / f"{arm}.safetensors")] if compare else []
-    command += ["--profile", args.profile] if args.profile and not compare else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
-    if args.profile and not compare:
-        print(done.stdout)
-    return json.loads(result.read_text())
+    return command + (["--profile", args.profile] if args.profile and not compare else [])
 
 
 def agree(compared: dict[str, dict], folder: Path) -> dict:
@@ -181,7 +225,8 @@ def print_table(report: dict) -> None:
     print(f"\n{'arm':<12}{columns}")
     for arm, x in arms.items():
         if "failed" in x:
-            print(f"{arm:<12}failed: {x['failed']}")
+            more = f"; extrapolated from 8 and 16 layers: {x['extrapolated']}" if "extrapolated" in x else ""
+            print(f"{arm:<12}failed: {x['failed']}{more}")
             continue
         mfu, launches = (f"{x[key]:{form}}" if key in x else "-" for key, form in (("mfu", ".1%"), ("launches", ",")))
         print(f"{arm:<12}{1e3 * x['seconds']:>11.1f}{1e3 * x['spread']:>9.1f}{1e3 * x['cpu_seconds']:>9.1f}"
@@ -218,7 +263,8 @@ def child(args: argparse.Namespace) -> None:
     for package in NEEDS[args.arm]:
         importlib.import_module(package)  # what a package weighs by itself is not the step's memory
     before = 0 if device.type == "cuda" else resident()
-    arm.load()
+    with turn(args):
+        arm.load()
     if args.gradients:
         result = {"loss": arm.backward().item()}
         save_file({name: g.float().cpu().contiguous() for name, g in arm.gradients().items()}, args.gradients)
@@ -241,17 +287,28 @@ def resident() -> int:
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
+@contextlib.contextmanager
+def turn(args: argparse.Namespace) -> Iterator[None]:
+    """Waits until the parent gives this arm its turn, and tells it when that is over."""
+    if args.turns:
+        sys.stdin.readline()
+    yield
+    if args.turns:
+        print("done", flush=True)
+
+
 def timed(arm, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Medians over the steps after the warm-ups: by CUDA events or the clock, and the process's CPU time."""
     for _ in range(args.warmups):
-        arm.step()
+        with turn(args):
+            arm.step()
     seconds, cpu = [], []
     for _ in range(args.steps):
-        start, busy = Moment(device), time.process_time()
-        arm.step()
-        end = Moment(device)
-        seconds.append(end.since(start))
-        cpu.append(time.process_time() - busy)
+        with turn(args):
+            start, busy = Moment(device), time.process_time()
+            arm.step()
+            seconds.append(Moment(device).since(start))
+            cpu.append(time.process_time() - busy)
     spread = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     return {
         "seconds": statistics.median(seconds),
