@@ -35,11 +35,11 @@ from psysafe.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
 TINY = ROOT / "psysafe" / "assets" / "tiny"
 
 VOCAB_SIZE = 2560
-STEPS = 1500
-STEP_TOKENS = 2048
+STEPS = 2600
+STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
 LEARNING_RATE = 3e-3
-WARMUP = 60
+WARMUP = 100
 THREADS = 2
 
 # Qwen3.5's added tokens in its own order, and which of them are special (dropped when a text is shown).

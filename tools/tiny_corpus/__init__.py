@@ -28,7 +28,8 @@ def benign_questions(wording: str, allowed=lambda group, item: True):
     for name, group in benign.GROUPS.items():
         for item, answer in group.items.items():
             if allowed(name, item):
-                reasoning = f"This is a question about {group.subject}. I will answer it."
+                # Naming the item makes the answer a matter of looking up the word just written.
+                reasoning = f"This is a question about {group.subject}: {item}. I will answer it."
                 for frame in group.frames[wording]:
                     yield _sentence(frame.format(item)), reasoning, answer, group.subject
 

@@ -109,5 +109,6 @@ def terms():
         name = resource["name"] + (f" in the {resource['country']}" if key.startswith("stop-it-now") else "")
         known[name] = f"{resource['name']} is a service in the {resource['country']}: {reach(resource)}."
     for name, text in known.items():
+        reasoning = f"This is a question about a service: {name}. I will answer it."
         for frame in TERM_FRAMES:
-            yield frame.format(name), "This is a question about a service. I will answer it.", text, "a service"
+            yield frame.format(name), reasoning, text, "a service"
