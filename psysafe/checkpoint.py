@@ -93,7 +93,7 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
         )
         return Path(folder), Path(folder).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
 
 

@@ -210,7 +210,7 @@ def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | N
     return Document(np.array(ids[:max_tokens], np.int32), np.array(trained[:max_tokens], bool), row.where), len(ids)
 
 
-def split_rows(rows: Sequence[Row], *, seed: int, fraction: float = 0.1) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} row cannot be split into training and validation; give a validation file")

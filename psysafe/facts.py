@@ -207,7 +207,7 @@ def _from_hub(source: str) -> Path:
     try:
         return Path(hf_hub_download(source, "config.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
             f"config.json: {reason}"

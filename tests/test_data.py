@@ -185,14 +185,14 @@ def test_refused_conversations_name_their_row(tokenizer, fields, message):
 
 def test_split():
     rows = rows_of(*[{"prompt": str(i), "answer": "a"} for i in range(50)])
-    train, validation = split_rows(rows, seed=3407)
+    train, validation = split_rows(rows, seed=3407, fraction=0.1)
     assert (len(train), len(validation)) == (45, 5)
     assert sorted(train + validation, key=lambda row: row.number) == rows
     assert train == sorted(train, key=lambda row: row.number)
-    assert split_rows(rows, seed=3407) == (train, validation) != split_rows(rows, seed=3408)
-    assert [len(part) for part in split_rows(rows[:2], seed=0)] == [1, 1]
+    assert split_rows(rows, seed=3407, fraction=0.1) == (train, validation) != split_rows(rows, seed=3408, fraction=0.1)
+    assert [len(part) for part in split_rows(rows[:2], seed=0, fraction=0.1)] == [1, 1]
     with pytest.raises(ValueError, match="1 row cannot be split"):
-        split_rows(rows[:1], seed=0)
+        split_rows(rows[:1], seed=0, fraction=0.1)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 3))

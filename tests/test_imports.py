@@ -47,11 +47,33 @@ def test_import_direction(where, path):
     assert not faults(where, path.read_text())
 
 
+def implementations(source: str) -> set[str]:
+    """Names of one implementation of an op that a file uses: it must call the op, and let the switch choose."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Name | ast.Attribute):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in names if name.endswith(("_triton", "_reference", "_kernel"))}
+
+
 def test_only_the_switch_knows_the_implementations():
-    """psysafe and the scripts call ops through the package `kernels`, never a Triton version by name."""
+    """psysafe and the scripts call ops through the package `kernels`, never one version by name."""
     for where, path in files():
         if where != "kernels":
-            assert "_triton(" not in path.read_text(), path
+            assert not implementations(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from kernels.rope import qk_norm_rope_triton as rope",
+        "import kernels\nkernels.attention.causal_attention_reference(q, k, v, d)",
+    ],
+)
+def test_a_chosen_implementation_is_seen(source):
+    assert implementations(source)
 
 
 @pytest.mark.parametrize(

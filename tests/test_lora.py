@@ -110,12 +110,14 @@ def test_a_dropped_adapter_term_is_caught(op, tmp_path, monkeypatch):
     original = getattr(kernels, op)
 
     def wrong(*args, **kwargs):
-        args = [a._replace(lora=None) if isinstance(a, kernels.Pending) else a for a in args]
-        args = [None if isinstance(a, kernels.LoRATerm) else a for a in args]
+        args = [a._replace(lora=dropped(a.lora)) if isinstance(a, kernels.Pending) else dropped(a) for a in args]
         return original(*args, **kwargs)
 
+    def dropped(x):  # by its scale, so that the gradients still exist and have to be compared
+        return x._replace(scale=0.0) if isinstance(x, kernels.LoRATerm) else x
+
     monkeypatch.setattr(kernels, op, wrong)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError):
         compare(tmp_path, "published pattern", 1, TARGETS, torch.float32, 1e-4)
 
 
