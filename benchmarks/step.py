@@ -1,402 +1,311 @@
 """One optimiser step of the recipe, ours and the peers': the same weights, adapters and tokens in every arm.
 
     python benchmarks/step.py --device cpu --all      # the race in miniature, anywhere: ours and transformers + PEFT
-    python benchmarks/step.py --all --layers 16       # on a GPU: every arm that is installed
+    python benchmarks/step.py --all --layers 64       # on a GPU: every arm that is installed
     python benchmarks/step.py --arm ours --layers 64 --profile trace.json
 
-Each arm runs in a process of its own. First the arms' loss and LoRA gradients are compared, then steps are timed. The
-last line on stdout is one JSON document. Method and results: benchmarks/README.md.
+Each arm runs in a process of its own. First the arms' loss and LoRA gradients are compared; arms that agree are timed.
+The last line on stdout is one JSON document. Method and results: benchmarks/README.md.
 """
 
 # ruff: noqa: E402  (the repository's root has to be on the path first)
 import argparse
-import contextlib
-import importlib
-import importlib.util
+import importlib.metadata
 import json
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from kernels.closeness import relative_error
-from psysafe.lora import read_json
-from psysafe.model_config import ModelConfig
-from psysafe.roofline import SPEEDS, context, flops_per_token, step_seconds
-from psysafe.runtime import PEAKS, Moment, memory_peak, versions
+from benchmarks.arms import ARMS
+from benchmarks.measure import TURN_OVER, Task
+from psysafe.files import write_atomic
+from psysafe.runtime import main_guard, versions
 
-ARCHITECTURE = ROOT / "configs" / "qwen3.5-27b-architecture.json"
-NEEDS = {  # the packages of every arm, and the device it is for
-    "ours": (),
-    "hf-peft": ("transformers", "peft"),
-    "trl-liger": ("transformers", "peft", "trl", "liger_kernel"),
-    "unsloth": ("unsloth",),
-}
-ON_CPU = ("ours", "hf-peft")
-# The CPU's model: every part of the 27B, its ratios of heads, its MLP's 3.4, its share of attention layers.
-SMALL = {
-    **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 896, "head_dim": 64, "num_attention_heads": 6},
-    **{"num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4},
-    **{"linear_key_head_dim": 64, "linear_value_head_dim": 64, "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
-    "initializer_range": 0.05,
-    "rope_parameters": {
-        **{"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25},
-        **{"mrope_section": [4, 2, 2], "mrope_interleaved": True},
-    },
-}
 RECIPE_ROW, RECIPE_PROMPT = 640, 80  # tokens of the recipe's average row, and how many of them are not trained
+# Largest relative errors of loss and of a gradient, ||a - b|| / ||b||, against transformers + PEFT. bf16 rounds every
+# activation at other places in every arm; there the comparison finds what is left out, not the last bits.
+AGREEMENT = {"cpu": (1e-5, 1e-4), "cuda": (0.01, 0.1)}
+PEERS = ("transformers", "peft", "bitsandbytes", "flash-linear-attention", "causal-conv1d", "liger-kernel", "trl")
+ORACLE = "hf-peft"
 
 
-def main() -> int:
-    args = parse()
-    if args.result:
-        child(args)
-        return 0
-    arms = [args.arm] if args.arm else [arm for arm in NEEDS if not missing(arm, args.device)]
-    results = {}
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    tasks = {label(task): task for task in entries(args)}
     with tempfile.TemporaryDirectory() as folder:
-        if len(arms) > 1:
-            print(f"comparing loss and LoRA gradients at {args.compare_layers} layers", flush=True)
-            compared = {arm: run_arm(args, arm, Path(folder), compare=True) for arm in arms}
-            agreement = agree(compared, Path(folder))
-        else:
-            agreement = {}
+        folder = Path(folder)
+        agreement = compare(tasks, folder, args.compare_layers) if args.all else {}
+        wrong = {name: found["failed"] for name, found in agreement.items() if "failed" in found}
+        results = {name: {"failed": wrong[task.arm]} for name, task in tasks.items() if task.arm in wrong}
+        timed = {name: task for name, task in tasks.items() if task.arm not in wrong}
+        print(f"timing {'; '.join(timed)}{', step by step in turn' if args.device == 'cpu' else ''}", flush=True)
         if args.device == "cpu":
-            print(f"timing {', '.join(arms)}, step by step in turn", flush=True)
-            results = take_turns(args, arms, Path(folder))
+            results |= take_turns(timed, folder)
         else:
-            for arm in arms:
-                print(f"timing {arm}", flush=True)
-                results[arm] = run_arm(args, arm, Path(folder), compare=False)
-                if "failed" in results[arm] and args.layers == 64:
-                    results[arm] |= extrapolated(args, arm, Path(folder))
-    left_out = {arm: missing(arm, args.device) for arm in NEEDS if arm not in arms and not args.arm}
-    report = {"setting": setting(args), "agreement": agreement, "arms": results, "not run": left_out}
+            for name, task in timed.items():
+                results[name] = run(task, folder)
+                if "failed" in results[name] and args.layers > 16:
+                    results[name] |= extrapolated(task, folder)
+    results = {name: results[name] for name in tasks}
+    add_ratios(results, args.device)
+    not_run = {arm: why for arm in ARMS if args.all and (why := ARMS[arm].missing(args.device))}
+    report = {"setting": setting(args), "agreement": agreement, "arms": results, "not measured": not_run}
     print_table(report)
-    print(json.dumps(report))
+    line = json.dumps(report)
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        write_atomic(Path(args.out), line + "\n")
+    print(line)
+    return int(any("failed" in x and "extrapolated" not in x for x in results.values()))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arm", choices=NEEDS)
-    parser.add_argument("--all", action="store_true", help="every arm that is installed")
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="step.py", description=__doc__.split("\n")[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--arm", choices=ARMS)
+    which.add_argument("--all", action="store_true", help="every arm that is installed; compares before it times")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, help="of the 27B's 64; on the CPU of the small model (8)")
+    parser.add_argument("--layers", type=int, default=8, help="of the 27B's 64; on a CPU of the small model (8)")
     parser.add_argument("--compare-layers", type=int, default=8, help="layers for comparing gradients (8)")
-    parser.add_argument("--tokens", help="NxLENGTH or recipe (4x640); 4x4096 on a GPU, 4x128 on a CPU")
+    parser.add_argument("--tokens", help="COUNTxLENGTH or recipe (4x640); default 4x4096, on a CPU 4x128")
     parser.add_argument("--labelled", default="recipe", help="share of trained tokens, or recipe (all but 80 of 640)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-                        help="of the peers; without the flag: on a GPU on, on a CPU off")  # fmt: skip
+    parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both", help="of the peers (both)")
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace and print a table by kind of kernel")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON document there")
-    parser.add_argument("--result", help=argparse.SUPPRESS)
-    parser.add_argument("--gradients", help=argparse.SUPPRESS)
-    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if not (args.arm or args.all):
-        parser.error("give --arm NAME or --all")
-    if args.arm and missing(args.arm, args.device):
-        parser.error(f"{args.arm}: {missing(args.arm, args.device)}")
-    cuda = args.device == "cuda"
-    args.layers = args.layers or 8
-    args.tokens = args.tokens or ("4x4096" if cuda else "4x128")
-    args.checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace, and print the time by kind of work")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; take --device cpu")
+    if args.arm and ARMS[args.arm].missing(args.device):
+        raise ValueError(f"--arm {args.arm}: {ARMS[args.arm].missing(args.device)}")
+    for name, least, most in (("layers", 1, 64), ("compare_layers", 1, 64), ("warmups", 0, 1000), ("steps", 1, 1000)):
+        if not least <= getattr(args, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} to {most}")
+    args.tokens = args.tokens or ("4x4096" if args.device == "cuda" else "4x128")
+    args.lengths, args.trained = documents(args.tokens, args.labelled)
     return args
 
 
-def missing(arm: str, device: str) -> str:
-    """Why an arm cannot run here; "" if it can."""
-    if device == "cpu" and arm not in ON_CPU:
-        return "needs a GPU"
-    absent = [name for name in NEEDS[arm] if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else ""
-
-
-def setting(args: argparse.Namespace) -> dict:
-    lengths, trained = documents(args)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        **{"device": name, "machine": platform.machine(), "layers": args.layers, "documents": lengths},
-        **{"trained": trained, "dtype": "bfloat16" if args.device == "cuda" else "float32", "versions": versions()},
-        **{"steps": args.steps, "warmups": args.warmups, "checkpointing of peers": args.checkpointing},
-    }
-
-
-def documents(args: argparse.Namespace) -> tuple[list[int], int]:
+def documents(tokens: str, labelled: str) -> tuple[list[int], int]:
     """(lengths, trained tokens of each document)."""
-    count, length = (4, RECIPE_ROW) if args.tokens == "recipe" else map(int, args.tokens.split("x"))
-    share = 1 - RECIPE_PROMPT / RECIPE_ROW if args.labelled == "recipe" else float(args.labelled)
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", f"4x{RECIPE_ROW}" if tokens == "recipe" else tokens)
+    if not size or int(size[2]) < 2:
+        raise ValueError(f"--tokens {tokens}: expected recipe or COUNTxLENGTH, like 4x4096, of two tokens or more each")
+    share = 1 - RECIPE_PROMPT / RECIPE_ROW
+    if labelled != "recipe":
+        number = re.fullmatch(r"\d*\.?\d+", labelled)
+        share = float(labelled) if number else 0
+        if not 0 < share <= 1:
+            raise ValueError(f"--labelled {labelled}: expected recipe or a share above 0, at most 1.0")
+    count, length = int(size[1]), int(size[2])
     return [length] * count, min(length - 1, max(1, round(share * length)))
 
 
-def run_arm(args: argparse.Namespace, arm: str, folder: Path, compare: bool) -> dict:
+def entries(args: argparse.Namespace) -> list[Task]:
+    """What is run: every arm once, the peers with and without checkpointing."""
+    tasks = []
+    for arm in [args.arm] if args.arm else [arm for arm in ARMS if not ARMS[arm].missing(args.device)]:
+        choices = {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing if arm != "ours" else "off"]
+        tasks += [
+            Task(arm, on, args.device, args.layers, args.lengths, args.trained, args.warmups, args.steps, result="")
+            for on in choices
+        ]
+    if args.profile:
+        path = Path(args.profile).resolve()
+        named = len(tasks) > 1
+        tasks = [replace(x, profile=str(path.with_stem(f"{path.stem}-{slug(x)}") if named else path)) for x in tasks]
+    return tasks
+
+
+def label(task: Task) -> str:
+    return task.arm + (", checkpointed" if task.checkpointing else "")
+
+
+def slug(task: Task) -> str:
+    return label(task).replace(", ", "-")
+
+
+def run(task: Task, folder: Path) -> dict:
     """Runs an arm in its own process; {"failed": reason} if it does not come through."""
-    done = subprocess.run(command(args, arm, folder, compare), capture_output=True, text=True, check=False)
-    if args.profile and not compare:
-        print(done.stdout)
-    return finished(folder / f"{arm}.json", done.returncode, done.stderr)
+    task = replace(task, result=str(folder / f"{slug(task)}.json"))
+    done = subprocess.run(command(task), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return finished(task, done.returncode, done.stderr)
 
 
-def take_turns(args: argparse.Namespace, arms: list[str], folder: Path) -> dict[str, dict]:
+def command(task: Task) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.measure", json.dumps(asdict(task))]
+
+
+def finished(task: Task, returncode: int, stderr: str) -> dict:
+    if returncode:
+        return {"failed": (stderr.strip().splitlines() or [f"exit code {returncode}"])[-1][:300]}
+    return json.loads(Path(task.result).read_text())
+
+
+def take_turns(tasks: dict[str, Task], folder: Path) -> dict[str, dict]:
     """Every arm in its own process, one step of each after the other: what else the CPU does hits all alike."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = {arm: subprocess.Popen([*command(args, arm, folder, False), "--turns"], **pipes) for arm in arms}
-    for _ in range(1 + args.warmups + args.steps):  # the first turn loads
-        for process in running.values():
+    running = {}
+    for name, task in tasks.items():
+        task = replace(task, result=str(folder / f"{slug(task)}.json"), turns=True)
+        errors = (folder / f"{slug(task)}.txt").open("w+")  # a pipe that nobody reads could fill up
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        running[name] = task, subprocess.Popen(command(task), cwd=ROOT, **pipes), errors
+        turns = 1 + task.warmups + task.steps  # the first one loads
+    for _ in range(turns):
+        for _, process, _ in running.values():
             if process.poll() is None:
                 process.stdin.write("go\n")
                 process.stdin.flush()
-                process.stdout.readline()
+                while process.stdout.readline() not in (f"{TURN_OVER}\n", ""):
+                    pass  # what a library says
     results = {}
-    for arm, process in running.items():
-        out, err = process.communicate()
-        if args.profile:
-            print(out)
-        results[arm] = finished(folder / f"{arm}.json", process.returncode, err)
+    for name, (task, process, errors) in running.items():
+        process.communicate()
+        errors.seek(0)
+        results[name] = finished(task, process.returncode, errors.read())
+        errors.close()
     return results
 
 
-def extrapolated(args: argparse.Namespace, arm: str, folder: Path) -> dict:
-    """64 layers from the slope between 8 and 16, for an arm that does not get that far; said so in the result."""
-    few, more = (run_arm(argparse.Namespace(**vars(args) | {"layers": n}), arm, folder, False) for n in (8, 16))
-    if "failed" in few or "failed" in more:
+def compare(tasks: dict[str, Task], folder: Path, layers: int) -> dict[str, dict]:
+    """Every arm's loss and LoRA gradients against transformers + PEFT, by arm: relative errors, the largest of all
+    tensors; {"failed": reason} for one that does not agree."""
+    arms = {task.arm: task for task in tasks.values()}
+    if ORACLE not in arms:
         return {}
-    seconds = more["seconds"] + (more["seconds"] - few["seconds"]) / 8 * 48
-    return {"extrapolated": {"seconds": seconds, "8 layers": few["seconds"], "16 layers": more["seconds"]}}
-
-
-def finished(result: Path, returncode: int, stderr: str) -> dict:
-    if returncode:
-        return {"failed": (stderr.strip().splitlines() or [f"exit code {returncode}"])[-1][:300]}
-    return json.loads(result.read_text())
-
-
-def command(args: argparse.Namespace, arm: str, folder: Path, compare: bool) -> list[str]:
-    result = folder / f"{arm}.json"
-    command = [sys.executable, __file__, "--arm", arm, "--device", args.device, "--tokens", args.tokens]
-    command += ["--labelled", args.labelled, "--result", str(result), "--steps", str(args.steps)]
-    command += ["--warmups", str(args.warmups), "--layers", str(args.compare_layers if compare else args.layers)]
-    command += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
-    command += ["--gradients", str(folder / f"{arm}.safetensors")] if compare else []
-    return command + (["--profile", args.profile] if args.profile and not compare else [])
-
-
-def agree(compared: dict[str, dict], folder: Path) -> dict:
-    """Every arm's loss and LoRA gradients against transformers + PEFT: relative error, the largest over all tensors."""
-    if "failed" in compared.get("hf-peft", {"failed": ""}):
-        return {"not compared": compared.get("hf-peft", {}).get("failed", "hf-peft did not run")}
-    expected, found = load_file(folder / "hf-peft.safetensors"), {}
-    for arm, result in compared.items():
-        if arm == "hf-peft" or "failed" in result:
+    print(f"comparing loss and LoRA gradients at {layers} layers", flush=True)
+    files = {arm: folder / f"{arm}.safetensors" for arm in arms}
+    found = {
+        arm: run(replace(task, checkpointing=False, layers=layers, gradients=str(files[arm]), profile=""), folder)
+        for arm, task in arms.items()
+    }
+    if "failed" in found[ORACLE]:
+        return {ORACLE: found[ORACLE]}
+    loss, expected = found.pop(ORACLE)["loss"], load_file(files[ORACLE])
+    most = dict(zip(("loss", "gradients"), AGREEMENT[arms["ours"].device], strict=True))
+    for arm, result in found.items():
+        if "failed" in result:
             continue
-        tensors = load_file(folder / f"{arm}.safetensors")
-        assert tensors.keys() == expected.keys(), f"{arm} trains other tensors"
-        loss = abs(result["loss"] - compared["hf-peft"]["loss"]) / compared["hf-peft"]["loss"]
-        worst = max(relative_error(tensors[name], expected[name]) for name in expected)
-        found[arm] = {"loss": loss, "gradients": worst, "tensors": len(expected)}
+        errors = {"loss": abs(result["loss"] - loss) / abs(loss)} | gradient_error(load_file(files[arm]), expected)
+        far = [name for name, limit in most.items() if not errors[name] <= limit]
+        reason = ", ".join(f"{name} by {errors[name]:.1e} (at most {most[name]:.0e})" for name in far)
+        found[arm] = errors | ({"failed": f"differs from {ORACLE}: {reason}"} if far else {})
     return found
 
 
-def print_table(report: dict) -> None:
-    settings, arms = report["setting"], report["arms"]
-    print(f"\n{settings['device']}, {settings['dtype']}, {settings['layers']} layers, "
-          f"documents {settings['documents']}, {settings['trained']} trained tokens each")  # fmt: skip
-    for arm, error in report["agreement"].items():
-        if isinstance(error, dict):
-            found = f"loss {error['loss']:.1e}, {error['tensors']} gradients {error['gradients']:.1e}"
-            print(f"{arm} against hf-peft, relative error: {found}")
-    columns = f"{'ms a step':>11}{'spread':>9}{'CPU ms':>9}{'tokens/s':>10}{'MFU':>7}{'peak MB':>10}{'launches':>10}"
-    print(f"\n{'arm':<12}{columns}")
-    for arm, x in arms.items():
-        if "failed" in x:
-            more = f"; extrapolated from 8 and 16 layers: {x['extrapolated']}" if "extrapolated" in x else ""
-            print(f"{arm:<12}failed: {x['failed']}{more}")
-            continue
-        mfu, launches = (f"{x[key]:{form}}" if key in x else "-" for key, form in (("mfu", ".1%"), ("launches", ",")))
-        print(f"{arm:<12}{1e3 * x['seconds']:>11.1f}{1e3 * x['spread']:>9.1f}{1e3 * x['cpu_seconds']:>9.1f}"
-              f"{x['tokens_per_s']:>10,.0f}{mfu:>7}{x['peak'] / 1e6:>10,.0f}{launches:>10}")  # fmt: skip
-    for arm, why in report["not run"].items():
-        print(f"{arm:<12}not measured ({why})")
-    ours = arms.get("ours", {})
-    for arm, x in arms.items():
-        if arm != "ours" and "seconds" in x and "seconds" in ours:
-            # Busy neighbours stretch wall time on a CPU, so that there the ratio is that of CPU time.
-            key = "cpu_seconds" if settings["device"].startswith("CPU") else "seconds"
-            x["ratio"], x["memory_ratio"] = x[key] / ours[key], x["peak"] / ours["peak"]
-            print(f"\nours is {x['ratio']:.2f} x as fast as {arm}, which needs {x['memory_ratio']:.2f} x the memory")
-    print(flush=True)
+def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict:
+    if found.keys() != expected.keys():
+        return {"gradients": float("inf"), "tensors": len(found)}
+    worst = max(((found[name] - x).norm() / x.norm()).item() for name, x in expected.items())
+    return {"gradients": worst, "tensors": len(expected)}
 
 
-# What runs in an arm's own process.
+def extrapolated(task: Task, folder: Path) -> dict:
+    """A step of all layers from the slope between 8 and 16, for an arm that does not get that far."""
+    few, more = (run(replace(task, layers=n, profile=""), folder) for n in (8, 16))
+    if "failed" in few or "failed" in more:
+        return {}
+    seconds = more["seconds"] + (more["seconds"] - few["seconds"]) / 8 * (task.layers - 16)
+    rate = sum(task.lengths) / seconds
+    return {"extrapolated": {"seconds": seconds, "tokens_per_s": rate, "8 layers": few, "16 layers": more}}
 
 
-def child(args: argparse.Namespace) -> None:
-    from benchmarks.arms import ARMS, CAP
-
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
-    layers = (["linear_attention"] * 3 + ["full_attention"]) * -(-args.layers // 4)
-    text = dict(SMALL) if device.type == "cpu" else read_json(ARCHITECTURE)
-    text |= {"num_hidden_layers": args.layers, "layer_types": layers[: args.layers]}
-    lengths, trained = documents(args)
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(0, text["vocab_size"], (n,), generator=generator) for n in lengths]
-    arm = ARMS[args.arm](text, tokens, trained, device, args.checkpointing)
-    for package in NEEDS[args.arm]:
-        importlib.import_module(package)  # what a package weighs by itself is not the step's memory
-    before = 0 if device.type == "cuda" else resident()
-    with turn(args):
-        arm.load()
-    if args.gradients:
-        result = {"loss": arm.backward().item()}
-        save_file({name: g.float().cpu().contiguous() for name, g in arm.gradients().items()}, args.gradients)
-    else:
-        result = timed(arm, args, device) | {"peak": memory_peak(device) - before}
-        result["tokens_per_s"] = sum(lengths) / result["seconds"]
-        if device.type == "cuda":
-            result["reserved"] = torch.cuda.max_memory_reserved(device)
-            peak = PEAKS.get(torch.cuda.get_device_name(device))
-            useful = flops_per_token(ModelConfig.from_dict(text), context(lengths), trained / lengths[0])
-            result |= {"mfu": result["tokens_per_s"] * useful / peak.flops} if peak else {}
-            result["launches"] = launches(arm)
-        if args.profile:
-            profile(arm, args.profile, device, text, lengths, trained)
-    Path(args.result).write_text(json.dumps(result))
+def add_ratios(results: dict[str, dict], device: str) -> None:
+    """How many times as long a peer takes, and how many times the memory. On a CPU in CPU time: busy neighbours stretch
+    the clock."""
+    key = "cpu_seconds" if device == "cpu" else "seconds"
+    ours = results.get("ours", {})
+    for name, x in results.items():
+        spent = x.get("extrapolated", x).get(key)
+        if name != "ours" and spent and key in ours:
+            x["time_ratio"] = spent / ours[key]
+            if "peak" in x:
+                x["memory_ratio"] = x["peak"] / ours["peak"]
 
 
-def resident() -> int:
-    """Bytes of resident memory now."""
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
-
-
-@contextlib.contextmanager
-def turn(args: argparse.Namespace) -> Iterator[None]:
-    """Waits until the parent gives this arm its turn, and tells it when that is over."""
-    if args.turns:
-        sys.stdin.readline()
-    yield
-    if args.turns:
-        print("done", flush=True)
-
-
-def timed(arm, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Medians over the steps after the warm-ups: by CUDA events or the clock, and the process's CPU time."""
-    for _ in range(args.warmups):
-        with turn(args):
-            arm.step()
-    seconds, cpu = [], []
-    for _ in range(args.steps):
-        with turn(args):
-            start, busy = Moment(device), time.process_time()
-            arm.step()
-            seconds.append(Moment(device).since(start))
-            cpu.append(time.process_time() - busy)
-    spread = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+def setting(args: argparse.Namespace) -> dict:
+    cuda = args.device == "cuda"
+    found = versions()
+    for package in PEERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
     return {
-        "seconds": statistics.median(seconds),
-        "spread": spread[2] - spread[0],
-        "cpu_seconds": statistics.median(cpu),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "machine": platform.machine(),
+        "model": "Qwen3.5-27B's layers" if cuda else "small model",
+        "layers": args.layers,
+        "documents": args.lengths,
+        "trained": args.trained,
+        "dtype": "bfloat16" if cuda else "float32",
+        "warmups": args.warmups,
+        "steps": args.steps,
+        "versions": found,
     }
 
 
-def launches(arm) -> int:
-    """Kernels that one step launches."""
-    from torch.profiler import ProfilerActivity
-
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        arm.step()
-    return sum("aunchKernel" in event.name for event in trace.events())
-
-
-def profile(arm, path: str, device: torch.device, text: dict, lengths: list[int], trained: int) -> None:
-    """One step: a Chrome trace in `path`, and where the time went, beside the least it could take."""
-    import kernels
-
-    for name in kernels.OPS:  # names for what happens inside an op, also in the references
-        op = getattr(kernels, name)
-        setattr(kernels, name, lambda *x, _op=op, _name=name, **k: _scoped(_op, _name, x, k))
-    with torch.profiler.profile() as trace:
-        start = time.perf_counter()
-        arm.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-    trace.export_chrome_trace(path)
-    spent = by_kind(trace.events(), device.type == "cuda")
-    spent["idle"] = max(0.0, wall - sum(spent.values()))
-    config = ModelConfig.from_dict(text)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    speed = next((speed for gpu, speed in SPEEDS.items() if gpu in name), None)
-    share = trained / lengths[0]
-    least = step_seconds(config, sum(lengths), context(lengths), share, speed) if speed else {}
-    print(f"{'kind':<14}{'ms':>10}{'share':>8}{'roofline ms':>13}   ({path})")
-    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        roof = f"{1e3 * least[kind]:.1f}" if kind in least else "-"
-        print(f"{kind:<14}{1e3 * seconds:>10.1f}{seconds / wall:>8.1%}{roof:>13}")
+def print_table(report: dict) -> None:
+    it, arms = report["setting"], report["arms"]
+    print(f"\n{it['device']}, {it['dtype']}, {it['model']}, {it['layers']} layers, {len(it['documents'])} documents of "
+          f"{it['documents'][0]} tokens, {it['trained']} of them trained")  # fmt: skip
+    print(", ".join(f"{name} {version}" for name, version in it["versions"].items() if version))
+    for arm, error in report["agreement"].items():
+        if "gradients" in error:
+            found = f"loss {error['loss']:.1e}, {error['tensors']} gradients {error['gradients']:.1e}"
+            print(f"{arm} against {ORACLE}, relative error: {found}")
+    columns = (("ms a step", 11), ("spread", 8), ("CPU ms", 9), ("spread", 8), ("tokens/s", 10), ("MFU", 7),
+               ("peak MB", 10), ("reserved", 10), ("launches", 10), ("time", 7), ("memory", 8))  # fmt: skip
+    print(f"\n{'arm':<24}" + "".join(f"{name:>{width}}" for name, width in columns))
+    for name, x in arms.items():
+        if "extrapolated" in x:
+            far = x["extrapolated"]
+            print(f"{name:<24}{1e3 * far['seconds']:>11.1f}{'':>25}{far['tokens_per_s']:>10,.0f}  extrapolated from 8 "
+                  f"and 16 layers; at {it['layers']}: {x['failed']}")  # fmt: skip
+        elif "failed" in x:
+            print(f"{name:<24}  not measured: {x['failed']}")
+        else:
+            row = zip(cells(x), columns, strict=True)
+            print(f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, (_, width) in row))
+    for arm, why in report["not measured"].items():
+        print(f"{arm:<24}  not measured: {why}")
+    print("time, memory: how many times ours; spread: between the quartiles")
+    for name, x in arms.items():
+        if "profile" in x:
+            print_profile(name, x["profile"])
+    print(flush=True)
 
 
-def _scoped(op, name: str, args: tuple, kwargs: dict):
-    with torch.profiler.record_function(f"op:{name}"):
-        return op(*args, **kwargs)
+def cells(x: dict) -> list[str]:
+    def cell(key: str, form: str, scale: float = 1.0) -> str:
+        return f"{scale * x[key]:{form}}" if key in x else "-"
+
+    return [
+        *(cell(key, ".1f", 1e3) for key in ("seconds", "seconds_spread", "cpu_seconds", "cpu_seconds_spread")),
+        *(cell("tokens_per_s", ",.0f"), cell("mfu", ".1%"), cell("peak", ",.0f", 1e-6), cell("reserved", ",.0f", 1e-6)),
+        *(cell("launches", ","), cell("time_ratio", ".2f"), cell("memory_ratio", ".2f")),
+    ]
 
 
-OP_KINDS = {
-    **{"causal_attention": "attention", "gated_delta_rule": "delta rule", "linear_cross_entropy": "loss"},
-    "adamw_8bit": "optimiser",
-}
-GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul")
-
-
-def by_kind(events, cuda: bool) -> dict[str, float]:
-    """Seconds by kind of work. An event belongs to the op that encloses it; a backward node to that of its forward."""
-
-    def scope(event) -> str:
-        while event is not None:
-            if event.name.startswith("op:"):
-                return event.name[3:]
-            if event.name.startswith(("optimiser", "Optimizer")):
-                return "adamw_8bit"
-            if "Backward" in event.name and forward.get(event.sequence_nr):
-                return forward[event.sequence_nr]
-            event = event.cpu_parent
-        return ""
-
-    forward: dict[int, str] = {}
-    for event in events:
-        if event.sequence_nr >= 0 and "Backward" not in event.name:
-            found = scope(event)
-            if found:
-                forward[event.sequence_nr] = found
-    spent: Counter = Counter()
-    for event in events:
-        # A GEMM inside the loss is the head's; those inside attention and the delta rule are theirs.
-        seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        if cuda and event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # counted with the operation that launched it
-        kind = OP_KINDS.get(scope(event), "elementwise")
-        if event.name in GEMMS and kind in ("elementwise", "loss"):
-            kind = "GEMM"
-        spent[kind] += seconds
-    return dict(spent)
+def print_profile(name: str, kinds: dict[str, dict]) -> None:
+    """The time of one step by kind of work, beside the least it could take."""
+    total = sum(x["seconds"] or 0 for x in kinds.values())
+    print(f"\n{name:<16}{'ms':>10}{'share':>8}{'roofline ms':>13}")
+    for kind, x in sorted(kinds.items(), key=lambda item: -(item[1]["seconds"] or 0)):
+        spent, least = (f"{1e3 * s:.1f}" if s is not None else "-" for s in (x["seconds"], x["roofline"]))
+        print(f"{kind:<16}{spent:>10}{(x['seconds'] or 0) / total:>8.1%}{least:>13}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))
