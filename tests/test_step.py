@@ -1,4 +1,4 @@
-"""What a step leaves out: waits for the device, layer 0's mixer in backward, rows of the last layer that train nothing."""
+"""What a step leaves out: waits for the device, layer 0's mixer in backward, last-layer rows that train nothing."""
 
 from types import SimpleNamespace
 
@@ -24,8 +24,15 @@ TRITON = all(triton is not None for _, triton in kernels.OPS.values())
 
 def step_without_a_device(monkeypatch, limit=84 * 10**9):
     """A whole step of the 27B, memory plan and optimiser included, on tensors without memory and without launches:
-    whatever would have to wait for a value on the device raises there.
+    whatever would have to wait for a value on the device raises there, and so does an explicit wait.
     """
+
+    def wait(*args):
+        raise RuntimeError("the host waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", wait)
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(train, "StepResult", lambda began, fields, **scalars: SimpleNamespace(fields=fields, **scalars))
@@ -51,7 +58,18 @@ def test_no_value_of_the_device_is_asked_for(monkeypatch, limit):
 
 
 @pytest.mark.skipif(not TRITON, reason="some operation has no Triton kernels yet")
-@pytest.mark.parametrize("wait", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: x[None].nonzero()])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.item(),
+        lambda x: bool(x > 0),
+        lambda x: x[None].nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x[None][x[None] > 0],
+        lambda x: torch.cuda.synchronize(),
+    ],
+    ids=["item", "bool", "nonzero", "cpu", "mask", "synchronize"],
+)
 def test_a_wait_is_seen(monkeypatch, wait):
     original = train.batch_loss
 
