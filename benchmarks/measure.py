@@ -130,9 +130,7 @@ def launches(arm: Arm) -> int:
 def profile(arm: Arm, task: Task, text: dict) -> dict[str, dict[str, float]]:
     """One step as a Chrome trace, and its time by kind of work beside the least it could take."""
     cuda = task.device == "cuda"
-    for name in kernels.OPS:  # names for what happens inside an op, also where it is plain PyTorch
-        setattr(kernels, name, scoped(getattr(kernels, name), name))
-    with torch.profiler.profile() as trace:
+    with named_ops(), torch.profiler.profile() as trace:
         start = time.perf_counter()
         arm.step()
         if cuda:
@@ -152,12 +150,17 @@ def profile(arm: Arm, task: Task, text: dict) -> dict[str, dict[str, float]]:
     return {kind: {"seconds": spent.get(kind), "roofline": least.get(kind)} for kind in {**spent, **least}}
 
 
-def scoped(op, name: str):
-    def call(*args, **kwargs):
-        with record_function(f"op:{name}"):
-            return op(*args, **kwargs)
-
-    return call
+@contextlib.contextmanager
+def named_ops() -> Iterator[None]:
+    """Gives a name to what happens inside an op, also where it is plain PyTorch."""
+    ops = {name: getattr(kernels, name) for name in kernels.OPS}
+    try:
+        for name, op in ops.items():
+            setattr(kernels, name, record_function(f"op:{name}")(op))
+        yield
+    finally:
+        for name, op in ops.items():
+            setattr(kernels, name, op)
 
 
 def on_device(event: FunctionEvent) -> bool:
