@@ -27,6 +27,7 @@ from psysafe.facts import make_optimizer, nbytes
 from psysafe.lora import TARGETS, attach, read_json
 from psysafe.memory import RESERVE, Plan, Sizes
 from psysafe.model_config import ModelConfig
+from psysafe.recompute import STAGES
 
 CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
 MICRO_BATCH = 4096
@@ -80,7 +81,7 @@ class Arm:
         absent = [name for name in cls.packages if importlib.util.find_spec(name) is None]
         if absent:
             return f"not installed: {', '.join(absent)} (benchmarks/README.md lists versions)"
-        return "needs a GPU" if device == "cpu" and cls in (TRLLiger, Unsloth) else ""
+        return "needs a GPU" if device == "cpu" and cls not in (Ours, HFPeft) else ""
 
     def again_seconds(self) -> float:
         """What a plan says that making dropped tensors again costs a step."""
@@ -94,6 +95,8 @@ class Arm:
 
 
 class Ours(Arm):
+    """psysafe. On a GPU the memory plan says what is made again, unless everything is (checkpointing)."""
+
     def load(self) -> None:
         self.model = build(ModelConfig.from_dict(self.text), self.device, self.dtype)
         randomise(self.model)
@@ -104,7 +107,10 @@ class Ours(Arm):
         trained = [np.arange(len(x)) >= len(x) - self.trained for x in self.tokens]
         self.documents = [Document(x.numpy(), t, "") for x, t in zip(self.tokens, trained, strict=True)]
         self.plan = None
-        if self.device.type == "cuda":
+        if self.checkpointing:
+            for block in self.model.layers:
+                block.recompute = frozenset(STAGES)
+        elif self.device.type == "cuda":
             fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
             self.plan = Plan(self.model.config, self.adapters.targets, 1, CAP - RESERVE, fixed)
 
@@ -213,10 +219,11 @@ class HFPeft(Arm):
 
 
 class TRLLiger(HFPeft):
-    """What TRL's SFTTrainer(use_liger_kernel=True) trains: Liger's kernels in the model, its fused linear loss."""
+    """What TRL's SFTTrainer(use_liger_kernel=True) trains: Liger's kernels in the model, its fused linear loss. The
+    trainer itself adds a loop around that and is left out."""
 
-    packages = ("transformers", "peft", "trl", "liger_kernel")
-    modules = (*HFPeft.modules, "trl", "liger_kernel.transformers")
+    packages = ("transformers", "peft", "liger_kernel")
+    modules = (*HFPeft.modules, "liger_kernel.transformers")
 
     def base(self) -> nn.Module:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -226,19 +233,21 @@ class TRLLiger(HFPeft):
         return model
 
     def loss(self, tokens: Tensor) -> Tensor:
-        labels = tokens.clone()
-        labels[:, : -self.trained] = -100
-        return self.model(input_ids=tokens, labels=labels, use_cache=False, num_items_in_batch=self.targets).loss
+        kept = self.trained + 1  # the first of them is not predicted
+        settings = {"use_cache": False, "num_items_in_batch": self.targets, "logits_to_keep": kept}
+        return self.model(input_ids=tokens, labels=tokens[:, -kept:], **settings).loss
 
 
-class Unsloth(TRLLiger):
+class Unsloth(HFPeft):
     """Unsloth's FastLanguageModel loads folders only: the random base is written to one first."""
 
     packages = ("unsloth",)
     modules = ("unsloth",)  # before transformers, which it patches
 
-    def base(self) -> nn.Module:
-        return HFPeft.base(self)
+    def loss(self, tokens: Tensor) -> Tensor:
+        labels = tokens.clone()
+        labels[:, : -self.trained] = -100
+        return self.model(input_ids=tokens, labels=labels, use_cache=False, num_items_in_batch=self.targets).loss
 
     def load(self) -> None:
         from unsloth import FastLanguageModel

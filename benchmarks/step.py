@@ -36,7 +36,10 @@ RECIPE_ROW, RECIPE_PROMPT = 640, 80  # tokens of the recipe's average row, and h
 # Largest relative errors of loss and of a gradient, ||a - b|| / ||b||, against transformers + PEFT. bf16 rounds every
 # activation at other places in every arm; there the comparison finds what is left out, not the last bits.
 AGREEMENT = {"cpu": (1e-5, 1e-4), "cuda": (0.01, 0.1)}
-PEERS = ("transformers", "peft", "bitsandbytes", "flash-linear-attention", "causal-conv1d", "liger-kernel", "trl")
+PACKAGES = (
+    *("transformers", "peft", "bitsandbytes", "flash-linear-attention", "fla-core", "flash-qla", "causal-conv1d"),
+    *("liger-kernel", "unsloth", "nvidia-cudnn-cu13"),
+)
 ORACLE = "hf-peft"
 
 
@@ -79,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compare-layers", type=int, default=8, help="layers for comparing gradients (8)")
     parser.add_argument("--tokens", help="COUNTxLENGTH or recipe (4x640); default 4x4096, on a CPU 4x128")
     parser.add_argument("--labelled", default="recipe", help="share of trained tokens, or recipe (all but 80 of 640)")
-    parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both", help="of the peers (both)")
+    parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both", help="default: both")
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace, and print the time by kind of work")
@@ -113,10 +116,11 @@ def documents(tokens: str, labelled: str) -> tuple[list[int], int]:
 
 
 def entries(args: argparse.Namespace) -> list[Task]:
-    """What is run: every arm once, the peers with and without checkpointing."""
+    """What is run: every arm with and without checkpointing; on a GPU our memory plan makes that choice."""
     tasks = []
     for arm in [args.arm] if args.arm else [arm for arm in ARMS if not ARMS[arm].missing(args.device)]:
-        choices = {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing if arm != "ours" else "off"]
+        planned = arm == "ours" and args.device == "cuda"
+        choices = {"off": [False], "on": [True], "both": [False, True]}["off" if planned else args.checkpointing]
         tasks += [
             Task(arm, on, args.device, args.layers, args.lengths, args.trained, args.warmups, args.steps, result="")
             for on in choices
@@ -226,9 +230,9 @@ def add_ratios(results: dict[str, dict], device: str) -> None:
     the clock."""
     key = "cpu_seconds" if device == "cpu" else "seconds"
     ours = results.get("ours", {})
-    for name, x in results.items():
+    for x in results.values():
         spent = x.get("extrapolated", x).get(key)
-        if name != "ours" and spent and key in ours:
+        if x is not ours and spent and key in ours:
             x["time_ratio"] = spent / ours[key]
             if "peak" in x:
                 x["memory_ratio"] = x["peak"] / ours["peak"]
@@ -237,7 +241,7 @@ def add_ratios(results: dict[str, dict], device: str) -> None:
 def setting(args: argparse.Namespace) -> dict:
     cuda = args.device == "cuda"
     found = versions()
-    for package in PEERS:
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ TASK = measure.Task("ours", False, "cpu", 1, [24, 24], 20, 0, 1, result="")
     ("argv", "message"),
     [
         (["--arm", "unsloth"], "--arm unsloth: not installed: unsloth"),
-        (["--arm", "trl-liger"], "--arm trl-liger: not installed: transformers, peft, trl, liger_kernel"),
+        (["--arm", "trl-liger"], "--arm trl-liger: not installed: transformers, peft, liger_kernel"),
         (["--arm", "ours", "--device", "cuda"], "torch finds no GPU here"),
         (["--arm", "ours", "--tokens", "4096"], "--tokens 4096"),
         (["--arm", "ours", "--tokens", "4x1"], "--tokens 4x1"),
@@ -48,12 +48,12 @@ def test_documents(tokens, labelled, expected):
     assert step.documents(tokens, labelled) == expected
 
 
-def test_peers_run_with_and_without_checkpointing(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "unsloth" else object())
+def test_arms_run_with_and_without_checkpointing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in ("transformers", "peft") else None)
     args = step.parse(["--all", "--device", "cpu", "--profile", "/tmp/trace.json"])
     tasks = step.entries(args)
-    assert [step.label(task) for task in tasks] == ["ours", "hf-peft", "hf-peft, checkpointed"]
-    assert len({task.profile for task in tasks}) == 3
+    assert [step.label(task) for task in tasks] == ["ours", "ours, checkpointed", "hf-peft", "hf-peft, checkpointed"]
+    assert len({task.profile for task in tasks}) == 4
 
 
 def agreement(tmp_path, monkeypatch, factor: float) -> dict:
