@@ -1,6 +1,7 @@
 """The step race: what it refuses, what it compares before it times, and how it sorts and extrapolates what it found."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,15 @@ def test_an_arm_that_differs_is_not_timed(tmp_path, monkeypatch):
 
 def test_an_arm_that_trains_other_tensors_differs():
     assert step.gradient_error({"a": torch.ones(1)}, {"b": torch.ones(1)})["gradients"] == float("inf")
+
+
+def test_an_arm_that_fails_says_why_and_stops_no_other(tmp_path, monkeypatch):
+    script = "import sys; sys.stdin.readline(); sys.exit('no such kernel')"
+    monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", script])
+    found = step.take_turns({"ours": TASK, "hf-peft": replace(TASK, arm="hf-peft")}, tmp_path)
+    assert found == dict.fromkeys(("ours", "hf-peft"), {"failed": "no such kernel"})
+    monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", "exit(3)"])
+    assert step.run(TASK, tmp_path) == {"failed": "exit code 3"}
 
 
 def test_64_layers_follow_from_the_slope(monkeypatch, tmp_path):
