@@ -85,8 +85,8 @@ def test_an_arm_that_fails_says_why_and_stops_no_other(tmp_path, monkeypatch):
     script = "import sys; sys.stdin.readline(); sys.exit('no such kernel')"
     monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", script])
     found = step.take_turns({"ours": TASK, "hf-peft": replace(TASK, arm="hf-peft")}, tmp_path)
-    assert found == dict.fromkeys(("ours", "hf-peft"), {"failed": "no such kernel"})
-    monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", "exit(3)"])
+    assert found == {arm: {"failed": "no such kernel"} for arm in ("ours", "hf-peft")}
+    monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", "import sys; sys.exit(3)"])
     assert step.run(TASK, tmp_path) == {"failed": "exit code 3"}
 
 
