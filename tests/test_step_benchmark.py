@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.profiler import record_function
 
 from benchmarks import measure, step
 from benchmarks.arms import ARMS
+from psysafe.model_config import ModelConfig
 from psysafe.runtime import main_guard
 
 TASK = measure.Task("ours", False, "cpu", 1, [24, 24], 20, 0, 1, result="")
@@ -96,6 +98,47 @@ def test_64_layers_follow_from_the_slope(monkeypatch, tmp_path):
     assert found["seconds"] == pytest.approx(0.5 + 0.64) and found["tokens_per_s"] == pytest.approx(48 / 1.14)
     monkeypatch.setattr(step, "run", lambda task, folder: {"failed": "out of memory"})
     assert step.extrapolated(TASK, tmp_path) == {}
+
+
+def on_an_h200(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in ("transformers", "peft") else None)
+
+
+def test_the_table_of_a_gpu(capsys, monkeypatch):
+    """A peer that runs out of memory at 64 layers is extrapolated and said to be; one that is not here is named."""
+    on_an_h200(monkeypatch)
+
+    def run(task, folder):
+        if task.gradients:
+            save_file({"a": torch.ones(2)}, task.gradients)
+            return {"loss": 1.0}
+        if task.layers == 64 and task.arm != "ours":
+            return {"failed": "CUDA out of memory"}
+        text = measure.architecture(torch.device("cuda"), task.layers)
+        seconds = task.layers / 16 * (1 if task.arm == "ours" else 2)
+        speed = {"seconds": seconds, "tokens_per_s": sum(task.lengths) / seconds, "peak": 8e10, "reserved": 8.4e10}
+        return speed | measure.mfu(text, task, speed["tokens_per_s"]) | {"launches": 5000}
+
+    monkeypatch.setattr(step, "run", run)
+    assert step.main(["--all", "--layers", "64", "--labelled", "1.0"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    arms, text = json.loads(last)["arms"], "\n".join(lines)
+    assert list(arms) == ["ours", "hf-peft", "hf-peft, checkpointed"]
+    assert arms["ours"]["mfu"] == pytest.approx(4096 * 106.7e9 / 989e12, rel=1e-3)
+    assert arms["hf-peft"]["time_ratio"] == pytest.approx(2) and "memory_ratio" not in arms["hf-peft"]
+    assert "extrapolated from 8 and 16 layers; at 64: CUDA out of memory" in text and "44.2%" in text
+    assert "unsloth                   not measured: not installed: unsloth" in text
+
+
+def test_the_roofline_counts_what_the_plan_makes_again(monkeypatch):
+    on_an_h200(monkeypatch)
+    config = ModelConfig.from_dict(measure.architecture(torch.device("cuda"), 64))
+    task = replace(TASK, device="cuda", layers=64, lengths=[4096] * 4, trained=4095)
+    least = measure.roofline(SimpleNamespace(again_seconds=lambda: 0.2), task, config)
+    assert least["made again"] == pytest.approx(0.2) and least["GEMM"] == pytest.approx(2.121, abs=1e-3)
+    assert 0.1 < least["elementwise"] < 0.2 and 0 < least["loss"] < 0.01
 
 
 def test_work_is_sorted_by_kind_forward_and_backward():
