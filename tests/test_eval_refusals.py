@@ -66,7 +66,7 @@ def test_xstest_by_string_match(answering, tmp_path):
     # Official: one of five safe ones refused, two of four unsafe ones. Normalised: two, and three.
     assert whole.rows == [
         ["base, none", "official string match", 5, 20.0, 4, 50.0, 0],
-        ["base, none", "string match, apostrophes normalised", 5, 40.0, 4, 75.0, 0],
+        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 0],
     ]
     assert per_type.rows[0] == ["contrast_definitions", "base, none", 1, 1, 0, 0, 0]
     assert sum(row[2] for row in per_type.rows) == 9

@@ -30,7 +30,7 @@ class EndpointJudge:
         def call(messages: list[dict]) -> dict:
             return self.endpoint.chat(messages)._asdict()
 
-        return run_items(items, call, out, self.workers, say)
+        return run_items(items, call, out, self.workers, lambda text: say(f"{self.name}: {text}"))
 
 
 class LocalJudge:
@@ -62,7 +62,8 @@ class LocalJudge:
                     count, now = count + 1, time.monotonic()
                     if now - said > 2 or count == len(missing):
                         left = (now - began) / count * (len(missing) - count)
-                        say(f"judged {count:,} of {len(missing):,} items, {len(failed):,} failed, {left:,.0f} s left")
+                        progress = f"{count:,} of {len(missing):,} items, {len(failed):,} failed"
+                        say(f"{self.name}: {progress}, {left:,.0f} s left")
                         said = now
             journal.sync()
             return Outcome({key: journal.rows[key] for key in items if key in journal.rows}, failed)

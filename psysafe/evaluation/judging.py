@@ -104,17 +104,21 @@ def compare(
 
     by = f"the {rules.NAME}" if who is None else who.name
     result = Result("judge", f"Four criteria, judged by {by}", [])
-    result.settings = {"judge": rules.NAME} if who is None else who.settings
+    result.settings = {"judge": rules.NAME} if who is None else {**who.settings, "rubric": _shown(rubric)}
     result.notes = [", ".join(f"{key}: {value:,}" for key, value in counts.items())]
     repeated = sum(rows.repeated for rows in answered.values())
     if repeated:
         result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
     empty = sum(scores == Scores(strategy=scores.strategy) for rows in scored.values() for scores in rows.values())
     if empty:
-        result.notes.append(f"{empty:,} replies of the judge held none of the scores: see {out / REPLIES}")
+        result.notes.append(f"replies of the judge without any score: {empty:,}, in {out / REPLIES}")
     result.failed = failed
     result.tables = tables(answered, scored, baseline, by)
     return result
+
+
+def _shown(rubric: Path) -> str:
+    return "this project's wording (psysafe/assets/rubric.txt)" if rubric == judge.RUBRIC else str(rubric)
 
 
 def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
@@ -166,7 +170,8 @@ def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, 
         changes = {n: relative_change(s, summaries[baseline]) for n, s in summaries.items() if n != baseline}
         columns = [("setting", ""), *((f"{name} %", "+.1f") for name in changes[next(iter(changes))])]
         rows = [[name, *change.values()] for name, change in changes.items()]
-        found.append(Table(f"Relative change to {baseline}", columns, rows))
+        note = "–: nothing to divide by" if any(None in row for row in rows) else ""
+        found.append(Table(f"Relative change to {baseline}", columns, rows, note))
     clusters = list(dict.fromkeys(row["cluster"] for row in answered[baseline].rows.values() if row["cluster"]))
     rows = []
     for cluster in clusters:
