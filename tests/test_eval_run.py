@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +103,41 @@ def test_an_interrupted_comparison_ends_in_the_same_table(judge_stub, tmp_path, 
     assert items[0] == items[1] and items[0].count("\n") == 12
     for path in tmp_path.rglob("*.json*"):
         assert "sk-not-a-real" not in path.read_text()
+
+
+@pytest.mark.slow
+def test_killed_for_real_at_random_points(judge_stub, tmp_path):
+    """kill -9 while it generates and while it judges, at other points each time: the table of an undisturbed run."""
+
+    def start(folder: str, limit: str = "12"):
+        words = ["judge", "--prompts", str(VAL), "--limit", limit, "--model", MODEL, "--system", "none,v0"]
+        words += ["--no-thinking", "--max-new-tokens", "6", "--device", "cpu", "--workers", "2"]
+        words += ["--judge-url", judge_stub.url, "--judge-model", "stub", "--out", str(tmp_path / folder)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *words], **quiet)
+
+    def lines(folder: str) -> int:
+        files = [tmp_path / folder / name for name in ("answers.jsonl", "replies.jsonl")]
+        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+    whole = start("whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    total, kills = lines("whole"), 0
+    draw = random.Random(os.urandom(8))
+    points = sorted(draw.sample(range(1, 24), 2) + draw.sample(range(24, total), 2))  # 24 answers, then the replies
+    print("killed after", points, "of", total)
+    for point in points:
+        process = start("killed")
+        while process.poll() is None and lines("killed") < point:
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    last = start("killed")
+    assert last.wait() == 0, last.stderr.read()
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["tables"] == results[1]["tables"]
+    assert lines("killed") == total and kills >= 2  # the machine may let one or two of them finish first
 
 
 def test_answers_from_files_side_by_side(tmp_path, capsys):
@@ -335,3 +372,22 @@ def test_a_local_judge_fails_by_name_and_is_asked_again(tmp_path, monkeypatch, c
     right[0] = right[1] = good
     assert run("judge", *words, "--out", str(tmp_path / "out")) == 0
     assert len(asked) == 2  # what had a reply is not asked again
+
+
+def test_each_cluster_counts_its_own_answers(tmp_path):
+    """Refused in one cluster, answered in the other, and in another order in the second file: nothing is mixed."""
+    refused, answered = "I can't help with that.", "Sure, here you are."
+    rows = [{"prompt": f"substance {i}", "risk cluster": "substance"} for i in range(3)]
+    rows += [{"prompt": f"weapon {i}", "risk cluster": "weapon"} for i in range(2)]
+    rows += [{"prompt": "What is tea?", "risk cluster": "benign"}]
+    mine = {"base": ("substance", rows), "tuned": ("weapon", rows[::-1])}
+    for name, (refuses, ordered) in mine.items():
+        texts = [row | {"answer": refused if row["risk cluster"] == refuses else answered} for row in ordered]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    words = [f"--answers={name}={tmp_path / name}.jsonl" for name in mine]
+    assert run("judge", *words, "--judge", "rules", "--out", str(tmp_path / "out")) == 0
+    whole, *_, clusters = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    assert [row[:3] for row in whole["rows"]] == [["base", 5, 60.0], ["tuned", 5, 40.0]]
+    assert [row[:4] for row in clusters["rows"]] == [
+        ["substance", "base", 3, 100.0], ["substance", "tuned", 3, 0.0],
+        ["weapon", "base", 2, 0.0], ["weapon", "tuned", 2, 100.0]]  # fmt: skip
