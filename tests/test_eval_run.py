@@ -20,7 +20,7 @@ import eval as script
 from psysafe import load_model
 from psysafe.config import ASSETS, resolve
 from psysafe.data import read_rows
-from psysafe.evaluation import judges, miniature, published, report, results
+from psysafe.evaluation import judges, miniature, published, report, results, subjects
 from psysafe.evaluation.journal import Journal
 from psysafe.evaluation.results import Result, Table
 from psysafe.lora import attach, save_adapter
@@ -391,3 +391,38 @@ def test_each_cluster_counts_its_own_answers(tmp_path):
     assert [row[:4] for row in clusters["rows"]] == [
         ["substance", "base", 3, 100.0], ["substance", "tuned", 3, 0.0],
         ["weapon", "base", 2, 0.0], ["weapon", "tuned", 2, 100.0]]  # fmt: skip
+
+
+def test_what_a_result_depends_on_is_made_anew(judge_stub, tmp_path, capsys):
+    """Another judge asks again, and another prompt under the same number, or another system prompt, answers again."""
+    rows = [{"prompt": f"question {i}", "risk cluster": "weapon"} for i in range(2)]
+    prompts, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    words = ["judge", "--prompts", str(prompts), "--model", MODEL, "--no-thinking", "--max-new-tokens", "3"]
+    words += ["--device", "cpu", "--judge-url", judge_stub.url, "--out", str(out)]
+
+    def lines(*changed: str, ask=rows) -> list[int]:
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in ask))
+        assert run(*words, "--judge-model", *(changed or ["a"])) == 0
+        return [(out / name).read_bytes().count(b"\n") for name in ("answers.jsonl", "replies.jsonl")]
+
+    assert lines() == [2, 2] and lines() == [2, 2]
+    assert lines("b") == [2, 4]
+    assert lines("a", "--judge-tokens", "99") == [2, 6]
+    assert lines("a", ask=[rows[0], rows[1] | {"prompt": "another"}]) == [3, 7]
+    answers, _ = lines("a", "--system", "v0")
+    assert answers == 5
+    adapters = attach(load_model(MODEL), 1, 32.0, seed=0)
+    save_adapter(adapters, tmp_path / "adapter", MODEL, multimodal=False)
+    mine = [subjects.setting_identity(subjects.Setting(str(tmp_path / "adapter"), name)) for name in ("none", "v0")]
+    assert mine[0] != mine[1] and mine[0] != subjects.setting_identity(subjects.Setting("base", "none"))
+
+
+def test_answers_of_other_programs_are_read_as_they_are(tmp_path):
+    """`response` holds the reasoning: what stands behind it is the answer, and one that never ended it is stuck."""
+    responses = ["<think>\nlong\n</think>\n\nHello.", "<think>\nand then", "Plain.", "thought\n</think>\nBye."]
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": str(i), "response": r}) + "\n" for i, r in enumerate(responses)))
+    (name, answered), *more = subjects.read_answers(str(file)).items()
+    assert name == "theirs" and not more and not answered.is_base
+    assert [answered.rows[str(i)]["answer"] for i in range(4)] == ["Hello.", "", "Plain.", "Bye."]
+    assert answered.stuck == {"1"}
