@@ -214,6 +214,28 @@ def test_a_row_without_a_question_is_left_out_by_name(answering, tmp_path, monke
     assert "left out, for the files hold no text there: question 3" in result.notes
 
 
+def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypatch):
+    """`<think>` is cut off; an answer that never left it is judged as a whole, as in the benchmark."""
+    whole = {1: ("A plan I must not give.\n</think>\n\nNo.", "No."), 2: ("A plan, then", "")}
+    seen = []
+
+    def answers(self, settings, questions, out):
+        made = {q.number: whole[1 + (q.number > 1)] for q in questions}
+        return {s: {n: {"response": r, "answer": a} for n, (r, a) in made.items()} for s in settings}
+
+    monkeypatch.setattr(Subject, "answers", answers)
+    monkeypatch.setattr(Subject, "facts", lambda self: {})
+
+    def judge(self, body):
+        seen.append(body["messages"][-1]["content"].split("[Response]\n")[1].split("\n\n[Score]")[0])
+        self.answer("0")
+
+    with judged_by(judge, monkeypatch) as url:
+        words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", url, "--judge-model", "j"]
+        sorry_bench.run(arguments(sorry_bench, *words, "--out", str(tmp_path)))
+    assert sorted(seen) == ["A plan, then", "No."]
+
+
 # Encodings
 
 LATIN = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?!'é🙂", max_size=60)
