@@ -24,7 +24,8 @@ Cell = str | int | float | None | list[int | float | None]
 
 @dataclass
 class Table:
-    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: a column to draw."""
+    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: the columns to draw,
+    parted by "; "."""
 
     title: str
     columns: list[tuple[str, str]]
