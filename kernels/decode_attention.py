@@ -28,7 +28,7 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     The query sees the first lengths[b] rows of its cache; its own key is already among them. What lies behind may be
     anything finite.
     """
-    (B, H, K), (G, longest), dtype = q.shape, (k_cache.shape[2], int(lengths.max())), compute_dtype(q)
+    (B, H, K), G, longest, dtype = q.shape, k_cache.shape[2], lengths.max(), compute_dtype(q)
     k, v = (x[:, :longest].transpose(1, 2).to(dtype) for x in (k_cache, v_cache))  # (B, G, S, K)
     scores = (q.to(dtype) * K**-0.5).view(B, G, H // G, K) @ k.transpose(2, 3)
     hidden = torch.arange(longest, device=q.device) >= lengths[:, None]

@@ -182,7 +182,7 @@ class StepView:
         dtype = torch.promote_types(x.dtype, torch.float32)
         acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
         tail.copy_(window[:, 1:])
-        return F.silu(acc).to(x.dtype).split(splits, 1)
+        return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])

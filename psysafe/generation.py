@@ -23,6 +23,7 @@ from kernels import Documents
 from psysafe.cache import Cache
 from psysafe.lora import fused_layers
 from psysafe.model import Qwen3_5
+from psysafe.recording import recorded
 from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
@@ -204,7 +205,7 @@ class Engine:
                 2, slots, model.config.vocab_size, dtype=torch.bool, device=device
             )
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
-        self.step = captured(self._step) if device.type == "cuda" else self._step
+        self.step = captured(self._step) if device.type == "cuda" else recorded(self._step)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Progress]:
