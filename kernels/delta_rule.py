@@ -160,13 +160,13 @@ def gated_delta_rule_step_reference(
     updated in place -> o (B, H, dv) in v's dtype.
     """
     (B, H, dk, dv), dtype = state.shape, state.dtype
-    qk = l2_normalise(torch.stack([q, k]).to(dtype)).repeat_interleave(H // k.shape[1], 2)
-    q, k, v_row = qk[0].view(B * H, 1, dk) * dk**-0.5, qk[1].view(B * H, 1, dk), v.to(dtype).reshape(B * H, 1, dv)
     S = state.view(B * H, dk, dv)
+    qk = l2_normalise(torch.stack([q, k]).to(dtype)).repeat_interleave(H // k.shape[1], 2)
+    q, k = qk.view(2, B * H, 1, dk).unbind()
     S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
-    e = b.to(dtype).sigmoid().reshape(B * H, 1, 1) * (v_row - torch.bmm(k, S))
-    S.addcmul_(k.view(B * H, dk, 1), e)
-    return torch.bmm(q, S).view(B, H, dv).to(v.dtype)
+    e = b.to(dtype).sigmoid().reshape(B * H, 1, 1) * (v.to(dtype).reshape(B * H, 1, dv) - torch.bmm(k, S))
+    S.addcmul_(k.transpose(1, 2), e)
+    return (torch.bmm(q, S) * dk**-0.5).view(B, H, dv).to(v.dtype)
 
 
 class _GatedDeltaRule(torch.autograd.Function):

@@ -178,10 +178,10 @@ class StepView:
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         tail = self.cache.layers[layer][0]
-        window = torch.cat([tail, x[:, None]], 1)  # (slots, M, C)
+        window = torch.cat([tail, x.unsqueeze(1)], 1)  # (slots, M, C)
         dtype = torch.promote_types(x.dtype, torch.float32)
         acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
-        tail.copy_(window[:, 1:])
+        tail.copy_(window.narrow(1, 1, tail.shape[1]))
         return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:

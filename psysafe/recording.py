@@ -6,7 +6,8 @@ graph is to launches on a GPU, this is to Python.
 
 As in a CUDA graph, shapes are fixed and no value may decide what is called; only the bounds of a slice may be a tensor.
 Tensors from outside are the same memory in each call: what the function reads and writes there is its input and its
-output. Parameters never change, so what depends on them alone (1 + w) is computed once.
+output. Parameters never change, so what depends on them alone (1 + w), or on no tensor at all, is computed once; random
+numbers must come from elsewhere.
 """
 
 import operator
@@ -56,16 +57,20 @@ class Recorder(TorchFunctionMode):
             return result
         self.alive += [*inputs, *outputs]
         if changes(func):
+            assert not self.fixed(inputs[0]), f"{func.__name__} would change a constant"
             self.note(func, args, kwargs)
         elif all(any(x is y for y in inputs) for x in outputs):  # x.to(x.dtype)
             pass
-        elif inputs and all(isinstance(x, nn.Parameter) or id(x) in self.constant for x in inputs):
+        elif all(self.fixed(x) for x in inputs):  # also without any: torch.arange(3)
             self.constant |= set(map(id, outputs))
-        elif inputs and not any(id(x) in self.computed for x in inputs) and views(outputs, inputs):
+        elif not any(id(x) in self.computed for x in inputs) and views(outputs, inputs):
             pass  # the same memory in each call
         else:
             self.name(result, self.note(func, args, kwargs))
         return result
+
+    def fixed(self, x: Tensor) -> bool:
+        return isinstance(x, nn.Parameter) or id(x) in self.constant
 
     def note(self, func: Callable, args: tuple, kwargs: dict) -> fx.Node:
         args, kwargs = map_aggregate(args, self.named), map_aggregate(kwargs, self.named)
