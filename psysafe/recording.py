@@ -45,6 +45,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}  # by id of the tensor
         self.computed: set[int] = set()  # ids of the recorded calls' results
         self.constant: set[int] = set()  # ids of what parameters alone decide
+        self.memory: set[int] = set()  # the storages of those results
         self.alive: list[object] = []  # so that no id is given twice
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -82,6 +83,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, Tensor):
             self.nodes[id(result)] = node
             self.computed.add(id(result))
+            self.memory.add(result.untyped_storage()._cdata)
         else:
             for i, x in enumerate(result):
                 self.name(x, self.graph.call_function(operator.getitem, (node, i)))
@@ -91,6 +93,8 @@ class Recorder(TorchFunctionMode):
         if not isinstance(x, Tensor):
             return x
         if id(x) not in self.nodes:
+            if x.untyped_storage()._cdata in self.memory:
+                raise RuntimeError("a step to be recorded uses a tensor that came from no recorded call")
             with self.graph.inserting_after(self.last_outside):
                 self.last_outside = self.nodes[id(x)] = self.graph.placeholder(f"outside_{len(self.outside)}")
             self.outside.append(x)
