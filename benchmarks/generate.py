@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -145,7 +146,8 @@ def transformers_peer(model: Qwen3_5, source: str, work: Work) -> Run:
 
     logging.set_verbosity_error()
     folder, _ = resolve_model(source)
-    config = read_json(folder / (source.rpartition("/")[2] if source.startswith("random:") else "config.json"))
+    name = Path(source).name.removeprefix("random:") if source.startswith("random:") else "config.json"
+    config = read_json(folder / name)
     with torch.device("meta"):
         peer = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config.get("text_config", config)))
     tensors = {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in published_tensors(model).items()}
