@@ -14,6 +14,7 @@ the weights once a step. Medians of runs that take turns, in CPU time on one CPU
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import random
@@ -86,7 +87,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"{work.name:6s}{work.batch:3d} {row['by']:13s} {cells[0]:>12s} {cells[1]:>12s} {cells[2]:>9s} "
                   f"{row['x']:6.2f} {limit:>8s}", flush=True)  # fmt: skip
         results += rows
-    print(json.dumps({"model": args.model, "device": runtime.device_name, **versions(), "results": results}))
+    peers = {name: importlib.metadata.version(name) for name in makers if name in PEERS}
+    found = versions() | peers
+    print(json.dumps({"model": args.model, "device": runtime.device_name, "versions": found, "results": results}))
     return 0
 
 

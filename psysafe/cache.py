@@ -19,8 +19,9 @@ from psysafe.model_config import ModelConfig
 class Cache:
     """Memory for `slots` sequences of up to `max_tokens` tokens each.
 
-    Attention layer: k, v (slots, G, max_tokens, K): a head's keys are adjacent. Delta-net layer: conv (slots, M-1, C), the last inputs of the
-    convolution; state (slots, H, dk, dv) in fp32. `lengths` (slots,) int64 on the device, `host_lengths` beside it.
+    Attention layer: k, v (slots, G, max_tokens, K), a head's keys side by side. Delta-net layer: conv (slots, M-1, C),
+    the last inputs of the convolution; state (slots, H, dk, dv) in fp32. `lengths` (slots,) int64 on the device,
+    `host_lengths` beside it.
     """
 
     def __init__(self, config: ModelConfig, slots: int, max_tokens: int, device=None, dtype=torch.float32):

@@ -6,7 +6,8 @@ takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
         answer.row, answer.reasoning, answer.answer
 
 A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and the host reads the tokens one step late. On a GPU the step is one CUDA graph.
+and the host reads the tokens one step late. On a GPU the step is one CUDA graph; on a CPU it is recorded, too, and runs
+without the Python of the model.
 """
 
 import os
@@ -76,7 +77,8 @@ class Answer:
 
 
 class Generator:
-    """A model and a tokenizer as one function from conversations to answers."""
+    """A model and a tokenizer as one function from conversations to answers. The model must not change meanwhile: what
+    depends on its weights alone is kept from the first answer on."""
 
     def __init__(
         self,

@@ -110,7 +110,7 @@ def tensors(tree: object) -> list[Tensor]:
 def changes(func: Callable) -> bool:
     """Whether it writes into a tensor that it is given: x.add_(y), x += y, x[i] = y."""
     name = func.__name__
-    return name == "__setitem__" or name.startswith("__i") or name.endswith("_") and not name.endswith("__")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def views(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
