@@ -14,6 +14,7 @@ the weights once a step. Medians of runs that take turns, in CPU time on one CPU
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import random
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -85,7 +87,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"{work.name:6s}{work.batch:3d} {row['by']:13s} {cells[0]:>12s} {cells[1]:>12s} {cells[2]:>9s} "
                   f"{row['x']:6.2f} {limit:>8s}", flush=True)  # fmt: skip
         results += rows
-    print(json.dumps({"model": args.model, "device": runtime.device_name, **versions(), "results": results}))
+    peers = {name: importlib.metadata.version(name) for name in makers if name in PEERS}
+    found = versions() | peers
+    print(json.dumps({"model": args.model, "device": runtime.device_name, "versions": found, "results": results}))
     return 0
 
 
@@ -145,7 +149,8 @@ def transformers_peer(model: Qwen3_5, source: str, work: Work) -> Run:
 
     logging.set_verbosity_error()
     folder, _ = resolve_model(source)
-    config = read_json(folder / (source.rpartition("/")[2] if source.startswith("random:") else "config.json"))
+    name = Path(source).name.removeprefix("random:") if source.startswith("random:") else "config.json"
+    config = read_json(folder / name)
     with torch.device("meta"):
         peer = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config.get("text_config", config)))
     tensors = {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in published_tensors(model).items()}

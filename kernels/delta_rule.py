@@ -159,13 +159,14 @@ def gated_delta_rule_step_reference(
     """One token for each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H), state (B, H, dk, dv) fp32,
     updated in place -> o (B, H, dv) in v's dtype.
     """
-    dtype, group = state.dtype, v.shape[1] // k.shape[1]
-    q = (l2_normalise(q.to(dtype)) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)
-    k = l2_normalise(k.to(dtype)).repeat_interleave(group, 1)
-    state *= decay(a, A_log, dt_bias).to(dtype).exp()[..., None, None]
-    e = v.to(dtype) - torch.einsum("bhkv,bhk->bhv", state, k)
-    state += torch.einsum("bhk,bhv->bhkv", k, b.to(dtype).sigmoid()[..., None] * e)
-    return torch.einsum("bhkv,bhk->bhv", state, q).to(v.dtype)
+    (B, H, dk, dv), dtype = state.shape, state.dtype
+    S = state.view(B * H, dk, dv)
+    qk = l2_normalise(torch.stack([q, k]).to(dtype)).repeat_interleave(H // k.shape[1], 2)
+    q, k = qk.view(2, B * H, 1, dk).unbind()
+    S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
+    e = b.to(dtype).sigmoid().reshape(B * H, 1, 1) * (v.to(dtype).reshape(B * H, 1, dv) - torch.bmm(k, S))
+    S.addcmul_(k.transpose(1, 2), e)
+    return (torch.bmm(q, S) * dk**-0.5).view(B, H, dv).to(v.dtype)
 
 
 class _GatedDeltaRule(torch.autograd.Function):

@@ -30,7 +30,8 @@ def gated_rms_norm_reference(
     """o (T, H, V), z (T, H*V), weight (V,) fp32, lora_A (r, H*V) fp32 -> x (T, H*V), u (T, r) fp32 or None."""
     dtype = compute_dtype(o)
     n = o.to(dtype)
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    mean_square = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square() / n.shape[-1]
+    n = n * torch.rsqrt(mean_square + eps) * weight.to(dtype)
     x = (n.flatten(1) * F.silu(z.to(dtype))).to(o.dtype)
     return x, project(x, lora_A)
 

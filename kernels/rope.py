@@ -33,9 +33,9 @@ from kernels.seams import LoRATerm, add_lora, add_lora_apart
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, H, K), cos and sin (T, R): rotates dims [0, 2R) of every head, in x's dtype."""
     R = cos.shape[1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    x1, x2 = x[..., :R], x[..., R : 2 * R]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, x[..., 2 * R :]], dim=-1)
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    x1, x2, passing = x.split_with_sizes((R, R, x.shape[-1] - 2 * R), dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, passing], dim=-1)
 
 
 def qk_norm_rope_reference(
@@ -55,9 +55,11 @@ def qk_norm_rope_reference(
     T, K = len(qgkv), q_weight.shape[0]
     sizes = (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K)
     qg, k, v = add_lora_apart(qgkv, lora, sizes)
-    q, gate = qg.view(T, num_heads, 2 * K).chunk(2, dim=-1)
-    q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)
-    k = rotate(rms_norm_reference(k.view(T, num_kv_heads, K), k_weight, eps), cos, sin)
+    q, gate = qg.view(T, num_heads, 2 * K).split_with_sizes((K, K), dim=-1)
+    # The heads of q and k side by side: one norm and one rotation serve both.
+    weights = torch.cat([q_weight.expand(num_heads, K), k_weight.expand(num_kv_heads, K)])
+    heads = rms_norm_reference(torch.cat([q, k.view(T, num_kv_heads, K)], dim=1), weights, eps)
+    q, k = rotate(heads, cos, sin).split_with_sizes((num_heads, num_kv_heads), dim=1)
     gate, v = gate.reshape(T, num_heads * K), v.view(T, num_kv_heads, K)
     return q.to(qgkv.dtype), gate.to(qgkv.dtype), k.to(qgkv.dtype), v.to(qgkv.dtype)
 

@@ -4,7 +4,7 @@ Letters used in every kernel file: T tokens of a packed row, D hidden size, N ou
 r LoRA rank, H query heads, G key/value heads, K head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,13 +46,15 @@ def add_lora(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Tensor
 
     y (T, sum(sizes)), u (T, len(sizes) * r), B (sum(sizes), r).
     """
+    if lora is None:
+        return y.to(compute_dtype(y))
     parts = add_lora_apart(y, lora, sizes)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def add_lora_apart(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def add_lora_apart(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Sequence[Tensor]:
     """add_lora, projection by projection: for callers that would take the result apart again."""
-    parts = y.to(compute_dtype(y)).split(sizes, dim=1)
+    parts = y.to(compute_dtype(y)).split_with_sizes(sizes, dim=1)
     if lora is None:
         return parts
     us, Bs = lora.u.to(parts[0].dtype).chunk(len(sizes), dim=1), lora.B.to(parts[0].dtype).split(sizes)

@@ -19,8 +19,9 @@ from psysafe.model_config import ModelConfig
 class Cache:
     """Memory for `slots` sequences of up to `max_tokens` tokens each.
 
-    Attention layer: k, v (slots, max_tokens, G, K). Delta-net layer: conv (slots, M-1, C), the last inputs of the
-    convolution; state (slots, H, dk, dv) in fp32. `lengths` (slots,) int64 on the device, `host_lengths` beside it.
+    Attention layer: k, v (slots, G, max_tokens, K), a head's keys side by side. Delta-net layer: conv (slots, M-1, C),
+    the last inputs of the convolution; state (slots, H, dk, dv) in fp32. `lengths` (slots,) int64 on the device,
+    `host_lengths` beside it.
     """
 
     def __init__(self, config: ModelConfig, slots: int, max_tokens: int, device=None, dtype=torch.float32):
@@ -35,7 +36,7 @@ class Cache:
             return torch.zeros(slots, *shape, device=device, dtype=dtype)
 
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (zeros(max_tokens, G, K), zeros(max_tokens, G, K))
+            (zeros(G, max_tokens, K), zeros(G, max_tokens, K))
             if kind == "full_attention"
             else (
                 zeros(taps - 1, 2 * keys + values),
@@ -51,10 +52,10 @@ class Cache:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer) // self.slots
 
     def reset(self, slots: list[int]) -> None:
-        """Empties slots. Keys behind a slot's length are never read; states have to be zeroed."""
-        for kind, (conv, state) in zip(self.config.layer_types, self.layers, strict=True):
-            if kind != "full_attention":
-                conv[slots], state[slots] = 0, 0
+        """Empties slots. States have to be zeroed; so have values, since 0 times the NaN of a broken row is NaN."""
+        for layer in self.layers:
+            for x in layer:
+                x[slots] = 0
         self.lengths[slots] = 0
         for slot in slots:
             self.host_lengths[slot] = 0
@@ -97,13 +98,13 @@ class CacheView:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """q (T, H, K), k and v (T, G, K) of the new tokens -> o (T, H, K)."""
-        k_cache, v_cache = self.cache.layers[layer]
+        k_cache, v_cache = (x.transpose(1, 2) for x in self.cache.layers[layer])  # (slots, max_tokens, G, K)
         where = self.slots[documents.index], documents.positions + self.past[documents.index]
         k_cache[where], v_cache[where] = k, v
         if not any(self.host_past):
             return kernels.causal_attention(q, k, v, documents)
-        keys, rows = self._all_keys(documents)
-        return kernels.causal_attention(q, k_cache.flatten(0, 1)[rows], v_cache.flatten(0, 1)[rows], documents, keys)
+        keys, where = self._all_keys(documents)
+        return kernels.causal_attention(q, k_cache[where], v_cache[where], documents, keys)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         """x (T, C), as `causal_conv1d_silu`, with the tails of the slots before and, after it, in them."""
@@ -128,15 +129,13 @@ class CacheView:
         )
         return o
 
-    def _all_keys(self, documents: Documents) -> tuple[Documents, Tensor]:
-        """Old and new keys of every document: their boundaries, and their rows in the flattened cache."""
+    def _all_keys(self, documents: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
+        """Old and new keys of every document: their boundaries, and their slots and positions."""
 
-        def build(_: Documents) -> tuple[Documents, Tensor]:
+        def build(_: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
             totals = [past + new for past, new in zip(self.host_past, documents.lengths, strict=True)]
-            bounds = torch.tensor([0, *totals]).cumsum(0).to(torch.int32)
-            starts = [slot * self.cache.max_tokens for slot in self.host_slots]
-            rows = [start + torch.arange(total) for start, total in zip(starts, totals, strict=True)]
-            return Documents(bounds, documents.device), documents.to_device(torch.cat(rows))
+            keys = Documents(torch.tensor([0, *totals]).cumsum(0).to(torch.int32), documents.device)
+            return keys, (self.slots[keys.index], keys.positions)
 
         return documents.table(("all keys", *self.host_slots, *self.host_past), build)
 
@@ -152,7 +151,6 @@ class StepView:
 
     def __init__(self, cache: Cache, live: Tensor):
         self.cache, self.live = cache, live
-        self.slots = torch.arange(cache.slots, device=live.device)
 
     def positions(self, documents: Documents) -> Tensor:
         """(slots,): where the new tokens stand. The caller keeps lengths below the cache's size."""
@@ -166,19 +164,26 @@ class StepView:
         """(slots,): lengths with the new token."""
         return self.cache.lengths + 1
 
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(slots * G,): the rows of the new keys in a cache (slots * G * max_tokens, K)."""
+        heads, size = self.cache.config.num_key_value_heads, self.cache.max_tokens
+        first = torch.arange(0, self.cache.slots * heads * size, size, device=self.live.device)
+        return first + self.cache.lengths.repeat_interleave(heads)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         k_cache, v_cache = self.cache.layers[layer]
-        where = self.slots, self.cache.lengths
-        k_cache[where], v_cache[where] = k, v
-        return kernels.attention_decode(q, k_cache, v_cache, self.lengths)
+        k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
+        v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
+        return kernels.attention_decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         tail = self.cache.layers[layer][0]
-        window = torch.cat([tail, x[:, None]], 1)  # (slots, M, C)
+        window = torch.cat([tail, x.unsqueeze(1)], 1)  # (slots, M, C)
         dtype = torch.promote_types(x.dtype, torch.float32)
         acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
-        tail.copy_(window[:, 1:])
-        return F.silu(acc).to(x.dtype).split(splits, 1)
+        tail.copy_(window.narrow(1, 1, tail.shape[1]))
+        return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])

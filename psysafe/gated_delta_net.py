@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import Pending
-from kernels.seams import add_lora
+from kernels.seams import add_lora_apart
 from psysafe.layers import Batch, FusedLinear, frozen
 from psysafe.model_config import ModelConfig
 
@@ -48,7 +48,7 @@ class GatedDeltaNet(nn.Module):
             q, k, v = remake("conv", lambda x: kernels.causal_conv1d_silu(x, self.conv1d, documents, self.splits), qkv)
         else:
             q, k, v = cache.convolve(layer, qkv, self.conv1d, documents, self.splits)
-        q, k, v = (part.unflatten(1, shape) for part, shape in zip((q, k, v), self.shapes, strict=True))
+        q, k, v = (part.view(len(x), *shape) for part, shape in zip((q, k, v), self.shapes, strict=True))
         if cache is None:
             frozen = self.A_log, self.dt_bias, documents
             o, _ = remake("delta_rule", lambda *x: kernels.gated_delta_rule(*x, *frozen), q, k, v, a, b)
@@ -68,10 +68,10 @@ class GatedDeltaNet(nn.Module):
         plainly.
         """
         sizes = tuple(self.in_proj.parts.values())
-        if self.in_proj.adapter is None:
+        if self.in_proj.adapter is None and torch.is_grad_enabled():
             return _SplitLinear.apply(x, self.in_proj.weight, sizes)
         y = self.in_proj(x)
-        return add_lora(y, self.in_proj.owes(u), sizes).to(y.dtype).split(sizes, dim=1)
+        return tuple(part.to(y.dtype) for part in add_lora_apart(y, self.in_proj.owes(u), sizes))
 
 
 class _SplitLinear(torch.autograd.Function):

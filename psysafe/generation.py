@@ -6,7 +6,8 @@ takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
         answer.row, answer.reasoning, answer.answer
 
 A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and the host reads the tokens one step late. On a GPU the step is one CUDA graph.
+and the host reads the tokens one step late. On a GPU the step is one CUDA graph; on a CPU it is recorded, too, and runs
+without the Python of the model.
 """
 
 import os
@@ -23,6 +24,7 @@ from kernels import Documents
 from psysafe.cache import Cache
 from psysafe.lora import fused_layers
 from psysafe.model import Qwen3_5
+from psysafe.recording import recorded
 from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
@@ -75,7 +77,8 @@ class Answer:
 
 
 class Generator:
-    """A model and a tokenizer as one function from conversations to answers."""
+    """A model and a tokenizer as one function from conversations to answers. The model must not change meanwhile: what
+    depends on its weights alone is kept from the first answer on."""
 
     def __init__(
         self,
@@ -204,7 +207,7 @@ class Engine:
                 2, slots, model.config.vocab_size, dtype=torch.bool, device=device
             )
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
-        self.step = captured(self._step) if device.type == "cuda" else self._step
+        self.step = captured(self._step) if device.type == "cuda" else recorded(self._step)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Progress]:

@@ -182,7 +182,7 @@ def late_position(monkeypatch):
 @pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position])
 def test_a_wrong_cache_is_caught(mutant, models, expected, monkeypatch):
     mutant(monkeypatch)
-    with pytest.raises((AssertionError, IndexError)):
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
         test_greedy_ids_equal_transformers("published pattern", models, expected)
 
 
@@ -361,6 +361,7 @@ def scripted(monkeypatch, lines):
         return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in said])
 
     monkeypatch.setattr(generation, "choose", choose)
+    monkeypatch.setattr(generation, "recorded", lambda step: step)  # this choose looks at values
 
 
 def tokenizer() -> Tokenizer:

@@ -280,11 +280,13 @@ def test_decode_of_long_sequences(monkeypatch):
 
 @needs_triton
 def test_decode_does_not_depend_on_the_batch():
-    """Alone or in a batch, in a larger cache, with int32 lengths: the same bits."""
+    """Alone or in a batch, in a larger cache, with int32 lengths, with NaN behind the length: the same bits."""
     case = decode.make_case([1, 63, 130], heads=4, kv_heads=2, head_dim=64)
     x = case.inputs
     batch = decode.attention_decode_triton(x["q"], x["k_cache"], x["v_cache"], x["lengths"])
-    alone = [t[1:2] for t in (x["q"], x["k_cache"][:, :70], x["v_cache"][:, :70])]
+    alone = [t[1:2].clone() for t in (x["q"], x["k_cache"][:, :70], x["v_cache"][:, :70])]
+    for cache in alone[1:]:
+        cache[:, 63:] = float("nan")
     assert torch.equal(decode.attention_decode_triton(*alone, x["lengths"][1:2].int()), batch[1:2])
 
 

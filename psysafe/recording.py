@@ -1,0 +1,118 @@
+"""A function's tensor operations, recorded once and then called without the Python around them.
+
+For a small model on a CPU the modules, checks and views of a decode step take as long as its arithmetic. `recorded`
+runs the step once, notes every call into torch, and lets torch.fx write them down as one flat function. What a CUDA
+graph is to launches on a GPU, this is to Python.
+
+As in a CUDA graph, shapes are fixed and no value may decide what is called; only the bounds of a slice may be a tensor.
+Tensors from outside are the same memory in each call: what the function reads and writes there is its input and its
+output. Parameters never change, so what depends on them alone (1 + w), or on no tensor at all, is computed once; random
+numbers must come from elsewhere.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+
+# A value that leaves the tensors could decide something that the recording would not see.
+LEAVING = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+
+
+@torch.inference_mode()
+def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`function` as flat calls. It is run for real, once. RuntimeError where it looks at a value."""
+    recorder = Recorder()
+    with recorder:
+        result = function()
+    recorder.graph.output(recorder.named(result))
+    module = fx.GraphModule(nn.Module(), recorder.graph)
+    return partial(module.forward, *recorder.outside)
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down the calls made inside it; `outside` are the tensors that they read or write, in the order of the
+    graph's placeholders."""
+
+    def __init__(self):
+        self.graph = fx.Graph()
+        self.outside: list[Tensor] = []
+        self.last_outside: fx.Node | None = None  # placeholders stand first
+        self.nodes: dict[int, fx.Node] = {}  # by id of the tensor
+        self.computed: set[int] = set()  # ids of the recorded calls' results
+        self.constant: set[int] = set()  # ids of what parameters alone decide
+        self.memory: set[int] = set()  # the storages of those results
+        self.alive: list[object] = []  # so that no id is given twice
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in LEAVING:
+            raise RuntimeError(f"a step to be recorded looks at a value: Tensor.{func.__name__}")
+        result = func(*args, **kwargs)
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        if not outputs and result is not None:  # a shape, a dtype
+            return result
+        self.alive += [*inputs, *outputs]
+        if changes(func):
+            assert not self.fixed(inputs[0]), f"{func.__name__} would change a constant"
+            self.note(func, args, kwargs)
+        elif all(any(x is y for y in inputs) for x in outputs):  # x.to(x.dtype)
+            pass
+        elif all(self.fixed(x) for x in inputs):  # also without any: torch.arange(3)
+            self.constant |= set(map(id, outputs))
+        elif not any(id(x) in self.computed for x in inputs) and views(outputs, inputs):
+            pass  # the same memory in each call
+        else:
+            self.name(result, self.note(func, args, kwargs))
+        return result
+
+    def fixed(self, x: Tensor) -> bool:
+        return isinstance(x, nn.Parameter) or id(x) in self.constant
+
+    def note(self, func: Callable, args: tuple, kwargs: dict) -> fx.Node:
+        args, kwargs = map_aggregate(args, self.named), map_aggregate(kwargs, self.named)
+        if func.__name__ == "__get__":
+            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
+        return self.graph.call_function(func, args, kwargs)
+
+    def name(self, result: Tensor | tuple | list, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            self.nodes[id(result)] = node
+            self.computed.add(id(result))
+            self.memory.add(result.untyped_storage()._cdata)
+        else:
+            for i, x in enumerate(result):
+                self.name(x, self.graph.call_function(operator.getitem, (node, i)))
+
+    def named(self, x: object) -> object:
+        """The node of a tensor; anything else as it is."""
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in self.nodes:
+            if x.untyped_storage()._cdata in self.memory:
+                raise RuntimeError("a step to be recorded uses a tensor that came from no recorded call")
+            with self.graph.inserting_after(self.last_outside):
+                self.last_outside = self.nodes[id(x)] = self.graph.placeholder(f"outside_{len(self.outside)}")
+            self.outside.append(x)
+        return self.nodes[id(x)]
+
+
+def tensors(tree: object) -> list[Tensor]:
+    found = []
+    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, Tensor) else None)
+    return found
+
+
+def changes(func: Callable) -> bool:
+    """Whether it writes into a tensor that it is given: x.add_(y), x += y, x[i] = y."""
+    name = func.__name__
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def views(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether the outputs lie in the inputs' memory. By storage objects: those of the meta device have no address."""
+    return {x.untyped_storage()._cdata for x in outputs} <= {x.untyped_storage()._cdata for x in inputs}

@@ -1,0 +1,102 @@
+"""A recorded decode step against the step itself, and what must not be recorded."""
+
+import pytest
+import torch
+from torch import nn
+
+from psysafe import generation, recording
+from psysafe.generation import Engine, Options, Progress, Request
+from psysafe.lora import attach
+from psysafe.recording import recorded
+from psysafe.sampling import Sampling
+from tests.oracles import both_models
+from tests.test_generation import PROMPTS
+
+SETTINGS = {
+    "greedy": Options(),
+    "everything": Options(Sampling(1.3, 40, 0.9, 0.02, 1.2, 0.5, 3), max_think_tokens=4),
+}
+
+
+@pytest.fixture(scope="module", params=["base", "adapter"])
+def model(request, tmp_path_factory):
+    model = both_models(tmp_path_factory.mktemp("model"), "published pattern")[1]
+    if request.param == "adapter":
+        adapters = attach(model, 2, 6.0, "all-linear", seed=1)
+        adapters.param.copy_(torch.randn(adapters.param.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return model
+
+
+def reports(model, options, record, monkeypatch, steps=12):
+    """What 12 steps report, and the memory behind them: slots of unlike lengths, one of them empty, one that ends."""
+    monkeypatch.setattr(generation, "recorded", record)
+    engine = Engine(model, options, 4, 90, [1, 2], [7, 8, 9], 8)
+    with torch.inference_mode():
+        engine._prefill([Progress(Request(row, PROMPTS[row + 1]), row) for row in range(3)])
+        engine.limit[1] = 5
+        said = torch.stack([engine.step().clone() for _ in range(steps)])
+    return said[:, :, :3], engine.cache.lengths, *(x[:3] for layer in engine.cache.layers for x in layer)
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_recorded_step_is_the_step(options, model, monkeypatch):
+    """To the last bit: tokens, ends, lengths, keys, values, convolution tails and states."""
+    expected = reports(model, options, lambda step: step, monkeypatch)
+    for a, b in zip(expected, reports(model, options, recorded, monkeypatch), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wrong", [lambda func: False, lambda func: func.__name__ == "__setitem__"])
+def test_lost_writes_are_caught(wrong, model, monkeypatch):
+    """A recording that takes calls in place for reads would drop them."""
+    monkeypatch.setattr(recording, "changes", wrong)
+    with pytest.raises(AssertionError):
+        test_a_recorded_step_is_the_step(SETTINGS["greedy"], model, monkeypatch)
+
+
+def test_what_is_read_from_outside_is_read_each_time():
+    """Tensors from outside change between calls; views of them follow; slices may end where a tensor says."""
+    x, end, w = torch.arange(6.0), torch.tensor(2), nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def step():
+        y = x.view(2, 3)[1] * (w + w)
+        x[0] += 1
+        return y[:end].sum() + x[0]
+
+    again = recorded(step)
+    assert x[0] == 1  # it ran once
+    for change in (0.0, 10.0):
+        x[3:] += change
+        end.fill_(3 if change else 1)
+        assert again() == 2 * x[3 : 3 + int(end)].sum() + x[0]
+
+
+@pytest.mark.parametrize("look", [lambda x: x.item(), lambda x: 1 if x > 0 else 2, lambda x: x.tolist(), int])
+def test_a_value_cannot_decide(look):
+    with pytest.raises(RuntimeError, match="looks at a value"):
+        recorded(lambda: torch.ones(()) * look(torch.ones(())))
+
+
+def test_constants_stay_constant():
+    w = nn.Parameter(torch.ones(3), requires_grad=False)
+    with pytest.raises(AssertionError, match="would change a constant"):
+        recorded(lambda: (w + 1).mul_(2))
+
+
+def test_memory_that_appears_unseen_is_refused():
+    """An autograd.Function returns tensors that no recorded call made: taking them for memory from outside would repeat
+    the first call's result for ever."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (x * 2).view_as(x)
+
+    x = torch.ones(3)
+    try:
+        again = recorded(lambda: Double.apply(x) + 1)
+    except RuntimeError as error:
+        assert "came from no recorded call" in str(error)
+    else:
+        x += 1
+        assert torch.equal(again(), torch.full((3,), 5.0))
