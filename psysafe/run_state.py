@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
     *("data", "val_data", "out", "resume", "save_every", "micro_batch_tokens"),
-    *("device", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
+    *("device", "shard", "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
 }
 
 
@@ -53,6 +53,18 @@ class State:
     meta: dict
     path: Path
     warnings: list[str] = field(default_factory=list)
+
+    def changed(self, now: Mapping) -> list[str]:
+        """A warning when the run's software or number of ranks is not this one's: other sums, other roundings.
+
+        now: `runtime.versions()`, and `ranks`.
+        """
+        before = {**self.meta.get("versions", {}), "ranks": self.meta.get("world_size")}
+        keys = [key for key in ("psysafe", "torch", "triton", "ranks") if before.get(key) != now[key]]
+        if not keys:
+            return []
+        old, new = (", ".join(f"{key} {found.get(key) or 'unknown'}" for key in keys) for found in (before, now))
+        return [f"warning: saved with {old}, continued with {new}: no longer bit for bit the uninterrupted run"]
 
 
 def save_state(run_dir: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping, keep: int = 2) -> Path:
@@ -114,6 +126,15 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
     raise ValueError(f"no whole state to resume from; {'; '.join(warnings)}; {remedy}")
 
 
+def check_run_dir(out: str | Path) -> None:
+    """Raise ValueError when `out` cannot become a writable folder. Makes nothing: a check before long loads."""
+    there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(there):
+        raise ValueError(f"--out {out}: {there} is a file, not a folder; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {there} cannot be written by this user; choose another folder")
+
+
 def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
     """Make the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
 
@@ -133,9 +154,8 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
         if not continues and (_states(run_dir / "state") or (run_dir / "metrics.jsonl").exists()):
             _set_aside(run_dir)
     except OSError as error:
-        blocking = next((p for p in (run_dir, *run_dir.parents) if os.path.exists(p) and not os.path.isdir(p)), None)
-        reason = f"{blocking} is a file, not a folder" if blocking else f"cannot be written: {error.strerror or error}"
-        raise ValueError(f"--out {out}: {reason}; choose another folder") from None
+        check_run_dir(out)
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
     return run_dir
 
 
