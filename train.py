@@ -196,6 +196,7 @@ def train_step(run: Run) -> StepResult:
         part = batch_loss(run.model, batch, runtime) / targets
         part.backward()
         loss += part.detach()
+    run.watch.beat(run.step + 1)
     if runtime.world_size > 1:
         dist.all_reduce(adapters.grad)
         dist.all_reduce(loss)

@@ -2,7 +2,7 @@
 
     with Watchdog(runtime, timeout=600) as watch:
         ...
-        watch.beat(step)        # at every micro-batch
+        watch.beat(step)        # before every micro-batch, and before waiting for the others
 
 A thread of every rank writes a sign of life into the store in which the ranks met, once a second, and reads those of
 the others. So a death is seen although the others wait inside a collective that will never return (NCCL's do not), and
@@ -12,6 +12,7 @@ as many on every rank.
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from psysafe.runtime import Runtime
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # after so many without one a rank is dead; torchrun kills what is left 30 s after a death
-REMEDY = "all ranks end here; its own output says why, if it could; continue with --resume auto"
+REMEDY = "all ranks end here; see its own last lines, then continue with --resume auto"
 
 
 class Sign(NamedTuple):
@@ -87,12 +88,13 @@ class Watchdog:
             for rank, (sign, since) in self.heard.items():
                 # Before its first step a rank may read files for longer than that without a chance to sign.
                 if sign.step and now - since > self.silence:
-                    self._end(f"rank {rank} died {sign.place}: no sign of life for {self.silence:.0f} s; {REMEDY}")
+                    self._end(f"rank {rank} is dead or frozen {sign.place}: silent for {self.silence:.0f} s; {REMEDY}")
             if self.mine.step and now - self.beat_at > self.timeout:
                 self._end(self._who_is_late())
 
     def _explain(self) -> None:
         """After a failed collective, say: ends the process if a rank is gone, returns if none is."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as a rank is gone
         began = time.monotonic()
         while time.monotonic() - began < 5 * INTERVAL:
             for rank in range(self.ranks):
@@ -108,9 +110,8 @@ class Watchdog:
         signs = {self.rank: self.mine, **{rank: sign for rank, (sign, _) in self.heard.items()}}
         fewest = min(sign.beats for sign in signs.values())
         late = [rank for rank, sign in signs.items() if sign.beats == fewest]
-        who = f"rank {late[0]} is behind the others" if len(late) == 1 < self.ranks else "all ranks stand still"
-        step = signs[late[0]].step
-        return f"step {step}: no progress for {self.timeout:.0f} s, {who}; {REMEDY}, or raise --timeout"
+        who = f"rank {late[0]} hangs" if len(late) == 1 else f"ranks {', '.join(map(str, late))} hang"
+        return f"{who} {signs[late[0]].place}: no progress for {self.timeout:.0f} s (--timeout); {REMEDY}"
 
     def _sign(self, left: bool = False) -> None:
         with self.lock:
