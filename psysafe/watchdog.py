@@ -11,6 +11,7 @@ as many on every rank.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -58,9 +59,12 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """This rank has come forward, and is in that step (from 1)."""
+        new_step = step != self.mine.step
         with self.lock:
             self.mine = self.mine._replace(beats=self.mine.beats + 1, step=step)
             self.beat_at = time.monotonic()
+        if new_step and self.store is not None:  # at once, so that the others know in which step it was lost
+            self._sign()
 
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
@@ -95,6 +99,7 @@ class Watchdog:
     def _explain(self) -> None:
         """After a failed collective, say: ends the process if a rank is gone, returns if none is."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as a rank is gone
+        self.timeout = self.silence = math.inf  # the thread only listens from here on
         began = time.monotonic()
         while time.monotonic() - began < 5 * INTERVAL:
             for rank in range(self.ranks):
