@@ -121,9 +121,9 @@ def _meet(backend: str, timeout_s: float) -> dist.Store:
     """Join the other ranks, once a process. Returns the store in which they meet."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    dist.init_process_group(
-        backend, timeout=timeout, store=dist.PrefixStore("default", store), rank=rank, world_size=world_size
-    )
+    # torchrun keeps its store over a restart, and in it the addresses of the dead.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return store
 
 

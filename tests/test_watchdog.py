@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_resume import ENVIRONMENT, ROOT, command, workspace  # noqa: F401
+from tests.test_ranks import torchrun
+from tests.test_resume import ENVIRONMENT, ROOT, assert_same_run, command, workspace  # noqa: F401
 from tests.test_runtime import python
 
 LOOP = """
@@ -75,21 +76,22 @@ def rank_of(launcher: subprocess.Popen, rank: int) -> int:
     return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
 
-def kill_a_rank(workspace, out, script) -> tuple[float, list[str]]:  # noqa: F811
+def kill_a_rank(workspace, out, script, steps=100000, restarts=0) -> tuple[float, list[str]]:  # noqa: F811
     """Two ranks under torchrun; the second is killed in training. Seconds until all is over, lines of ours."""
-    flags = command(workspace, out, "--max-steps", "100000")[2:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    flags = command(workspace, out, "--max-steps", str(steps))[2:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--max-restarts", str(restarts), str(script)]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*launch, *flags], env=environment, **pipes) as process:
         for line in process.stdout:
-            if " 5/100000 " in line:
+            if f" 5/{steps} " in line:
                 break
         os.kill(rank_of(process, 1), signal.SIGKILL)
         began = time.monotonic()
         process.stdout.read()
         errors = process.stderr.read()
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=60) == (0 if restarts else 1)
         return time.monotonic() - began, [line for line in errors.splitlines() if line.startswith("error")]
 
 
@@ -98,6 +100,16 @@ def test_a_killed_rank_ends_the_job(workspace):  # noqa: F811
     seconds, lines = kill_a_rank(workspace, "killed-rank", ROOT / "train.py")
     assert seconds < 30
     assert len(lines) == 1 and lines[0].startswith("error (rank 0): rank 1 died in step "), lines
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_it_where_its_state_stands(workspace):  # noqa: F811
+    """The killed and restarted run repeats one on two ranks that nobody killed."""
+    lines = kill_a_rank(workspace, "restarted", ROOT / "train.py", 200, restarts=1)[1]
+    assert len(lines) == 1
+    flags = "--dtype auto --optimizer adamw8bit --lr 1e-2 --max-steps 200"
+    torchrun(workspace, "unharmed", 2, *flags.split())
+    assert_same_run(workspace / "restarted", workspace / "unharmed")
 
 
 @pytest.mark.slow
