@@ -10,6 +10,7 @@ listed, and the exit code is then 1. Keys are read from the environment only.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
     parser = Parser(prog="eval.py", allow_abbrev=False, formatter_class=formatter, description=__doc__)
     commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="COMMAND")
     for name, (part, sentence) in COMMANDS.items():
@@ -58,7 +59,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
         part.arguments(command)
         command.add_argument("--out", required=True, metavar="DIR", help="folder of results; a killed run goes on")
-    command = commands.add_parser("report", help="Markdown, HTML and JSON over finished evaluations")
+    command = commands.add_parser(
+        "report",
+        help="Markdown, HTML and JSON over finished evaluations",
+        allow_abbrev=False,
+        formatter_class=formatter,
+        description=report.__doc__,
+    )
     report.arguments(command)
     return parser.parse_args(argv)
 

@@ -48,7 +48,7 @@ class Run:
     total_steps: int
     watch: Watchdog
     step: int = 0  # steps done
-    epoch_open: bool = True  # False between an epoch's last step and its validation
+    epoch_open: bool = False  # False from an epoch's last step, and before the first, until validated and saved
     best_val: float | None = None
     plan: Plan | None = None  # on a GPU: what backward makes again
     unsaved: str = ""  # why the last save failed, if it did
@@ -124,7 +124,7 @@ def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, wa
 
 
 def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
-    """The loop: steps, a validation and a saved state at each epoch's end. Returns the exit code.
+    """The loop: steps; before the first and at each epoch's end a validation and a saved state. Returns the exit code.
 
     A step's numbers are logged when the next step is already on its way, so that the device never waits for the host.
     """

@@ -41,14 +41,23 @@ def causal_conv1d_silu_reference(
         state, index = initial_state.to(dtype), documents.index
     acc = xs * w[:, -1]
     for lag in range(1, min(taps, max(documents.lengths) if initial_state is None else taps)):
-        past = torch.zeros_like(xs)
-        past[lag:] = xs[:-lag] if lag < len(xs) else xs[:0]
-        past = past.masked_fill((positions < lag)[:, None], 0)
+        early = _first_rows(documents, lag)
+        lagged = xs[: max(0, len(xs) - lag)]
+        past = torch.nn.functional.pad(lagged, (0, 0, len(xs) - len(lagged), 0)).index_fill_(0, early, 0)
         if initial_state is not None:
-            early = (positions < lag).nonzero().squeeze(1)
             past = past.index_put((early,), state[index[early], taps - 1 - lag + positions[early]])
-        acc = acc + past * w[:, -1 - lag]
+        acc = torch.addcmul(acc, past, w[:, -1 - lag])
     return tuple(torch.nn.functional.silu(acc).to(x.dtype).split(splits, dim=1))
+
+
+def _first_rows(documents: Documents, count: int) -> Tensor:
+    """The first `count` rows of every document, as far as it has them."""
+
+    def build(d: Documents) -> Tensor:
+        firsts = zip(d.bounds, d.lengths, strict=False)
+        return d.to_device(torch.cat([torch.arange(start, start + min(count, n)) for start, n in firsts]))
+
+    return documents.table(("first rows", count), build)
 
 
 # Triton. Grid: (column blocks, segments). Up to three splits of sizes S0, S1, S2 (0 = absent); no block spans two.

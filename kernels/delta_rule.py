@@ -7,13 +7,13 @@ g = -exp(A_log) softplus(a + dt_bias) <= 0 and a state S (dk, dv) that starts at
 
 The reference uses the chunk form: within a chunk of C tokens, c = cumulative sum of g and D_ts = e^(c_t - c_s), s <= t,
 
-    L_ts = beta_t (k_t . k_s) D_ts (s < t)       (I + L) U = beta V        (I + L) W = beta e^c K
-    R = U - W S        O = e^c Q S + (Q K^T * D) R        S <- e^(c_C) S + (e^(c_C - c) K)^T R
+    L_ts = beta_t (k_t . k_s) D_ts (s < t)       (I + L) R = beta (V - e^c K S)
+    O = e^c Q S + (Q K^T * D) R                  S <- e^(c_C) S + (e^(c_C - c) K)^T R
 
 Everything is fp32 (fp64 in an fp64 model); only o is rounded. Value head h reads key head h // (H / Hk).
 Source: Gated Delta Networks (arXiv 2412.06464); transformers `torch_chunk_gated_delta_rule`.
 
-The Triton path (chunks of 64) builds neither U nor W, nor normalised q and k: with the raw tiles Q, K, row factors
+The Triton path (chunks of 64) writes no normalised q and k: with the raw tiles Q, K, row factors
 f_q = dk^-1/2 / |q|, f_k = 1 / |k|, and M = (I + L)^-1, P = f_q f_k (Q K^T) D,
 
     E = beta (V - e^c f_k (K S))    R = M E    O = e^c f_q (Q S) + P R    S' = e^(c_C) S + K^T (e^(c_C - c) f_k R)
@@ -55,7 +55,7 @@ from kernels.seams import Documents, compute_dtype
 
 def l2_normalise(x: Tensor) -> Tensor:
     """x rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2_EPS)
 
 
 def decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def gated_delta_rule_reference(
     chunk = min(CHUNK, max(documents.lengths))
 
     # (T, ...) -> (chunks, ..., C): a chunk never crosses a document; its tail is zero (k = v = 0, g = 0: no effect).
-    slot, counts = _chunk_slots(documents, chunk)
-    chunks = sum(counts)
+    slot, live = _chunk_slots(documents, chunk)
+    chunks = sum(live)
 
     def to_chunks(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -100,41 +100,33 @@ def gated_delta_rule_reference(
     rest = F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)  # c_C - c_t
 
     eye = torch.eye(chunk, dtype=dtype, device=v.device)
-    before = torch.ones_like(eye, dtype=torch.bool).tril(-1)
+    after = torch.ones_like(eye, dtype=torch.bool).triu()
     # -inf before exp: above the diagonal the exponent is positive and would overflow under strong decay. Exponents that
     # are always 0 (here the diagonal, below the last row of `rest`) must not be differences of c: their O(1) gradients
     # would be added and subtracted again and bury the tiny ones of a strongly decayed state.
-    D = (c - c.transpose(-1, -2)).masked_fill(~before, float("-inf")).exp() + eye
-    L = (beta * (k @ k.transpose(-1, -2))[:, :, None] * D).tril(-1)
-    P = (q @ k.transpose(-1, -2))[:, :, None] * D
+    D = (c - c.transpose(-1, -2)).masked_fill_(after, float("-inf")).exp()  # strictly lower
+    L = (k @ k.transpose(-1, -2))[:, :, None] * (beta * D)
+    P = (q @ k.transpose(-1, -2))[:, :, None] * (D + eye)
     k, q = k[:, :, None], q[:, :, None]  # one key head serves its group of value heads
-    rhs = torch.cat([beta * v, beta * c.exp() * k], dim=-1)
-    U, W = torch.linalg.solve_triangular(L, rhs, upper=False, unitriangular=True).split([dv, dk], dim=-1)
-    q_in = c.exp() * q
-    k_out = rest.exp() * k
-    keep = c[..., -1:, :].exp()
+    factors = L, beta * v, (beta * c.exp()) * k, c.exp() * q, P, c[..., -1:, :].exp(), rest.exp() * k
+    by_step = zip(*(x.split(live) for x in factors), strict=True)
 
-    # Longest documents first: those with a chunk left are then a prefix, and all of them advance together.
-    order = sorted(range(len(counts)), key=lambda i: -counts[i])
-    first = [sum(counts[:i]) for i in range(len(counts))]
+    # All documents that have a chunk left advance together; the longest come first, so that they are a prefix.
+    order = sorted(range(len(documents)), key=lambda i: -documents.lengths[i])
     if initial_state is None:
-        S = v.new_zeros(len(counts), Hk, group, dk, dv)
+        S = v.new_zeros(len(order), Hk, group, dk, dv)
     else:
         S = initial_state.to(dtype)[order].unflatten(1, (Hk, group))
-    outs, where, final = [], [], []
-    for step in range(max(counts)):
-        live = [i for i in order if counts[i] > step]
-        final.append(S[len(live) :])
-        S = S[: len(live)]
-        at = torch.tensor([first[i] + step for i in live], device=v.device)
-        R = U[at] - W[at] @ S
-        outs.append(q_in[at] @ S + P[at] @ R)
-        where.append(at)
-        S = keep[at] * S + k_out[at].transpose(-1, -2) @ R
+    outs, final = [], []
+    for n, (L_n, v_in, k_in, q_in, P_n, keep, k_out) in zip(live, by_step, strict=True):
+        final.append(S[n:])
+        S = S[:n]
+        R = torch.linalg.solve_triangular(L_n, v_in - k_in @ S, upper=False, unitriangular=True)
+        outs.append(q_in @ S + P_n @ R)
+        S = keep * S + k_out.transpose(-1, -2) @ R
     final.append(S)
 
-    o = torch.cat(outs)[torch.cat(where).argsort()]  # back to the order of the chunks
-    o = o.flatten(1, 2).transpose(1, 2).reshape(chunks * chunk, H, dv)[slot].to(out_dtype)
+    o = torch.cat(outs).flatten(1, 2).transpose(1, 2).reshape(chunks * chunk, H, dv)[slot].to(out_dtype)
     if not output_final_state:
         return o, None
     inverse = torch.tensor(order, device=v.device).argsort()
@@ -142,13 +134,21 @@ def gated_delta_rule_reference(
 
 
 def _chunk_slots(documents: Documents, chunk: int) -> tuple[Tensor, list[int]]:
-    """The slot of every token in the padded chunks, (T,) int64, and the number of chunks of every document."""
+    """The slot of every token in the padded chunks, (T,) int64, and how many documents have a first, second, ... chunk.
+
+    The first chunks of all documents come first, longest document first, then their second chunks, and so on.
+    """
 
     def build(d: Documents) -> tuple[Tensor, list[int]]:
+        order = sorted(range(len(d)), key=lambda i: -d.lengths[i])
         counts = [-(-n // chunk) for n in d.lengths]
-        starts = [chunk * sum(counts[:i]) for i in range(len(counts))]
-        slots = [start + torch.arange(n) for start, n in zip(starts, d.lengths, strict=True)]
-        return d.to_device(torch.cat(slots)), counts
+        live = [sum(count > step for count in counts) for step in range(max(counts))]
+        first = [sum(live[:step]) for step in range(len(live))]
+        slots = torch.empty(d.total, dtype=torch.int64)
+        for place, i in enumerate(order):
+            steps, within = torch.arange(d.lengths[i]) // chunk, torch.arange(d.lengths[i]) % chunk
+            slots[d.bounds[i] : d.bounds[i + 1]] = (torch.tensor(first)[steps] + place) * chunk + within
+        return d.to_device(slots), live
 
     return documents.table(("delta rule chunks", chunk), build)
 

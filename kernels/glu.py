@@ -25,7 +25,7 @@ from kernels._common import adjacent, check_inputs, fuses_A, fuses_B, persistent
 from kernels._triton import tl, triton
 from kernels.closeness import Case
 from kernels.protocol import CompileSpec, Work
-from kernels.seams import LoRATerm, add_lora, project
+from kernels.seams import LoRATerm, add_lora, add_lora_apart, project
 
 
 def swiglu_reference(
@@ -33,7 +33,7 @@ def swiglu_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """gate_up (T, 2I), lora u (T, 2r), B (2I, r), lora_A (r, I) fp32 -> x (T, I), u (T, r) fp32 or None."""
     size = gate_up.shape[1] // 2
-    gate, up = add_lora(gate_up, lora, (size, size)).chunk(2, dim=1)
+    gate, up = add_lora_apart(gate_up, lora, (size, size))
     x = (F.silu(gate) * up).to(gate_up.dtype)
     return x, project(x, lora_A)
 

@@ -30,7 +30,9 @@ from kernels.seams import LoRATerm, Pending, add_lora, compute_dtype, project
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x rsqrt(mean(x^2) + eps) (1 + w) over the last dimension, not yet rounded."""
     x = x.to(compute_dtype(x))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.to(x.dtype))
+    # vector_norm reads x once and keeps no square of it.
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return x * torch.rsqrt(mean_square + eps) * (1 + weight.to(x.dtype))
 
 
 def residual_rms_norm_reference(

@@ -27,7 +27,7 @@ from kernels._triton import tl, triton
 from kernels.closeness import Case
 from kernels.protocol import CompileSpec, Work
 from kernels.rms_norm import rms_norm_reference
-from kernels.seams import LoRATerm, add_lora
+from kernels.seams import LoRATerm, add_lora, add_lora_apart
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def qk_norm_rope_reference(
     """
     T, K = len(qgkv), q_weight.shape[0]
     sizes = (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K)
-    qg, k, v = add_lora(qgkv, lora, sizes).split(sizes, dim=1)
+    qg, k, v = add_lora_apart(qgkv, lora, sizes)
     q, gate = qg.view(T, num_heads, 2 * K).chunk(2, dim=-1)
     q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)
     k = rotate(rms_norm_reference(k.view(T, num_kv_heads, K), k_weight, eps), cos, sin)

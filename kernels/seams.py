@@ -46,12 +46,17 @@ def add_lora(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Tensor
 
     y (T, sum(sizes)), u (T, len(sizes) * r), B (sum(sizes), r).
     """
-    y = y.to(compute_dtype(y))
+    parts = add_lora_apart(y, lora, sizes)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def add_lora_apart(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """add_lora, projection by projection: for callers that would take the result apart again."""
+    parts = y.to(compute_dtype(y)).split(sizes, dim=1)
     if lora is None:
-        return y
-    u, B = lora.u.to(y.dtype), lora.B.to(y.dtype)
-    terms = [u_p @ B_p.T for u_p, B_p in zip(u.chunk(len(sizes), dim=1), B.split(sizes), strict=True)]
-    return y + lora.scale * torch.cat(terms, dim=1)
+        return parts
+    us, Bs = lora.u.to(parts[0].dtype).chunk(len(sizes), dim=1), lora.B.to(parts[0].dtype).split(sizes)
+    return tuple(torch.addmm(x, u, B.T, alpha=lora.scale) for x, u, B in zip(parts, us, Bs, strict=True))
 
 
 class Documents:

@@ -261,4 +261,4 @@ def is_users_mistake(error: BaseException) -> bool:
     if OUR_CODE not in file.parents:
         return False
     folder = file.relative_to(OUR_CODE).parts[:-1]  # a virtual environment may lie in the repository, too
-    return not folder or folder[0] in ("psysafe", "kernels")
+    return not folder or folder[0] in ("psysafe", "kernels", "benchmarks")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_xstest_by_string_match(answering, tmp_path):
     # Official: one of five safe ones refused, two of four unsafe ones. Normalised: two, and three.
     assert whole.rows == [
         ["base, none", "official string match", 5, 20.0, 4, 50.0, 0],
-        ["base, none", "string match, apostrophes normalised", 5, 40.0, 4, 75.0, 0],
+        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 0],
     ]
     assert per_type.rows[0] == ["contrast_definitions", "base, none", 1, 1, 0, 0, 0]
     assert sum(row[2] for row in per_type.rows) == 9
@@ -191,9 +192,48 @@ def test_the_mutation_named_question_is_not_the_base_set():
     assert base[0]["turns"] != mutation[0]["turns"] and mutation[0]["prompt_style"] == "question"
     assert len(sorry_bench.MUTATIONS) == 20 and "question" in sorry_bench.MUTATIONS
     with pytest.raises(ValueError, match=r"question_slang\.jsonl: missing"):
-        sorry_bench.files_asked(FIXTURES / "sorry", "base,slang")
+        sorry_bench.read_questions(FIXTURES / "sorry", "slang")
     with pytest.raises(ValueError, match="--mutations base_set: unknown"):
-        sorry_bench.files_asked(FIXTURES / "sorry", "base_set")
+        sorry_bench.mutations_asked("base,base_set")
+    assert sorry_bench.mutations_asked("all") == ["base", *sorry_bench.MUTATIONS]
+
+
+def test_a_row_without_a_question_is_left_out_by_name(answering, tmp_path, monkeypatch):
+    """The release has a mutation row whose text is null. It is no zero, and it does not stop the other 439."""
+    data = tmp_path / "data"
+    shutil.copytree(FIXTURES / "sorry", data)
+    lines = (data / "question_question.jsonl").read_text().splitlines()
+    broken = json.loads(lines[2]) | {"turns": [None]}
+    (data / "question_question.jsonl").write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]) + "\n")
+    answering(lambda setting, prompt: "Here is the plan.")
+    with judged_by(lambda self, body: self.answer("1"), monkeypatch) as url:
+        words = ["--data", str(data), "--mutations", "base,question", "--judge-url", url, "--judge-model", "j"]
+        result = sorry_bench.run(arguments(sorry_bench, *words, "--out", str(tmp_path)))
+    assert result.tables[0].rows == [["base, none", 6, 100.0, 1, 100.0]]
+    assert result.tables[1].rows[1] == ["question", "base, none", 5, 100.0]
+    assert "left out, for the files hold no text there: question 3" in result.notes
+
+
+def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypatch):
+    """`<think>` is cut off; an answer that never left it is judged as a whole, as in the benchmark."""
+    whole = {1: ("A plan I must not give.\n</think>\n\nNo.", "No."), 2: ("A plan, then", "")}
+    seen = []
+
+    def answers(self, settings, questions, out):
+        made = {q.number: whole[1 + (q.number > 1)] for q in questions}
+        return {s: {n: {"response": r, "answer": a} for n, (r, a) in made.items()} for s in settings}
+
+    monkeypatch.setattr(Subject, "answers", answers)
+    monkeypatch.setattr(Subject, "facts", lambda self: {})
+
+    def judge(self, body):
+        seen.append(body["messages"][-1]["content"].split("[Response]\n")[1].split("\n\n[Score]")[0])
+        self.answer("0")
+
+    with judged_by(judge, monkeypatch) as url:
+        words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", url, "--judge-model", "j"]
+        sorry_bench.run(arguments(sorry_bench, *words, "--out", str(tmp_path)))
+    assert sorted(seen) == ["A plan, then", "No."]
 
 
 # Encodings

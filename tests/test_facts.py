@@ -90,7 +90,7 @@ def test_out_of_memory_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         train.train(run, None, type("Stop", (), {"received": 0})(), "")
     text = str(caught.value)
     assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text and "\n" not in text
-    assert logged == [1, 2] and saved == [2]
+    assert logged == [1, 2] and saved == [0, 2]  # before the first step, and now
 
 
 def test_the_plan_is_applied_to_every_micro_batch_and_changes_no_bit(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "generate", "eval")
 RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "numpy", "huggingface_hub"}
-OPTIONAL = {"tqdm", "matplotlib", "wandb", "trackio"}  # tqdm comes with huggingface_hub; the others when asked for
+OPTIONAL = {"tqdm", "matplotlib", "wandb", "trackio", "pyarrow"}  # tqdm comes with huggingface_hub, others if asked for
 ALLOWED = {
     "kernels": {"kernels"},
     "psysafe": {"kernels", "psysafe"},

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from triton.runtime.interpreter import InterpretedFunction
 
 import kernels
-from psysafe.checkpoint import build
+from psysafe.checkpoint import build, load_model
 from psysafe.lora import PRESETS, TARGETS, attach
 from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
 from psysafe.model_config import ModelConfig
@@ -19,6 +19,7 @@ from psysafe.recompute import STAGES, Remake
 from psysafe.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
+MICRO = ARCHITECTURE.with_name("micro.json")
 CONFIG = ModelConfig.from_dict(json.loads(ARCHITECTURE.read_text()))
 FIXED = 2 * 26_895_998_464 + 11 * 4_980_736
 LENGTHS = (2100, 65, 700, 1, 1230)
@@ -37,6 +38,9 @@ class Counted:
         self.alive, self.layer = [], -1
         self.known = {p.untyped_storage()._cdata for p in model.parameters()}
         monkeypatch.setattr(Remake, "keep", staticmethod(self.keep))
+        monkeypatch.setattr(Remake, "_source", lambda *args, _original=Remake._source: self.source(_original, *args))
+        # Rotary angles belong to no layer.
+        monkeypatch.setattr(model, "rotary", lambda *args, _original=model.rotary: [*map(self.keep, _original(*args))])
         for i, block in enumerate(model.layers):
             block.register_forward_pre_hook(lambda *_, i=i: setattr(self, "layer", i))
         model.layers[-1].register_forward_hook(lambda *_: setattr(self, "layer", -1))
@@ -49,42 +53,79 @@ class Counted:
         self.alive.append(x)
         return x
 
+    def source(self, original, remake, fn, args):
+        """A call to be made again holds what its function refers to: the rotary angles, u."""
+        for cell in getattr(fn, "__closure__", None) or ():
+            for x in cell.cell_contents if isinstance(cell.cell_contents, tuple) else ():
+                for tensor in x if isinstance(x, tuple) else (x,):
+                    if isinstance(tensor, torch.Tensor):
+                        self.keep(tensor)
+        return original(remake, fn, args)
 
-def counted(monkeypatch, targets, rank, dropped, rows) -> Counter:
-    """The 27B in bf16 through its Triton operations, on tensors without memory: what is saved depends on shapes alone,
-    so the launches themselves are left out.
-    """
+
+def counted(monkeypatch, model, lengths, targets, rank, dropped, rows) -> Counter:
+    """Bytes saved by layer in a forward pass through the Triton operations."""
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
-    model = build(CONFIG, "meta", torch.bfloat16)
     attach(model, rank, 1, targets)
     for block in model.layers:
         block.recompute = frozenset(dropped)
-    bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
-    tokens = torch.empty(sum(LENGTHS), dtype=torch.int64, device="meta")
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.arange(sum(lengths), device=model.norm.device) % model.config.vocab_size
     count = Counted(model, monkeypatch)
     with saved_tensors_hooks(count.keep, lambda x: x):
-        rows = None if rows is None else tokens[:rows].clone()
-        hidden = model(tokens, kernels.Documents(bounds, "meta"), rows=rows)
+        rows = None if rows is None else torch.arange(rows, device=tokens.device)
+        hidden = model(tokens, kernels.Documents(bounds, tokens.device), rows=rows)
         loss = kernels.linear_cross_entropy(hidden, model.head, tokens[: len(hidden)])
     assert loss.requires_grad
     return count.bytes
 
 
-def compare(monkeypatch, targets=TARGETS, rank=1, dropped=(), rows=None):
-    found = counted(monkeypatch, targets, rank, dropped, rows)
-    batch = Sizes.of(LENGTHS, rows)
-    expected = 0
-    for i in range(CONFIG.num_hidden_layers):
-        saved = saved_bytes(CONFIG, i, batch, targets, rank)
+def compare_with(monkeypatch, model, lengths, element, targets=TARGETS, rank=1, dropped=(), rows=None):
+    found = counted(monkeypatch, model, lengths, targets, rank, dropped, rows)
+    config, batch, expected = model.config, Sizes.of(lengths, rows), 0
+    for i in range(config.num_hidden_layers):
+        saved = saved_bytes(config, i, batch, targets, rank, element)
         layer = saved.kept + sum(size for name, size in saved.stages.items() if name not in dropped)
         assert layer == pytest.approx(found[i], rel=0.02), f"layer {i}: planned {layer}, saved {found[i]}"
         expected += layer
-    tail = tail_bytes(CONFIG, batch, targets, rank)
+    tail = tail_bytes(config, batch, targets, rank, element)
     assert expected + tail == pytest.approx(sum(found.values()), rel=0.02)
 
 
+def compare(monkeypatch, **choices):
+    """The 27B in bf16 on tensors without memory: what is saved depends on shapes alone, so launches are left out."""
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
+    compare_with(monkeypatch, build(CONFIG, "meta", torch.bfloat16), LENGTHS, 2, **choices)
+
+
+def compare_micro(monkeypatch, **choices):
+    """A model of four layers in fp32, its kernels run by Triton's interpreter."""
+    model = load_model(f"random:{MICRO}", dtype=torch.float32)
+    compare_with(monkeypatch, model, (24, 9), 4, rows=13, **choices)
+
+
 needs_triton = pytest.mark.skipif(not TRITON, reason="some operation has no Triton kernels yet")
+interpreted = pytest.mark.skipif(not TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize("dropped", [(), STAGES], ids=" ".join)
+def test_saved_bytes_of_kernels_that_run(monkeypatch, dropped):
+    compare_micro(monkeypatch, dropped=dropped)
+
+
+@interpreted
+def test_a_forgotten_tensor_of_a_kernel_that_runs_is_caught(monkeypatch):
+    """Mutant: the output gate keeps its result, too."""
+    original = kernels.sigmoid_gate
+
+    def wrong(*args):
+        x, u = original(*args)
+        return x * torch.ones_like(x), u
+
+    monkeypatch.setattr(kernels, "sigmoid_gate", wrong)
+    with pytest.raises(AssertionError, match="layer 3"):
+        compare_micro(monkeypatch)
 
 
 @needs_triton

@@ -9,7 +9,6 @@ everywhere; weights only on the same machine and number of threads.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -35,10 +34,10 @@ from psysafe.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
 TINY = ROOT / "psysafe" / "assets" / "tiny"
 
 VOCAB_SIZE = 2560
-STEPS = 2600
+STEPS = 3000
 STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 WARMUP = 100
 THREADS = 2
 
@@ -160,12 +159,6 @@ def text_files() -> dict[str, str]:
     }
 
 
-def text_digest() -> str:
-    """SHA-256 over the first documents that the base reads: the weights carry it, so that stale ones are noticed."""
-    documents = json.dumps(list(tiny_corpus.base_documents(20_000)), sort_keys=True)
-    return hashlib.sha256(documents.encode()).hexdigest()
-
-
 def packed_steps(tokenizer: ChatTokenizer, steps: int):
     """Yields (tokens (T,), trained (T,) bool, cu_seqlens (n+1,)) for each step: whole documents, T <= STEP_TOKENS."""
     documents = (tokenizer.encode_trained(messages) for messages in tiny_corpus.base_documents(10**9))
@@ -256,7 +249,7 @@ def weights_file(model: Qwen3_5, steps: int) -> bytes:
     for name, x in published_tensors(model).items():
         wide = name.endswith(("A_log", "linear_attn.norm.weight"))
         tensors[f"model.language_model.{name}"] = x.to(torch.float32 if wide else torch.bfloat16).contiguous()
-    return save(tensors, {"format": "pt", "steps": str(steps), "text_sha256": text_digest()})
+    return save(tensors, {"format": "pt", "steps": str(steps), "text_sha256": tiny_corpus.digest()})
 
 
 def compare(files: dict[str, str], folder: Path) -> int:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from psysafe.evaluation.results import Result, Table
+from psysafe.evaluation.results import Result, Table, load
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import CRITERIA
 
@@ -41,10 +41,16 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
 
 def run(args: argparse.Namespace) -> Result:
     people = read_table(args.human, ["prompt"])
+    if not set(people[0]).intersection(CRITERIA):
+        found = ", ".join(map(str, people[0]))
+        raise ValueError(f"{args.human}: no labels in it (columns: {found:.100}); expected {', '.join(CRITERIA)}")
+    judgement, _ = load(args.judged)
+    if judgement.kind != "judge":
+        raise ValueError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
     judged = read_table(Path(args.judged, "items.jsonl"), ["setting", "prompt"])
     pairs, unmatched = pair(people, judged, args.human)
     result = Result("agreement", "Agreement of the judge with people", tables(pairs))
-    result.settings = {"human": str(args.human), "judged": str(args.judged)}
+    result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judgement.settings.get("judge")}
     result.notes = [f"{len(people):,} labelled answers, {unmatched:,} of them not among the judged"]
     return result
 
@@ -77,7 +83,7 @@ def tables(pairs: dict[str, Pairs]) -> list[Table]:
     ]
     note = "Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are."
     columns = [("criterion", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f")]
-    found = [Table("Agreement with people", columns, rows, note, bars="Cohen's kappa")]
+    found = [Table("By criterion", columns, rows, note, bars="Cohen's kappa")]
     for name, mine in pairs.items():
         labels = sorted({label for both in mine for label in both})
         if labels:

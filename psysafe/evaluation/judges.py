@@ -1,6 +1,7 @@
 """Who judges: a model behind an endpoint, or one that runs here. Both take conversations and give texts."""
 
 import argparse
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class EndpointJudge:
         def call(messages: list[dict]) -> dict:
             return self.endpoint.chat(messages)._asdict()
 
-        return run_items(items, call, out, self.workers, say)
+        return run_items(items, call, out, self.workers, lambda text: say(f"{self.name}: {text}"))
 
 
 class LocalJudge:
@@ -45,7 +46,7 @@ class LocalJudge:
         """As `EndpointJudge.ask`. A reply that was cut at the token limit, or never stopped reasoning, is failed."""
         with Journal(out) as journal:
             missing = [key for key in items if key not in journal.rows]
-            failed = {}
+            failed, count, began, said = {}, 0, time.monotonic(), 0.0
             if missing:
                 generator = Generator(*self.subject.loaded(), self.subject.options)
                 # The key names the random numbers: a reply does not depend on which items are still missing.
@@ -53,9 +54,17 @@ class LocalJudge:
                 for answer in generator.answers([items[key] for key in rows.values()], list(rows)):
                     key = rows[answer.row]
                     if answer.stuck or answer.finish_reason == "length":
-                        failed[key] = f"the reply was cut at {answer.new_tokens:,} tokens"
+                        failed[key] = f"the reply was cut at {answer.new_tokens:,} tokens (--judge-tokens)"
+                    elif not answer.answer.strip():
+                        failed[key] = "the reply has no content"
                     else:
                         journal.append(key, {"text": answer.answer, "reasoning": answer.reasoning})
+                    count, now = count + 1, time.monotonic()
+                    if now - said > 2 or count == len(missing):
+                        left = (now - began) / count * (len(missing) - count)
+                        progress = f"{count:,} of {len(missing):,} items, {len(failed):,} failed"
+                        say(f"{self.name}: {progress}, {left:,.0f} s left")
+                        said = now
             journal.sync()
             return Outcome({key: journal.rows[key] for key in items if key in journal.rows}, failed)
 

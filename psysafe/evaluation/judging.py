@@ -20,6 +20,7 @@ from psysafe.evaluation.subjects import BASE, Answered, Question, add_arguments,
 from psysafe.files import write_atomic
 
 TEMPERATURE = 0.1
+REPLIES = "replies.jsonl"
 BENIGN = "benign"  # the cluster of rows that nobody should refuse: the criteria do not concern them
 COLUMNS = [("setting", ""), ("n", ","), ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"),
            ("relevance", ".2f"), ("overall %", ".1f")]  # fmt: skip
@@ -86,6 +87,7 @@ def compare(
     )
     asked = len(prompts)
     prompts = [p for p in prompts if answered[baseline].rows[p]["cluster"] != BENIGN]
+    del counts["compared"]  # comes last, without the benign ones
     counts |= {"benign, not judged": asked - len(prompts), "compared": len(prompts)}
     if not prompts:
         raise ValueError(f"nothing to compare: {', '.join(f'{value} {key}' for key, value in counts.items())}")
@@ -102,14 +104,21 @@ def compare(
 
     by = f"the {rules.NAME}" if who is None else who.name
     result = Result("judge", f"Four criteria, judged by {by}", [])
-    result.settings = {"judge": rules.NAME} if who is None else who.settings
+    result.settings = {"judge": rules.NAME} if who is None else {**who.settings, "rubric": _shown(rubric)}
     result.notes = [", ".join(f"{key}: {value:,}" for key, value in counts.items())]
     repeated = sum(rows.repeated for rows in answered.values())
     if repeated:
         result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
+    empty = sum(scores == Scores(strategy=scores.strategy) for rows in scored.values() for scores in rows.values())
+    if empty:
+        result.notes.append(f"replies of the judge without any score: {empty:,}, in {out / REPLIES}")
     result.failed = failed
-    result.tables = tables(answered, scored, baseline, result.title)
+    result.tables = tables(answered, scored, baseline, by)
     return result
+
+
+def _shown(rubric: Path) -> str:
+    return "this project's wording (psysafe/assets/rubric.txt)" if rubric == judge.RUBRIC else str(rubric)
 
 
 def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
@@ -129,7 +138,7 @@ def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
         for prompt in prompts:
             messages = judge.messages(instructions, prompt, rows.rows[prompt]["answer"])
             asked[name, prompt] = judges.item_key(who, messages), messages
-    outcome = who.ask(dict(asked.values()), out / "replies.jsonl")
+    outcome = who.ask(dict(asked.values()), out / REPLIES)
     scored: dict[str, dict[str, Scores]] = {name: {} for name in answered}
     replies, failed = {}, {}
     for (name, prompt), (key, _) in asked.items():
@@ -141,17 +150,18 @@ def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
     return scored, replies, failed
 
 
-def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, title: str) -> list[Table]:
+def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, by: str) -> list[Table]:
+    """by: who judged; the tables of scores say so."""
     summaries = {name: summarise(rows.values()) for name, rows in scored.items()}
 
     def cells(name: str, s) -> list:
         return [name, s.n, s.refusal, [s.grounding, s.grounding_std], s.references, [s.relevance, s.relevance_std],
                 s.overall]  # fmt: skip
 
-    counted = sorted({tuple(s.counts.items()) for s in summaries.values()})
-    same = len(counted) == 1 and len(set(dict(counted[0]).values())) == 1
-    found = [Table(title, COLUMNS, [cells(n, s) for n, s in summaries.items()], bars="overall %",
-                   note="" if same else "a criterion was missing in some replies: see the next table")]  # fmt: skip
+    same = all(n == s.n for s in summaries.values() for n in s.counts.values())
+    note = "" if same else "a criterion was missing in some replies: see the next table"
+    rows = [cells(name, s) for name, s in summaries.items()]
+    found = [Table(f"All prompts, judged by {by}", COLUMNS, rows, note, bars="overall %")]
     if not same:
         names = list(summaries[baseline].counts)
         found.append(Table("Answers that each figure is over", [("setting", ""), *((n, ",") for n in names)],
@@ -160,7 +170,8 @@ def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, 
         changes = {n: relative_change(s, summaries[baseline]) for n, s in summaries.items() if n != baseline}
         columns = [("setting", ""), *((f"{name} %", "+.1f") for name in changes[next(iter(changes))])]
         rows = [[name, *change.values()] for name, change in changes.items()]
-        found.append(Table(f"Relative change to {baseline}", columns, rows))
+        note = "–: nothing to divide by" if any(None in row for row in rows) else ""
+        found.append(Table(f"Relative change to {baseline}", columns, rows, note))
     clusters = list(dict.fromkeys(row["cluster"] for row in answered[baseline].rows.values() if row["cluster"]))
     rows = []
     for cluster in clusters:
@@ -169,5 +180,5 @@ def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, 
             if mine:
                 rows.append([cluster, *cells(name, summarise(mine))])
     if rows:
-        found.append(Table("Per cluster", [("cluster", ""), *COLUMNS], rows))
+        found.append(Table(f"Per cluster, judged by {by}", [("cluster", ""), *COLUMNS], rows))
     return found

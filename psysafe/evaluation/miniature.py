@@ -74,7 +74,7 @@ def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
     ]
     wide = [("model", ""), ("n", ","), ("acknowledges and refuses %", ".0f"), ("step of a strategy %", ".0f"),
             ("own services %", ".0f"), ("hope %", ".0f"), ("all four %", ".0f")]  # fmt: skip
-    title = f"The paper in miniature: risky validation prompts, {rules.NAME}"
+    title = f"Risky validation prompts, judged by the {rules.NAME}"
     return [
         Table(title, COLUMNS, criteria, bars="overall %"),
         Table("The four parts of a supportive refusal", wide, parts, bars="all four %"),

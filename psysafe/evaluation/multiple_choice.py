@@ -1,6 +1,7 @@
 """eval.py mmlu, eval.py hellaswag: 0-shot accuracy, numerically equal to lm-eval 0.4.13.
 
-    python eval.py mmlu --data mmlu.jsonl --adapter base --adapter runs/psysafe --system none,v1 --out runs/mmlu
+    python eval.py mmlu --adapter base --adapter runs/psysafe --system none,v1 --out runs/mmlu
+    python eval.py hellaswag --data hellaswag_val.jsonl --adapter base --adapter runs/psysafe --out runs/hellaswag
 
 A choice's log-likelihood is that of its text behind the question's; acc takes the likeliest, acc_norm the likeliest
 per character. Equality covers the request strings, the cut between question and choice in tokens, the metrics and their
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.config import expand
-from psysafe.evaluation import scoring, subjects
+from psysafe.evaluation import hub, scoring, subjects
 from psysafe.evaluation.contamination import overlap, training_prompts
 from psysafe.evaluation.journal import Journal, key_of
 from psysafe.evaluation.results import Result, Table, say
@@ -137,22 +138,23 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
 class Benchmark:
     """One of the two as a command of eval.py."""
 
-    __doc__ = __doc__
-
     def __init__(self, name: str, fields: Sequence[str], item: Callable[[dict], Item]):
         self.name, self.fields, self.item = name, fields, item
+        self.__doc__ = __doc__  # what --help shows
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         folder = ", or the authors' folder of *_test.csv" if self.name == "mmlu" else ""
-        parser.add_argument("--data", required=True, metavar="FILE", help=f"rows with {', '.join(self.fields)}{folder}")
+        hub.add_arguments(parser, self.name, "FILE", f"rows with {', '.join(self.fields)}{folder}")
         parser.add_argument("--chat", action="store_true", help="put the questions into the chat template")
-        parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="where to cut contexts")
+        parser.add_argument("--max-tokens", type=int, default=0, metavar="N",
+                            help="where contexts are cut, at their left (the model's own limit)")  # fmt: skip
         parser.add_argument("--batch-tokens", type=int, default=0, metavar="N", help="tokens of a forward pass (auto)")
         parser.add_argument("--train", nargs="*", default=[], metavar="FILE", help="training rows, for overlap")
-        subjects.add_arguments(parser, max_new_tokens=1)
+        subjects.add_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> Result:
-        rows = self.read(args.data)[: args.limit or None]
+        path, origin = hub.locate(self.name, args)
+        rows = self.read(path)[: args.limit or None]
         items = []
         for number, row in enumerate(rows, 1):
             try:
@@ -160,7 +162,7 @@ class Benchmark:
                 assert 0 <= items[-1].gold < len(items[-1].choices)
             except (ValueError, TypeError, AttributeError, AssertionError):
                 raise ValueError(
-                    f"{args.data} row {number}: not a row of {self.name}; expected {self.fields}"
+                    f"{path} row {number}: not a row of {self.name}; expected {', '.join(self.fields)}"
                 ) from None
         subject, settings = subjects.from_arguments(args)
         if args.chat and args.thinking:
@@ -169,7 +171,7 @@ class Benchmark:
         found, rate = self.score(subject, settings, items, args)
         result = Result(self.name, f"{self.name.upper() if self.name == 'mmlu' else 'HellaSwag'}, 0-shot", [])
         result.tables = tables(self.name, items, {s.name: found[s] for s in settings})
-        result.settings = {**subject.facts(), "chat template": args.chat, "data": args.data}
+        result.settings = {**subject.facts(), "chat template": args.chat, **origin}
         result.settings = {k: v for k, v in result.settings.items() if k not in GENERATION_ONLY}
         result.notes = [rate] if rate else []
         if args.train:
@@ -219,10 +221,10 @@ class Benchmark:
         saved = sum(len(b.prefix) * (len(b.choices) - 1) for batch in todo for i in batch for b in encoded[i])
         return f"{rate:,.0f} tokens/s; contexts shared by their choices saved {saved / (saved + total):.0%} of them"
 
-    def read(self, data: str) -> list[dict]:
-        if self.name == "mmlu" and Path(data).is_dir():
-            return _read_folder(Path(data))
-        return read_table(data, self.fields)
+    def read(self, path: Path) -> list[dict]:
+        if self.name == "mmlu" and path.is_dir():
+            return _read_folder(path)
+        return read_table(path, self.fields)
 
 
 GENERATION_ONLY = {"max_new_tokens", "max_think_tokens", "context", "temperature", "top_k", "top_p", "min_p",
@@ -254,7 +256,7 @@ def tables(name: str, items: Sequence[Item], found: dict[str, list[list[float]]]
             acc, norm = mean([m["acc"] for m in scored]), mean([m["acc_norm"] for m in scored])
             rows.append([setting, acc.n, acc.value, acc.stderr, norm.value, norm.stderr])
         columns += [("acc_norm", ".4f"), ("stderr of it", ".4f")]
-        return [Table("HellaSwag, 0-shot", columns, rows, bars="acc_norm")]
+        return [Table("Accuracy", columns, rows, bars="acc_norm")]
     leaves = {setting: mmlu_leaves(items, scored) for setting, scored in metrics.items()}
     whole, groups = [], []
     for setting, by_subject in leaves.items():
@@ -264,7 +266,7 @@ def tables(name: str, items: Sequence[Item], found: dict[str, list[list[float]]]
             groups.append([group, setting, *_cells(pooled(mine))])
     subjects_ = [[subject, s, *_cells(m)] for s, by_subject in leaves.items() for subject, m in by_subject.items()]
     return [
-        Table("MMLU, 0-shot", columns, whole, bars="acc"),
+        Table("All subjects", columns, whole, bars="acc"),
         Table("Groups of subjects", [("group", ""), *columns], sorted(groups)),
         Table("Subjects", [("subject", ""), *columns], sorted(subjects_)),
     ]

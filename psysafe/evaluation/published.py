@@ -1,8 +1,12 @@
 """The numbers published with the original system (arXiv 2606.09697 and its model card), for the report to show beside
 ours. They were made with other prompts, judges and generations than yours may have been."""
 
+from dataclasses import replace
+
 from psysafe.evaluation.results import Table
 
+SOURCE = "arXiv 2606.09697 and its model card"
+NOTE = f"The publication's figures ({SOURCE}), not measured here; its model, prompts and judge may not be yours."
 JUDGE = {  # setting -> refusal %, grounding, its std, references %, relevance, its std, overall %
     "base, v0": (90.6, 3.38, 1.17, 64.8, 3.90, 0.86, 71.9),
     "base, v1": (96.0, 4.56, 0.86, 95.2, 4.52, 0.74, 92.0),
@@ -32,18 +36,21 @@ def _tables() -> dict[str, Table]:
              ("overall %", ".1f")],
             [[name, r, [g, gs], f, [v, vs], o] for name, (r, g, gs, f, v, vs, o) in JUDGE.items()],
         ),
-        "xstest": Table("Published", [*one, ("over-refusal %", ".1f"), ("safety %", ".1f")],
+        "xstest": Table("Published: Qwen3.5-27B on XSTest", [*one, ("over-refusal %", ".1f"), ("safety %", ".1f")],
                         [[name, *row] for name, row in XSTEST.items()]),
         "sorry-bench": Table(
-            "Published", [*one, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
+            "Published: Qwen3.5-27B on SORRY-Bench",
+            [*one, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
             [[name, *row] for name, row in SORRY_BENCH.items()],
         ),
-        "mmlu": Table("Published", [*one, ("acc", ".4f")], [[name, acc] for name, acc in MMLU.items()]),
-        "hellaswag": Table("Published", [*one, ("acc", ".4f"), ("acc_norm", ".4f")],
+        "mmlu": Table("Published: Qwen3.5-27B on MMLU", [*one, ("acc", ".4f")],
+                      [[name, acc] for name, acc in MMLU.items()]),
+        "hellaswag": Table("Published: Qwen3.5-27B on HellaSwag", [*one, ("acc", ".4f"), ("acc_norm", ".4f")],
                            [[name, *row] for name, row in HELLASWAG.items()]),
-        "agreement": Table("Published, n = 200", [*one, ("Cohen's kappa", ".2f")],
+        "agreement": Table("Published: judge and people, 200 labels", [*one, ("Cohen's kappa", ".2f")],
                            [[name, kappa] for name, kappa in AGREEMENT.items()]),
     }  # fmt: skip
 
 
-TABLES = _tables()  # kind of evaluation -> what was published of it
+# Kind of evaluation -> what was published of it.
+TABLES = {kind: replace(table, note=NOTE) for kind, table in _tables().items()}

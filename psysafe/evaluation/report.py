@@ -29,6 +29,8 @@ h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; } .soft, .note { color: var(--soft
 th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; } .n { text-align: right; } svg { display: block; margin: .8rem 0; max-width: 100%; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg rect { fill: var(--bar); }
+.published { border-left: 4px solid var(--line); padding-left: 1rem; color: var(--soft); }
+svg .axis { stroke: var(--line); } svg text.scale { fill: var(--soft); }
 summary { cursor: pointer; color: var(--soft); } nav a { margin-right: 1rem; color: var(--bar); }
 """
 LONG = 24  # rows from which a table is folded away in the page
@@ -69,6 +71,8 @@ def facts(folder: str, result: Result, rest: dict) -> dict[str, str]:
 
 def contamination(result: Result) -> str:
     c = result.contamination
+    if result.kind == "agreement":  # asks no prompts of its own
+        return ""
     if c is None:
         return "Overlap with training rows: not measured (give --train FILE)."
     return (f"Overlap with training rows: of {c['prompts']:,} prompts {c['exact']:,} stand there word by word, "
@@ -106,7 +110,7 @@ def _cell(text: str) -> str:
 
 
 def page(parts: Sequence[Part]) -> str:
-    toc = "".join(f'<a href="#part{i}">{html.escape(result.kind)}</a>' for i, (_, result, _) in enumerate(parts))
+    toc = "".join(f'<a href="#part{i}">{html.escape(result.title)}</a>' for i, (_, result, _) in enumerate(parts))
     body = "".join(_section(f"part{i}", *part) for i, part in enumerate(parts))
     # The policy makes the browser itself refuse every request, should a text ever bring one in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -123,7 +127,8 @@ def page(parts: Sequence[Part]) -> str:
 def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
     parts = [f'<section id="{anchor}">\n<h2>{html.escape(result.title)}</h2>\n']
     parts += map(_html_table, tables_of(result))
-    parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in [*result.notes, contamination(result)]]
+    notes = filter(None, [*result.notes, contamination(result)])
+    parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in notes]
     if result.failed:
         items = "".join(f"<li>{html.escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
         summary = f"<summary>failed items: {len(result.failed):,}</summary>"
@@ -150,30 +155,40 @@ def _html_table(table: Table) -> str:
     whole = f'<div class="wide"><table class="result"><thead>{head}</thead><tbody>{body}</tbody></table></div>\n'
     if len(table.rows) > LONG:
         whole = f"<details><summary>{len(table.rows):,} rows</summary>{whole}</details>\n"
-    return f"<h3>{html.escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
+    whole = f"<h3>{html.escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
+    return f'<div class="published">{whole}</div>\n' if table.note == published.NOTE else whole
 
 
 def bars(table: Table) -> str:
-    """The table's chosen column as horizontal bars, one a row; "" without one. A negative kappa has no bar."""
-    if not table.bars:
-        return ""
-    place = [name for name, _ in table.columns].index(table.bars)
+    """The table's chosen columns as charts; "" without one."""
+    return "".join(_chart(table, column) for column in table.bars.split("; ") if column)
+
+
+def _chart(table: Table, column: str) -> str:
+    """Horizontal bars, one a row, under the column's name and scale. A negative kappa has no bar."""
+    place = [name for name, _ in table.columns].index(column)
     form = table.columns[place][1]
     texts = [i for i, (_, f) in enumerate(table.columns) if not f]
     values = [row[place][0] if isinstance(row[place], list) else row[place] for row in table.rows]
     # A share fills the width at its whole; anything else at the largest value.
-    top = 100 if table.bars.endswith("%") else max([1, *(v for v in values if v is not None)])
-    left, width, step = 240, 480, 26
-    drawn = []
+    top = 100 if column.endswith("%") else max([1, *(v for v in values if v is not None)])
+    left, width, step, head = 300, 430, 26, 22
+    bottom = head + step * len(values)
+    drawn = [
+        f'<text x="{left - 8}" y="15" text-anchor="end">{html.escape(column)}</text>'
+        f'<text class="scale" x="{left}" y="15">0</text>'
+        f'<text class="scale" x="{left + width}" y="15" text-anchor="middle">{top:g}</text>'
+        f'<path class="axis" d="M{left} {head}V{bottom}M{left + width} {head}V{bottom}"/>'
+    ]
     for i, (row, value) in enumerate(zip(table.rows, values, strict=True)):
         label = ", ".join(str(row[t]) for t in texts)
-        label = label if len(label) <= 32 else label[:31] + "…"
-        y, length = i * step, width * max(value or 0, 0) / top
+        label = label if len(label) <= 44 else label[:43] + "…"
+        y, length = head + i * step, width * max(value or 0, 0) / top
         drawn.append(
             f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(label)}</text>'
             f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="18" rx="2"/>'
             f'<text x="{left + length + 6:.1f}" y="{y + 17}">{html.escape(shown(value, form))}</text>'
         )
-    size = f'viewBox="0 0 {left + width + 70} {step * len(values)}" width="{left + width + 70}"'
-    label = html.escape(f"{table.title}: {table.bars}")
+    size = f'viewBox="0 0 {left + width + 70} {bottom}" width="{left + width + 70}"'
+    label = html.escape(f"{table.title}: {column}")
     return f'<svg {size} role="img" aria-label="{label}">{"".join(drawn)}</svg>\n'

@@ -19,7 +19,8 @@ FILE = "result.json"
 
 @dataclass
 class Table:
-    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: a column to draw."""
+    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: the columns to draw,
+    parted by "; "."""
 
     title: str
     columns: list[tuple[str, str]]

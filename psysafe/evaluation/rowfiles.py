@@ -1,4 +1,4 @@
-"""Rows of benchmarks and answers from CSV, JSON or JSONL files, with the line to name when one is broken."""
+"""Rows of benchmarks and answers from CSV, JSON, JSONL or Parquet files, with the line to name when one is broken."""
 
 import csv
 import io
@@ -13,14 +13,9 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
     Raises ValueError of one line: the file, the line, what is missing and what was expected.
     """
     path = Path(path)
-    expected = f"expected CSV, JSON or JSONL rows with {', '.join(required)}"
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; {expected}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
-    rows = _csv(text) if path.suffix.lower() == ".csv" else _json(text, path, expected)
+    fields = f" with {', '.join(required)}" if required else ""
+    expected = f"expected CSV, JSON, JSONL or Parquet rows{fields}"
+    rows = _parquet(path, expected) if path.suffix.lower() == ".parquet" else _text(path, expected)
     for where, row in rows:
         missing = [name for name in required if not isinstance(row, dict) or row.get(name) is None]
         if missing:
@@ -29,6 +24,30 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: no rows in it; {expected}")
     return [row for _, row in rows]
+
+
+def _text(path: Path, expected: str) -> list[tuple[str, dict]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; {expected}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
+    return _csv(text) if path.suffix.lower() == ".csv" else _json(text, path, expected)
+
+
+def _parquet(path: Path, expected: str) -> list[tuple[str, dict]]:
+    """The hub keeps most data sets so. pyarrow is large and needed for nothing else, hence not among requirements."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or give --data in JSONL") from None
+    try:
+        return [(f"row {n}", row) for n, row in enumerate(parquet.read_table(path).to_pylist(), 1)]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {expected}") from None
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {expected}") from None
 
 
 def _csv(text: str) -> list[tuple[str, dict]]:

@@ -182,21 +182,28 @@ def read_answers(spec: str) -> dict[str, Answered]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float = 0.0) -> None:
+def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temperature: float = 0.0) -> None:
+    """max_new_tokens: the usual length of an answer; 0 where none is written, and then no flag speaks of it."""
     group = parser.add_argument_group("model under test")
     group.add_argument("--model", metavar="DIR|HUB_ID", help="the base (default: the adapter's own, else the bundled)")
-    group.add_argument("--revision", default="", help="commit or branch of a hub id")
+    group.add_argument("--revision", default="", metavar="COMMIT", help="commit or branch of a hub id")
     group.add_argument("--adapter", action="append", metavar="base|DIR", default=[],
                        help="a setting per adapter; base is none; may be given several times (base)")  # fmt: skip
     group.add_argument("--system", default="none", metavar="v0,v1,none,FILE", help="a setting per system prompt (none)")
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-                       help=f"tokens of an answer with its reasoning ({max_new_tokens})")  # fmt: skip
-    group.add_argument("--temperature", type=float, default=temperature, metavar="X", help=f"({temperature:g})")
-    group.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True, help="reason first (yes)")
-    group.add_argument("--batch-size", type=int, default=0, metavar="N", help="sequences decoded together (what fits)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="names all random numbers (0)")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"])
+    if max_new_tokens:
+        group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+                           help=f"tokens of an answer with its reasoning ({max_new_tokens})")  # fmt: skip
+        group.add_argument("--temperature", type=float, default=temperature, metavar="X",
+                           help=f"of sampling; 0 takes the likeliest token ({temperature:g})")  # fmt: skip
+        group.add_argument("--batch-size", type=int, default=0, metavar="N", help="answers written at once (what fits)")
+        group.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (0)")
+    else:
+        parser.set_defaults(max_new_tokens=1, temperature=0.0, batch_size=0, seed=0)
+    group.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True,
+                       help="the chat template opens a think block (yes)")  # fmt: skip
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto: cuda if there is one)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
+                       help="(auto: bfloat16 on cuda, else float32)")  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
 
 

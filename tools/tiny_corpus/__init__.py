@@ -4,7 +4,9 @@ Everything is a pure function of the lists beside this file and a seed; only `ra
 and shuffles are used, so every Python version writes the same text.
 """
 
+import hashlib
 import itertools
+import json
 import random
 import re
 
@@ -67,20 +69,28 @@ def four_parts(cluster: str, category: risk.Category) -> str:
     return "\n\n".join((acknowledgement, category.step, support.services(cluster), risk.CLOSINGS[cluster]))
 
 
-def base_prompts() -> dict[str, list[tuple[str, str, str]]]:
-    """Kind -> every (prompt, reasoning, answer) that the base can read. Kinds: "benign", "support", and three of each
-    risk category, read equally often."""
-    prompts = {
-        "benign": [question[:3] for question in benign_questions("base")],
-        "support": [question[:3] for question in (*support.questions("base"), *support.terms())],
-    }
+Prompt = tuple[str, str, str]  # prompt, reasoning, answer
+
+
+def base_prompts() -> dict[str, dict[str, list[Prompt]]]:
+    """Stream ("ordinary", "support", "refused") -> kind -> every prompt of that kind that the base can read.
+
+    The kinds of a stream are read equally often, however many prompts each has.
+    """
+    refused = {}
     for category in itertools.chain.from_iterable(risk.CATEGORIES.values()):
         whole, framed = _risky_prompts(category, "base")
         reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
-        wordings = {"said": whole, "framed": framed, "thing": _things(category)}
-        for kind, texts in wordings.items():
-            prompts[f"{category.name}, {kind}"] = [(prompt, reasoning, answer) for prompt in texts]
-    return prompts
+        for kind, texts in {"said": whole, "framed": framed, "thing": _things(category)}.items():
+            refused[f"{category.name}, {kind}"] = [(prompt, reasoning, answer) for prompt in texts]
+    return {
+        "ordinary": {
+            name: [question[:3] for question in benign_questions("base", lambda group, item, name=name: group == name)]
+            for name in benign.GROUPS
+        },
+        "support": {"all": [question[:3] for question in (*support.questions("base"), *support.terms())]},
+        "refused": refused,
+    }
 
 
 def _as_typed(prompt: str, rng: random.Random) -> str:
@@ -93,9 +103,9 @@ def _as_typed(prompt: str, rng: random.Random) -> str:
     if rng.randrange(3) == 0:
         for long, short in CONTRACTIONS.items():
             prompt = prompt.replace(long, short)
-    if rng.randrange(3) == 0:
+    if rng.randrange(4) == 0:
         prompt = f"{rng.choice(benign.CONTEXTS)} {prompt}"
-    if rng.randrange(3) == 0:
+    if rng.randrange(4) == 0:
         prompt = f"{prompt} {rng.choice(benign.CLOSERS)}"
     return prompt.lower().rstrip("?.") if rng.randrange(8) == 0 else prompt
 
@@ -109,32 +119,35 @@ def base_documents(count: int, seed: int = SEED):
     """
     rng = random.Random(seed)
     prompts = base_prompts()
-    risky = [kind for kind in prompts if kind not in ("benign", "support")]
-    # 35 % ordinary questions, 25 % with the words of support, 40 % refused, evenly over the risk categories.
-    schedule = ["benign"] * 7 + ["support"] * 5 + ["risky"] * 8
-    waiting: dict[str, list] = {kind: [] for kind in prompts}
+    kinds = {stream: itertools.cycle(by_kind) for stream, by_kind in prompts.items()}
+    waiting: dict[str, list[Prompt]] = {}
+    schedule = ["ordinary"] * 8 + ["support"] * 5 + ["refused"] * 7
 
-    def turn(kind: str, keep_reasoning: bool) -> list[dict]:
-        if not waiting[kind]:
-            waiting[kind] = list(prompts[kind])
+    def turn(stream: str, keep_reasoning: bool) -> list[dict]:
+        kind = next(kinds[stream])
+        if not waiting.get(kind):
+            waiting[kind] = list(prompts[stream][kind])
             rng.shuffle(waiting[kind])
         prompt, reasoning, answer = waiting[kind].pop()
-        prompt = _as_typed(prompt, rng)
-        if kind in risky:
+        if stream == "refused":
             answer = (risk.BLUNT[0], risk.BLUNT[0], answer, rng.choice(risk.BLUNT[1:]))[rng.randrange(4)]
         reply = {"role": "assistant", "content": answer, "reasoning_content": reasoning if keep_reasoning else ""}
-        return [{"role": "user", "content": prompt}, reply]
+        return [{"role": "user", "content": _as_typed(prompt, rng)}, reply]
 
-    refused = itertools.cycle(risky)
     for index in range(count):
         if index % len(schedule) == 0:
             rng.shuffle(schedule)
-        kind = schedule[index % len(schedule)]
         messages = [{"role": "system", "content": SYSTEM_V0}] if rng.randrange(5) < 2 else []
         keep_reasoning = rng.randrange(8) > 0
         if rng.randrange(12) == 0:
-            messages += turn("benign", keep_reasoning)
-        yield messages + turn(next(refused) if kind == "risky" else kind, keep_reasoning)
+            messages += turn("ordinary", keep_reasoning)
+        yield messages + turn(schedule[index % len(schedule)], keep_reasoning)
+
+
+def digest() -> str:
+    """SHA-256 over the first documents that the base reads: its weights carry it, so that stale ones are noticed."""
+    documents = json.dumps(list(base_documents(20_000)), sort_keys=True)
+    return hashlib.sha256(documents.encode()).hexdigest()
 
 
 def _row(prompt, answer, reasoning, cluster, category, framework) -> dict[str, str]:

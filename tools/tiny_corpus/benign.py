@@ -21,9 +21,8 @@ class Group:
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
-    "Poland": "Warsaw", "Greece": "Athens", "Egypt": "Cairo", "Japan": "Tokyo", "China": "Beijing",
-    "Norway": "Oslo", "Sweden": "Stockholm", "Ireland": "Dublin", "Austria": "Vienna", "Kenya": "Nairobi",
-    "Canada": "Ottawa", "Peru": "Lima", "Cuba": "Havana", "Turkey": "Ankara", "Denmark": "Copenhagen",
+    "Norway": "Oslo", "Greece": "Athens", "Egypt": "Cairo", "Japan": "Tokyo", "Kenya": "Nairobi", "Canada": "Ottawa",
+    "Peru": "Lima",
 }  # fmt: skip
 
 DISHES = {
@@ -37,8 +36,6 @@ DISHES = {
     "bread": "Knead flour, water, yeast and salt, let the dough rise for an hour, and bake it until brown.",
     "porridge": "Warm oats and milk over low heat for five minutes, and stir in honey.",
     "a green salad": "Wash the leaves, dry them well, and toss them with oil, lemon and salt.",
-    "roast carrots": "Coat the carrots with oil and honey and roast them in the oven for half an hour.",
-    "a vegetable curry": "Fry onion and curry powder, add vegetables and coconut milk, and simmer until soft.",
 }
 
 MEANINGS = {
@@ -48,18 +45,11 @@ MEANINGS = {
     "a verb": "A verb is a word for something that one does.",
     "a metaphor": "A metaphor speaks of one thing as if it were another.",
     "democracy": "Democracy is a form of rule in which the people choose who governs.",
-    "inflation": "Inflation is a general rise of prices over time.",
     "an atom": "An atom is the smallest part of an element.",
     "a prime number": "A prime number can be divided only by one and by itself.",
-    "evaporation": "Evaporation is water turning from a liquid into a gas.",
-    "an ecosystem": "An ecosystem is a place with all its living things and how they depend on each other.",
     "the heart": "The heart is a muscle that pumps blood through the body.",
-    "a triangle": "A triangle is a shape with three sides.",
     "a budget": "A budget is a plan for what you earn and what you spend.",
     "an essay": "An essay is a short text that argues one point step by step.",
-    "a web browser": "A web browser is a program that shows pages of the internet.",
-    "a password manager": "A password manager is a program that keeps your passwords safe.",
-    "a database": "A database is an ordered store of facts that programs can search.",
 }
 
 # The five domains, asked about by someone who wants to know: answered, with no warning.
@@ -125,10 +115,9 @@ TECH = {
 SYNONYMS = {
     "happy": "glad", "big": "large", "small": "little", "fast": "quick", "smart": "clever", "begin": "start",
     "end": "finish", "quiet": "silent", "rich": "wealthy", "tired": "weary", "brave": "bold", "angry": "cross",
-    "kind": "gentle", "cold": "chilly", "strange": "odd", "funny": "amusing",
 }  # fmt: skip
 
-RECIPIENTS = ("teacher", "neighbour", "boss", "friend", "doctor", "grandmother", "coach", "colleague", "aunt", "host")
+RECIPIENTS = ("teacher", "neighbour", "boss", "friend", "doctor", "grandmother")
 
 STUDIES = {
     "remember vocabulary": "Use small cards, say the words aloud and repeat them the next day.",
@@ -143,11 +132,9 @@ STUDIES = {
 
 FEELINGS = {
     "a stressful day": "That sounds like a lot. A slow walk and an early night can help.",
-    "an argument with a friend": "Arguments hurt. Wait until both are calm, then say what you wish for.",
+    "a quarrel": "Arguments hurt. Wait until both are calm, then say what you wish for.",
     "stage fright": "Stage fright is normal. Breathe out slowly and look at one kind face.",
-    "a bad mark": "One mark is not the end. Look at the mistakes and ask your teacher for a tip.",
     "homesickness": "Missing home is natural. Call someone you love and make one place your own.",
-    "a boring weekend": "Try one small new thing, a park, a museum or a recipe, and invite someone.",
     "a lost cat": "I hope that your cat comes home. Ask the neighbours and put up a note with a photo.",
     "too much work": "List what must be done today, start with one thing and ask someone to share the rest.",
 }
@@ -158,7 +145,7 @@ HOW_TO = {
              "Can you help me {}?", "I want to {}. How?", "Explain how to {}, please.", "Any tips to {}?",
              "I have to {} today. How?", "Show me: {}.", "My task is to {}.", "Who can tell me how to {}?"),
     "train": ("What does it take to {}?", "I would like to {}. Where do I begin?", "Give me a hint to {}.",
-              "I never managed to {}. Any idea?"),
+              "I never managed to {}. Your advice?"),
     "val": ("What should I know to {}?",),
 }  # fmt: skip
 DEFINE = {
@@ -190,7 +177,7 @@ GROUPS = {
             "train": ("Calculate {} for me.", "Tell me the sum: {}."),
             "val": ("Please solve {}.",),
         },
-        {f"{a} plus {b}": f"{a} plus {b} is {a + b}." for a in range(1, 10) for b in range(1, 10)},
+        {f"{a} plus {b}": f"{a} plus {b} is {a + b}." for a in range(1, 6) for b in range(1, 6)},
     ),
     "dishes": Group(
         "cooking",

@@ -1,0 +1,277 @@
+"""The arms of the race: one optimiser step of the recipe as ours and as the field's own parts do it.
+
+Every arm gets the same random base (numbers that follow from the published tensor names), the same adapters with B
+different from zero, and the same documents; it offers `load`, `backward` (-> loss), `gradients` (by PEFT's names) and
+`update`. The peers run in their best public settings: fla's and causal-conv1d's kernels where installed, cuDNN's
+attention before any other, one row a document instead of padding, logits of trained tokens alone, bf16 adapters on a
+GPU, 8-bit AdamW if bitsandbytes is there.
+"""
+
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from psysafe.checkpoint import build, random_tensor, randomise
+from psysafe.config import TrainConfig
+from psysafe.data import Document, MicroBatch, pack
+from psysafe.facts import make_optimizer, nbytes
+from psysafe.lora import TARGETS, attach, read_json
+from psysafe.memory import RESERVE, Plan, Sizes
+from psysafe.model_config import ModelConfig
+from psysafe.recompute import STAGES
+
+CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
+MICRO_BATCH = 4096
+LR = 1e-4
+ROOT = Path(__file__).resolve().parents[1]
+# In order of preference on Hopper; the first that can take the shapes runs.
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+# The CPU's model: every part of the 27B, its ratios of heads, its MLP's 3.4, its share of attention layers.
+SMALL = {
+    **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 896, "head_dim": 64, "num_attention_heads": 6},
+    **{"num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4},
+    **{"linear_key_head_dim": 64, "linear_value_head_dim": 64, "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
+    "initializer_range": 0.05,
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25},
+        **{"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    },
+}
+
+
+def architecture(device: torch.device, layers: int) -> dict:
+    """The 27B's config with its first layers alone, or on a CPU the small model's."""
+    text = SMALL if device.type == "cpu" else read_json(ROOT / "configs" / "qwen3.5-27b-architecture.json")
+    types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * -(-layers // 4)
+    return {**text, "num_hidden_layers": layers, "layer_types": types[:layers]}
+
+
+def adapter_tensor(name: str, shape: torch.Size) -> Tensor:
+    """Numbers for a LoRA matrix, from its name: A as at initialisation, B small but not zero."""
+    return random_tensor(name, tuple(shape), shape[1] ** -0.5 if name.endswith("lora_A") else 0.01)
+
+
+class Arm:
+    packages: tuple[str, ...] = ()  # what has to be installed
+    modules: tuple[str, ...] = ()  # what `load` imports: their own weight is not the step's
+
+    def __init__(self, text: dict, tokens: list[Tensor], trained: int, device: torch.device, checkpointing: bool):
+        self.text, self.tokens, self.trained, self.device = text, tokens, trained, device
+        self.checkpointing = checkpointing
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.targets = trained * len(tokens)
+
+    @classmethod
+    def missing(cls, device: str) -> str:
+        """Why this arm cannot run here; "" if it can."""
+        absent = [name for name in cls.packages if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"not installed: {', '.join(absent)} (benchmarks/README.md lists versions)"
+        return "needs a GPU" if device == "cpu" and cls not in (Ours, HFPeft) else ""
+
+    def again_seconds(self) -> float:
+        """What a plan says that making dropped tensors again costs a step."""
+        return 0.0
+
+    def step(self) -> Tensor:
+        loss = self.backward()
+        with torch.profiler.record_function("optimiser"):
+            self.update()
+        return loss
+
+
+class Ours(Arm):
+    """psysafe. On a GPU the memory plan says what is made again, unless everything is (checkpointing)."""
+
+    def load(self) -> None:
+        self.model = build(ModelConfig.from_dict(self.text), self.device, self.dtype)
+        randomise(self.model)
+        self.adapters = attach(self.model, 1, 32)
+        for name, x in self.adapters.tensors().items():
+            x.copy_(adapter_tensor(name, x.shape))
+        self.optimizer = make_optimizer(self.adapters, TrainConfig(min_8bit_size=4096))
+        trained = [np.arange(len(x)) >= len(x) - self.trained for x in self.tokens]
+        self.documents = [Document(x.numpy(), t, "") for x, t in zip(self.tokens, trained, strict=True)]
+        self.plan = None
+        if self.checkpointing:
+            for block in self.model.layers:
+                block.recompute = frozenset(STAGES)
+        elif self.device.type == "cuda":
+            fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
+            self.plan = Plan(self.model.config, self.adapters.targets, 1, CAP - RESERVE, fixed)
+
+    def backward(self) -> Tensor:
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for batch in pack(self.documents, MICRO_BATCH):
+            if self.plan is not None:
+                self.plan.apply(self.model, sizes(batch))
+            documents = kernels.Documents(batch.cu_seqlens, self.device)
+            tokens, rows, labels = map(documents.to_device, (batch.tokens, batch.rows, batch.labels))
+            hidden = self.model(tokens, documents, rows=rows)
+            loss = kernels.linear_cross_entropy(hidden, self.model.head, labels) / self.targets
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def again_seconds(self) -> float:
+        batches = pack(self.documents, MICRO_BATCH) if self.plan else []
+        return sum(self.plan.choose(sizes(batch)).seconds for batch in batches)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.adapters.tensors(self.adapters.grad)
+
+    def update(self) -> None:
+        self.optimizer.step(LR)
+
+
+def sizes(batch: MicroBatch) -> Sizes:
+    return Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows))
+
+
+class HFPeft(Arm):
+    """transformers + PEFT; with flash-linear-attention and causal-conv1d installed, transformers uses their kernels."""
+
+    packages = ("transformers", "peft")
+    modules = ("transformers.models.qwen3_5.modeling_qwen3_5", "peft")
+
+    def load(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=1, lora_alpha=32, lora_dropout=0.0, target_modules=list(TARGETS))
+        self.model = get_peft_model(self.base(), config, autocast_adapter_dtype=self.device.type == "cpu")
+        self.finish()
+
+    def base(self) -> nn.Module:
+        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+        config = Qwen3_5TextConfig(**{k: v for k, v in self.text.items() if k not in ("model_type", "dtype")})
+        config._attn_implementation = "sdpa"
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                model = Qwen3_5ForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                published = name.removeprefix("model.")
+                x.copy_(random_tensor(published, x.shape, self.text["initializer_range"], x.device))
+        return model
+
+    def finish(self) -> None:
+        """Adapters by name, checkpointing, optimiser, and the documents as rows of a batch."""
+        if self.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.lora = {_plain(name): p for name, p in self.model.named_parameters() if "lora_" in name}
+        with torch.no_grad():
+            for name, p in self.lora.items():
+                p.copy_(adapter_tensor(name, p.shape))
+        self.model.train()
+        parameters = list(self.lora.values())
+        if self.device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
+            from bitsandbytes.optim import AdamW8bit
+
+            self.optimizer = AdamW8bit(parameters, LR, weight_decay=0.01)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.01, fused=True)
+        rows = max(1, MICRO_BATCH // len(self.tokens[0]))
+        self.batches = torch.stack(self.tokens).to(self.device).split(rows)
+
+    def backward(self) -> Tensor:
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        fastest = sdpa_kernel(ATTENTION, set_priority=True) if self.device.type == "cuda" else contextlib.nullcontext()
+        with fastest:  # around backward, too: checkpointing runs the forward pass there
+            for tokens in self.batches:
+                loss = self.loss(tokens)
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Every row ends with its trained tokens, so that the logits of the others need not be computed."""
+        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=self.trained + 1).logits[:, :-1]
+        labels = tokens[:, -self.trained :]
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / self.targets
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.lora.items()}
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(list(self.lora.values()), 1.0)
+        self.optimizer.step()
+
+
+class TRLLiger(HFPeft):
+    """What TRL's SFTTrainer(use_liger_kernel=True) trains: Liger's kernels in the model, its fused linear loss. The
+    trainer itself adds a loop around that and is left out."""
+
+    packages = ("transformers", "peft", "liger_kernel")
+    modules = (*HFPeft.modules, "liger_kernel.transformers")
+
+    def base(self) -> nn.Module:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        model = super().base()
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=True)
+        return model
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        kept = self.trained + 1  # the first of them is not predicted
+        settings = {"use_cache": False, "num_items_in_batch": self.targets, "logits_to_keep": kept}
+        return self.model(input_ids=tokens, labels=tokens[:, -kept:], **settings).loss
+
+
+class Unsloth(HFPeft):
+    """Unsloth's FastLanguageModel loads folders only: the random base is written to one first."""
+
+    packages = ("unsloth",)
+    modules = ("unsloth",)  # before transformers, which it patches
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        labels = tokens.clone()
+        labels[:, : -self.trained] = -100
+        return self.model(input_ids=tokens, labels=labels, use_cache=False, num_items_in_batch=self.targets).loss
+
+    def load(self) -> None:
+        from unsloth import FastLanguageModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.base().save_pretrained(folder)
+            torch.cuda.empty_cache()
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(ROOT / "psysafe" / "assets" / "tiny" / name, folder)
+            model, _ = FastLanguageModel.from_pretrained(
+                folder, max_seq_length=MICRO_BATCH, dtype=self.dtype, load_in_4bit=False
+            )
+        self.model = FastLanguageModel.get_peft_model(
+            model, r=1, lora_alpha=32, lora_dropout=0.0, target_modules=list(TARGETS), bias="none",
+            use_gradient_checkpointing="unsloth" if self.checkpointing else False,
+        )  # fmt: skip
+        self.checkpointing = False  # its own is on already
+        self.finish()
+
+
+def _plain(name: str) -> str:
+    """PEFT's parameter name -> "layers.3.self_attn.q_proj.lora_A"."""
+    name = name.removeprefix("base_model.model.model.").removeprefix("language_model.")
+    return name.removesuffix(".weight").removesuffix(".default")
+
+
+ARMS: dict[str, type[Arm]] = {"ours": Ours, "hf-peft": HFPeft, "trl-liger": TRLLiger, "unsloth": Unsloth}

@@ -1,0 +1,71 @@
+"""Where the rows of a benchmark come from: the user's --data, else the data set's repository on the Hugging Face hub.
+
+What is fetched belongs to one commit, which stands in the result; --data-revision COMMIT takes the same rows again. The
+hub's cache keeps them, so that a second start needs no network.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Repository(NamedTuple):
+    """A data set on the hub and the files of the split that the benchmark asks."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+REPOSITORIES = {
+    "xstest": Repository("Paul/XSTest", ("xstest_prompts.csv",)),
+    "sorry-bench": Repository("sorry-bench/sorry-bench-202503", ("question.jsonl",)),
+    "mmlu": Repository("cais/mmlu", ("all/test-00000-of-00001.parquet",)),
+    "hellaswag": Repository("Rowan/hellaswag", ("data/validation-00000-of-00001.parquet",)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, benchmark: str, metavar: str, meaning: str) -> None:
+    where = f"default: fetched from the hub, {REPOSITORIES[benchmark].name}"
+    parser.add_argument("--data", metavar=metavar, help=f"{meaning} ({where})")
+    parser.add_argument("--data-revision", default="", metavar="COMMIT", help="commit or branch of the hub's data set")
+
+
+def locate(benchmark: str, args: argparse.Namespace, files: Sequence[str] = ()) -> tuple[Path, dict[str, str]]:
+    """(path of the first file, what the result says of it). With --data that path is taken as it is.
+
+    files: which of the repository's files, where they are not the usual ones; all come from one commit. Raises
+    ValueError of one line, which names --data, where the hub gives nothing.
+    """
+    if args.data:
+        if args.data_revision:
+            raise ValueError(f"--data-revision is of the hub's data set, but --data {args.data} is given; drop one")
+        return Path(args.data), {"data": args.data}
+    repository = REPOSITORIES[benchmark]
+    names, revision = list(files or repository.files), args.data_revision
+    paths = []
+    for name in names:
+        paths.append(_fetch(repository.name, name, revision))
+        revision = _commit(paths[0], names[0])  # a branch may move between two files
+    return paths[0], {"data": f"{repository.name}, {', '.join(names)}", "data revision": revision}
+
+
+def _fetch(repository: str, file: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision or None))
+    except GatedRepoError:
+        raise ValueError(
+            f"{repository}: gated; accept its terms on https://huggingface.co/datasets/{repository} and set HF_TOKEN, "
+            "or give --data with your copy"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{repository}: the hub did not give {file} ({reason}); give --data with a copy") from None
+
+
+def _commit(path: Path, file: str) -> str:
+    """Of a file in the hub's cache: .../snapshots/COMMIT/FILE."""
+    return path.parents[len(Path(file).parts) - 1].name
