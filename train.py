@@ -227,7 +227,7 @@ def validate(run: Run) -> float:
     """The mean cross-entropy over all trained tokens of the validation rows."""
     runtime, documents, total = run.runtime, run.val_set.documents, torch.zeros((), dtype=torch.float64)
     for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.beat(run.step)
+        run.watch.beat(max(1, run.step))
         total += batch_loss(run.model, batch, runtime).cpu()
     if runtime.world_size > 1:
         dist.all_reduce(total)
