@@ -27,6 +27,7 @@ from psysafe.runtime import Runtime
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # after so many without one a rank is dead; torchrun kills what is left 30 s after a death
+TOLD = "psysafe/told"  # the store's key for it
 REMEDY = "all ranks end here; see its own last lines, then continue with --resume auto"
 
 
@@ -48,7 +49,7 @@ class Watchdog:
 
     def __init__(self, runtime: Runtime, timeout: float):
         self.rank, self.ranks, self.timeout = runtime.rank, runtime.world_size, timeout
-        self.silence = min(SILENCE, timeout)
+        self.silence = min(SILENCE, timeout / 2)
         self.mine = Sign(0, 0, 0, False)
         self.beat_at = self.began = time.monotonic()
         self.heard: dict[int, tuple[Sign, float]] = {}  # by rank: its newest sign, and when it came here
@@ -88,6 +89,8 @@ class Watchdog:
         while not self.stop.wait(INTERVAL):
             self._sign()
             self._listen()
+            if self._try(self.store.check, [TOLD]):
+                self._end("")
             now = time.monotonic()
             for rank, (sign, since) in self.heard.items():
                 # Before its first step a rank may read files for longer than that without a chance to sign.
@@ -141,11 +144,12 @@ class Watchdog:
     def _end(self, message: str) -> None:
         """Ends this process, from whatever thread. The first rank to come here speaks for all."""
         try:
-            first = self.store.add("psysafe/told", 1) == 1
+            first = self.store.add(TOLD, 1) == 1
         except RuntimeError:
             first = True
         if first:
-            print(f"error (rank {self.rank}): {message}", file=sys.stderr)
+            print(f"error (rank {self.rank}): {message}", file=sys.stderr, flush=True)
+            time.sleep(2 * INTERVAL)  # the store may be this process's: the others shall still see that it is told
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
