@@ -44,7 +44,7 @@ def two_ranks(trouble: str, port: int) -> list[subprocess.Popen]:
     ("trouble", "port", "message"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", 21000, "error (rank 0): rank 1 died in step 3; all ranks end here"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 22000, "error (rank 0): rank 1 is dead or frozen in step 3: silent for 2 s"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 22000, "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
         ("time.sleep(60)", 23000, "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
         ("raise AssertionError", 24000, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
     ],
