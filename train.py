@@ -19,8 +19,8 @@ import torch.distributed as dist
 import kernels
 from psysafe.checkpoint import load_model, resolve_model
 from psysafe.config import TrainConfig, resolve, to_toml
-from psysafe.data import Dataset, MicroBatch, pack, step_documents, steps_per_epoch
-from psysafe.facts import Rows, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
+from psysafe.data import Dataset, MicroBatch, pack_share, step_documents, steps_per_epoch
+from psysafe.facts import Rows, adapted, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
 from psysafe.files import write_atomic
 from psysafe.lora import Adapters, save_adapter
 from psysafe.memory import Plan, Sizes
@@ -28,8 +28,9 @@ from psysafe.model import Qwen3_5
 from psysafe.optim import AdamW, cosine_schedule
 from psysafe.roofline import flops_per_token
 from psysafe.run_log import RunLog, check_optional, plot_loss, print_run
-from psysafe.run_state import State, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.run_state import State, check_resume, check_run_dir, load_state, prepare_run_dir, recipe, save_state
 from psysafe.runtime import Moment, Runtime, StopRequest, main_guard, start, versions
+from psysafe.watchdog import Watchdog
 
 MAX_SKIPPED = 3  # steps in a row whose gradient norm is not finite
 
@@ -46,6 +47,7 @@ class Run:
     train_set: Dataset
     val_set: Dataset | None
     total_steps: int
+    watch: Watchdog
     step: int = 0  # steps done
     epoch_open: bool = False  # False from an epoch's last step, and before the first, until validated and saved
     best_val: float | None = None
@@ -56,30 +58,43 @@ class Run:
 def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
     check_optional(config)
-    runtime = start(config.device, config.dtype, config.seed)
+    runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
         if runtime.is_main:
             print_run(config, sources, dry_run(config, runtime))
         return 0
+    with Watchdog(runtime, config.timeout) as watch:
+        return fine_tune(config, sources, runtime, watch)
+
+
+def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watch: Watchdog) -> int:
+    # What a user can have got wrong is looked at before the weights, which take minutes.
+    if runtime.is_main:
+        check_run_dir(config.out)
     folder, commit = resolve_model(config.model, config.revision)
-    config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
+    config = adapted(replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch.")))
+    state = load_state(config.out, config.resume)
+    if state:
+        check_resume(state.fact("recipe", dict), config)
 
     # Every rank reads all rows: a step's documents are a pure function of (rows, seed, step).
     train_set, val_set = load_data(config, folder)
+    rows_digest = digest(train_set, val_set)
+    if state and state.fact("rows", str) != rows_digest:
+        raise ValueError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+    runtime.agree(**recipe(config), rows=rows_digest, resumes_after_step=state.step if state else 0)
+
     model = load_model(
-        config.model, device=runtime.device, dtype=runtime.dtype, revision=commit, embedding=config.embedding
+        config.model, None, runtime.device, runtime.dtype, commit, embedding=config.embedding, shard=config.shard
     )
     check_vocabulary(config, model, train_set, val_set)
     adapters = attach_adapters(model, config)
-    # An adapter given by --adapter-init brings its own shape; the run is recorded with it.
-    shape = {"lora_rank": adapters.rank, "lora_alpha": float(adapters.alpha), "lora_targets": list(adapters.targets)}
-    config = replace(config, **shape)
     total_steps = config.max_steps or config.epochs * steps_per_epoch(len(train_set), config.batch_size)
     optimizer = make_optimizer(adapters, config)
-    plan = make_plan(config, model, adapters, optimizer, runtime.device)
-    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps, plan=plan)
-    rows_digest = digest(train_set, val_set)
-    state = restore(run, rows_digest)
+    plan = make_plan(config, model, adapters, optimizer, runtime)
+    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps, watch, plan=plan)
+    if state:
+        restore(run, state)
 
     rows = Rows.of(train_set)
     if runtime.is_main:
@@ -88,12 +103,11 @@ def main(argv: Sequence[str]) -> int:
         validation = val_set.summary() if val_set else "none"
         told = facts(config, model, adapters, optimizer, rows, validation, plan, device, live)
         print_run(config, sources, told)
-        for line in (*state.warnings, f"resuming after step {run.step} from {state.path}") if state else ():
-            print(f"  {line}")
+        if state:
+            changed = state.changed(versions() | {"ranks": runtime.world_size})
+            print(*state.warnings, *changed, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
         out = prepare_run_dir(config.out, config.resume)
         write_atomic(out / "config.toml", to_toml(config, sources))
-    if runtime.world_size > 1:
-        dist.barrier()
 
     useful = flops_per_token(model.config, rows.context, rows.trained / rows.tokens)
     log = RunLog(config.out, config, runtime, total_steps, run.step, useful, validated=run.epoch_open)
@@ -176,12 +190,14 @@ def train_step(run: Run) -> StepResult:
     targets = sum(document.n_targets for document in documents)
     run.optimizer.zero_grad()
     loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
-    for batch in pack(documents[runtime.rank :: runtime.world_size], config.micro_batch_tokens):
+    for batch in pack_share(documents, config.micro_batch_tokens, runtime.rank, runtime.world_size):
+        run.watch.beat(run.step + 1)
         if run.plan is not None:
             run.plan.apply(run.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
         part = batch_loss(run.model, batch, runtime) / targets
         part.backward()
         loss += part.detach()
+    run.watch.beat(run.step + 1)
     if runtime.world_size > 1:
         dist.all_reduce(adapters.grad)
         dist.all_reduce(loss)
@@ -199,19 +215,20 @@ def train_step(run: Run) -> StepResult:
 
 
 def batch_loss(model: Qwen3_5, batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
-    """The summed cross-entropy of a micro-batch's trained tokens."""
+    """The summed cross-entropy of a micro-batch's trained tokens; 0 for a spare one."""
     documents = kernels.Documents(batch.cu_seqlens, runtime.device)
     in_host_memory = model.embed_tokens.device.type == "cpu"
     tokens = batch.tokens if in_host_memory else documents.to_device(batch.tokens)
     hidden = model(tokens, documents, rows=documents.to_device(batch.rows))
-    return kernels.linear_cross_entropy(hidden, model.head, documents.to_device(batch.labels))
+    return batch.weight * kernels.linear_cross_entropy(hidden, model.head, documents.to_device(batch.labels))
 
 
 @torch.no_grad()
 def validate(run: Run) -> float:
     """The mean cross-entropy over all trained tokens of the validation rows."""
-    runtime, total = run.runtime, torch.zeros((), dtype=torch.float64)
-    for batch in pack(run.val_set.documents[runtime.rank :: runtime.world_size], run.config.micro_batch_tokens):
+    runtime, documents, total = run.runtime, run.val_set.documents, torch.zeros((), dtype=torch.float64)
+    for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
+        run.watch.beat(max(1, run.step))
         total += batch_loss(run.model, batch, runtime).cpu()
     if runtime.world_size > 1:
         dist.all_reduce(total)
@@ -253,23 +270,16 @@ def save(run: Run, log: RunLog, rows_digest: str) -> None:
         log.say(f"warning: {run.unsaved}; training goes on, what was saved before is kept")
 
 
-def restore(run: Run, rows_digest: str) -> State | None:
-    """Continues exactly where a saved state stands, if --resume asks for one."""
-    state = load_state(run.config.out, run.config.resume)
-    if state is None:
-        return None
+def restore(run: Run, state: State) -> None:
+    """Continues exactly where a saved state stands."""
+    best_val, epoch_open = state.fact("best_val", float, NoneType), state.fact("epoch_open", bool)
+    adapter = state.tensor("adapter", like=run.adapters.param)
     try:
-        check_resume(state.fact("recipe", dict), run.config)
-        if state.fact("rows", str) != rows_digest:
-            raise ValueError("was saved with other rows; resume with the same --data and --val-data")
-        best_val, epoch_open = state.fact("best_val", float, NoneType), state.fact("epoch_open", bool)
-        adapter = state.tensor("adapter", like=run.adapters.param)
         run.optimizer.load_state_tensors({name: x for name, x in state.tensors.items() if name != "adapter"})
     except ValueError as error:
         raise ValueError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
     run.step, run.best_val, run.epoch_open = state.step, best_val, epoch_open
-    return state
 
 
 def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None) -> None:

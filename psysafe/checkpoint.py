@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psysafe.config import expand
 from psysafe.files import read_json
 from psysafe.layers import FusedLinear, frozen
-from psysafe.lora import load_adapter
+from psysafe.lora import Adapter, load_adapter
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
 from psysafe.runtime import memory_total
+from psysafe.shard import local_rows, shard_blocks
 
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -39,10 +41,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     embedding: str = "gpu",
+    shard: bool = False,
 ) -> Qwen3_5:
     """A folder, a hub id, or `random:CONFIG.json` (seeded random weights) -> the decoder, in evaluation mode.
 
-    embedding "cpu" keeps the input embedding in host memory, whatever the device.
+    embedding "cpu" keeps the input embedding in host memory, whatever the device. shard: the blocks are spread over all
+    ranks, and each rank reads its own rows only.
     Raises ValueError with one line that says what is wrong with the checkpoint and where.
     """
     random = str(source).startswith("random:")
@@ -50,10 +54,13 @@ def load_model(
     config_file = folder / (Path(expand(str(source).removeprefix("random:"))).name if random else "config.json")
     config = ModelConfig.from_dict(read_json(config_file), config_file)
     # What does not fit its checkpoint or the memory is found on tensors without memory.
-    shell = build(config, "meta", dtype)
-    found = {} if random else matching_tensors(shell, folder)
-    check_memory(shell, torch.device(device), config_file)
-    model = build(config, device, dtype)
+    model = build(config, "meta", dtype)
+    found = {} if random else matching_tensors(model, folder)
+    check_memory(model, torch.device(device), config_file, shard)
+    if shard:
+        shard_blocks(model, torch.device(device))
+    else:
+        model = build(config, device, dtype)
     if embedding == "cpu":
         if model.lm_head is None:
             raise ValueError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
@@ -104,46 +111,63 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
         raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
 
 
+class Published(NamedTuple):
+    """A tensor of the decoder in its published shape, and the view of a parameter that holds it: a slice of rows where
+    projections are fused, and of these what lies on this rank where they are sharded."""
+
+    view: Tensor
+    first: int  # row of the published tensor with which the view begins
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + len(self.view))
+
+
 def published_tensors(model: Qwen3_5) -> dict[str, Tensor]:
     """Every tensor of the decoder under its published name without prefix ("layers.0.mlp.gate_proj.weight"): views of
     the parameters, row slices where projections are fused, in the published shape."""
-    tensors = {}
+    return {name: published.view for name, published in published_parts(model).items()}
+
+
+def published_parts(model: Qwen3_5) -> dict[str, Published]:
+    """The same with where each view lies in the published tensor."""
+    parts = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear):
-            slices = module.weight.detach().split(tuple(module.parts.values()))
-            for part, rows in zip(module.parts, slices, strict=True):
-                tensors[f"{path.rpartition('.')[0]}.{part}.weight"] = rows
-        else:
+            local, start = local_rows(module.weight)
+            row = 0
+            for part, size in module.parts.items():
+                a, b = (min(max(at - start, 0), len(local)) for at in (row, row + size))
+                name = f"{path.rpartition('.')[0]}.{part}.weight"
+                parts[name] = Published(local[a:b], max(0, start - row), (size, local.shape[1]))
+                row += size
+        elif not isinstance(module, Adapter):
             for name, parameter in module.named_parameters(recurse=False):
-                tensors |= _published(path, name, parameter.detach(), module)
-    return tensors
+                parts |= _published(path, name, parameter)
+    return parts
 
 
-def _published(path: str, name: str, x: Tensor, module: nn.Module) -> dict[str, Tensor]:
+def _published(path: str, name: str, parameter: nn.Parameter) -> dict[str, Published]:
     full = f"{path}.{name}" if path else name
-    if type(module).__name__ == "Adapter":
-        return {}
+    (local, first), shape = local_rows(parameter), tuple(parameter.shape)
     if name == "conv1d":
-        x = x.unsqueeze(1)  # (C, 1, M): a depthwise convolution's layout
-    return {full if name in ("A_log", "dt_bias") else f"{full}.weight": x}
+        local, shape = local.unsqueeze(1), (shape[0], 1, shape[1])  # (C, 1, M): a depthwise convolution's layout
+    return {full if name in ("A_log", "dt_bias") else f"{full}.weight": Published(local, first, shape)}
 
 
-def check_memory(model: Qwen3_5, device: torch.device, config_file: Path) -> None:
+def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:
     """Raises ValueError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed //= dist.get_world_size() if shard and dist.is_initialized() else 1
     if device.type != "meta" and needed > memory_total(device):
         found, there = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
         raise ValueError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")
 
 
-def load_weights(model: Qwen3_5, folder: Path) -> None:
-    """Fills the decoder from the folder's safetensors. Everything is checked before the first byte is read."""
-    fill(model, matching_tensors(model, folder))
-
-
 def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]]:
     """Published name -> its file and key, when the folder holds just what the decoder (also on "meta") needs."""
-    wanted = published_tensors(model)
+    wanted = published_parts(model)
     found: dict[str, tuple[Path, str]] = {}
     seen, wrong = set(), []
     for path, key, shape, dtype in tensor_entries(folder):
@@ -167,15 +191,19 @@ def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]
 
 
 def fill(model: Qwen3_5, found: dict[str, tuple[Path, str]]) -> None:
-    wanted = published_tensors(model)
+    """Copies the `matching_tensors` of a folder into the decoder, one tensor, or this rank's rows of it, at a time."""
+    wanted = published_parts(model)
     by_shard: dict[Path, list[tuple[str, str]]] = {}
     for name, (path, key) in found.items():
         by_shard.setdefault(path, []).append((name, key))
     for path, names in by_shard.items():
         for name, key in names:
+            view, rows = wanted[name].view, wanted[name].rows
+            if not len(view):  # all its rows are other ranks'
+                continue
             # Opened anew for each tensor: the pages of a mapped shard stay resident while it is open.
             with safe_open(path, framework="pt") as file:
-                wanted[name].copy_(file.get_tensor(key))
+                view.copy_(file.get_slice(key)[rows])
 
 
 class TensorEntry(NamedTuple):
@@ -242,8 +270,8 @@ def decoder_name(key: str) -> str | None:
 @torch.no_grad()
 def randomise(model: Qwen3_5) -> None:
     """Seeded random weights, tensor by tensor: the same numbers whatever the loading order."""
-    for name, x in published_tensors(model).items():
-        x.copy_(random_tensor(name, x.shape, model.config.initializer_range, x.device))
+    for name, (view, first, shape) in published_parts(model).items():
+        view.copy_(random_tensor(name, shape, model.config.initializer_range, view.device)[first : first + len(view)])
 
 
 def random_tensor(name: str, shape: tuple[int, ...], scale: float, device: torch.device | str = "cpu") -> Tensor:

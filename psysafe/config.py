@@ -111,6 +111,10 @@ class TrainConfig:
     """GB (1e9 bytes) of GPU memory to plan with, 1 GB of them as a reserve; 0 takes all that the GPU has."""
     embedding: Literal["gpu", "cpu"] = "gpu"
     """Where the input embedding lies: cpu keeps it in host memory, which frees 2.5 GB of the GPU for the 27B."""
+    shard: bool = False
+    """Spread the frozen blocks over all ranks (torch's FSDP2), for GPUs smaller than the base; changes no number."""
+    timeout: float = 600.0
+    """Seconds without progress after which several ranks end with a message that names the rank and the step."""
     report: Literal["none", "wandb", "trackio"] = "none"
     """Also send the metrics to this tracker, which must be installed."""
     project: str = "psych-safety-finetuning"
@@ -133,7 +137,7 @@ _RANGES = {  # what a value must be: (the test, the keys)
         lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed memory_limit"
     ),
     "1 or more": (lambda x: x >= 1, "max_tokens batch_size micro_batch_tokens epochs lora_rank"),
-    "above 0": (lambda x: x > 0, "lora_alpha eps max_grad_norm"),
+    "above 0": (lambda x: x > 0, "lora_alpha eps max_grad_norm timeout"),
     "0 or more and below 1": (lambda x: 0 <= x < 1, "val_fraction beta1 beta2"),
     "not empty": (bool, "model out system project"),
     "at least one": (lambda x: x and all(x), "lora_targets"),

@@ -95,12 +95,14 @@ class MicroBatch:
 
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
     the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
+    weight: what its loss counts for, 0 in a spare micro-batch.
     """
 
     tokens: torch.Tensor
     cu_seqlens: torch.Tensor
     rows: torch.Tensor
     labels: torch.Tensor
+    weight: float = 1.0
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
@@ -244,6 +246,21 @@ def _permutation(n: int, seed: int, stream: int) -> list[int]:
 
 def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:
     """The documents, in order, in micro-batches of at most `micro_batch_tokens`; a longer document stands alone."""
+    return [_micro_batch(group) for group in _groups(documents, micro_batch_tokens)]
+
+
+def pack_share(
+    documents: Sequence[Document], micro_batch_tokens: int, rank: int = 0, world_size: int = 1
+) -> list[MicroBatch]:
+    """This rank's documents (every world_size-th) packed, and spare micro-batches of weight zero up to the number of
+    the rank that has most: gathering sharded weights takes all ranks, whether they have documents left or not.
+    """
+    counts = [len(_groups(documents[other::world_size], micro_batch_tokens)) for other in range(world_size)]
+    spare = [SPARE] * (max(counts) - counts[rank])
+    return pack(documents[rank::world_size], micro_batch_tokens) + spare
+
+
+def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list[Document]]:
     groups, n_tokens = [], 0
     for document in documents:
         n_tokens += len(document)
@@ -251,7 +268,7 @@ def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBa
             groups.append([])
             n_tokens = len(document)
         groups[-1].append(document)
-    return [_micro_batch(group) for group in groups]
+    return groups
 
 
 def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
@@ -262,6 +279,11 @@ def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
     trained[cu_seqlens[:-1].long()] = False
     targets = trained.nonzero().squeeze(1)
     return MicroBatch(tokens, cu_seqlens, targets - 1, tokens[targets])
+
+
+# A document of one token, through the whole model and the loss like any other.
+_ONE_TOKEN = torch.zeros(1, dtype=torch.int64)
+SPARE = MicroBatch(_ONE_TOKEN, torch.tensor([0, 1], dtype=torch.int32), _ONE_TOKEN, _ONE_TOKEN, weight=0.0)
 
 
 def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:

@@ -18,7 +18,7 @@ from psysafe.checkpoint import build
 from psysafe.config import TrainConfig, expand
 from psysafe.data import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
 from psysafe.files import read_json
-from psysafe.lora import Adapters, attach, load_adapter
+from psysafe.lora import Adapters, adapter_shape, attach, load_adapter
 from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
@@ -26,6 +26,7 @@ from psysafe.optim import AdamW
 from psysafe.prompts import system_text
 from psysafe.roofline import SPEEDS, context, flops_per_token, step_seconds
 from psysafe.runtime import Runtime, memory_total
+from psysafe.shard import GATHERED, check_ranks
 from psysafe.tokenizer import load_tokenizer
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "configs"
@@ -74,6 +75,14 @@ def attach_adapters(model: Qwen3_5, config: TrainConfig) -> Adapters:
     return attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
 
 
+def adapted(config: TrainConfig) -> TrainConfig:
+    """An adapter given by --adapter-init brings its own shape; the run is recorded with it."""
+    if not config.adapter_init:
+        return config
+    rank, alpha, targets = adapter_shape(expand(config.adapter_init))
+    return replace(config, lora_rank=rank, lora_alpha=alpha, lora_targets=targets)
+
+
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:
     return AdamW(
         adapters.param,
@@ -89,9 +98,10 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:
 
 
 def make_plan(
-    config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, device: torch.device
+    config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, runtime: Runtime
 ) -> Plan | None:
     """The memory plan for a GPU (in a dry run on another device: for an H100); None where there is nothing to plan."""
+    device = runtime.device
     total = memory_total(device) if device.type == "cuda" else H100_MEMORY
     if device.type != "cuda" and not assumes_gpu(config, model):
         if config.memory_limit:
@@ -100,6 +110,9 @@ def make_plan(
     total = min(total, round(config.memory_limit * 1e9)) if config.memory_limit else total
     weights = [p for p in model.parameters() if p is not model.embed_tokens or config.embedding == "gpu"]
     fixed = nbytes(*weights, adapters.grad, *optimizer.state_tensors().values())
+    if config.shard:
+        blocks = [nbytes(*(p for p in block.parameters() if not p.requires_grad)) for block in model.layers]
+        fixed -= sum(blocks) - sum(blocks) // runtime.world_size - GATHERED * max(blocks)
     element = model.norm.element_size()
     return Plan(model.config, adapters.targets, adapters.rank, total - RESERVE, fixed, element)
 
@@ -170,6 +183,8 @@ def predictions(
 
 def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     """The facts of a run without its weights."""
+    if config.shard:
+        check_ranks(runtime.world_size)
     architecture, where = read_architecture(config.model)
     # On tensors without memory in bf16, to count parameters; what the run would use follows from where it would run.
     assumed = runtime.device.type != "cuda" and assumes_gpu(config, build(architecture, "meta", torch.bfloat16))
@@ -179,10 +194,10 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     adapters = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     optimizer = make_optimizer(adapters, config)
     rows, validation = _rows(config)
-    plan = make_plan(config, model, adapters, optimizer, runtime.device)
+    plan = make_plan(config, model, adapters, optimizer, runtime)
     device = "H100 80GB (assumed: there is no GPU here)" if assumed else runtime.device_name
     live = "Triton (assumed)" if assumed else kernels.describe(runtime.device, architecture.head_dim)
-    told = facts(config, model, adapters, optimizer, rows, validation, plan, f"1 x {device}", live)
+    told = facts(config, model, adapters, optimizer, rows, validation, plan, f"{runtime.world_size} x {device}", live)
     return {"dry run": f"no weights are read; architecture from {_near(where)}", **told}
 
 

@@ -203,17 +203,28 @@ def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
     """Attaches an adapter folder of ours or PEFT's, either key layout. Raises ValueError for what cannot be honoured
     (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
     config, loaded = read_adapter(directory)
-    # What the file holds decides: PEFT's target_modules may also be a regular expression.
-    held = {name.rpartition(".")[0].rpartition(".")[2] for name in loaded}
-    targets = sorted(held & set(PRESETS["all-linear"]))
-    if not targets:
-        raise ValueError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
+    targets = _held_targets(loaded, directory)
     check_matrices(config, loaded, directory)
     adapters = attach(
         model, config["r"], config["lora_alpha"], targets, use_rslora=config.get("use_rslora", False)
     )
     fill_adapter(adapters, loaded, directory)
     return adapters
+
+
+def adapter_shape(directory: str | Path) -> tuple[int, float, list[str]]:
+    """(rank, alpha, targets) of an adapter folder."""
+    config, loaded = read_adapter(directory)
+    return config["r"], float(config["lora_alpha"]), _held_targets(loaded, directory)
+
+
+def _held_targets(loaded: dict[str, Tensor], directory: str | Path) -> list[str]:
+    # What the file holds decides: PEFT's target_modules may also be a regular expression.
+    held = {name.rpartition(".")[0].rpartition(".")[2] for name in loaded}
+    targets = sorted(held & set(PRESETS["all-linear"]))
+    if not targets:
+        raise ValueError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
+    return targets
 
 
 def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -6,7 +6,8 @@
         log.validation(step, val_loss)
         log.sync()                                  # before a state is saved: its rows must outlast it
 
-Only the main rank writes; on the others every call does nothing, so the loop needs no branches.
+Only the main rank writes; on the others every call does nothing, so the loop needs no branches. A full disk costs a
+warning: rows wait in memory until there is room, and training goes on.
 """
 
 import importlib
@@ -16,14 +17,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from psysafe.config import KEYS, TrainConfig
 from psysafe.files import parse_json, write_atomic
 from psysafe.runtime import Runtime, memory_peak
 
-METRICS = "metrics.jsonl"
+METRICS, NEWLINE = "metrics.jsonl", b"\n"
 HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'left':>8}"
 
 
@@ -77,7 +78,9 @@ class RunLog:
             return
         path = Path(run_dir) / METRICS
         cut_metrics(path, first_step, validated)
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""  # rows that the disk refused
+        self.refused = False
         if config.report != "none":
             os.environ.setdefault("WANDB_DIR", str(run_dir))
             self.tracker = importlib.import_module(config.report)
@@ -132,13 +135,16 @@ class RunLog:
             print(text, flush=True)
 
     def sync(self) -> None:
-        """Bring the rows to the disk."""
+        """Bring the rows to the disk, if it takes them."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            self._flush(os.fsync)
 
     def close(self) -> None:
         if self.file is not None:
             self.sync()
+            if self.unwritten:
+                lost = self.unwritten.count(NEWLINE)
+                self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
             self.file.close()
         if self.bar is not None:
             self.bar.close()
@@ -153,13 +159,25 @@ class RunLog:
         self.close()
 
     def _write(self, row: dict) -> None:
-        # One write, so that a kill leaves at most one torn line. Python prints a float so that it reads back bit for
-        # bit; JSON has no word for nan and infinity, they become null.
+        # Python prints a float so that it reads back bit for bit. JSON has no word for nan and infinity: null.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(row, allow_nan=False).encode() + NEWLINE
+        self._flush()
         if self.tracker is not None:
             self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+    def _flush(self, then: Callable[[int], object] = lambda descriptor: None) -> None:
+        """Writes what waits, unbuffered, so that a kill leaves at most one torn line; a refusal is said once."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            then(self.file.fileno())
+            self.refused = False
+        except OSError as error:
+            if not self.refused:
+                self.say(f"warning: {self.file.name}: {error.strerror}; training goes on, its rows wait for room")
+            self.refused = True
 
 
 def read_metrics(path: str | Path) -> list[dict]:

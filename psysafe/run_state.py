@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
     *("data", "val_data", "out", "resume", "save_every", "micro_batch_tokens"),
-    *("device", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
+    *("device", "shard", "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
 }
 
 
@@ -58,7 +58,7 @@ class State:
         """meta[name]. Raises ValueError when a state of another version, or of somebody else, has no such fact."""
         if not isinstance(self.meta.get(name, ...), kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
+            raise ValueError(f"{self.path / META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
         return self.meta[name]
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
@@ -66,8 +66,21 @@ class State:
         both = self.tensors.get(name), like
         found, expected = ("nothing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in both)
         if found != expected:
-            raise ValueError(f"{TENSORS}: {name} is {found}, this run needs {expected}; resume with the model it is of")
+            file = self.path / TENSORS
+            raise ValueError(f"{file}: {name} is {found}, this run needs {expected}; resume with the model it is of")
         return self.tensors[name]
+
+    def changed(self, now: Mapping) -> list[str]:
+        """A warning when the run's software or number of ranks is not this one's: other sums, other roundings.
+
+        now: `runtime.versions()`, and `ranks`.
+        """
+        before = self.fact("versions", dict) | {"ranks": self.fact("world_size", int)}
+        keys = [key for key in ("psysafe", "torch", "triton", "ranks") if before.get(key) != now[key]]
+        if not keys:
+            return []
+        old, new = (", ".join(f"{key} {found.get(key) or 'unknown'}" for key in keys) for found in (before, now))
+        return [f"warning: saved with {old}, continued with {new}: no longer bit for bit the uninterrupted run"]
 
 
 def save_state(run_dir: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping, keep: int = 2) -> Path:
@@ -129,6 +142,15 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
     raise ValueError(f"no whole state to resume from; {'; '.join(warnings)}; {remedy}")
 
 
+def check_run_dir(out: str | Path) -> None:
+    """Raise ValueError when `out` cannot become a writable folder. Makes nothing: a check before long loads."""
+    there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(there):
+        raise ValueError(f"--out {out}: {there} is a file, not a folder; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {there} cannot be written by this user; choose another folder")
+
+
 def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
     """Make the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
 
@@ -148,9 +170,8 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
         if not continues and (_states(run_dir / "state") or (run_dir / "metrics.jsonl").exists()):
             _set_aside(run_dir)
     except OSError as error:
-        blocking = next((p for p in (run_dir, *run_dir.parents) if os.path.exists(p) and not os.path.isdir(p)), None)
-        reason = f"{blocking} is a file, not a folder" if blocking else f"cannot be written: {error.strerror or error}"
-        raise ValueError(f"--out {out}: {reason}; choose another folder") from None
+        check_run_dir(out)
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
     return run_dir
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import dis
+import functools
 import importlib.metadata
 import os
 import platform
@@ -51,6 +52,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    store: dist.Store | None = None  # in which several ranks met
 
     @property
     def is_main(self) -> bool:
@@ -78,12 +80,25 @@ class Runtime:
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
+    def agree(self, **facts: object) -> None:
+        """Raises ValueError on every rank when one of them was given something else than rank 0."""
+        if self.world_size == 1:
+            return
+        found: list[dict] = [{}] * self.world_size
+        dist.all_gather_object(found, facts)
+        for rank, others in enumerate(found):
+            for name in facts:
+                first, other = found[0][name], others[name]
+                if other != first:
+                    remedy = "start every rank with the same command, files and run directory (a shared file system)"
+                    raise ValueError(f"{name}: {other!r} on rank {rank}, {first!r} on rank 0; {remedy}")
+
 
 def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: float = 600) -> Runtime:
     """Find this rank's device, join the other ranks, seed, and ask for deterministic arithmetic.
 
-    Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. A collective that takes longer than timeout_s ends the
-    run. Raises ValueError when the device that was asked for is not there.
+    Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. A collective that takes a minute longer than timeout_s
+    raises: until then the watchdog can tell it better. Raises ValueError when the device asked for is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,11 +112,20 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     _be_deterministic(seed)
-    if world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    store = _meet("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s + 60) if world_size > 1 else None
     kind = {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype == "auto" else getattr(torch, dtype)
-    return Runtime(where, kind, rank, local_rank, world_size)
+    return Runtime(where, kind, rank, local_rank, world_size, store)
+
+
+@functools.cache
+def _meet(backend: str, timeout_s: float) -> dist.Store:
+    """Join the other ranks, once a process. Returns the store in which they meet."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # torchrun keeps its store over a restart, and in it the addresses of the dead.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    return store
 
 
 def _be_deterministic(seed: int) -> None:
@@ -115,7 +139,9 @@ def _be_deterministic(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """What a saved state or a benchmark must name about the software it ran on. "" for what is not installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    from psysafe import __version__  # which imports this file
+
+    found = {"psysafe": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "safetensors", "tokenizers"):
         try:
             found[name] = importlib.metadata.version(name)

@@ -10,20 +10,31 @@ import torch
 from safetensors.torch import load_file
 
 from kernels.closeness import relative_error
-from tests.test_resume import ENVIRONMENT, command, metrics, workspace  # noqa: F401
+from tests.test_resume import ENVIRONMENT, ROOT, command, metrics, workspace  # noqa: F401
 
 # fp32-state AdamW (fp64 here): in 8 bits a last-bit difference can turn a code over. At the lr of test_resume the run
 # is chaotic (1e-16 grows to 1e-5 in 30 steps), so a smaller one.
 FLAGS = ("--dtype", "float64", "--max-steps", "30", "--optimizer", "adamw", "--lr", "1e-3")
 
 
-def torchrun(folder, out, ranks, *more) -> None:
+def torchrun(folder, out, ranks, *more, script=None) -> None:
     train, *flags = command(folder, out, *FLAGS, *more)[1:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), train]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*launch, *flags], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300, check=False
-    )
+        [*launch, str(script or train), *flags],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def mutant(folder, right: str, wrong: str):
+    """train.py with one expression exchanged."""
+    source = (ROOT / "train.py").read_text()
+    assert source.count(right) == 1
+    path = folder / "train.py"
+    path.write_text(source.replace(right, wrong))
+    return path
 
 
 def series(run, key) -> torch.Tensor:
@@ -40,33 +51,50 @@ def assert_close_runs(a, b, limit=1e-9) -> None:
     assert all(relative_error(second[name], first[name]) <= 1e-6 for name in first)
 
 
+@pytest.fixture(scope="module")
+def alone(workspace):  # noqa: F811
+    torchrun(workspace, "alone", 1)
+    assert len(series(workspace / "alone", "loss")) == 30
+    return workspace / "alone"
+
+
 @pytest.mark.slow
-def test_rank_count_changes_nothing(workspace):  # noqa: F811
-    """One rank, two, and three with batches of two (a rank is left without documents); ragged, a last short batch."""
-    for ranks in (1, 2, 3):
-        torchrun(workspace, f"ranks{ranks}", ranks, "--batch-size", "2")
+def test_rank_count_and_sharding_change_nothing(workspace, alone):  # noqa: F811
+    """Two ranks, and three with batches of two (one has spare micro-batches only); ragged documents, a last short
+    batch in every epoch. Sharded runs repeat the bits of the unsharded run on as many ranks."""
     for ranks in (2, 3):
-        assert_close_runs(workspace / "ranks1", workspace / f"ranks{ranks}")
+        for out, flags in ((f"ranks{ranks}", ()), (f"sharded{ranks}", ("--shard",))):
+            torchrun(workspace, out, ranks, *flags)
+            assert_close_runs(alone, workspace / out)
+        assert metrics(workspace / f"ranks{ranks}") == metrics(workspace / f"sharded{ranks}")
+
+
+MUTANTS = {
+    "a rank divides by its own tokens": (
+        "targets = sum(document.n_targets for document in documents)",
+        "targets = sum(d.n_targets for d in documents[runtime.rank :: runtime.world_size]) or 1",
+    ),
+    "a spare document counts": ("return batch.weight * ", "return "),
+    "gradients stay on their rank": ("dist.all_reduce(adapters.grad)", "pass"),
+}
 
 
 @pytest.mark.slow
-def test_the_comparison_sees_another_run(workspace):  # noqa: F811
-    """Three documents a step instead of two: the very comparison of the rank counts has to fail."""
-    torchrun(workspace, "other", 1, "--batch-size", "3")
-    torchrun(workspace, "right", 1, "--batch-size", "2")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_share_is_caught(name, workspace, alone, tmp_path):  # noqa: F811
+    torchrun(workspace, tmp_path / "out", 3, script=mutant(tmp_path, *MUTANTS[name]))
     with pytest.raises(AssertionError):
-        assert_close_runs(workspace / "right", workspace / "other")
+        assert_close_runs(alone, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_rank_counts(workspace):  # noqa: F811
-    """Saved on two ranks, resumed on one, and the other way round."""
-    torchrun(workspace, "whole", 1)
+def test_a_run_moves_between_rank_counts(workspace, alone):  # noqa: F811
+    """Saved on two sharding ranks, resumed on one, and the other way round."""
     for first, second in ((2, 1), (1, 2)):
         out = f"moved{first}{second}"
-        torchrun(workspace, out, first)
+        torchrun(workspace, out, first, *["--shard"][: first - 1])
         states = sorted((workspace / out / "state").iterdir())
         assert len(states) == 2
         shutil.rmtree(states[-1])
-        torchrun(workspace, out, second)
-        assert_close_runs(workspace / "whole", workspace / out)
+        torchrun(workspace, out, second, *["--shard"][: second - 1])
+        assert_close_runs(alone, workspace / out)

@@ -1,8 +1,10 @@
 """Metrics that read back bit for bit, a log that a resume can cut back, trackers and plots that fail early."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import struct
 import sys
 import types
@@ -71,6 +73,45 @@ def test_damage_in_the_middle_of_the_log_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2: not a JSON object with a step; mend"):
         RunLog(tmp_path, TrainConfig(), CPU, 3, 1)
+
+
+class FullDisk:
+    """Takes `room` bytes in all, then refuses, as a disk does: the last write is cut."""
+
+    def __init__(self, file, room):
+        self.file, self.room, self.name = file, room, file.name
+
+    def write(self, data) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_costs_a_warning_and_no_row_once_there_is_room(tmp_path, capsys):
+    with RunLog(tmp_path, TrainConfig(), CPU, 4) as log:
+        log.file = FullDisk(log.file, 200)
+        for step in range(1, 5):
+            log.step(step, loss=1.0, lr=1e-4, grad_norm=0.1, tokens=100, seconds=0.5)
+        log.sync()
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+        log.file.room = 10**6
+        log.validation(4, 0.5)
+        rows = read_metrics(tmp_path / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
+    out = capsys.readouterr().out
+    assert out.count("No space left on device; training goes on") == 1 and "lacks" not in out
+
+
+def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, capsys):
+    with RunLog(tmp_path, TrainConfig(), CPU, 2) as log:
+        log.file = FullDisk(log.file, 0)
+        log.validation(1, 0.5)
+    assert "lacks its last 1 rows" in capsys.readouterr().out
 
 
 def test_only_the_main_rank_writes(tmp_path, capsys):

@@ -140,6 +140,26 @@ def test_two_ranks_agree_on_a_stop():
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
+def test_ranks_that_were_given_other_things_end_before_they_begin():
+    code = """
+        import sys
+        from psysafe.runtime import start, main_guard
+
+        def main(argv):
+            run = start("cpu", timeout_s=20)
+            run.agree(lr=0.1)
+            run.agree(lr=0.1, resumes_after_step=200 * (1 - run.rank))
+
+        sys.exit(main_guard(main, []))
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(26000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    ranks = [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    for rank, process in enumerate(ranks):
+        line = process.communicate(timeout=40)[1]
+        assert line.startswith(f"error (rank {rank}): resumes_after_step: 0 on rank 1, 200 on rank 0; start every rank")
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
 def test_the_peak_is_known_by_the_exact_name_only(monkeypatch):
     run = Runtime(torch.device("cuda", 0), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")

@@ -16,6 +16,7 @@ from psysafe.facts import make_optimizer
 from psysafe.lora import attach
 from psysafe.memory import Plan
 from psysafe.runtime import Runtime
+from psysafe.watchdog import Watchdog
 from tests.test_memory import CONFIG, FIXED
 from tests.test_train import setup
 
@@ -41,10 +42,11 @@ def step_without_a_device(monkeypatch, limit=84 * 10**9):
     adapters = attach(model, 1, 32)
     lengths = (700, 640, 1300, 65)
     documents = [Document(np.zeros(n, np.int32), np.arange(n) >= 30, "") for n in lengths]
+    runtime = Runtime(torch.device("meta"), torch.bfloat16)
     return train.train_step(
         train.Run(
-            config, Runtime(torch.device("meta"), torch.bfloat16), model, adapters, make_optimizer(adapters, config),
-            Dataset(documents, 4096, 0, 0), None, 10, plan=Plan(CONFIG, adapters.targets, 1, limit, FIXED),
+            config, runtime, model, adapters, make_optimizer(adapters, config), Dataset(documents, 4096, 0, 0), None,
+            10, Watchdog(runtime, 600), plan=Plan(CONFIG, adapters.targets, 1, limit, FIXED),
         )
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from psysafe.config import TrainConfig
 from psysafe.data import Dataset, Document, step_documents
 from psysafe.lora import TARGETS, attach
 from psysafe.runtime import Runtime
+from psysafe.watchdog import Watchdog
 from tests.oracles import both_models
 from tests.test_lora import peft_model, peft_tensors
 from tests.test_model import transformers_in_fp64
@@ -41,10 +42,9 @@ def setup(folder, dtype=torch.float64, **changes):
     adapters = attach(model, 1, 3, TARGETS)
     for name, x in peft_tensors(peft).items():
         adapters.tensors()[name].copy_(x)
-    run = train.Run(
-        config, Runtime(torch.device("cpu"), dtype), model, adapters, train.make_optimizer(adapters, config), dataset(),
-        None, STEPS,
-    )
+    runtime = Runtime(torch.device("cpu"), dtype)
+    optimizer, watch = train.make_optimizer(adapters, config), Watchdog(runtime, 600)
+    run = train.Run(config, runtime, model, adapters, optimizer, dataset(), None, STEPS, watch)
     return run, peft
 
 
@@ -97,13 +97,12 @@ def test_the_curve_equals_peft_and_torch_adamw(tmp_path):
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_shifted_mask_is_caught(shift, tmp_path, monkeypatch):
     """The mask of trained tokens moved by one: the curve is another one."""
-    original = train.pack
+    original = train.pack_share
 
-    def wrong(documents, limit):
-        moved = [replace(d, trained=np.roll(d.trained, shift)) for d in documents]
-        return original(moved, limit)
+    def wrong(documents, *share):
+        return original([replace(d, trained=np.roll(d.trained, shift)) for d in documents], *share)
 
-    monkeypatch.setattr(train, "pack", wrong)
+    monkeypatch.setattr(train, "pack_share", wrong)
     with pytest.raises(AssertionError):
         compare_with_peft(tmp_path)
 

@@ -1,0 +1,120 @@
+"""A rank that dies, freezes, hangs or fails: every other rank ends soon, and one line names the rank and the step."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_ranks import torchrun
+from tests.test_resume import ENVIRONMENT, ROOT, assert_same_run, command, workspace  # noqa: F401
+from tests.test_runtime import python
+
+LOOP = """
+    import os, signal, sys, time
+    from psysafe.runtime import main_guard, start
+    from psysafe.watchdog import Watchdog
+
+    def main(argv):
+        runtime = start("cpu", timeout_s=60)
+        with Watchdog(runtime, timeout=4) as watch:
+            runtime.largest(0)
+            for step in range(1, 6):
+                watch.beat(step)
+                if (runtime.rank, step) == (1, 3):
+                    TROUBLE
+                watch.beat(step)
+                runtime.largest(0)
+        print("done")
+
+    sys.exit(main_guard(main, []))
+"""
+
+
+def two_ranks(trouble: str, port: int) -> list[subprocess.Popen]:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    return [python(LOOP.replace("TROUBLE", trouble), RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "port", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 21000, "error (rank 0): rank 1 died in step 3; all ranks end here"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 22000, "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
+        ("time.sleep(60)", 23000, "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
+        ("raise AssertionError", 24000, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
+    ],
+)
+def test_one_line_names_the_rank_and_the_step(trouble, port, message):
+    ranks = two_ranks(trouble, port)
+    # Whoever is in trouble may be unable to end: the other one does.
+    out, err = ranks[0].communicate(timeout=60)
+    if "SIGSTOP" in trouble:
+        ranks[1].kill()
+    lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
+    said = [line for line in lines if line.startswith("error")]
+    assert len(said) == 1 and message in said[0], lines
+    assert ranks[0].returncode == 1 and out == ""
+
+
+@pytest.mark.slow
+def test_ranks_that_are_well_say_nothing():
+    """Also when the rank that holds the store is through before the other one."""
+    for trouble in ("pass", "time.sleep(3)"):
+        ranks = two_ranks(trouble, 25000)
+        assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
+        assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+def rank_of(launcher: subprocess.Popen, rank: int) -> int:
+    """The process id of one of torchrun's ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+def kill_a_rank(workspace, out, script, steps=100000, restarts=0) -> tuple[float, list[str]]:  # noqa: F811
+    """Two ranks under torchrun; the second is killed in training. Seconds until all is over, lines of ours."""
+    flags = command(workspace, out, "--max-steps", str(steps))[2:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--max-restarts", str(restarts), str(script)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launch, *flags], env=environment, **pipes) as process:
+        for line in process.stdout:
+            if f" 5/{steps} " in line:
+                break
+        os.kill(rank_of(process, 1), signal.SIGKILL)
+        began = time.monotonic()
+        process.stdout.read()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == (0 if restarts else 1)
+        return time.monotonic() - began, [line for line in errors.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job(workspace):  # noqa: F811
+    seconds, lines = kill_a_rank(workspace, "killed-rank", ROOT / "train.py")
+    assert seconds < 30
+    assert len(lines) == 1 and lines[0].startswith("error (rank 0): rank 1 died in step "), lines
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_it_where_its_state_stands(workspace):  # noqa: F811
+    """The killed and restarted run repeats one on two ranks that nobody killed."""
+    lines = kill_a_rank(workspace, "restarted", ROOT / "train.py", 200, restarts=1)[1]
+    assert len(lines) == 1
+    flags = "--dtype auto --optimizer adamw8bit --lr 1e-2 --max-steps 200"
+    torchrun(workspace, "unharmed", 2, *flags.split())
+    assert_same_run(workspace / "restarted", workspace / "unharmed")
+
+
+@pytest.mark.slow
+def test_the_line_is_the_watchdogs(workspace, tmp_path):  # noqa: F811
+    """Without the watchdog's own explanation the very same end has no line of ours."""
+    wrong = "import sys, train\ntrain.Watchdog._explain = lambda self: None\nsys.exit(train.main_guard(train.main))\n"
+    (tmp_path / "wrong.py").write_text(wrong)
+    assert kill_a_rank(workspace, "killed-rank-unsaid", tmp_path / "wrong.py")[1] == []
