@@ -75,7 +75,7 @@ def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, wa
     config = adapted(replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch.")))
     state = load_state(config.out, config.resume)
     if state:
-        check_resume(state.fact("recipe", dict), config)
+        check_resume(state, config)
 
     # Every rank reads all rows: a step's documents are a pure function of (rows, seed, step).
     train_set, val_set = load_data(config, folder)

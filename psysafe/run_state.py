@@ -180,13 +180,14 @@ def recipe(config: TrainConfig) -> dict:
     return {key: getattr(config, key) for key in KEYS if key not in FREE_ON_RESUME}
 
 
-def check_resume(saved: Mapping, config: TrainConfig) -> None:
+def check_resume(state: State, config: TrainConfig) -> None:
     """Raise ValueError that names each setting which differs from the saved run's `recipe`."""
-    now = recipe(config)
+    saved, now = state.fact("recipe", dict), recipe(config)
     changed = [f"{key} (saved {saved.get(key)!r}, now {now[key]!r})" for key in now if saved.get(key) != now[key]]
     if changed:
         remedy = "set them back, or start another run with --out (--adapter-init DIR starts from this adapter)"
-        raise ValueError(f"a resumed run keeps its recipe, but these settings differ: {', '.join(changed)}; {remedy}")
+        differ = f"a resumed run keeps its recipe, but these settings differ: {', '.join(changed)}"
+        raise ValueError(f"{state.path}: {differ}; {remedy}")
 
 
 def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping) -> None:

@@ -14,7 +14,7 @@ import torch
 from psysafe import run_state
 from psysafe.config import TrainConfig
 from psysafe.files import write_atomic
-from psysafe.run_state import StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.run_state import State, StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -251,7 +251,8 @@ def test_a_fresh_start_sets_an_earlier_run_aside_and_touches_nothing_else(tmp_pa
 
 
 def test_a_resumed_run_keeps_its_recipe():
-    saved = json.loads(json.dumps(recipe(TrainConfig(data=["a"]))))
+    meta = {"recipe": json.loads(json.dumps(recipe(TrainConfig(data=["a"]))))}
+    saved = State(5, {}, meta, pathlib.Path("state/step-00000005"))
     check_resume(saved, TrainConfig(data=["b"], out="x", resume="auto", micro_batch_tokens=64, plot=True))
     with pytest.raises(ValueError, match=r"differ: epochs \(saved 5, now 6\), lr \(saved 0.0001, now 0.001\); set"):
         check_resume(saved, TrainConfig(lr=1e-3, epochs=6))
