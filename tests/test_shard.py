@@ -48,6 +48,7 @@ def _rank(rank, ranks, port, worker, args) -> None:
     torch.set_num_threads(1)
     worker(*args)
     if ranks > 1:
+        torch.distributed.barrier()  # a rank that ends early takes its connections from under the others
         torch.distributed.destroy_process_group()
 
 
