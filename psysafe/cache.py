@@ -178,11 +178,13 @@ class StepView:
         return kernels.attention_decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
-        tail = self.cache.layers[layer][0]
-        window = torch.cat([tail, x.unsqueeze(1)], 1)  # (slots, M, C)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
-        tail.copy_(window.narrow(1, 1, tail.shape[1]))
+        rows, dtype = self.cache.layers[layer][0].unbind(1), torch.promote_types(x.dtype, torch.float32)
+        *taps, last = weight.to(dtype).T.contiguous()
+        acc = x.to(dtype) * last
+        for row, tap in zip(reversed(rows), reversed(taps), strict=True):
+            acc = torch.addcmul(acc, row.to(dtype), tap)
+        for row, later in zip(rows, (*rows[1:], x), strict=True):
+            row.copy_(later)
         return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
