@@ -162,8 +162,8 @@ def gated_delta_rule_step_reference(
     """
     (B, H, dk, dv), dtype = state.shape, state.dtype
     S = state.view(B * H, dk, dv)
-    qk = l2_normalise(torch.stack([q, k]).to(dtype)).repeat_interleave(H // k.shape[1], 2)
-    q, k = qk.view(2, B * H, 1, dk).unbind()
+    qk = l2_normalise(torch.stack([q, k]).to(dtype)).unsqueeze(3).expand(-1, -1, -1, H // k.shape[1], -1)
+    q, k = qk.reshape(2, B * H, 1, dk)
     S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
     e = b.to(dtype).sigmoid().view(B * H, 1, 1) * torch.baddbmm(v.to(dtype).reshape(B * H, 1, dv), k, S, alpha=-1)
     S.addcmul_(k.transpose(1, 2), e)
