@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels import adamw as _adamw
 from kernels import attention as _attention
 from kernels import conv1d as _conv1d
+from kernels import conv1d_step as _conv1d_step
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import delta_rule as _delta_rule
@@ -86,6 +87,7 @@ causal_attention = _switch("causal_attention", _attention)
 attention_decode = _switch("attention_decode", _decode_attention)
 sigmoid_gate = _switch("sigmoid_gate", _output_gate)
 causal_conv1d_silu = _switch("causal_conv1d_silu", _conv1d)
+causal_conv1d_silu_step = _switch("causal_conv1d_silu_step", _conv1d_step)
 gated_delta_rule = _switch("gated_delta_rule", _delta_rule)
 gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
 gated_rms_norm = _switch("gated_rms_norm", _gated_norm)

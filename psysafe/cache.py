@@ -8,7 +8,6 @@ sequences (prefill, also in pieces), `Cache.step(live)` for one more token of ev
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -178,14 +177,8 @@ class StepView:
         return kernels.attention_decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
-        rows, dtype = self.cache.layers[layer][0].unbind(1), torch.promote_types(x.dtype, torch.float32)
-        *taps, last = weight.to(dtype).T.contiguous()
-        acc = x.to(dtype) * last
-        for row, tap in zip(reversed(rows), reversed(taps), strict=True):
-            acc = torch.addcmul(acc, row.to(dtype), tap)
-        for row, later in zip(rows, (*rows[1:], x), strict=True):
-            row.copy_(later)
-        return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
+        c = kernels.causal_conv1d_silu_step(x, weight, self.cache.layers[layer][0])
+        return c.split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])
