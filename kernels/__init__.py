@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels import adamw as _adamw
 from kernels import attention as _attention
 from kernels import conv1d as _conv1d
+from kernels import conv1d_step as _conv1d_step
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import delta_rule as _delta_rule
@@ -66,6 +67,11 @@ def describe(device: torch.device, head_dim: int) -> str:
     return line + (f"; reference for {', '.join(plain)}" if plain else "")
 
 
+def decode_is_capturable(x: Tensor, head_dim: int) -> bool:
+    """Whether a CUDA graph can hold a decode step: not attention's reference, which waits for the longest length."""
+    return runs_triton(x) and _attention.triton_supports(head_dim)
+
+
 def _switch(name: str, module) -> Callable:
     reference = getattr(module, f"{name}_reference")
     OPS[name] = (reference, getattr(module, f"{name}_triton", None))
@@ -86,6 +92,7 @@ causal_attention = _switch("causal_attention", _attention)
 attention_decode = _switch("attention_decode", _decode_attention)
 sigmoid_gate = _switch("sigmoid_gate", _output_gate)
 causal_conv1d_silu = _switch("causal_conv1d_silu", _conv1d)
+causal_conv1d_silu_step = _switch("causal_conv1d_silu_step", _conv1d_step)
 gated_delta_rule = _switch("gated_delta_rule", _delta_rule)
 gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
 gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
@@ -94,4 +101,4 @@ gate_up_swiglu = _switch("gate_up_swiglu", _gate_up)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
 adamw_8bit = _switch("adamw_8bit", _adamw)
 
-__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]
+__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "decode_is_capturable", "describe", "runs_triton", *OPS]

@@ -14,6 +14,7 @@ Source: Flash-Decoding (Dao et al. 2023).
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._triton import tl, triton
@@ -30,10 +31,10 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     """
     (B, H, K), G, longest, dtype = q.shape, k_cache.shape[2], lengths.max(), compute_dtype(q)
     k, v = (x[:, :longest].transpose(1, 2).to(dtype) for x in (k_cache, v_cache))  # (B, G, S, K)
-    scores = (q.to(dtype) * K**-0.5).view(B, G, H // G, K) @ k.transpose(2, 3)
-    hidden = torch.arange(longest, device=q.device) >= lengths[:, None]
-    p = scores.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    return (p @ v).view(B, H, K).to(k_cache.dtype)
+    # The query heads of a group are rows of one product: keys and values are read once for all of them.
+    rows, seen = q.to(dtype).view(B, G, H // G, K), torch.arange(longest, device=q.device) < lengths[:, None]
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen[:, None, None])
+    return o.reshape(B, H, K).to(k_cache.dtype)
 
 
 SPLITS = 64  # pieces at most; a fixed number, and at least MIN_KEYS keys in each

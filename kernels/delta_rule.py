@@ -55,7 +55,8 @@ from kernels.seams import Documents, compute_dtype
 
 def l2_normalise(x: Tensor) -> Tensor:
     """x rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2_EPS)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(torch.full((), L2_EPS, dtype=x.dtype, device=x.device), norm, norm).rsqrt()
 
 
 def decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -161,10 +162,10 @@ def gated_delta_rule_step_reference(
     """
     (B, H, dk, dv), dtype = state.shape, state.dtype
     S = state.view(B * H, dk, dv)
-    qk = l2_normalise(torch.stack([q, k]).to(dtype)).repeat_interleave(H // k.shape[1], 2)
-    q, k = qk.view(2, B * H, 1, dk).unbind()
+    qk = l2_normalise(torch.stack([q, k]).to(dtype)).unsqueeze(3).expand(-1, -1, -1, H // k.shape[1], -1)
+    q, k = qk.reshape(2, B * H, 1, dk)
     S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
-    e = b.to(dtype).sigmoid().reshape(B * H, 1, 1) * (v.to(dtype).reshape(B * H, 1, dv) - torch.bmm(k, S))
+    e = b.to(dtype).sigmoid().view(B * H, 1, 1) * torch.baddbmm(v.to(dtype).reshape(B * H, 1, dv), k, S, alpha=-1)
     S.addcmul_(k.transpose(1, 2), e)
     return (torch.bmm(q, S) * dk**-0.5).view(B, H, dv).to(v.dtype)
 

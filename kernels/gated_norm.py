@@ -21,6 +21,7 @@ from kernels._common import adjacent, check_inputs, fuses_A, persistent_programs
 from kernels._triton import tl, triton
 from kernels.closeness import Case
 from kernels.protocol import CompileSpec, Work
+from kernels.rms_norm import inverse_rms
 from kernels.seams import compute_dtype, project
 
 
@@ -30,8 +31,7 @@ def gated_rms_norm_reference(
     """o (T, H, V), z (T, H*V), weight (V,) fp32, lora_A (r, H*V) fp32 -> x (T, H*V), u (T, r) fp32 or None."""
     dtype = compute_dtype(o)
     n = o.to(dtype)
-    mean_square = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square() / n.shape[-1]
-    n = n * torch.rsqrt(mean_square + eps) * weight.to(dtype)
+    n = n * inverse_rms(n, eps) * weight.to(dtype)
     x = (n.flatten(1) * F.silu(z.to(dtype))).to(o.dtype)
     return x, project(x, lora_A)
 

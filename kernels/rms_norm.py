@@ -30,9 +30,14 @@ from kernels.seams import LoRATerm, Pending, add_lora, compute_dtype, project
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x rsqrt(mean(x^2) + eps) (1 + w) over the last dimension, not yet rounded."""
     x = x.to(compute_dtype(x))
+    return x * inverse_rms(x, eps) * (1 + weight.to(x.dtype))
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept as one."""
     # vector_norm reads x once and keeps no square of it.
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-    return x * torch.rsqrt(mean_square + eps) * (1 + weight.to(x.dtype))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(torch.full((), eps, dtype=x.dtype, device=x.device), norm, norm, value=1 / x.shape[-1]).rsqrt()
 
 
 def residual_rms_norm_reference(

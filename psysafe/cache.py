@@ -8,7 +8,6 @@ sequences (prefill, also in pieces), `Cache.step(live)` for one more token of ev
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -178,12 +177,8 @@ class StepView:
         return kernels.attention_decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
-        tail = self.cache.layers[layer][0]
-        window = torch.cat([tail, x.unsqueeze(1)], 1)  # (slots, M, C)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        acc = (window.to(dtype) * weight.T.to(dtype)).sum(1)
-        tail.copy_(window.narrow(1, 1, tail.shape[1]))
-        return F.silu(acc).to(x.dtype).split_with_sizes(splits, 1)
+        c = kernels.causal_conv1d_silu_step(x, weight, self.cache.layers[layer][0])
+        return c.split_with_sizes(splits, 1)
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])

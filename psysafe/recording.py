@@ -77,6 +77,8 @@ class Recorder(TorchFunctionMode):
         args, kwargs = map_aggregate(args, self.named), map_aggregate(kwargs, self.named)
         if func.__name__ == "__get__":
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
+        if getattr(Tensor, func.__name__, None) is func:  # x.mul(y): found on x, faster than torch.Tensor.mul
+            return self.graph.call_method(func.__name__, args, kwargs)
         return self.graph.call_function(func, args, kwargs)
 
     def name(self, result: Tensor | tuple | list, node: fx.Node) -> None:

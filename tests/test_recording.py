@@ -1,9 +1,12 @@
 """A recorded decode step against the step itself, and what must not be recorded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import kernels
 from psysafe import generation, recording
 from psysafe.generation import Engine, Options, Progress, Request
 from psysafe.lora import attach
@@ -100,3 +103,25 @@ def test_memory_that_appears_unseen_is_refused():
     else:
         x += 1
         assert torch.equal(again(), torch.full((3,), 5.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "choice", "expected"),
+    [
+        ("cpu", 96, "auto", "recorded"),
+        ("cuda", 256, "auto", "captured" if kernels.HAS_TRITON else "plain"),
+        ("cuda", 96, "auto", "plain"),  # no Triton kernel for such heads
+        ("cuda", 256, "reference", "plain"),
+    ],
+)
+def test_how_a_step_runs(device, head_dim, choice, expected, monkeypatch):
+    """As one graph on a GPU, unless attention there is the reference: then one line says so."""
+    monkeypatch.setenv("PSYSAFE_KERNELS", choice)
+    monkeypatch.setattr(generation, "recorded", lambda step: "recorded")
+    monkeypatch.setattr(generation, "captured", lambda step: "captured")
+    monkeypatch.setattr(generation, "lay_out", lambda model: None)
+    norm = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda")
+    model = SimpleNamespace(norm=norm, config=SimpleNamespace(head_dim=head_dim))
+    assert generation.prepared("plain", model) == expected
+    told = generation.why_uncaptured(model)
+    assert (f"heads of {head_dim}" in told and "\n" not in told) if expected == "plain" else told == ""

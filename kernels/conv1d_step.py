@@ -1,0 +1,133 @@
+"""One token of the causal convolution + SiLU (conv1d.py) for every sequence, when text is generated token by token.
+
+    a = w[:, M-1] x + sum_m w[:, m] tail_m      c = round(silu(a))      tail <- tail_1 .. tail_{M-2}, x
+
+x, c (B, C); tail (B, M-1, C): the last M-1 inputs of each sequence, the oldest first, moved up in place. M taps.
+
+fp32 accumulation from the newest row to the oldest, as in conv1d.py, and one rounding; the tail is copied, not
+rounded. One launch, in which every element is read and written once: at C = 10,240 and M = 4 in bf16 163,840 B a
+sequence, and 81,920 B of weights. No shape depends on a value, so a CUDA graph can hold it. No gradients.
+Source: transformers `torch_causal_conv1d_update`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels._common import check_inputs
+from kernels._triton import tl, triton
+from kernels.closeness import Case
+from kernels.protocol import CompileSpec, Work
+from kernels.seams import compute_dtype
+
+
+def causal_conv1d_silu_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """x (B, C), weight (C, M), tail (B, M-1, C) in x's dtype, updated in place -> c (B, C) in x's dtype."""
+    dtype = compute_dtype(x)
+    rows, (*taps, last) = tail.unbind(1), weight.to(dtype).T.contiguous()
+    a = x.to(dtype) * last
+    for row, tap in zip(reversed(rows), reversed(taps), strict=True):
+        a = torch.addcmul(a, row.to(dtype), tap)
+    for row, newer in zip(rows, (*rows[1:], x), strict=True):
+        row.copy_(newer)
+    return F.silu(a).to(x.dtype)
+
+
+@triton.jit
+def _step_kernel(p_x, p_w, p_tail, p_c, stride_x, C: tl.constexpr, M: tl.constexpr, BC: tl.constexpr):
+    """Program (block of channels, sequence)."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    p_tail += i_b * (M - 1) * C + o_c
+    b_rows = (tl.load(p_x + i_b * stride_x + o_c, m_c, other=0),)  # the newest first
+    for m in tl.static_range(1, M):
+        b_rows += (tl.load(p_tail + (M - 1 - m) * C, m_c, other=0),)
+    b_a = tl.zeros([BC], tl.float32)
+    for m in tl.static_range(M):
+        b_a += b_rows[m].to(tl.float32) * tl.load(p_w + o_c * M + M - 1 - m, m_c, other=0).to(tl.float32)
+    tl.store(p_c + i_b * C + o_c, (b_a * tl.sigmoid(b_a)).to(p_c.dtype.element_ty), m_c)
+    # Every row has been read by all threads before one is overwritten.
+    tl.debug_barrier()
+    for m in tl.static_range(1, M):
+        tl.store(p_tail + (M - 1 - m) * C, b_rows[m - 1], m_c)
+
+
+# 40 programs a sequence at 27B: a single one already spreads over the GPU.
+BC, WARPS = 256, 1
+
+
+def causal_conv1d_silu_step_triton(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """As the reference, in one launch. x may be strided by row; tail is contiguous. Not differentiable."""
+    (B, C), M = x.shape, weight.shape[1]
+    check_inputs("causal_conv1d_silu_step", {"x": x}, {"weight": weight})
+    if tail.shape != (B, M - 1, C) or tail.dtype != x.dtype or not tail.is_contiguous():
+        raise ValueError(
+            f"causal_conv1d_silu_step: tail is {tail.dtype} {tuple(tail.shape)} with strides {tail.stride()}; "
+            f"expected {x.dtype} {(B, M - 1, C)}, contiguous"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or tail.requires_grad):
+        raise ValueError("causal_conv1d_silu_step has no gradient: call it under torch.no_grad()")
+    c = torch.empty(B, C, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(C, BC), B)
+    _step_kernel[grid](x, weight.contiguous(), tail, c, x.stride(0), C=C, M=M, BC=BC, num_warps=WARPS)
+    return c
+
+
+CASES = [
+    {"batch": 64, "channels": 10240},
+    {"batch": 1, "channels": 10240, "strided": True},
+    {"batch": 3, "channels": 300, "taps": 3, "strided": True},
+    {"batch": 2, "channels": 40, "taps": 2},
+]
+
+
+def make_case(batch, channels, taps=4, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """One token for each of `batch` sequences; `strided`: x is cut out of wider rows, as the in-projection's are."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    inputs = {
+        "x": draw(batch, channels),
+        "weight": draw(channels, taps) / taps**0.5,
+        "tail": draw(batch, taps - 1, channels),
+    }
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        row, tail = torch.cat([x["x"]] * 2, 1)[:, :channels] if strided else x["x"], x["tail"].clone()
+        return {"c": op(row, x["weight"], tail), "tail": tail}
+
+    return Case(f"{batch} sequences, {channels} channels, {taps} taps{', strided' * strided}", inputs, call)
+
+
+def _tail_kept(x, weight, tail):
+    return causal_conv1d_silu_step_reference(x, weight, tail.clone())
+
+
+def _shifted_first(x, weight, tail):
+    causal_conv1d_silu_step_reference(x, weight, tail)
+    return causal_conv1d_silu_step_reference(x, weight, tail.clone())
+
+
+MUTANTS = {
+    "tail not updated": _tail_kept,
+    "tail overwritten before it is read": _shifted_first,
+    "taps reversed": lambda x, w, tail: causal_conv1d_silu_step_reference(x, w.flip(1), tail),
+    "without the oldest row": lambda x, w, tail: causal_conv1d_silu_step_reference(
+        x, torch.cat([0 * w[:, :1], w[:, 1:]], 1), tail
+    ),
+}
+
+
+def work(batch, channels, taps=4, strided=False) -> Work:
+    """In bf16: x and tail in, c and tail out, and the weights."""
+    return Work(4 * batch * channels * taps + 2 * channels * taps, 0, 2 * batch * channels * taps)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """C = 10,240 and four taps."""
+    signature = dict.fromkeys(("p_x", "p_w", "p_tail", "p_c"), "*bf16") | {"stride_x": "i32"}
+    constexprs = {"C": 10240, "M": 4, "BC": BC}
+    return [CompileSpec("causal_conv1d_silu_step", _step_kernel, signature, constexprs, num_warps=WARPS)]
