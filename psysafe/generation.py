@@ -25,7 +25,7 @@ from kernels import Documents
 from psysafe.cache import Cache
 from psysafe.lora import fused_layers
 from psysafe.model import Qwen3_5
-from psysafe.recording import recorded
+from psysafe.recording import captured, recorded
 from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
@@ -347,28 +347,6 @@ def why_uncaptured(model: Qwen3_5) -> str:
         f"decode steps are not captured in a CUDA graph: attention over heads of {head_dim} runs as its PyTorch "
         "reference, which waits for lengths; expect slow decoding"
     )
-
-
-@torch.inference_mode()
-def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The step as one CUDA graph, which a launch of a few microseconds replays. Its result lies in the same memory each
-    time. The step must be harmless when no slot is live: it is run for real before it is recorded, for whatever sets
-    itself up at first use."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        report = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return report
-
-    return replay
 
 
 def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) -> int:

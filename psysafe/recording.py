@@ -1,4 +1,5 @@
-"""A function's tensor operations, recorded once and then called without the Python around them.
+"""A function's tensor operations, recorded once and then called without the Python around them: `captured` as a CUDA
+graph on a GPU, `recorded` as flat calls on a CPU.
 
 For a small model on a CPU the modules, checks and views of a decode step take as long as its arithmetic. `recorded`
 runs the step once, notes every call into torch, and lets torch.fx write them down as one flat function. What a CUDA
@@ -34,6 +35,28 @@ def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return partial(module.forward, *recorder.outside)
 
 
+@torch.inference_mode()
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The step as one CUDA graph, which a launch of a few microseconds replays. Its result lies in the same memory each
+    time. The step must be harmless when no slot is live: it is run for real before it is recorded, for whatever sets
+    itself up at first use."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        report = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return report
+
+    return replay
+
+
 class Recorder(TorchFunctionMode):
     """Writes down the calls made inside it; `outside` are the tensors that they read or write, in the order of the
     graph's placeholders."""
@@ -45,7 +68,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}  # by id of the tensor
         self.computed: set[int] = set()  # ids of the recorded calls' results
         self.constant: set[int] = set()  # ids of what parameters alone decide
-        self.memory: set[int] = set()  # the storages of those results
+        self.memory: set[int] = set()  # the storages that recorded calls made
         self.alive: list[object] = []  # so that no id is given twice
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -64,9 +87,10 @@ class Recorder(TorchFunctionMode):
             pass
         elif all(self.fixed(x) for x in inputs):  # also without any: torch.arange(3)
             self.constant |= set(map(id, outputs))
-        elif not any(id(x) in self.computed for x in inputs) and views(outputs, inputs):
-            pass  # the same memory in each call
+        elif len(inputs) == 1 and id(inputs[0]) not in self.computed and views(outputs, inputs):
+            pass  # the same memory in each call; a second tensor may be the bound of a slice
         else:
+            self.memory |= storages(outputs) - storages(inputs)
             self.name(result, self.note(func, args, kwargs))
         return result
 
@@ -85,7 +109,6 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, Tensor):
             self.nodes[id(result)] = node
             self.computed.add(id(result))
-            self.memory.add(result.untyped_storage()._cdata)
         else:
             for i, x in enumerate(result):
                 self.name(x, self.graph.call_function(operator.getitem, (node, i)))
@@ -116,5 +139,10 @@ def changes(func: Callable) -> bool:
 
 
 def views(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
-    """Whether the outputs lie in the inputs' memory. By storage objects: those of the meta device have no address."""
-    return {x.untyped_storage()._cdata for x in outputs} <= {x.untyped_storage()._cdata for x in inputs}
+    """Whether the outputs lie in the inputs' memory."""
+    return storages(outputs) <= storages(inputs)
+
+
+def storages(xs: list[Tensor]) -> set[int]:
+    """By the storage objects: those of the meta device have no address."""
+    return {x.untyped_storage()._cdata for x in xs}

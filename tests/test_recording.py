@@ -64,14 +64,14 @@ def test_what_is_read_from_outside_is_read_each_time():
     def step():
         y = x.view(2, 3)[1] * (w + w)
         x[0] += 1
-        return y[:end].sum() + x[0]
+        return y[:end].sum() + x[3:][:end].sum() + x[0]
 
     again = recorded(step)
     assert x[0] == 1  # it ran once
     for change in (0.0, 10.0):
         x[3:] += change
         end.fill_(3 if change else 1)
-        assert again() == 2 * x[3 : 3 + int(end)].sum() + x[0]
+        assert again() == 3 * x[3 : 3 + int(end)].sum() + x[0]
 
 
 @pytest.mark.parametrize("look", [lambda x: x.item(), lambda x: 1 if x > 0 else 2, lambda x: x.tolist(), int])
