@@ -221,15 +221,25 @@ class StopRequest:
 
 
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`.
+    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`. One of several ranks ends in here.
 
     A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130. Anything else is a bug of ours
     and keeps its traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = _guarded(main, sys.argv[1:] if argv is None else argv)
+    if dist.is_available() and dist.is_initialized():
+        # Not through the interpreter's end: of ranks that leave one after the other, gloo's threads abort now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
+        return main(argv) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -243,9 +253,6 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
         line = line if len(line) <= LONGEST_ERROR else f"{line[: LONGEST_ERROR - 300]} ... {line[-300:]}"
         print(f"error{rank}: {line}", file=sys.stderr, flush=True)
         return 2
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    return code
 
 
 def is_users_mistake(error: BaseException) -> bool:
