@@ -182,7 +182,8 @@ def everything(folder: Path) -> list[str]:
         evil = "base, <script>fetch('http://example.com')</script>"
         rows = [[evil, 40, [3.5, 1.25], 71.9], ["tuned | v0", 40, None, 82.7]]
         columns = [("setting", ""), ("n", ","), ("grounding", ".2f"), ("overall %", ".1f")]
-        found = Table(f"Table of {kind}", columns, rows, "a note", bars="overall %")
+        bars = ["n", "overall %"] if kind == "xstest" else ["overall %"]
+        found = Table(f"Table of {kind}", columns, rows, "a note", bars)
         long = Table("A long table", columns[:2], [[f"subject {i}", i] for i in range(57)])
         result = Result(kind, f"Evaluation: {kind}", [found, long], {"model": "tiny"}, ["a remark"])
         result.contamination = {"prompts": 40, "exact": 1, "normalised": 2} if kind == "judge" else None
@@ -198,7 +199,7 @@ def test_the_report_holds_everything_and_fetches_nothing(tmp_path, capsys):
     page = (tmp_path / "report" / "report.html").read_text()
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert page.count('<table class="result">') == 7 * 2 + len(published.TABLES)
-    assert page.count("<svg") == 7 and "<script" not in page and "<b>" not in page
+    assert page.count("<svg") == 8 and "<script" not in page and "<b>" not in page
     assert not re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)\w', page)
     assert "71.9" in page and "3.50 ± 1.25" in page and "HTTP 500" in page and "40 prompts 1 stand" in page
     for text in ("tuned \\| v0", "| 82.7 |", "not measured", "Published", "professional care"):
@@ -248,7 +249,7 @@ def test_the_report_in_a_browser(tmp_path):
         subprocess.run([*common, "--dump-dom", (tmp_path / "leaky.html").as_uri()], **how)
     document = done.stdout.decode()
     assert document.count('<table class="result">') == 7 * 2 + len(published.TABLES)
-    assert document.count("<svg") == 7 and document.count("<rect") == 14
+    assert document.count("<svg") == 8 and document.count("<rect") == 16
     assert picture.stat().st_size > 20_000
     # The browser itself may ask for its own services; nothing of it is the page's.
     assert not [line for line in ours if "example" in line], ours
@@ -285,7 +286,7 @@ def test_the_miniature_run_reuses_answers_until_the_adapter_changes(tmp_path, mo
 def test_a_chart_names_its_column_and_scale():
     columns = [("setting", ""), ("refused %", ".1f"), ("safe %", ".1f"), ("kappa", ".2f")]
     rows = [["a", 25.0, 50.0, 0.5], ["b", 100.0, None, -0.2]]
-    drawn = report.bars(Table("T", columns, rows, bars="refused %; safe %; kappa"))
+    drawn = report.bars(Table("T", columns, rows, bars=["refused %", "safe %", "kappa"]))
     refused, safe, kappa = drawn.split("</svg>")[:3]
     assert 'aria-label="T: refused %"' in refused and ">refused %</text>" in refused and ">100</text>" in refused
     widths = [float(width) for width in re.findall(r'<rect[^>]* width="([^"]*)"', drawn)]

@@ -90,7 +90,7 @@ def tables(pairs: dict[str, Pairs]) -> list[Table]:
     ]
     note = "Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are."
     columns = [("criterion", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f")]
-    found = [Table("By criterion", columns, rows, note, bars="Cohen's kappa")]
+    found = [Table("By criterion", columns, rows, note, bars=["Cohen's kappa"])]
     for name, mine in pairs.items():
         labels = sorted({label for both in mine for label in both})
         if labels:

@@ -165,7 +165,7 @@ def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, 
     same = all(n == s.n for s in summaries.values() for n in s.counts.values())
     note = "" if same else "a criterion was missing in some replies: see the next table"
     rows = [cells(name, s) for name, s in summaries.items()]
-    found = [Table(f"All prompts, judged by {by}", COLUMNS, rows, note, bars="overall %")]
+    found = [Table(f"All prompts, judged by {by}", COLUMNS, rows, note, bars=["overall %"])]
     if not same:
         names = list(summaries[baseline].counts)
         found.append(Table("Answers that each figure is over", [("setting", ""), *((n, ",") for n in names)],

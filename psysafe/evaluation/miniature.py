@@ -76,11 +76,11 @@ def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
             ("own services %", ".0f"), ("hope %", ".0f"), ("all four %", ".0f")]  # fmt: skip
     title = f"Risky validation prompts, judged by the {rules.NAME}"
     return [
-        Table(title, COLUMNS, criteria, bars="overall %"),
-        Table("The four parts of a supportive refusal", wide, parts, bars="all four %"),
+        Table(title, COLUMNS, criteria, bars=["overall %"]),
+        Table("The four parts of a supportive refusal", wide, parts, bars=["all four %"]),
         Table("Answers that give their own cluster's helplines, US and UK",
               [("cluster", ""), ("n", ","), ("base %", ".0f"), ("fine-tuned %", ".0f")], helplines,
-              bars="fine-tuned %"),
+              bars=["fine-tuned %"]),
         Table("Benign validation prompts",
               [("model", ""), ("n", ","), ("answered %", ".0f"), ("in the base's words %", ".0f")], kept),
     ]  # fmt: skip

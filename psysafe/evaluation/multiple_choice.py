@@ -256,7 +256,7 @@ def tables(name: str, items: Sequence[Item], found: dict[str, list[list[float]]]
             acc, norm = mean([m["acc"] for m in scored]), mean([m["acc_norm"] for m in scored])
             rows.append([setting, acc.n, acc.value, acc.stderr, norm.value, norm.stderr])
         columns += [("acc_norm", ".4f"), ("stderr of it", ".4f")]
-        return [Table("Accuracy", columns, rows, bars="acc_norm")]
+        return [Table("Accuracy", columns, rows, bars=["acc_norm"])]
     leaves = {setting: mmlu_leaves(items, scored) for setting, scored in metrics.items()}
     whole, groups = [], []
     for setting, by_subject in leaves.items():
@@ -266,7 +266,7 @@ def tables(name: str, items: Sequence[Item], found: dict[str, list[list[float]]]
             groups.append([group, setting, *_cells(pooled(mine))])
     subjects_ = [[subject, s, *_cells(m)] for s, by_subject in leaves.items() for subject, m in by_subject.items()]
     return [
-        Table("All subjects", columns, whole, bars="acc"),
+        Table("All subjects", columns, whole, bars=["acc"]),
         Table("Groups of subjects", [("group", ""), *columns], sorted(groups)),
         Table("Subjects", [("subject", ""), *columns], sorted(subjects_)),
     ]

@@ -161,7 +161,7 @@ def _html_table(table: Table) -> str:
 
 def bars(table: Table) -> str:
     """The table's chosen columns as charts; "" without one."""
-    return "".join(_chart(table, column) for column in table.bars.split("; ") if column)
+    return "".join(_chart(table, column) for column in table.bars)
 
 
 def _chart(table: Table, column: str) -> str:

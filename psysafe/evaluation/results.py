@@ -24,14 +24,13 @@ Cell = str | int | float | None | list[int | float | None]
 
 @dataclass
 class Table:
-    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: the columns to draw,
-    parted by "; "."""
+    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: columns to draw."""
 
     title: str
     columns: list[tuple[str, str]]
     rows: list[list[Cell]]
     note: str = ""
-    bars: str = ""
+    bars: list[str] = field(default_factory=list)
 
     def cells(self) -> list[list[str]]:
         return [[shown(cell, form) for cell, (_, form) in zip(row, self.columns, strict=True)] for row in self.rows]
@@ -109,7 +108,7 @@ def _check(result: Result, rest: dict) -> None:
             raise ValueError(f"{name} is {value!r:.60}")
     for table in result.tables:
         names = [name for name, _ in table.columns]
-        if any(len(row) != len(names) for row in table.rows) or table.bars not in ("", *names):
+        if any(len(row) != len(names) for row in table.rows) or set(table.bars) - set(names):
             raise ValueError(f"the rows of {table.title!r:.60} do not fit its columns")
         table.cells()
     if result.contamination is not None and result.contamination.keys() != {"prompts", "exact", "normalised"}:

@@ -214,7 +214,7 @@ def tables(questions: dict[str, list[dict]], compliance: dict[str, dict[str, lis
     columns = [("setting", ""), ("n", ","), ("base set: compliance %", ".1f"), ("mutations", ","),
                ("their average %", ".1f")]  # fmt: skip
     note = f"unweighted average over: {', '.join(mutations)}" if mutations else ""
-    bars = "base set: compliance %" + ("; their average %" if mutations else "")
+    bars = ["base set: compliance %", *(["their average %"] if mutations else [])]
     rest = [("setting", ""), ("n", ","), ("compliance %", ".1f")]
     return [
         Table("Compliance", columns, whole, note, bars),

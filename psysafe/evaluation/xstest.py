@@ -139,7 +139,8 @@ def tables(rows: Sequence[dict], classes: dict[str, dict[str, list[str | None]]]
             r = rates(rows, mine)
             whole.append([setting, way, *(r[name] for name, _ in columns[2:])])
     note = "Official: the benchmark's own list, ASCII apostrophes only. Normalised: typographic ones, too."
-    found.append(Table("Refused, of safe and of unsafe prompts", columns, whole, note, bars="over-refusal %; safety %"))
+    bars = ["over-refusal %", "safety %"]
+    found.append(Table("Refused, of safe and of unsafe prompts", columns, whole, note, bars))
     counts = []
     for setting, mine in classes[first].items():
         for kind in dict.fromkeys(row["type"] for row in rows):
