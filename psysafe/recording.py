@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # A value that leaves the tensors could decide something that the recording would not see.
 LEAVING = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
@@ -75,17 +76,21 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ in LEAVING:
             raise RuntimeError(f"a step to be recorded looks at a value: Tensor.{func.__name__}")
-        result = func(*args, **kwargs)
+        with Writes() as writes:
+            result = func(*args, **kwargs)
         inputs, outputs = tensors((args, kwargs)), tensors(result)
         if not outputs and result is not None:  # a shape, a dtype
             return result
         self.alive += [*inputs, *outputs]
-        if changes(func):
-            assert not self.fixed(inputs[0]), f"{func.__name__} would change a constant"
+        if changed := [x for x in inputs if storages([x]) & writes.memory]:  # x += y, x[i] = y, out=x
+            assert not any(map(self.fixed, changed)), f"{func.__name__} would change a constant"
+            assert all(any(x is y for y in inputs) for x in outputs), f"{func.__name__} writes and makes something new"
             self.note(func, args, kwargs)
         elif all(any(x is y for y in inputs) for x in outputs):  # x.to(x.dtype)
             pass
         elif all(self.fixed(x) for x in inputs):  # also without any: torch.arange(3)
+            if writes.random:
+                raise RuntimeError(f"a step to be recorded draws random numbers: {func.__name__}")
             self.constant |= set(map(id, outputs))
         elif len(inputs) == 1 and id(inputs[0]) not in self.computed and views(outputs, inputs):
             pass  # the same memory in each call; a second tensor may be the bound of a slice
@@ -132,10 +137,22 @@ def tensors(tree: object) -> list[Tensor]:
     return found
 
 
-def changes(func: Callable) -> bool:
-    """Whether it writes into a tensor that it is given: x.add_(y), x += y, x[i] = y."""
-    name = func.__name__
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+class Writes(TorchDispatchMode):
+    """The storages that the calls inside it write to, and whether they may draw random numbers, as aten itself tells:
+    names like `~x` (__invert__) and `relu(x, inplace=True)` mislead."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory: set[int] = set()
+        self.random = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.memory |= storages(tensors(args[i] if i < len(args) else kwargs.get(argument.name)))
+        return func(*args, **kwargs)
 
 
 def views(outputs: list[Tensor], inputs: list[Tensor]) -> bool:

@@ -18,6 +18,9 @@ from tests.test_generation import PROMPTS
 SETTINGS = {
     "greedy": Options(),
     "everything": Options(Sampling(1.3, 40, 0.9, 0.02, 1.2, 0.5, 3), max_think_tokens=4),
+    # So cold that the masks really cut: the random model's logits are flat.
+    "top-p": Options(Sampling(0.1, top_p=0.5, seed=3)),
+    "min-p": Options(Sampling(0.1, min_p=0.3, seed=3)),
 }
 
 
@@ -49,12 +52,44 @@ def test_a_recorded_step_is_the_step(options, model, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("wrong", [lambda func: False, lambda func: func.__name__ == "__setitem__"])
-def test_lost_writes_are_caught(wrong, model, monkeypatch):
-    """A recording that takes calls in place for reads would drop them."""
-    monkeypatch.setattr(recording, "changes", wrong)
+@pytest.mark.parametrize("name", ["index_copy_", "__setitem__", "copy_"])
+def test_lost_writes_are_caught(name, model, monkeypatch):
+    """A recording that takes a call in place for a read would drop it."""
+    note = recording.Recorder.note
+
+    def forgetful(self, func, args, kwargs):
+        return None if func.__name__ == name else note(self, func, args, kwargs)
+
+    monkeypatch.setattr(recording.Recorder, "note", forgetful)
     with pytest.raises(AssertionError):
         test_a_recorded_step_is_the_step(SETTINGS["greedy"], model, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x, y: ~x,
+        lambda x, y: torch.add(x, y, out=x),
+        lambda x, y: torch.nn.functional.relu(x.neg_(), inplace=True),
+        lambda x, y: x.__isub__(y),
+        lambda x, y: x[y[1]],
+        lambda x, y: (x * y).to(x.dtype),
+    ],
+)
+def test_a_recording_repeats_the_call(step):
+    """Whatever writes, however it is spelled, does so again; what only looks like writing is read again."""
+    x, y, x2, y2 = (torch.tensor(values) for values in ([3, -1, 4], [2, 1, 0]) * 2)
+    again = recorded(lambda: step(x, y))
+    step(x2, y2)
+    for _ in range(3):
+        for tensor in (x, x2):
+            tensor += 5
+        assert torch.equal(again(), step(x2, y2)) and torch.equal(x, x2)
+
+
+def test_random_numbers_are_refused():
+    with pytest.raises(RuntimeError, match="draws random numbers"):
+        recorded(lambda: torch.zeros(2) + torch.rand(2))
 
 
 def test_what_is_read_from_outside_is_read_each_time():
