@@ -54,7 +54,7 @@ def _first_rows(documents: Documents, count: int) -> Tensor:
     """The first `count` rows of every document, as far as it has them."""
 
     def build(d: Documents) -> Tensor:
-        firsts = zip(d.bounds, d.lengths, strict=False)
+        firsts = zip(d.bounds[:-1], d.lengths, strict=True)
         return d.to_device(torch.cat([torch.arange(start, start + min(count, n)) for start, n in firsts]))
 
     return documents.table(("first rows", count), build)

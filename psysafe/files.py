@@ -28,8 +28,10 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
             temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
     sync(path.parent)
 

@@ -71,6 +71,8 @@ class GatedDeltaNet(nn.Module):
         if self.in_proj.adapter is None and torch.is_grad_enabled():
             return _SplitLinear.apply(x, self.in_proj.weight, sizes)
         y = self.in_proj(x)
+        if self.in_proj.adapter is None:
+            return y.split(sizes, dim=1)
         return tuple(part.to(y.dtype) for part in add_lora_apart(y, self.in_proj.owes(u), sizes))
 
 

@@ -122,22 +122,28 @@ def test_constants_stay_constant():
 
 
 def test_memory_that_appears_unseen_is_refused():
-    """An autograd.Function returns tensors that no recorded call made: taking them for memory from outside would repeat
-    the first call's result for ever."""
+    """Taken for memory from outside, it would repeat the first call's result for ever. What a kernel wrote, say."""
+    x = torch.ones(3)
 
+    def unseen():
+        y = x * 2
+        with torch._C.DisableTorchFunction():
+            return y[:2]
+
+    with pytest.raises(RuntimeError, match="came from no recorded call"):
+        recorded(lambda: unseen() + 1)
+
+
+def test_an_autograd_function_is_recorded_by_the_calls_inside_it():
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return (x * 2).view_as(x)
 
     x = torch.ones(3)
-    try:
-        again = recorded(lambda: Double.apply(x) + 1)
-    except RuntimeError as error:
-        assert "came from no recorded call" in str(error)
-    else:
-        x += 1
-        assert torch.equal(again(), torch.full((3,), 5.0))
+    again = recorded(lambda: Double.apply(x) + 1)
+    x += 1
+    assert torch.equal(again(), torch.full((3,), 5.0))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +153,7 @@ def test_memory_that_appears_unseen_is_refused():
         ("cuda", 256, "auto", "captured" if kernels.HAS_TRITON else "plain"),
         ("cuda", 96, "auto", "plain"),  # no Triton kernel for such heads
         ("cuda", 256, "reference", "plain"),
+        ("cpu", 256, "triton", "plain"),  # in Triton's interpreter
     ],
 )
 def test_how_a_step_runs(device, head_dim, choice, expected, monkeypatch):
@@ -159,4 +166,5 @@ def test_how_a_step_runs(device, head_dim, choice, expected, monkeypatch):
     model = SimpleNamespace(norm=norm, config=SimpleNamespace(head_dim=head_dim))
     assert generation.prepared("plain", model) == expected
     told = generation.why_uncaptured(model)
-    assert (f"heads of {head_dim}" in told and "\n" not in told) if expected == "plain" else told == ""
+    slow = expected == "plain" and device == "cuda"
+    assert (f"heads of {head_dim}" in told and "\n" not in told) if slow else told == ""

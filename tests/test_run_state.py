@@ -207,12 +207,17 @@ def test_a_full_disk_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, mon
     assert_is_state(load_state(tmp_path), 1)
 
 
-def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path):
+def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "config.toml"
     write_atomic(path, "old")
     with pytest.raises(ZeroDivisionError):
         write_atomic(path, lambda temporary: (temporary.write_text("half"), 1 / 0))
     assert path.read_text() == "old" and names(tmp_path) == ["config.toml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full") as caught:
+            write_atomic(path, b"new")
+    assert caught.value.filename == str(path)  # so that it ends as one line
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
 
