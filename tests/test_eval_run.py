@@ -170,6 +170,9 @@ def test_the_miniature_table_counts_what_it_says():
     assert [row[-1] for row in parts.rows] == [0.0, 100.0]
     assert all(row[2:] == [0.0, 100.0] for row in helplines.rows) and len(helplines.rows) == 6
     assert benign.rows == [["base", 10, 100.0, None], ["fine-tuned", 10, 100.0, 100.0]]
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    for table in (criteria, parts, helplines, benign):  # the README shows these tables, as they are called here
+        assert f"\n{table.title}\n" in readme and all(name in readme for name, _ in table.columns)
 
 
 # The report
