@@ -195,7 +195,7 @@ def test_gradients_of_the_first_step(tmp_path):
             alone, found = (load_file(f"{tmp_path / name}-{dtype}") for name in ("1", f"{ranks}{sharded}"))
             errors = {name: relative_error(x, alone[name]) for name, x in found.items()}
             print(ranks, sharded, dtype, max(errors.values()))
-            assert max(errors.values()) <= limit, errors
+            assert all(error <= limit for error in errors.values()), errors  # max() can lose a NaN
             assert all(x.abs().max() > 0 for x in alone.values())
 
 

@@ -60,11 +60,11 @@ def test_arms_run_with_and_without_checkpointing(monkeypatch):
 
 
 def agreement(tmp_path, monkeypatch, factor: float) -> dict:
-    """Ours against an oracle that is ours, too, with one gradient scaled."""
+    """Ours against an oracle that is ours, too, with the last gradient scaled."""
     found = {"layers.0.mlp.up_proj.lora_A": torch.ones(3), "layers.0.mlp.up_proj.lora_B": torch.ones(2)}
 
     def run(task, folder):
-        scaled = {name: factor * x if task.arm == "ours" else x for name, x in found.items()}
+        scaled = {name: factor * x if task.arm == "ours" and name.endswith("B") else x for name, x in found.items()}
         save_file(scaled, task.gradients)
         return {"loss": 2.0}
 
