@@ -6,6 +6,8 @@ Whole runs are compared in test_ranks.py.
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +94,13 @@ def test_one_rank_cannot_shard(tmp_path):
     write_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="--shard spreads the base over ranks and there is one"):
         load_model(tmp_path, shard=True)
+
+
+def test_only_sharding_pays_for_fsdp():
+    """Loading a model on one rank imports neither FSDP nor DTensor, which take most of a second."""
+    slow = "torch.distributed.fsdp", "torch.distributed.tensor"
+    code = f"import sys, psysafe; psysafe.load_model('assets:tiny'); sys.exit(any(m in sys.modules for m in {slow}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def load_and_compare(folder, wrong: bool) -> None:
