@@ -40,6 +40,7 @@ def shard_blocks(model: Qwen3_5, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # The model itself shares no weights, but as the blocks' common root it lets one gather while another computes.
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters(recurse=False)))
+    _leave_inputs_alone(model)
     model.to_empty(device=device)
 
 
@@ -59,6 +60,19 @@ def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending])
     if pending.lora is not None:
         pending = pending._replace(lora=pending.lora._replace(B=pending.lora.B.clone()))
     return h, pending
+
+
+def _leave_inputs_alone(model: Qwen3_5) -> None:
+    """FSDP moves its root's inputs to the GPU. Tokens for an embedding in host memory would come back from there, which
+    waits for the GPU in every micro-batch; so FSDP's hook, which stands between these two, is shown no inputs."""
+    held = []
+
+    def hide(model: Qwen3_5, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        held.append((args, kwargs))
+        return (), {}
+
+    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(lambda model, args, kwargs: held.pop(), with_kwargs=True)
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
