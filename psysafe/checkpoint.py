@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from psysafe.config import expand
 from psysafe.files import read_json
+from psysafe.hub import HubError, fetch_folder
 from psysafe.layers import FusedLinear, frozen
 from psysafe.lora import Adapter, load_adapter
 from psysafe.model import Qwen3_5
@@ -97,17 +98,11 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
         return path, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        folder = snapshot_download(
-            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
-        )
-        return Path(folder), Path(folder).name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
+        folder = fetch_folder(source, revision or "", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
+    except HubError as error:
+        raise ValueError(f"{source}: no such folder, and the hub did not give it: {error}") from None
+    return folder, folder.name
 
 
 class Published(NamedTuple):
