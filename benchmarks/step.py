@@ -163,13 +163,13 @@ def finished(task: Task, returncode: int, stderr: str) -> dict:
 
 def take_turns(tasks: dict[str, Task], folder: Path) -> dict[str, dict]:
     """Every arm in its own process, one step of each after the other: what else the CPU does hits all alike."""
+    turns = max((1 + task.warmups + task.steps for task in tasks.values()), default=0)  # the first one loads
     running = {}
     for name, task in tasks.items():
         task = replace(task, result=str(folder / f"{slug(task)}.json"), turns=True)
         errors = (folder / f"{slug(task)}.txt").open("w+")  # a pipe that nobody reads could fill up
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
         running[name] = task, subprocess.Popen(command(task), cwd=ROOT, **pipes), errors
-        turns = 1 + task.warmups + task.steps  # the first one loads
     for _ in range(turns):
         for _, process, _ in running.values():
             with contextlib.suppress(BrokenPipeError):  # it has failed: `finished` says why
