@@ -23,15 +23,21 @@ import kernels
 from psysafe.checkpoint import build, random_tensor, randomise
 from psysafe.config import TrainConfig
 from psysafe.data import Document, MicroBatch, pack
-from psysafe.facts import make_optimizer, nbytes
-from psysafe.lora import TARGETS, attach, read_json
+from psysafe.facts import attach_adapters, make_optimizer, nbytes
+from psysafe.files import read_json
 from psysafe.memory import RESERVE, Plan, Sizes
 from psysafe.model_config import ModelConfig
 from psysafe.recompute import STAGES
 
 CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
-MICRO_BATCH = 4096
-LR = 1e-4
+RECIPE = TrainConfig()
+MICRO_BATCH = RECIPE.micro_batch_tokens
+LORA = {  # the same for PEFT
+    "r": RECIPE.lora_rank,
+    "lora_alpha": RECIPE.lora_alpha,
+    "lora_dropout": 0.0,
+    "target_modules": RECIPE.lora_targets,
+}
 ROOT = Path(__file__).resolve().parents[1]
 # In order of preference on Hopper; the first that can take the shapes runs.
 ATTENTION = [
@@ -100,10 +106,10 @@ class Ours(Arm):
     def load(self) -> None:
         self.model = build(ModelConfig.from_dict(self.text), self.device, self.dtype)
         randomise(self.model)
-        self.adapters = attach(self.model, 1, 32)
+        self.adapters = attach_adapters(self.model, RECIPE)
         for name, x in self.adapters.tensors().items():
             x.copy_(adapter_tensor(name, x.shape))
-        self.optimizer = make_optimizer(self.adapters, TrainConfig(min_8bit_size=4096))
+        self.optimizer = make_optimizer(self.adapters, RECIPE)
         trained = [np.arange(len(x)) >= len(x) - self.trained for x in self.tokens]
         self.documents = [Document(x.numpy(), t, "") for x, t in zip(self.tokens, trained, strict=True)]
         self.plan = None
@@ -112,7 +118,7 @@ class Ours(Arm):
                 block.recompute = frozenset(STAGES)
         elif self.device.type == "cuda":
             fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
-            self.plan = Plan(self.model.config, self.adapters.targets, 1, CAP - RESERVE, fixed)
+            self.plan = Plan(self.model.config, self.adapters.targets, self.adapters.rank, CAP - RESERVE, fixed)
 
     def backward(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -136,7 +142,7 @@ class Ours(Arm):
         return self.adapters.tensors(self.adapters.grad)
 
     def update(self) -> None:
-        self.optimizer.step(LR)
+        self.optimizer.step(RECIPE.lr)
 
 
 def sizes(batch: MicroBatch) -> Sizes:
@@ -152,8 +158,7 @@ class HFPeft(Arm):
     def load(self) -> None:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=1, lora_alpha=32, lora_dropout=0.0, target_modules=list(TARGETS))
-        self.model = get_peft_model(self.base(), config, autocast_adapter_dtype=self.device.type == "cpu")
+        self.model = get_peft_model(self.base(), LoraConfig(**LORA), autocast_adapter_dtype=self.device.type == "cpu")
         self.finish()
 
     def base(self) -> nn.Module:
@@ -187,9 +192,9 @@ class HFPeft(Arm):
         if self.device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
 
-            self.optimizer = AdamW8bit(parameters, LR, weight_decay=0.01)
+            self.optimizer = AdamW8bit(parameters, RECIPE.lr, weight_decay=RECIPE.weight_decay)
         else:
-            self.optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.01, fused=True)
+            self.optimizer = torch.optim.AdamW(parameters, RECIPE.lr, weight_decay=RECIPE.weight_decay, fused=True)
         rows = max(1, MICRO_BATCH // len(self.tokens[0]))
         self.batches = torch.stack(self.tokens).to(self.device).split(rows)
 
@@ -214,7 +219,7 @@ class HFPeft(Arm):
         return {name: p.grad for name, p in self.lora.items()}
 
     def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(list(self.lora.values()), 1.0)
+        torch.nn.utils.clip_grad_norm_(list(self.lora.values()), RECIPE.max_grad_norm)
         self.optimizer.step()
 
 
@@ -261,9 +266,8 @@ class Unsloth(HFPeft):
                 folder, max_seq_length=MICRO_BATCH, dtype=self.dtype, load_in_4bit=False
             )
         self.model = FastLanguageModel.get_peft_model(
-            model, r=1, lora_alpha=32, lora_dropout=0.0, target_modules=list(TARGETS), bias="none",
-            use_gradient_checkpointing="unsloth" if self.checkpointing else False,
-        )  # fmt: skip
+            model, **LORA, bias="none", use_gradient_checkpointing="unsloth" if self.checkpointing else False
+        )
         self.checkpointing = False  # its own is on already
         self.finish()
 

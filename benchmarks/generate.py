@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from psysafe.checkpoint import load_model, published_tensors, resolve_model
+from psysafe.files import read_json
 from psysafe.generation import Engine, Options, Request
-from psysafe.lora import read_json
 from psysafe.model import Qwen3_5
 from psysafe.runtime import main_guard, start, versions
 

@@ -5,6 +5,7 @@
     python benchmarks/step.py --arm ours --layers 64 --profile trace.json
 
 Each arm runs in a process of its own. First the arms' loss and LoRA gradients are compared; arms that agree are timed.
+Where nothing could be compared, because transformers + PEFT are missing or fail, the table and the JSON say so.
 The last line on stdout is one JSON document. Method and results: benchmarks/README.md.
 """
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     tasks = {label(task): task for task in entries(args)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        agreement = compare(tasks, folder, args.compare_layers) if args.all else {}
+        alone = {}, "--arm runs one arm alone; --all compares"
+        agreement, not_compared = compare(tasks, folder, args.compare_layers) if args.all else alone
         wrong = {name: found["failed"] for name, found in agreement.items() if "failed" in found}
         results = {name: {"failed": wrong[task.arm]} for name, task in tasks.items() if task.arm in wrong}
         timed = {name: task for name, task in tasks.items() if task.arm not in wrong}
@@ -64,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     results = {name: results[name] for name in tasks}
     add_ratios(results, args.device)
     not_run = {arm: why for arm in ARMS if args.all and (why := ARMS[arm].missing(args.device))}
-    report = {"setting": setting(args), "agreement": agreement, "arms": results, "not measured": not_run}
+    report = {"setting": setting(args), "agreement": agreement, "not compared": not_compared}
+    report |= {"arms": results, "not measured": not_run}
     print_table(report)
     line = json.dumps(report)
     if args.out:
@@ -160,13 +163,13 @@ def finished(task: Task, returncode: int, stderr: str) -> dict:
 
 def take_turns(tasks: dict[str, Task], folder: Path) -> dict[str, dict]:
     """Every arm in its own process, one step of each after the other: what else the CPU does hits all alike."""
+    turns = max((1 + task.warmups + task.steps for task in tasks.values()), default=0)  # the first one loads
     running = {}
     for name, task in tasks.items():
         task = replace(task, result=str(folder / f"{slug(task)}.json"), turns=True)
         errors = (folder / f"{slug(task)}.txt").open("w+")  # a pipe that nobody reads could fill up
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
         running[name] = task, subprocess.Popen(command(task), cwd=ROOT, **pipes), errors
-        turns = 1 + task.warmups + task.steps  # the first one loads
     for _ in range(turns):
         for _, process, _ in running.values():
             with contextlib.suppress(BrokenPipeError):  # it has failed: `finished` says why
@@ -183,12 +186,12 @@ def take_turns(tasks: dict[str, Task], folder: Path) -> dict[str, dict]:
     return results
 
 
-def compare(tasks: dict[str, Task], folder: Path, layers: int) -> dict[str, dict]:
+def compare(tasks: dict[str, Task], folder: Path, layers: int) -> tuple[dict[str, dict], str]:
     """Every arm's loss and LoRA gradients against transformers + PEFT, by arm: relative errors, the largest of all
-    tensors; {"failed": reason} for one that does not agree."""
+    tensors; {"failed": reason} for one that does not agree. And why nothing was compared; "" if it was."""
     arms = {task.arm: task for task in tasks.values()}
     if ORACLE not in arms:
-        return {}
+        return {}, f"{ORACLE}: {ARMS[ORACLE].missing(arms['ours'].device)}"
     print(f"comparing loss and LoRA gradients at {layers} layers", flush=True)
     files = {arm: folder / f"{arm}.safetensors" for arm in arms}
     found = {
@@ -196,7 +199,7 @@ def compare(tasks: dict[str, Task], folder: Path, layers: int) -> dict[str, dict
         for arm, task in arms.items()
     }
     if "failed" in found[ORACLE]:
-        return {ORACLE: found[ORACLE]}
+        return {ORACLE: found[ORACLE]}, f"{ORACLE} failed: {found[ORACLE]['failed']}"
     loss, expected = found.pop(ORACLE)["loss"], load_file(files[ORACLE])
     most = dict(zip(("loss", "gradients"), AGREEMENT[arms["ours"].device], strict=True))
     for arm, result in found.items():
@@ -206,14 +209,14 @@ def compare(tasks: dict[str, Task], folder: Path, layers: int) -> dict[str, dict
         far = [name for name, limit in most.items() if not errors[name] <= limit]
         reason = ", ".join(f"{name} by {errors[name]:.1e} (at most {most[name]:.0e})" for name in far)
         found[arm] = errors | ({"failed": f"differs from {ORACLE}: {reason}"} if far else {})
-    return found
+    return found, ""
 
 
 def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict:
     if found.keys() != expected.keys():
         return {"gradients": float("inf"), "tensors": len(found)}
-    worst = max(((found[name] - x).norm() / x.norm()).item() for name, x in expected.items())
-    return {"gradients": worst, "tensors": len(expected)}
+    errors = [(found[name] - x).norm() / x.norm() for name, x in expected.items()]
+    return {"gradients": torch.stack(errors).max().item(), "tensors": len(expected)}  # Python's max can lose a NaN
 
 
 def extrapolated(task: Task, folder: Path) -> dict:
@@ -266,10 +269,10 @@ def print_table(report: dict) -> None:
     print(f"\n{it['device']}, {it['dtype']}, {it['model']}, {it['layers']} layers, {len(it['documents'])} documents of "
           f"{it['documents'][0]} tokens, {it['trained']} of them trained")  # fmt: skip
     print(", ".join(f"{name} {version}" for name, version in it["versions"].items() if version))
+    if report["not compared"]:
+        print(f"not compared: {report['not compared']}")
     for arm, error in report["agreement"].items():
-        if arm == ORACLE:
-            print(f"not compared: {ORACLE} failed: {error['failed']}")
-        elif "gradients" in error:
+        if "gradients" in error:
             found = f"loss {error['loss']:.1e}, {error['tensors']} gradients {error['gradients']:.1e}"
             print(f"{arm} against {ORACLE}, relative error: {found}")
     columns = (("ms a step", 11), ("spread", 8), ("CPU ms", 9), ("spread", 8), ("tokens/s", 10), ("MFU", 7),

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psysafe.config import expand
 from psysafe.files import read_json
+from psysafe.hub import HubError, fetch_folder
 from psysafe.layers import FusedLinear, frozen
 from psysafe.lora import Adapter, load_adapter
 from psysafe.model import Qwen3_5
 from psysafe.model_config import ModelConfig
 from psysafe.runtime import memory_total
-from psysafe.shard import local_rows, shard_blocks
+from psysafe.shard import local_rows, rank_count, shard_blocks
 
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -98,17 +98,11 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
         return path, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        folder = snapshot_download(
-            source, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
-        )
-        return Path(folder), Path(folder).name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: no such folder, and the hub did not give it: {reason}") from None
+        folder = fetch_folder(source, revision or "", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
+    except HubError as error:
+        raise ValueError(f"{source}: no such folder, and the hub did not give it: {error}") from None
+    return folder, folder.name
 
 
 class Published(NamedTuple):
@@ -159,7 +153,7 @@ def _published(path: str, name: str, parameter: nn.Parameter) -> dict[str, Publi
 def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:
     """Raises ValueError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed //= dist.get_world_size() if shard and dist.is_initialized() else 1
+    needed //= rank_count() if shard else 1
     if device.type != "meta" and needed > memory_total(device):
         found, there = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
         raise ValueError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")

@@ -18,6 +18,7 @@ from psysafe.checkpoint import build
 from psysafe.config import TrainConfig, expand
 from psysafe.data import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
 from psysafe.files import read_json
+from psysafe.hub import HubError, fetch_file
 from psysafe.lora import Adapters, adapter_shape, attach, load_adapter
 from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes
 from psysafe.model import Qwen3_5
@@ -185,6 +186,7 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     """The facts of a run without its weights."""
     if config.shard:
         check_ranks(runtime.world_size)
+    config = adapted(config)
     architecture, where = read_architecture(config.model)
     # On tensors without memory in bf16, to count parameters; what the run would use follows from where it would run.
     assumed = runtime.device.type != "cuda" and assumes_gpu(config, build(architecture, "meta", torch.bfloat16))
@@ -217,16 +219,12 @@ def read_architecture(source: str) -> tuple[ModelConfig, Path]:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(hf_hub_download(source, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return fetch_file(source, "config.json")
+    except HubError as error:
         raise ValueError(
             f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
-            f"config.json: {reason}"
+            f"config.json: {error}"
         ) from None
 
 

@@ -14,9 +14,6 @@ moment when memory is fullest; `--embedding cpu` moves the other one to host mem
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from kernels import Pending
 from psysafe.model import Block, Qwen3_5
@@ -30,8 +27,12 @@ def shard_blocks(model: Qwen3_5, device: torch.device) -> None:
 
     Weights are uninitialised: `local_rows` says what to fill. The optimiser must not know a sharded weight.
     """
+    # Here, because importing them costs every other program most of a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     assert model.norm.is_meta, "a model with memory would first hold all of it"
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = rank_count()
     check_ranks(ranks)
     mesh = init_device_mesh(device.type, (ranks,))
     for block in model.layers:
@@ -39,7 +40,12 @@ def shard_blocks(model: Qwen3_5, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # The model itself shares no weights, but as the blocks' common root it lets one gather while another computes.
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters(recurse=False)))
+    _leave_inputs_alone(model)
     model.to_empty(device=device)
+
+
+def rank_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_ranks(ranks: int) -> None:
@@ -56,13 +62,26 @@ def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending])
     return h, pending
 
 
+def _leave_inputs_alone(model: Qwen3_5) -> None:
+    """FSDP moves its root's inputs to the GPU. Tokens for an embedding in host memory would come back from there, which
+    waits for the GPU in every micro-batch; so FSDP's hook, which stands between these two, is shown no inputs."""
+    held = []
+
+    def hide(model: Qwen3_5, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        held.append((args, kwargs))
+        return (), {}
+
+    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(lambda model, args, kwargs: held.pop(), with_kwargs=True)
+
+
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """(the rows of a parameter that lie on this rank, the number of the first one): all of it where it is not sharded.
 
     FSDP cuts as torch.chunk does: ceil(rows / ranks) each; the last ranks can have fewer, or none.
     """
     x = parameter.detach()
-    if not isinstance(x, DTensor):
+    if not hasattr(x, "to_local"):  # a DTensor has it; the class itself is slow to import
         return x, 0
     rows, ranks = x.shape[0], x.device_mesh.size()
     size = -(-rows // ranks)

@@ -7,6 +7,7 @@ import torch
 
 import train
 from psysafe import load_model
+from psysafe.lora import attach, save_adapter
 from psysafe.memory import Plan
 from psysafe.runtime import main_guard
 from tests.oracles import reference_model, write_checkpoint
@@ -48,6 +49,14 @@ def test_the_architecture_can_be_named(capsys):
 def test_the_bundled_model_is_told_for_the_machine_it_is_on(capsys, tmp_path):
     text = told(capsys, "--dry-run", "--out", str(tmp_path / "run"))
     assert "CPU" in text and "predicted peak" not in text and not (tmp_path / "run").exists()
+
+
+def test_an_adapter_to_start_from_is_told_in_its_own_shape(capsys, tmp_path):
+    model = load_model("assets:tiny")
+    adapters = attach(model, 4, 8, ["q_proj", "down_proj"])
+    save_adapter(adapters, tmp_path / "adapter", "assets:tiny", multimodal=False)
+    text = told(capsys, "--dry-run", "--out", str(tmp_path / "run"), "--adapter-init", str(tmp_path / "adapter"))
+    assert f"{adapters.count:,} parameters in {len(adapters.segments)} tensors" in text
 
 
 @pytest.mark.parametrize(

@@ -60,23 +60,45 @@ def test_arms_run_with_and_without_checkpointing(monkeypatch):
 
 
 def agreement(tmp_path, monkeypatch, factor: float) -> dict:
-    """Ours against an oracle that is ours, too, with one gradient scaled."""
+    """Ours against an oracle that is ours, too, with the last gradient scaled."""
     found = {"layers.0.mlp.up_proj.lora_A": torch.ones(3), "layers.0.mlp.up_proj.lora_B": torch.ones(2)}
 
     def run(task, folder):
-        scaled = {name: factor * x if task.arm == "ours" else x for name, x in found.items()}
+        scaled = {name: factor * x if task.arm == "ours" and name.endswith("B") else x for name, x in found.items()}
         save_file(scaled, task.gradients)
         return {"loss": 2.0}
 
     monkeypatch.setattr(step, "run", run)
     tasks = {"ours": TASK, "hf-peft": replace(TASK, arm="hf-peft")}
-    return step.compare(tasks, tmp_path, 1)["ours"]
+    found, not_compared = step.compare(tasks, tmp_path, 1)
+    assert not not_compared
+    return found["ours"]
 
 
 def test_an_arm_that_differs_is_not_timed(tmp_path, monkeypatch):
     assert "failed" not in agreement(tmp_path, monkeypatch, 1 + 5e-5)
     assert "differs from hf-peft: gradients by 1.0e-03" in agreement(tmp_path, monkeypatch, 1.001)["failed"]
     assert "failed" in agreement(tmp_path, monkeypatch, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "installed", "why"),
+    [
+        (["--all"], (), "hf-peft: not installed: transformers, peft (benchmarks/README.md lists versions)"),
+        (["--all"], ("transformers", "peft"), "hf-peft failed: no such model"),
+        (["--arm", "ours"], (), "--arm runs one arm alone; --all compares"),
+    ],
+)
+def test_a_race_without_comparison_says_so(argv, installed, why, capsys, monkeypatch):
+    """In the table and in the JSON: ours is timed all the same."""
+    failed, timed = {"failed": "no such model"}, {"seconds": 1.0, "cpu_seconds": 1.0, "loss": 2.0}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(step, "run", lambda task, folder: failed if task.arm == step.ORACLE else timed)
+    monkeypatch.setattr(step, "take_turns", lambda tasks, folder: {name: step.run(tasks[name], "") for name in tasks})
+    assert step.main([*argv, "--device", "cpu"]) == int(bool(installed))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert f"not compared: {why}" in lines and json.loads(last)["not compared"] == why
+    assert json.loads(last)["arms"]["ours"] == timed
 
 
 def test_an_arm_that_trains_other_tensors_differs():

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe.hub import GatedError, HubError, fetch_file
+
 
 class Repository(NamedTuple):
     """A data set on the hub and the files of the split that the benchmark asks."""
@@ -51,19 +53,15 @@ def locate(benchmark: str, args: argparse.Namespace, files: Sequence[str] = ()) 
 
 
 def _fetch(repository: str, file: str, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision or None))
-    except GatedRepoError:
+        return fetch_file(repository, file, revision, "dataset")
+    except GatedError:
         raise ValueError(
             f"{repository}: gated; accept its terms on https://huggingface.co/datasets/{repository} and set HF_TOKEN, "
             "or give --data with your copy"
         ) from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{repository}: the hub did not give {file} ({reason}); give --data with a copy") from None
+    except HubError as error:
+        raise ValueError(f"{repository}: the hub did not give {file} ({error}); give --data with a copy") from None
 
 
 def _commit(path: Path, file: str) -> str:
