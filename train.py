@@ -57,6 +57,7 @@ class Run:
 
 def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
+    config = adapted(config)
     check_optional(config)
     runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
@@ -72,7 +73,7 @@ def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, wa
     if runtime.is_main:
         check_run_dir(config.out)
     folder, commit = resolve_model(config.model, config.revision)
-    config = adapted(replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch.")))
+    config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
     state = load_state(config.out, config.resume)
     if state:
         check_resume(state, config)

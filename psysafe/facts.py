@@ -186,7 +186,6 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     """The facts of a run without its weights."""
     if config.shard:
         check_ranks(runtime.world_size)
-    config = adapted(config)
     architecture, where = read_architecture(config.model)
     # On tensors without memory in bf16, to count parameters; what the run would use follows from where it would run.
     assumed = runtime.device.type != "cuda" and assumes_gpu(config, build(architecture, "meta", torch.bfloat16))
