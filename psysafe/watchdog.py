@@ -8,6 +8,9 @@ A thread of every rank writes a sign of life into the store in which the ranks m
 the others. So a death is seen although the others wait inside a collective that will never return (NCCL's do not), and
 the message can say who is missing: the collective's own error cannot. Who is late is told by counting beats, which are
 as many on every rank.
+
+Who is through with the block waits at its end for the others. What one rank does there after its last beat, a plot or
+an upload, is bounded by the timeout like any step.
 """
 
 import json
@@ -76,14 +79,21 @@ class Watchdog:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if self.store is None:
             return
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if error is None:
+            self.beat(self.mine.step)  # whoever is still at work has one less
+            try:
+                dist.barrier()  # until the last one is through all sign, for silence is death
+            except RuntimeError as lost:
+                self._explain()
+                raise
+        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self._explain()
         self.stop.set()
         self.thread.join()
-        if error is not None:
+        if error is None:
+            dist.barrier()  # nobody leaves while somebody still watches: the store may go with the first one
+        else:
             self._sign(left=True)
-        else:  # nobody leaves while somebody still watches: the store may go with the first one
-            dist.barrier()
 
     def _watch(self) -> None:
         while not self.stop.wait(INTERVAL):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,14 @@ def python(code: str, **environment) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment, **pipes)
+
+
+def two_ranks(code: str) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
 
 
 LOOP = """
@@ -134,8 +143,7 @@ def test_two_ranks_agree_on_a_stop():
 
         sys.exit(main_guard(main, []))
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    ranks = [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    ranks = two_ranks(code)
     assert [rank.communicate(timeout=40)[0] for rank in ranks] == ["0 True 15 0\n", "1 False 15 0\n"]
     assert [rank.returncode for rank in ranks] == [0, 0]
 
@@ -152,8 +160,7 @@ def test_ranks_that_were_given_other_things_end_before_they_begin():
 
         sys.exit(main_guard(main, []))
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(26000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    ranks = [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    ranks = two_ranks(code)
     for rank, process in enumerate(ranks):
         line = process.communicate(timeout=40)[1]
         assert line.startswith(f"error (rank {rank}): resumes_after_step: 0 on rank 1, 200 on rank 0; start every rank")

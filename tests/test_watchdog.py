@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_ranks import torchrun
 from tests.test_resume import ENVIRONMENT, ROOT, assert_same_run, command, workspace  # noqa: F401
-from tests.test_runtime import python
+from tests.test_runtime import two_ranks
 
 LOOP = """
     import os, signal, sys, time
@@ -20,7 +20,7 @@ LOOP = """
 
     def main(argv):
         runtime = start("cpu", timeout_s=60)
-        with Watchdog(runtime, timeout=4) as watch:
+        with Watchdog(runtime, timeout=TIMEOUT) as watch:
             runtime.largest(0)
             for step in range(1, 6):
                 watch.beat(step)
@@ -28,29 +28,31 @@ LOOP = """
                     TROUBLE
                 watch.beat(step)
                 runtime.largest(0)
+            if runtime.rank == 0:
+                AFTER
         print("done")
 
     sys.exit(main_guard(main, []))
 """
 
 
-def two_ranks(trouble: str, port: int) -> list[subprocess.Popen]:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    return [python(LOOP.replace("TROUBLE", trouble), RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+def loop(trouble: str = "pass", after: str = "pass", timeout: int = 4) -> list[subprocess.Popen]:
+    """Two ranks. trouble: what the second does in step 3; after: the first when its loop is over."""
+    return two_ranks(LOOP.replace("TROUBLE", trouble).replace("AFTER", after).replace("TIMEOUT", str(timeout)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trouble", "port", "message"),
+    ("trouble", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", 21000, "error (rank 0): rank 1 died in step 3; all ranks end here"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 22000, "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
-        ("time.sleep(60)", 23000, "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
-        ("raise AssertionError", 24000, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error (rank 0): rank 1 died in step 3; all ranks end here"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
+        ("time.sleep(60)", "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
+        ("raise AssertionError", "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
     ],
 )
-def test_one_line_names_the_rank_and_the_step(trouble, port, message):
-    ranks = two_ranks(trouble, port)
+def test_one_line_names_the_rank_and_the_step(trouble, message):
+    ranks = loop(trouble)
     # Whoever is in trouble may be unable to end: the other one does.
     out, err = ranks[0].communicate(timeout=60)
     if "SIGSTOP" in trouble:
@@ -63,9 +65,8 @@ def test_one_line_names_the_rank_and_the_step(trouble, port, message):
 
 @pytest.mark.slow
 def test_ranks_that_are_well_say_nothing():
-    """Also when the rank that holds the store is through before the other one."""
-    for trouble in ("pass", "time.sleep(3)"):
-        ranks = two_ranks(trouble, 25000)
+    """Also when the rank that holds the store is through before the other one, or long after it."""
+    for ranks in (loop(), loop("time.sleep(3)"), loop(after="time.sleep(3)")):
         assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
         assert [rank.returncode for rank in ranks] == [0, 0]
 
