@@ -26,6 +26,8 @@ LOOP = """
                 watch.beat(step)
                 if (runtime.rank, step) == (1, 3):
                     TROUBLE
+                if (runtime.rank, step) == (0, 3):
+                    MEANWHILE
                 watch.beat(step)
                 runtime.largest(0)
             if runtime.rank == 0:
@@ -36,9 +38,21 @@ LOOP = """
 """
 
 
-def loop(trouble: str = "pass", after: str = "pass", timeout: int = 4) -> list[subprocess.Popen]:
-    """Two ranks. trouble: what the second does in step 3; after: the first when its loop is over."""
-    return two_ranks(LOOP.replace("TROUBLE", trouble).replace("AFTER", after).replace("TIMEOUT", str(timeout)))
+def loop(trouble="pass", meanwhile="pass", after="pass", timeout=4) -> list[subprocess.Popen]:
+    """Two ranks. trouble: what the second does in step 3; meanwhile, after: the first, then and at the loop's end."""
+    code = LOOP.replace("TROUBLE", trouble).replace("MEANWHILE", meanwhile).replace("AFTER", after)
+    return two_ranks(code.replace("TIMEOUT", str(timeout)))
+
+
+def assert_one_line(ranks: list[subprocess.Popen], message: str, frozen: bool = False) -> None:
+    """Every rank ends by itself, except one that is frozen."""
+    out, err = ranks[0].communicate(timeout=60)
+    if frozen:
+        ranks[1].kill()
+    lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
+    said = [line for line in lines if line.startswith("error")]
+    assert len(said) == 1 and message in said[0], lines
+    assert ranks[0].returncode == 1 and out == ""
 
 
 @pytest.mark.slow
@@ -52,15 +66,21 @@ def loop(trouble: str = "pass", after: str = "pass", timeout: int = 4) -> list[s
     ],
 )
 def test_one_line_names_the_rank_and_the_step(trouble, message):
-    ranks = loop(trouble)
-    # Whoever is in trouble may be unable to end: the other one does.
-    out, err = ranks[0].communicate(timeout=60)
-    if "SIGSTOP" in trouble:
-        ranks[1].kill()
-    lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
-    said = [line for line in lines if line.startswith("error")]
-    assert len(said) == 1 and message in said[0], lines
-    assert ranks[0].returncode == 1 and out == ""
+    assert_one_line(loop(trouble), message, frozen="SIGSTOP" in trouble)
+
+
+@pytest.mark.slow
+def test_an_error_is_told_to_who_waits_where_nothing_returns():
+    """As in a collective of NCCL, which does not fail when a rank is gone."""
+    ranks = loop("raise AssertionError", meanwhile="time.sleep(60)", timeout=30)
+    assert_one_line(ranks, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks")
+
+
+@pytest.mark.slow
+def test_a_failure_here_is_not_hidden_by_a_silence_there():
+    failure = "raise RuntimeError('CUDA error: unspecified launch failure\\nand more')"
+    ranks = loop("os.kill(os.getpid(), signal.SIGSTOP)", meanwhile=failure, timeout=30)
+    assert_one_line(ranks, "--resume auto; here RuntimeError: CUDA error: unspecified launch failure", frozen=True)
 
 
 @pytest.mark.slow
@@ -116,6 +136,6 @@ def test_torchrun_restarts_it_where_its_state_stands(workspace):  # noqa: F811
 @pytest.mark.slow
 def test_the_line_is_the_watchdogs(workspace, tmp_path):  # noqa: F811
     """Without the watchdog's own explanation the very same end has no line of ours."""
-    wrong = "import sys, train\ntrain.Watchdog._explain = lambda self: None\nsys.exit(train.main_guard(train.main))\n"
+    wrong = "import sys, train\ntrain.Watchdog._explain = lambda *_: None\nsys.exit(train.main_guard(train.main))\n"
     (tmp_path / "wrong.py").write_text(wrong)
     assert kill_a_rank(workspace, "killed-rank-unsaid", tmp_path / "wrong.py")[1] == []
