@@ -157,7 +157,8 @@ def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
         except torch.OutOfMemoryError as error:
             log_step(run, log, waiting)
             save(run, log, rows_digest)
-            raise ValueError(run.plan.out_of_memory(run.step + 1, run.config.out, error)) from None
+            saved = run.runtime.is_main and not run.unsaved
+            raise ValueError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
         log_step(run, log, waiting)
         waiting = result
         run.step += 1

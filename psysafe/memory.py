@@ -209,12 +209,13 @@ class Plan:
             block.recompute = dropped
         return choice
 
-    def out_of_memory(self, step: int, out: str, error: Exception) -> str:
-        """The message for a GPU that ran out of memory in spite of the plan."""
+    def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> str:
+        """The message for a GPU that ran out of memory in spite of the plan. saved: with all steps before this one."""
         lower = (self.limit + RESERVE) / 1e9 - 2
+        kept = "the run is saved: continue" if saved else "continue from the last saved state"
         return (
             f"step {step}: out of GPU memory with {self.limit / 1e9:.1f} GB planned for ({str(error).split('.')[0]}); "
-            f"the run is saved: continue with --out {out} --resume auto --memory-limit {lower:.0f}, or lower "
+            f"{kept} with --out {out} --resume auto --memory-limit {lower:.0f}, or lower "
             "--micro-batch-tokens, or take --embedding cpu"
         )
 

@@ -122,7 +122,8 @@ def _meet(backend: str, timeout_s: float) -> dist.Store:
     """Join the other ranks, once a process. Returns the store in which they meet."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    # torchrun keeps its store over a restart, and in it the addresses of the dead.
+    # torchrun keeps its store over a restart, and in it the addresses of the dead. The count is one machine's own: on
+    # several they can differ, and then the ranks would wait for each other in vain.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return store
@@ -193,7 +194,7 @@ class StopRequest:
         with StopRequest() as stop:
             for step in ...:
                 ...
-                if runtime.largest(stop.received): save, return stop.exit_code
+                if runtime.largest(stop.received): save, return 128 + stop.received
 
     The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
     """
@@ -213,11 +214,6 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
-
-    @property
-    def exit_code(self) -> int:
-        """143 after SIGTERM, 130 after SIGINT, 0 without a signal."""
-        return 128 + self.received if self.received else 0
 
 
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

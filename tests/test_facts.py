@@ -80,15 +80,25 @@ def test_mistakes_are_one_line(argv, message, capsys, monkeypatch, tmp_path):
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_out_of_memory_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "unsaved", "kept"),
+    [
+        (0, "", "the run is saved: continue with --out"),
+        (0, "step 2 was not saved: disk full", "); continue from the last saved state with --out"),
+        (1, "", "); continue from the last saved state with --out"),  # only rank 0 saves
+    ],
+)
+def test_out_of_memory_is_one_line_and_loses_nothing(rank, unsaved, kept, tmp_path, monkeypatch):
     """The third step runs out of memory: its own numbers are lost, those before it are logged and the state saved."""
     run, _ = setup(tmp_path / "model", torch.float32)
     run.config = replace(run.config, out=str(tmp_path / "run"))
     run.plan = Plan(run.model.config, run.adapters.targets, 1, 84 * 10**9, 0)
+    run.unsaved = unsaved
     logged, saved, original = [], [], train.train_step
 
     def step(run):
         if run.step == 2:
+            run.runtime = replace(run.runtime, rank=rank)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(run)
 
@@ -98,7 +108,7 @@ def test_out_of_memory_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as caught:
         train.train(run, None, type("Stop", (), {"received": 0})(), "")
     text = str(caught.value)
-    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text and "\n" not in text
+    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text and kept in text and "\n" not in text
     assert logged == [1, 2] and saved == [0, 2]  # before the first step, and now
 
 

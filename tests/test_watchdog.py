@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_ranks import torchrun
 from tests.test_resume import ENVIRONMENT, ROOT, assert_same_run, command, workspace  # noqa: F401
-from tests.test_runtime import python
+from tests.test_runtime import two_ranks
 
 LOOP = """
     import os, signal, sys, time
@@ -20,40 +20,34 @@ LOOP = """
 
     def main(argv):
         runtime = start("cpu", timeout_s=60)
-        with Watchdog(runtime, timeout=4) as watch:
+        with Watchdog(runtime, timeout=TIMEOUT) as watch:
             runtime.largest(0)
             for step in range(1, 6):
                 watch.beat(step)
                 if (runtime.rank, step) == (1, 3):
                     TROUBLE
+                if (runtime.rank, step) == (0, 3):
+                    MEANWHILE
                 watch.beat(step)
                 runtime.largest(0)
+            if runtime.rank == 0:
+                AFTER
         print("done")
 
     sys.exit(main_guard(main, []))
 """
 
 
-def two_ranks(trouble: str, port: int) -> list[subprocess.Popen]:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    return [python(LOOP.replace("TROUBLE", trouble), RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+def loop(trouble="pass", meanwhile="pass", after="pass", timeout=4) -> list[subprocess.Popen]:
+    """Two ranks. trouble: what the second does in step 3; meanwhile, after: the first, then and at the loop's end."""
+    code = LOOP.replace("TROUBLE", trouble).replace("MEANWHILE", meanwhile).replace("AFTER", after)
+    return two_ranks(code.replace("TIMEOUT", str(timeout)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trouble", "port", "message"),
-    [
-        ("os.kill(os.getpid(), signal.SIGKILL)", 21000, "error (rank 0): rank 1 died in step 3; all ranks end here"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 22000, "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
-        ("time.sleep(60)", 23000, "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
-        ("raise AssertionError", 24000, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
-    ],
-)
-def test_one_line_names_the_rank_and_the_step(trouble, port, message):
-    ranks = two_ranks(trouble, port)
-    # Whoever is in trouble may be unable to end: the other one does.
+def assert_one_line(ranks: list[subprocess.Popen], message: str, frozen: bool = False) -> None:
+    """Every rank ends by itself, except one that is frozen."""
     out, err = ranks[0].communicate(timeout=60)
-    if "SIGSTOP" in trouble:
+    if frozen:
         ranks[1].kill()
     lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
     said = [line for line in lines if line.startswith("error")]
@@ -62,10 +56,37 @@ def test_one_line_names_the_rank_and_the_step(trouble, port, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error (rank 0): rank 1 died in step 3; all ranks end here"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 is dead or frozen in step 3: silent for 2 s; all"),
+        ("time.sleep(60)", "rank 1 hangs in step 3: no progress for 4 s (--timeout)"),
+        ("raise AssertionError", "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks"),
+    ],
+)
+def test_one_line_names_the_rank_and_the_step(trouble, message):
+    assert_one_line(loop(trouble), message, frozen="SIGSTOP" in trouble)
+
+
+@pytest.mark.slow
+def test_an_error_is_told_to_who_waits_where_nothing_returns():
+    """As in a collective of NCCL, which does not fail when a rank is gone."""
+    ranks = loop("raise AssertionError", meanwhile="time.sleep(60)", timeout=30)
+    assert_one_line(ranks, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks")
+
+
+@pytest.mark.slow
+def test_a_failure_here_is_not_hidden_by_a_silence_there():
+    failure = "raise RuntimeError('CUDA error: unspecified launch failure\\nand more')"
+    ranks = loop("os.kill(os.getpid(), signal.SIGSTOP)", meanwhile=failure, timeout=30)
+    assert_one_line(ranks, "--resume auto; here RuntimeError: CUDA error: unspecified launch failure", frozen=True)
+
+
+@pytest.mark.slow
 def test_ranks_that_are_well_say_nothing():
-    """Also when the rank that holds the store is through before the other one."""
-    for trouble in ("pass", "time.sleep(3)"):
-        ranks = two_ranks(trouble, 25000)
+    """Also when the rank that holds the store is through before the other one, or long after it."""
+    for ranks in (loop(), loop("time.sleep(3)"), loop(after="time.sleep(3)")):
         assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
         assert [rank.returncode for rank in ranks] == [0, 0]
 
@@ -115,6 +136,6 @@ def test_torchrun_restarts_it_where_its_state_stands(workspace):  # noqa: F811
 @pytest.mark.slow
 def test_the_line_is_the_watchdogs(workspace, tmp_path):  # noqa: F811
     """Without the watchdog's own explanation the very same end has no line of ours."""
-    wrong = "import sys, train\ntrain.Watchdog._explain = lambda self: None\nsys.exit(train.main_guard(train.main))\n"
+    wrong = "import sys, train\ntrain.Watchdog._explain = lambda *_: None\nsys.exit(train.main_guard(train.main))\n"
     (tmp_path / "wrong.py").write_text(wrong)
     assert kill_a_rank(workspace, "killed-rank-unsaid", tmp_path / "wrong.py")[1] == []
