@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
     config = adapted(config)
     check_optional(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
         if runtime.is_main:
@@ -141,6 +143,8 @@ def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
             waiting = None
         if stopping:
             save(run, log, rows_digest)
+            if not run.unsaved:
+                log.say(f"stopped and saved after step {run.step}; continue with --resume auto")
             return 128 + stopping
         if due:
             save(run, log, rows_digest)

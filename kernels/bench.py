@@ -327,7 +327,7 @@ def without_gpu(chosen: list[Offer], ops: list[str] | None) -> int:
     ]
     for row in rows:
         print(f"  {row.op}: {row.case}")
-    print("instead, the check in Triton's interpreter:", flush=True)
+    print("instead, the check in Triton's interpreter, which takes some minutes:", flush=True)
     failed = in_interpreter("kernels.check", ["--op", *ops] if ops else [])
     print(json.dumps(document(rows, None) | {"check": "failed" if failed else "ok"}))
     return failed

@@ -1,7 +1,15 @@
 """PsychoSafe from scratch: Qwen3.5 in plain PyTorch and Triton, fine-tuned to refuse with care."""
 
-from psysafe.checkpoint import load_model
-from psysafe.tokenizer import load_tokenizer
+import importlib
 
-__all__ = ["load_model", "load_tokenizer"]
+_PUBLIC = {"load_model": "psysafe.checkpoint", "load_tokenizer": "psysafe.tokenizer"}
+
+__all__ = [*_PUBLIC]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Imported when asked for: `python -m psysafe.checkpoint` must not find itself imported already.
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'psysafe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

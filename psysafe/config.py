@@ -105,6 +105,8 @@ class TrainConfig:
     # Machine and reporting
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves them to torch, which takes OMP_NUM_THREADS or every core."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the frozen weights and activations; auto is bfloat16 on a GPU, float32 on a CPU."""
     memory_limit: float = 0.0
@@ -134,7 +136,7 @@ DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default f
 
 _RANGES = {  # what a value must be: (the test, the keys)
     "0 or more": (
-        lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed memory_limit"
+        lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed memory_limit threads"
     ),
     "1 or more": (lambda x: x >= 1, "max_tokens batch_size micro_batch_tokens epochs lora_rank"),
     "above 0": (lambda x: x > 0, "lora_alpha eps max_grad_norm timeout"),

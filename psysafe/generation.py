@@ -140,7 +140,7 @@ class Generator:
         self.engine = Engine(self.model, options, slots, limit, tokenizer.eos_ids, closing, tokenizer.think_end_id)
         if self.say is not None:
             each = self.engine.cache.bytes_per_slot / 1e6
-            self.say(f"{slots} slots of {limit:,} tokens, {each:,.1f} MB each, {slots * each:,.1f} MB in all")
+            self.say(f"memory for {slots} x {limit:,} tokens: {each:,.1f} MB each, {slots * each:,.1f} MB in all")
 
     def _answer(self, progress: "Progress") -> "Answer":
         text = self.tokenizer.decode(progress.ids[:-1] if progress.finish == STOP else progress.ids)

@@ -249,6 +249,8 @@ def check_matrices(config: dict, tensors: dict[str, Tensor], source: str | Path)
 def read_adapter_config(directory: str | Path) -> dict:
     """adapter_config.json of an adapter folder. Raises ValueError for what is broken in it or cannot be honoured."""
     file = Path(directory, "adapter_config.json")
+    if not file.exists():
+        raise ValueError(f"{directory}: no adapter there (an adapter_config.json); train.py --out makes one")
     config = read_json(file)
     for key in UNSUPPORTED:
         if config.get(key):

@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
     *("data", "val_data", "out", "resume", "save_every", "micro_batch_tokens"),
-    *("device", "shard", "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
+    *("device", "threads", "shard", "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
 }
 
 
@@ -258,10 +258,11 @@ def _discard(path: Path) -> None:
 
 
 def _set_aside(run_dir: Path) -> None:
-    """Move an earlier run's files into the first free earlier-N."""
+    """Move an earlier run's files into the first free earlier-N, and say so."""
     number = next(n for n in range(1, 10**6) if not (run_dir / f"earlier-{n}").exists())
     place = run_dir / f"earlier-{number}"
     place.mkdir()
     for name in RUN_FILES:
         if (run_dir / name).exists():
             os.rename(run_dir / name, place / name)
+    print(f"the run that was in {run_dir} is now in {place}")

@@ -67,7 +67,7 @@ def test_one_prompt(run, base, adapter, tmp_path):
     """The base, then, once there is a run, its adapter; both can be named; the adapter knows its base."""
     plain = run("hello", *SHORT)
     assert (plain.code, len(plain.out.encode()) > 2) == (0, True)
-    assert "1 slots of" in plain.err and "MB each" in plain.err
+    assert "memory for 1 x" in plain.err and "MB each" in plain.err
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/tiny").symlink_to(adapter)
     tuned = run("hello", *SHORT)
@@ -278,8 +278,8 @@ def assert_one_line(result, message):
         (("a", "--chat"), "expected one of"),
         ((" \n",), "the prompt is empty; expected a text"),
         (("a", "--system", "nowhere.txt"), "--system nowhere.txt: no readable text file"),
-        (("a", "--adapter", "nowhere"), "nowhere/adapter_config.json: No such file"),
-        (("a", "--compare", "base,nowhere"), "nowhere/adapter_config.json: No such file"),
+        (("a", "--adapter", "nowhere"), "nowhere: no adapter there"),
+        (("a", "--compare", "base,nowhere"), "nowhere: no adapter there"),
         (("a", "--model", "nowhere"), "nowhere: no such model folder"),
         (("a", "--merge"), "--merge: there is no adapter to merge"),
         (("a", "--compare", "base,b", "--merge"), "--compare names the adapters itself"),

@@ -440,7 +440,7 @@ def test_what_does_not_fit_is_named(text_model, monkeypatch):
     monkeypatch.setattr(generation, "memory_free", lambda device: 5 * each)
     generator = Generator(text_model, tokenizer(), Options(max_new_tokens=4), said.append)
     assert len(list(generator.complete([Request(i, [1]) for i in range(20)]))) == 20
-    assert said == [f"4 slots of 5 tokens, {each / 1e6:.1f} MB each, {4 * each / 1e6:.1f} MB in all"]
+    assert said == [f"memory for 4 x 5 tokens: {each / 1e6:.1f} MB each, {4 * each / 1e6:.1f} MB in all"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("seed", -1),
