@@ -89,7 +89,7 @@ def batches(model: Qwen3_5, items: Sequence[list[Branches]], batch_tokens: int =
 
 @torch.inference_mode()
 def score(model: Qwen3_5, items: Sequence[list[Branches]]) -> list[list[float]]:
-    """The log-likelihood of each choice of each item: summed over its tokens, over the whole vocabulary, in fp32."""
+    """The log-likelihood of each choice of each item: over the whole vocabulary in fp32, its tokens summed in fp64."""
     device = model.embed_tokens.device
     branches = [b for item in items for b in item]
     slots = sum(map(_slots, branches))
@@ -156,11 +156,11 @@ def _packed(pieces: Sequence[list[int]], device: torch.device) -> tuple[Tensor, 
 
 
 def _logprobs(model: Qwen3_5, hidden: Tensor, targets: list[int]) -> Tensor:
-    """hidden (N, D), targets (N,) -> (N,) fp32 (fp64 in an fp64 model), on the CPU."""
+    """hidden (N, D), targets (N,) -> (N,) fp64, computed in fp32 (fp64 in an fp64 model), on the CPU."""
     wanted = torch.tensor(targets, device=hidden.device)
     found = []
     for rows, target in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
         logits = model.logits(rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found.append(logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1))
-    return torch.cat(found).cpu()
+    return torch.cat(found).double().cpu()  # the sum over a long text would lose its last digits
