@@ -41,7 +41,10 @@ def assert_close_fp32(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """bf16 results: max error <= 2x and RMS error <= 1.5x that of plain PyTorch in bf16, both against fp64."""
+    """bf16 results: max error <= 2x and RMS error <= 1.5x that of plain PyTorch in bf16, both against fp64.
+
+    What stays in fp32 has no rounding point, and the ratio of two noises tells nothing: 1e-5 RMS(b) is always allowed.
+    """
     _same_names(actual, expected)
     for name, b in expected.items():
         b = b.detach().double().cpu()
@@ -52,8 +55,9 @@ def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expec
             ("max", 2.0, lambda e: e.abs().max().item()),
             ("RMS", 1.5, lambda e: e.square().mean().sqrt().item()),
         ):
-            mine, yours = error(ours), error(theirs)
-            assert mine <= limit * yours, f"{name}: {what} error {mine:.3e}, plain PyTorch {yours:.3e}, limit {limit}x"
+            mine, yours, noise = error(ours), error(theirs), 1e-5 * b.square().mean().sqrt().item()
+            message = f"{name}: {what} error {mine:.3e}, plain PyTorch {yours:.3e}, limit {limit}x"
+            assert mine <= max(limit * yours, noise), message
 
 
 def _same_names(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

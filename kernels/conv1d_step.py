@@ -24,12 +24,9 @@ from kernels.seams import compute_dtype
 def causal_conv1d_silu_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """x (B, C), weight (C, M), tail (B, M-1, C) in x's dtype, updated in place -> c (B, C) in x's dtype."""
     dtype = compute_dtype(x)
-    rows, (*taps, last) = tail.unbind(1), weight.to(dtype).T.contiguous()
-    a = x.to(dtype) * last
-    for row, tap in zip(reversed(rows), reversed(taps), strict=True):
-        a = torch.addcmul(a, row.to(dtype), tap)
-    for row, newer in zip(rows, (*rows[1:], x), strict=True):
-        row.copy_(newer)
+    window = torch.cat([tail, x[:, None]], dim=1)
+    a = (window.to(dtype) * weight.to(dtype).T.contiguous()).sum(1)
+    tail.copy_(window[:, 1:])
     return F.silu(a).to(x.dtype)
 
 

@@ -29,11 +29,12 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     The query sees the first lengths[b] rows of its cache; its own key is already among them. What lies behind may be
     anything finite.
     """
-    (B, H, K), G, longest, dtype = q.shape, k_cache.shape[2], lengths.max(), compute_dtype(q)
+    (B, H, K), G, longest, dtype = q.shape, k_cache.shape[2], int(lengths.max()), compute_dtype(q)
     k, v = (x[:, :longest].transpose(1, 2).to(dtype) for x in (k_cache, v_cache))  # (B, G, S, K)
     # The query heads of a group are rows of one product: keys and values are read once for all of them.
-    rows, seen = q.to(dtype).view(B, G, H // G, K), torch.arange(longest, device=q.device) < lengths[:, None]
-    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen[:, None, None])
+    rows, behind = q.to(dtype).view(B, G, H // G, K), torch.arange(longest, device=q.device) >= lengths[:, None]
+    mask = q.new_zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask[:, None, None])
     return o.reshape(B, H, K).to(k_cache.dtype)
 
 

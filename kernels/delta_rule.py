@@ -50,13 +50,13 @@ from kernels import delta_rule_forward as forward
 from kernels.closeness import Case
 from kernels.delta_rule_forward import CHUNK, L2_EPS
 from kernels.protocol import CompileSpec, Work
+from kernels.rms_norm import padded_norm
 from kernels.seams import Documents, compute_dtype
 
 
 def l2_normalise(x: Tensor) -> Tensor:
     """x rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(torch.full((), L2_EPS, dtype=x.dtype, device=x.device), norm, norm).rsqrt()
+    return x / padded_norm(x, L2_EPS)
 
 
 def decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -162,12 +162,12 @@ def gated_delta_rule_step_reference(
     """
     (B, H, dk, dv), dtype = state.shape, state.dtype
     S = state.view(B * H, dk, dv)
-    qk = l2_normalise(torch.stack([q, k]).to(dtype)).unsqueeze(3).expand(-1, -1, -1, H // k.shape[1], -1)
-    q, k = qk.reshape(2, B * H, 1, dk)
+    qk = torch.stack([q, k]).to(dtype).unsqueeze(3).expand(-1, -1, -1, H // k.shape[1], -1)
+    q, k = l2_normalise(qk).reshape(2, B * H, 1, dk)
     S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
     e = b.to(dtype).sigmoid().view(B * H, 1, 1) * torch.baddbmm(v.to(dtype).reshape(B * H, 1, dv), k, S, alpha=-1)
     S.addcmul_(k.transpose(1, 2), e)
-    return (torch.bmm(q, S) * dk**-0.5).view(B, H, dv).to(v.dtype)
+    return torch.baddbmm(e, q, S, beta=0, alpha=dk**-0.5).view(B, H, dv).to(v.dtype)  # without e: 0 of it is added
 
 
 class _GatedDeltaRule(torch.autograd.Function):

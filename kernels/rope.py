@@ -35,7 +35,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     R = cos.shape[1]
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     x1, x2, passing = x.split_with_sizes((R, R, x.shape[-1] - 2 * R), dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, passing], dim=-1)
+    x1, x2 = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
+    return torch.cat([x1, x2, passing], dim=-1)
 
 
 def qk_norm_rope_reference(

@@ -147,7 +147,7 @@ class Qwen3_5(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (T,) -> (T, D). An embedding in host memory wants its tokens there, too: that costs no wait."""
-        h = F.embedding(tokens.to(self.embed_tokens.device), self.embed_tokens)
+        h = self.embed_tokens.index_select(0, tokens.to(self.embed_tokens.device))
         if h.device != self.norm.device:
             h = (h.pin_memory() if self.norm.is_cuda else h).to(self.norm.device, non_blocking=True)
         return h
