@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import Documents
 from psysafe.model_config import ModelConfig
+from psysafe.recording import whole
 
 
 class Cache:
@@ -168,13 +169,14 @@ class StepView:
         """(slots * G,): the rows of the new keys in a cache (slots * G * max_tokens, K)."""
         heads, size = self.cache.config.num_key_value_heads, self.cache.max_tokens
         first = torch.arange(0, self.cache.slots * heads * size, size, device=self.live.device)
-        return first + self.cache.lengths.repeat_interleave(heads)
+        return (first.view(-1, heads) + self.cache.lengths[:, None]).flatten()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         k_cache, v_cache = self.cache.layers[layer]
         k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
         v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
-        return kernels.attention_decode(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
+        attend = whole(kernels.attention_decode)  # its reference reads as many keys as the longest sequence has
+        return attend(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         c = kernels.causal_conv1d_silu_step(x, weight, self.cache.layers[layer][0])

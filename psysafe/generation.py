@@ -29,7 +29,7 @@ from psysafe.recording import captured, recorded
 from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
-RUNNING, STOP, LENGTH = 0, 1, 2
+RUNNING, LENGTH, STOP = range(3)  # the larger one counts
 REASONS = {STOP: "stop", LENGTH: "length"}
 # Decoding reads all weights once a step, whatever the batch: more slots are almost free until arithmetic dominates.
 MOST_SLOTS = {"cuda": 64, "cpu": 8}
@@ -183,6 +183,7 @@ class Engine:
     has been put in its mouth.
     """
 
+    @torch.inference_mode(False)  # a recording writes to what is made here, which must not be inference tensors
     def __init__(
         self,
         model: Qwen3_5,
@@ -197,7 +198,8 @@ class Engine:
         self.device = device = model.embed_tokens.device
         self.cache = Cache(model.config, slots, max_tokens, device, model.embed_tokens.dtype)
         self.documents = Documents(torch.arange(slots + 1, dtype=torch.int32), device)
-        self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=device)
+        self.ends = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=device)
+        self.ends[self._tensor(eos_ids)] = STOP
         self.closing = torch.tensor(closing, dtype=torch.int64, device=device)
         self.token, self.row, self.made, self.limit, self.closed = torch.zeros(
             5, slots, dtype=torch.int64, device=device
@@ -298,24 +300,23 @@ class Engine:
             self.closed[at] = closed + closing
             self.thinking[at] = thinking & (token != self.think_end_id)
         made = made + live
-        stop = (token[:, None] == self.eos).any(1)
-        finish = ((made >= self.limit[at]) * LENGTH).masked_fill(stop, STOP)  # else RUNNING, which is 0
+        finish = torch.maximum(self.ends.index_select(0, token), made >= self.limit[at])
         self.token[at], self.made[at], self.live[at] = token, made, live & (finish == RUNNING)
         if seen:
             self.written[at] = seen[1].scatter(1, token[:, None], True)
         return torch.stack([token, finish])
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
 class Report:
-    """What a step decided, on its way to the host while the next step runs."""
+    """What a step decided, on its way to the host while the next step runs, which writes its own to the same place."""
 
     def __init__(self, report: Tensor):
-        self.values, self.ready = report, None
+        self.values, self.ready = report.to("cpu", non_blocking=True, copy=True), None
         if report.is_cuda:
-            self.values, self.ready = report.to("cpu", non_blocking=True), torch.cuda.Event()
+            self.ready = torch.cuda.Event()
             self.ready.record()
 
     def read(self) -> list[list[int]]:

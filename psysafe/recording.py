@@ -1,39 +1,50 @@
-"""A function's tensor operations, recorded once and then called without the Python around them: `captured` as a CUDA
-graph on a GPU, `recorded` as flat calls on a CPU.
+"""A function's tensor operations, recorded once and then repeated without the Python around them: `captured` as a CUDA
+graph on a GPU, `recorded` as a list of calls on a CPU.
 
-For a small model on a CPU the modules, checks and views of a decode step take as long as its arithmetic. `recorded`
-runs the step once, notes every call into torch, and lets torch.fx write them down as one flat function. What a CUDA
-graph is to launches on a GPU, this is to Python.
+For a small model on a CPU the modules, checks, views and allocations of a decode step take as long as its arithmetic.
+`recorded` runs the step once and notes every operation of aten that computes or writes something. Repeated, each puts
+its result where it lay the first time, so that views of it are valid already.
 
-As in a CUDA graph, shapes are fixed and no value may decide what is called; only the bounds of a slice may be a tensor.
-Tensors from outside are the same memory in each call: what the function reads and writes there is its input and its
-output. Parameters never change, so what depends on them alone (1 + w), or on no tensor at all, is computed once; random
-numbers must come from elsewhere.
+As in a CUDA graph, shapes are fixed and no value may decide what is called; what needs one inside is repeated as one
+call (`whole`). Tensors from outside are the same memory in each call: what the function reads and writes there is its
+input and its output. Parameters never change, so what depends on them alone (1 + w), or on no tensor at all, is
+computed once; random numbers must come from elsewhere.
 """
 
-import operator
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-# A value that leaves the tensors could decide something that the recording would not see.
-LEAVING = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+Call = tuple[Callable, tuple, dict]  # function, args, kwargs
+
+aten = torch.ops.aten
+# Where Python finds aten's operations with an `out`; torch.ops.aten has all of them, but takes a microsecond more.
+HOMES = (torch, torch._C._nn, torch._C._linalg)
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)
+@torch.no_grad()
 def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`function` as flat calls. It is run for real, once. RuntimeError where it looks at a value."""
-    recorder = Recorder()
-    with recorder:
+    """`function` as a list of calls. It is run for real, once. Its result lies in the same memory each time.
+
+    RuntimeError where it looks at a value, draws random numbers or writes to a parameter.
+    """
+    with NoNumbers(), Recorder() as recorder:
         result = function()
-    recorder.graph.output(recorder.named(result))
-    module = fx.GraphModule(nn.Module(), recorder.graph)
-    return partial(module.forward, *recorder.outside)
+    calls, result = packed(recorder.calls, result, recorder.made)
+
+    def repeat() -> Tensor:
+        for call in calls:
+            call()
+        return result
+
+    return torch.inference_mode()(repeat)
 
 
 @torch.inference_mode()
@@ -58,108 +69,158 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-class Recorder(TorchFunctionMode):
-    """Writes down the calls made inside it; `outside` are the tensors that they read or write, in the order of the
-    graph's placeholders."""
+def whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes recordings repeat a call of `function` as it is, because the shapes inside it depend on values. It takes
+    tensors, writes to none, and its result has always the same shape."""
 
-    def __init__(self):
-        self.graph = fx.Graph()
-        self.outside: list[Tensor] = []
-        self.last_outside: fx.Node | None = None  # placeholders stand first
-        self.nodes: dict[int, fx.Node] = {}  # by id of the tensor
-        self.computed: set[int] = set()  # ids of the recorded calls' results
-        self.constant: set[int] = set()  # ids of what parameters alone decide
-        self.memory: set[int] = set()  # the storages that recorded calls made
-        self.alive: list[object] = []  # so that no id is given twice
+    @functools.wraps(function)
+    def call(*args: Tensor) -> Tensor:
+        recorder = Recorder.active
+        return function(*args) if recorder is None else recorder.note_whole(function, args)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.__name__ in LEAVING:
-            raise RuntimeError(f"a step to be recorded looks at a value: Tensor.{func.__name__}")
-        with Writes() as writes:
-            result = func(*args, **kwargs)
-        inputs, outputs = tensors((args, kwargs)), tensors(result)
-        if not outputs and result is not None:  # a shape, a dtype
-            return result
-        self.alive += [*inputs, *outputs]
-        if changed := [x for x in inputs if storages([x]) & writes.memory]:  # x += y, x[i] = y, out=x
-            assert not any(map(self.fixed, changed)), f"{func.__name__} would change a constant"
-            assert all(any(x is y for y in inputs) for x in outputs), f"{func.__name__} writes and makes something new"
-            self.note(func, args, kwargs)
-        elif all(any(x is y for y in inputs) for x in outputs):  # x.to(x.dtype)
-            pass
-        elif all(self.fixed(x) for x in inputs):  # also without any: torch.arange(3)
-            if writes.random:
-                raise RuntimeError(f"a step to be recorded draws random numbers: {func.__name__}")
-            self.constant |= set(map(id, outputs))
-        elif len(inputs) == 1 and id(inputs[0]) not in self.computed and views(outputs, inputs):
-            pass  # the same memory in each call; a second tensor may be the bound of a slice
-        else:
-            self.memory |= storages(outputs) - storages(inputs)
-            self.name(result, self.note(func, args, kwargs))
-        return result
-
-    def fixed(self, x: Tensor) -> bool:
-        return isinstance(x, nn.Parameter) or id(x) in self.constant
-
-    def note(self, func: Callable, args: tuple, kwargs: dict) -> fx.Node:
-        args, kwargs = map_aggregate(args, self.named), map_aggregate(kwargs, self.named)
-        if func.__name__ == "__get__":
-            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
-        if getattr(Tensor, func.__name__, None) is func:  # x.mul(y): found on x, faster than torch.Tensor.mul
-            return self.graph.call_method(func.__name__, args, kwargs)
-        return self.graph.call_function(func, args, kwargs)
-
-    def name(self, result: Tensor | tuple | list, node: fx.Node) -> None:
-        if isinstance(result, Tensor):
-            self.nodes[id(result)] = node
-            self.computed.add(id(result))
-        else:
-            for i, x in enumerate(result):
-                self.name(x, self.graph.call_function(operator.getitem, (node, i)))
-
-    def named(self, x: object) -> object:
-        """The node of a tensor; anything else as it is."""
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in self.nodes:
-            if x.untyped_storage()._cdata in self.memory:
-                raise RuntimeError("a step to be recorded uses a tensor that came from no recorded call")
-            with self.graph.inserting_after(self.last_outside):
-                self.last_outside = self.nodes[id(x)] = self.graph.placeholder(f"outside_{len(self.outside)}")
-            self.outside.append(x)
-        return self.nodes[id(x)]
+    return call
 
 
-def tensors(tree: object) -> list[Tensor]:
-    found = []
-    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, Tensor) else None)
-    return found
+class Recorder(TorchDispatchMode):
+    """Collects `calls`. Tensors are told apart by their memory: `constant` is what parameters alone decide."""
 
-
-class Writes(TorchDispatchMode):
-    """The storages that the calls inside it write to, and whether they may draw random numbers, as aten itself tells:
-    names like `~x` (__invert__) and `relu(x, inplace=True)` mislead."""
+    active: "Recorder | None" = None
 
     def __init__(self):
         super().__init__()
-        self.memory: set[int] = set()
-        self.random = False
+        self.calls: list[Call] = []
+        self.constant: set[int] = set()
+        self.made: set[int] = set()  # what recorded calls made
+        self.alive: list[object] = []  # so that no memory is given twice
+
+    def __enter__(self):
+        Recorder.active = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Recorder.active = None
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self.memory |= storages(tensors(args[i] if i < len(args) else kwargs.get(argument.name)))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        if Recorder.active is None or not (inputs or outputs):
+            return result
+        refuse(func, inputs)
+        self.alive.append((inputs, outputs))
+        self.constant |= memory([x for x in inputs if isinstance(x, nn.Parameter)])
+        if changed := memory(written(func, args, kwargs)):
+            if changed & self.constant:
+                raise RuntimeError(f"a step to be recorded changes a constant: {func}")
+            if not memory(outputs) <= memory(inputs):
+                raise RuntimeError(f"a step to be recorded both writes and makes something new: {func}")
+            self.calls.append(again(func, args, kwargs))
+        elif memory(outputs) <= memory(inputs):  # a view
+            pass
+        elif memory(inputs) <= self.constant:  # also without any: torch.arange(3)
+            self.constant |= memory(outputs)
+        else:
+            self.made |= memory(outputs) - memory(inputs)
+            self.calls.append(in_place(func, args, kwargs, result))
+        return result
+
+    def note_whole(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Tensor:
+        Recorder.active = None
+        result = function(*args)
+        Recorder.active = self
+        self.alive.append((args, result))
+        self.made |= memory([result])
+        self.calls.append((copied, (function, args, {}, [result]), {}))
+        return result
 
 
-def views(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
-    """Whether the outputs lie in the inputs' memory."""
-    return storages(outputs) <= storages(inputs)
+class NoNumbers(TorchFunctionMode):
+    """Refuses the two ways out of a tensor that pass no operation of aten."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("tolist", "numpy", "__array__"):
+            raise RuntimeError(f"a step to be recorded looks at a value: Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
-def storages(xs: list[Tensor]) -> set[int]:
+def refuse(func, inputs: list[Tensor]) -> None:
+    """RuntimeError for operations whose repetition could differ in more than the numbers in its tensors."""
+    tags = func.tags
+    if torch.Tag.nondeterministic_seeded in tags:
+        raise RuntimeError(f"a step to be recorded draws random numbers: {func}")
+    by_mask = func is not aten.index.Tensor or any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+    if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and by_mask):
+        raise RuntimeError(f"a step to be recorded looks at a value: {func}")
+
+
+def written(func, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that a call writes to, as aten itself tells: `relu(x, inplace=True)`, out=, x[i] = y."""
+    arguments = zip(func._schema.arguments, args, strict=False)
+    named = [(a, kwargs.get(a.name)) for a in func._schema.arguments if a.name in kwargs]
+    return tensors([x for a, x in (*arguments, *named) if a.alias_info is not None and a.alias_info.is_write])
+
+
+def again(func, args: tuple, kwargs: dict) -> Call:
+    """A call that writes to its arguments, as it was."""
+    name = func._schema.name.removeprefix("aten::")
+    if name.endswith("_") and hasattr(Tensor, name):  # x.copy_(y): a microsecond faster
+        func = getattr(Tensor, name)
+    return func, args, kwargs
+
+
+def in_place(func, args: tuple, kwargs: dict, result: Tensor | Sequence[Tensor]) -> Call:
+    """A call whose result goes where it lies now."""
+    if func in (aten.clone.default, aten._to_copy.default):
+        return Tensor.copy_, (result, args[0]), {}
+    name = func._schema.name.removeprefix("aten::")
+    for call in (getattr(home, name) for home in HOMES if hasattr(home, name)):
+        try:
+            call(*args, **kwargs, out=result)
+            return call, args, {**kwargs, "out": result}
+        except TypeError:  # it has no `out`
+            pass
+    return copied, (func, args, kwargs, tensors(result)), {}
+
+
+def copied(function: Callable, args: tuple, kwargs: dict, results: list[Tensor]) -> None:
+    """Calls and copies what comes out into `results`."""
+    for old, new in zip(results, tensors(function(*args, **kwargs)), strict=True):
+        old.copy_(new)
+
+
+def packed(calls: list[Call], result: Tensor, made: set[int]) -> tuple[list[Callable[[], object]], Tensor]:
+    """The calls and the result, moved to memory that is given to the next as soon as the last has read it: what stays
+    small stays in the cache."""
+    used = [memory(tensors(call)) & made for call in calls]
+    last = {storage: i for i, storages in enumerate(used) for storage in storages}
+    last.update(dict.fromkeys(memory([result]), len(calls)))
+    free: dict[int, list[Tensor]] = {}
+    place: dict[int, Tensor] = {}
+
+    def moved(x: Tensor) -> Tensor:
+        (storage,), size = memory([x]), x.untyped_storage().nbytes()
+        if storage not in made:
+            return x
+        if storage not in place:
+            same = free.get(size)
+            place[storage] = same.pop() if same else torch.empty(size, dtype=torch.uint8)
+        return x.new_empty(0).set_(place[storage].untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    ready = []
+    for i, (call, storages) in enumerate(zip(calls, used, strict=True)):
+        function, args, kwargs = tree_map_only(Tensor, moved, call)
+        ready.append(partial(function, *args, **kwargs))
+        for storage in storages:
+            if last[storage] == i:
+                free.setdefault(place[storage].numel(), []).append(place[storage])
+    return ready, moved(result)
+
+
+def tensors(tree: object) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def memory(xs: Sequence[Tensor]) -> set[int]:
     """By the storage objects: those of the meta device have no address."""
     return {x.untyped_storage()._cdata for x in xs}
