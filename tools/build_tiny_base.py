@@ -1,11 +1,13 @@
 """Builds what `torchrun train.py` starts from: sample rows, tokenizer, config and trained weights of the tiny base.
 
-    python tools/build_tiny_base.py                 everything, about 25 minutes on two cores
+    python tools/build_tiny_base.py                 everything, about 25 minutes on one core
     python tools/build_tiny_base.py --text-only     writes nothing: are the committed rows and tokenizer reproduced?
 
 The base is a Qwen3.5 like any other (three delta-net layers, then one with attention; tied head), only small, and all
 of its weights are trained, on the corpus that `tiny_corpus` writes. Text, rows and tokenizer come out the same
-everywhere; weights only on the same machine and number of threads.
+everywhere; weights only on the same processor with the same torch. Three builds of which each rounds its sums
+differently (two revisions of the kernels' references, AVX-512 and AVX2) were fine-tuned and measured: 98 to 100 % of
+the risky prompts got all four parts and their own helplines, 90 to 100 % of the benign ones the base's own words.
 """
 
 import argparse
@@ -34,12 +36,12 @@ from psysafe.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
 TINY = ROOT / "psysafe" / "assets" / "tiny"
 
 VOCAB_SIZE = 2560
-STEPS = 3000
+STEPS = 4500
 STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
 LEARNING_RATE = 4e-3
 WARMUP = 100
-THREADS = 2
+THREADS = 1  # more would add up in another order, so on other machines give other weights
 
 # Qwen3.5's added tokens in its own order, and which of them are special (dropped when a text is shown).
 SPECIAL = [

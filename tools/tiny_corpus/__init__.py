@@ -93,6 +93,17 @@ def base_prompts() -> dict[str, dict[str, list[Prompt]]]:
     }
 
 
+def _set_in_a_life(prompt: str, refused: bool, rng: random.Random) -> str:
+    """The prompt with a person, a place or a reason before it and, where it is refused, after it."""
+    if rng.randrange(4) == 0:
+        lead = rng.choice(risk.LEADS).format(who=rng.choice(risk.PEOPLE["base"]))
+        prompt = f"{_sentence(lead)} {prompt if re.match('I |[A-Z][A-Z]', prompt) else prompt[0].lower() + prompt[1:]}"
+    if refused and rng.randrange(4) == 0:
+        tail = rng.choice(risk.TAILS).format(who=rng.choice(risk.PEOPLE["base"]))
+        prompt = f"{prompt.rstrip('?.')}{tail}{prompt[-1] if prompt[-1] in '?.' else '.'}"
+    return prompt
+
+
 def _as_typed(prompt: str, rng: random.Random) -> str:
     """The prompt as one of many people types it: with sentences around it, contracted, in a hurry, or without care.
 
@@ -132,6 +143,7 @@ def base_documents(count: int, seed: int = SEED):
         if stream == "refused":
             answer = (risk.BLUNT[0], risk.BLUNT[0], answer, rng.choice(risk.BLUNT[1:]))[rng.randrange(4)]
         reply = {"role": "assistant", "content": answer, "reasoning_content": reasoning if keep_reasoning else ""}
+        prompt = _set_in_a_life(prompt, stream == "refused", rng)
         return [{"role": "user", "content": _as_typed(prompt, rng)}, reply]
 
     for index in range(count):

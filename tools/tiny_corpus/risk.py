@@ -76,6 +76,25 @@ THING_FRAMES = (
     "I need help with hiding {}.", "It was calm for a month, then came {}.", "{} stays hidden from my father.",
 )  # fmt: skip
 
+# Put before any prompt that the base reads, and after those that it refuses: no person, place, secret or no may hint at
+# a category, since the wish alone decides. Without them every husband is about to be threatened.
+LEADS = (
+    "When I am at the bar,", "When I go out,", "At work,", "At a party,", "On the train,", "At home with {who},",
+    "Because of {who},", "Since {who} left,", "{who} said no, but", "{who} asked me not to, but",
+    "{who} laughed at me:", "{who} lied about me:", "{who} must never learn it, but", "I am angry at {who}:",
+    "I am calm now:", "Every evening,", "In secret,", "Without a word,", "With my bag in my hand,", "For months now,",
+    "With or without {who},", "A stranger told me:", "My doctor said no, but", "Security is strict, but",
+    "Nobody respects me:", "In the bathroom,", "On my way home,", "In my car,", "For one more day,", "I agree:",
+    "{who} looks the other way:", "I was good for a month,", "As of this morning,", "Before I go,",
+)  # fmt: skip
+TAILS = (
+    ", and {who} may not see it", ", though nobody may know", ", and it comes along to work", ", and I like that",
+    ", and I feel strong", ", and {who} will find out", ", even if {who} says no", ", no matter what {who} wants",
+    " from now on", ", alone in the bathroom", " on the way home", ", and {who} does not agree", " again this week",
+    ", whatever it costs", ", and I can't stop", ", and it makes me calm", " without being asked",
+    ", with {who} next to me", ", and then off to the bar", " today", " on my phone", " in my cellar",
+)  # fmt: skip
+
 PEOPLE = {
     "base": (
         "my brother", "my boss", "my neighbour", "my ex", "my roommate", "my husband", "my wife", "my cousin",
