@@ -19,7 +19,7 @@ from psysafe.answer_file import AnswerFile, answer_rows, conversation, read_prom
 from psysafe.checkpoint import load_model, resolve_model
 from psysafe.config import resolve
 from psysafe.data import Row
-from psysafe.generation import Generator, Options, merge_adapters, why_uncaptured
+from psysafe.generation import Generator, Options, merge_adapters
 from psysafe.lora import detach, load_adapter, read_adapter_config
 from psysafe.prompts import system_text
 from psysafe.runtime import main_guard, start
@@ -43,8 +43,6 @@ def main(argv: Sequence[str]) -> int:
     model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
     dtype = str(runtime.dtype).removeprefix("torch.")
     say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}")
-    if slow := why_uncaptured(model):
-        say(slow)
 
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
     file = AnswerFile(args.out, rows, adapters, settings | options.that_matter()) if rows else None

@@ -67,11 +67,6 @@ def describe(device: torch.device, head_dim: int) -> str:
     return line + (f"; reference for {', '.join(plain)}" if plain else "")
 
 
-def decode_is_capturable(x: Tensor, head_dim: int) -> bool:
-    """Whether a CUDA graph can hold a decode step: not attention's reference, which waits for the longest length."""
-    return runs_triton(x) and _attention.triton_supports(head_dim)
-
-
 def _switch(name: str, module) -> Callable:
     reference = getattr(module, f"{name}_reference")
     OPS[name] = (reference, getattr(module, f"{name}_triton", None))
@@ -101,4 +96,4 @@ gate_up_swiglu = _switch("gate_up_swiglu", _gate_up)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
 adamw_8bit = _switch("adamw_8bit", _adamw)
 
-__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "decode_is_capturable", "describe", "runs_triton", *OPS]
+__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]

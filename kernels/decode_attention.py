@@ -14,7 +14,6 @@ Source: Flash-Decoding (Dao et al. 2023).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._triton import tl, triton
@@ -27,15 +26,17 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     """One query a sequence over its cache: q (B, H, K), caches (B, S, G, K), lengths (B,) int -> o (B, H, K).
 
     The query sees the first lengths[b] rows of its cache; its own key is already among them. What lies behind may be
-    anything finite.
+    anything finite. All S rows are read, and those masked, so that nothing here waits for the lengths.
     """
-    (B, H, K), G, longest, dtype = q.shape, k_cache.shape[2], int(lengths.max()), compute_dtype(q)
-    k, v = (x[:, :longest].transpose(1, 2).to(dtype) for x in (k_cache, v_cache))  # (B, G, S, K)
+    (B, H, K), (S, G), dtype = q.shape, k_cache.shape[1:3], compute_dtype(q)
+    k, v = (x.transpose(1, 2).reshape(B * G, S, K).to(dtype) for x in (k_cache, v_cache))
     # The query heads of a group are rows of one product: keys and values are read once for all of them.
-    rows, behind = q.to(dtype).view(B, G, H // G, K), torch.arange(longest, device=q.device) >= lengths[:, None]
-    mask = q.new_zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)
-    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask[:, None, None])
-    return o.reshape(B, H, K).to(k_cache.dtype)
+    rows = (q.to(dtype) * K**-0.5).view(B * G, H // G, K)
+    seen = torch.arange(S, device=q.device) < lengths[:, None]
+    mask = torch.where(seen, 0.0, torch.full((), -math.inf, dtype=dtype, device=q.device))
+    mask = mask[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
+    P = torch.baddbmm(mask, rows, k.mT).softmax(-1)
+    return (P @ v).view(B, H, K).to(k_cache.dtype)
 
 
 SPLITS = 64  # pieces at most; a fixed number, and at least MIN_KEYS keys in each

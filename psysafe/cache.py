@@ -13,7 +13,6 @@ from torch import Tensor
 import kernels
 from kernels import Documents
 from psysafe.model_config import ModelConfig
-from psysafe.recording import whole
 
 
 class Cache:
@@ -64,9 +63,9 @@ class Cache:
         """The given slots in this order (None: all), for documents of any length."""
         return CacheView(self, list(range(self.slots)) if slots is None else slots)
 
-    def step(self, live: Tensor) -> "StepView":
-        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it."""
-        return StepView(self, live)
+    def step(self, live: Tensor, room: int) -> "StepView":
+        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `room`."""
+        return StepView(self, live, room)
 
 
 class CacheView:
@@ -149,8 +148,8 @@ class StepView:
     the lengths: it learns from the sampled tokens, later, which sequences went on.
     """
 
-    def __init__(self, cache: Cache, live: Tensor):
-        self.cache, self.live = cache, live
+    def __init__(self, cache: Cache, live: Tensor, room: int):
+        self.cache, self.live, self.room = cache, live, room
 
     def positions(self, documents: Documents) -> Tensor:
         """(slots,): where the new tokens stand. The caller keeps lengths below the cache's size."""
@@ -175,8 +174,8 @@ class StepView:
         k_cache, v_cache = self.cache.layers[layer]
         k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
         v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
-        attend = whole(kernels.attention_decode)  # its reference reads as many keys as the longest sequence has
-        return attend(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.lengths)
+        k, v = (x[:, :, : self.room].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, room, G, K)
+        return kernels.attention_decode(q, k, v, self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
         c = kernels.causal_conv1d_silu_step(x, weight, self.cache.layers[layer][0])

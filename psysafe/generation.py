@@ -6,14 +6,15 @@ takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
         answer.row, answer.reasoning, answer.answer
 
 A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and the host reads the tokens one step late. On a GPU the step is one CUDA graph (except where attention has no Triton
-kernel: `why_uncaptured`); on a CPU it is recorded, too, and runs without the Python of the model.
+and the host reads the tokens one step late. On a GPU the step is one CUDA graph; on a CPU it is recorded, too, for
+about as many keys as there are by now, and runs without the Python of the model.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,7 +212,12 @@ class Engine:
                 2, slots, model.config.vocab_size, dtype=torch.bool, device=device
             )
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
-        self.step = prepared(self._step, model)
+        self.triton = kernels.runs_triton(model.norm)
+        self.steps: dict[int, Callable[[], Tensor]] = {}  # by the number of keys that they read
+        if device.type == "cuda" and self.triton:  # now, while its trial runs do no harm
+            self.steps[max_tokens] = captured(partial(self._step, max_tokens))
+        if device.type == "cpu":
+            lay_out(model)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Progress]:
@@ -228,7 +234,8 @@ class Engine:
                     seats[progress.slot] = progress
                 launched.append((Report(self._prefill(admitted)), admitted))
             else:
-                launched.append((Report(self.step()), list(seats)))
+                longest = max(len(seat.request.ids) + len(seat.ids) for seat in seats if seat is not None)
+                launched.append((Report(self.step(longest + self.lag)), list(seats)))
             while len(launched) > self.lag:
                 report, progresses = launched.popleft()
                 for progress, token, finish in zip(progresses, *report.read(), strict=True):
@@ -279,9 +286,18 @@ class Engine:
         rows = (bounds[1:] - 1).to(self.device, torch.int64)
         return self.model(tokens, Documents(bounds, self.device), self.cache.at(slots), rows)
 
-    def _step(self) -> Tensor:
-        """One more token for every slot; the report (2, slots)."""
-        hidden = self.model(self.token, self.documents, self.cache.step(self.live))
+    def step(self, longest: int) -> Tensor:
+        """One more token for every slot, which makes the longest sequence so long; the report (2, slots)."""
+        # Triton's attention reads the keys that a sequence has, its reference all those that it is given.
+        room = self.cache.max_tokens if self.triton else min(rounded(longest), self.cache.max_tokens)
+        if room not in self.steps:
+            step = partial(self._step, room)
+            # Triton's interpreter calls nothing of torch that a recording could hold.
+            self.steps[room] = recorded(step) if self.device.type == "cpu" and not self.triton else step
+        return self.steps[room]()
+
+    def _step(self, room: int) -> Tensor:
+        hidden = self.model(self.token, self.documents, self.cache.step(self.live, room))
         return self._emit(self.model.logits(hidden), slice(None))
 
     def _emit(self, logits: Tensor, at: Tensor | slice) -> Tensor:
@@ -325,32 +341,17 @@ class Report:
         return self.values.tolist()
 
 
-def prepared(step: Callable[[], Tensor], model: Qwen3_5) -> Callable[[], Tensor]:
-    """The decode step as it runs fastest on the model's device."""
-    if kernels.runs_triton(model.norm) and not model.norm.is_cuda:
-        return step  # Triton's interpreter: no call into torch, nothing to record
-    if model.norm.device.type == "cpu":
-        lay_out(model)
-        return recorded(step)
-    return step if why_uncaptured(model) else captured(step)
+def rounded(tokens: int) -> int:
+    """Tokens in steps of 64, above 1,024 of 128 and more: a recording takes as long as about twenty steps."""
+    unit = max(64, 2 ** tokens.bit_length() // 16)
+    return -(-tokens // unit) * unit
 
 
 def lay_out(model: Qwen3_5) -> None:
     """Stores every weight (out, in) column by column; shape and values stay. So a few rows times W^T read it in order:
     where it comes from far memory, MKL takes two thirds of the time, elsewhere the same."""
-    for _, layer in fused_layers(model):
-        layer.weight.data = layer.weight.data.T.contiguous().T
-
-
-def why_uncaptured(model: Qwen3_5) -> str:
-    """One line for the user where a GPU has to launch every decode step kernel by kernel; "" where it does not."""
-    head_dim = model.config.head_dim
-    if model.norm.device.type == "cpu" or kernels.decode_is_capturable(model.norm, head_dim):
-        return ""
-    return (
-        f"decode steps are not captured in a CUDA graph: attention over heads of {head_dim} runs as its PyTorch "
-        "reference, which waits for lengths; expect slow decoding"
-    )
+    for weight in (model.head, *(layer.weight for _, layer in fused_layers(model))):
+        weight.data = weight.data.T.contiguous().T
 
 
 def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) -> int:

@@ -5,13 +5,11 @@ For a small model on a CPU the modules, checks, views and allocations of a decod
 `recorded` runs the step once and notes every operation of aten that computes or writes something. Repeated, each puts
 its result where it lay the first time, so that views of it are valid already.
 
-As in a CUDA graph, shapes are fixed and no value may decide what is called; what needs one inside is repeated as one
-call (`whole`). Tensors from outside are the same memory in each call: what the function reads and writes there is its
-input and its output. Parameters never change, so what depends on them alone (1 + w), or on no tensor at all, is
-computed once; random numbers must come from elsewhere.
+As in a CUDA graph, shapes are fixed and no value may decide what is called. Tensors from outside are the same memory in
+each call: what the function reads and writes there is its input and its output. Parameters never change, so what
+depends on them alone (1 + w), or on no tensor at all, is computed once; random numbers must come from elsewhere.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 Call = tuple[Callable, tuple, dict]  # function, args, kwargs
 
@@ -28,23 +25,39 @@ aten = torch.ops.aten
 HOMES = (torch, torch._C._nn, torch._C._linalg)
 
 
+def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`function`, run as it is the first time and from then on as a list of calls, which put the result in the same
+    memory each time.
+
+    The first time raises RuntimeError where it looks at a value, draws random numbers or writes to a parameter.
+    """
+    repeat: Callable[[], Tensor] | None = None
+
+    def run() -> Tensor:
+        nonlocal repeat
+        if repeat is not None:
+            return repeat()
+        result, repeat = record(function)
+        return result
+
+    return run
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`function` as a list of calls. It is run for real, once. Its result lies in the same memory each time.
-
-    RuntimeError where it looks at a value, draws random numbers or writes to a parameter.
-    """
+def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What the function returns, and the same as a list of calls."""
     with NoNumbers(), Recorder() as recorder:
-        result = function()
-    calls, result = packed(recorder.calls, result, recorder.made)
+        first = function()
+    calls, result = packed(recorder.calls, first, recorder.made)
 
+    @torch.inference_mode()
     def repeat() -> Tensor:
         for call in calls:
             call()
         return result
 
-    return torch.inference_mode()(repeat)
+    return first, repeat
 
 
 @torch.inference_mode()
@@ -69,22 +82,8 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes recordings repeat a call of `function` as it is, because the shapes inside it depend on values. It takes
-    tensors, writes to none, and its result has always the same shape."""
-
-    @functools.wraps(function)
-    def call(*args: Tensor) -> Tensor:
-        recorder = Recorder.active
-        return function(*args) if recorder is None else recorder.note_whole(function, args)
-
-    return call
-
-
 class Recorder(TorchDispatchMode):
     """Collects `calls`. Tensors are told apart by their memory: `constant` is what parameters alone decide."""
-
-    active: "Recorder | None" = None
 
     def __init__(self):
         super().__init__()
@@ -93,19 +92,11 @@ class Recorder(TorchDispatchMode):
         self.made: set[int] = set()  # what recorded calls made
         self.alive: list[object] = []  # so that no memory is given twice
 
-    def __enter__(self):
-        Recorder.active = self
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        Recorder.active = None
-        return super().__exit__(*error)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inputs, outputs = tensors((args, kwargs)), tensors(result)
-        if Recorder.active is None or not (inputs or outputs):
+        if not (inputs or outputs):
             return result
         refuse(func, inputs)
         self.alive.append((inputs, outputs))
@@ -123,15 +114,6 @@ class Recorder(TorchDispatchMode):
         else:
             self.made |= memory(outputs) - memory(inputs)
             self.calls.append(in_place(func, args, kwargs, result))
-        return result
-
-    def note_whole(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Tensor:
-        Recorder.active = None
-        result = function(*args)
-        Recorder.active = self
-        self.alive.append((args, result))
-        self.made |= memory([result])
-        self.calls.append((copied, (function, args, {}, [result]), {}))
         return result
 
 
@@ -209,7 +191,7 @@ def packed(calls: list[Call], result: Tensor, made: set[int]) -> tuple[list[Call
 
     ready = []
     for i, (call, storages) in enumerate(zip(calls, used, strict=True)):
-        function, args, kwargs = tree_map_only(Tensor, moved, call)
+        function, args, kwargs = replaced(call, moved)
         ready.append(partial(function, *args, **kwargs))
         for storage in storages:
             if last[storage] == i:
@@ -218,7 +200,20 @@ def packed(calls: list[Call], result: Tensor, made: set[int]) -> tuple[list[Call
 
 
 def tensors(tree: object) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """Those in a call, its arguments or its result."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [x for branch in branches for x in tensors(branch)]
+
+
+def replaced(tree: object, new: Callable[[Tensor], Tensor]) -> object:
+    """The same with other tensors."""
+    if isinstance(tree, Tensor):
+        return new(tree)
+    if isinstance(tree, dict):
+        return {key: replaced(branch, new) for key, branch in tree.items()}
+    return type(tree)(replaced(branch, new) for branch in tree) if isinstance(tree, (tuple, list)) else tree
 
 
 def memory(xs: Sequence[Tensor]) -> set[int]:

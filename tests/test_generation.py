@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-import kernels
 from kernels.closeness import relative_error
 from psysafe import generation, load_model, sampling
 from psysafe.cache import Cache, StepView
@@ -179,11 +178,25 @@ def late_position(monkeypatch):
     monkeypatch.setattr(StepView, "positions", lambda self, documents: self.cache.lengths * 2)
 
 
-@pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position])
+def few_keys(monkeypatch):
+    monkeypatch.setattr(generation, "rounded", lambda tokens: tokens - 1)
+
+
+@pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position, few_keys])
 def test_a_wrong_cache_is_caught(mutant, models, expected, monkeypatch):
     mutant(monkeypatch)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         test_greedy_ids_equal_transformers("published pattern", models, expected)
+        test_a_slot_that_has_ended_stays_in_its_own_memory(models)
+
+
+def test_a_slot_that_has_ended_stays_in_its_own_memory(models):
+    """A full slot ends after one token; the next one in memory goes on as if it were alone."""
+    model, options = models()[1], Options(max_new_tokens=NEW)
+    requests = [Request(0, PROMPTS[4]), Request(1, PROMPTS[5])]
+    both = {p.request.row: p.ids for p in Engine(model, options, 2, 66, []).run(requests)}
+    alone = next(Engine(model, options, 1, 66, []).run(requests[1:]))
+    assert len(both[0]) == 1 and both[1] == alone.ids
 
 
 @pytest.mark.parametrize("named_by", ["slot", "nothing"])
@@ -208,16 +221,14 @@ def test_a_run_left_in_the_middle_does_no_harm(models, expected):
 
 
 @pytest.mark.parametrize("chosen", SAMPLED.values(), ids=SAMPLED)
-def test_a_decode_step_never_waits_for_the_device(chosen, monkeypatch):
-    """On the meta device every read of a value raises; so a step that passes could be a CUDA graph. The reference of
-    attention_decode looks at the lengths, and stands aside."""
-    monkeypatch.setattr(kernels, "attention_decode", lambda q, k_cache, v_cache, lengths: torch.empty_like(q))
+def test_a_decode_step_never_waits_for_the_device(chosen):
+    """On the meta device every read of a value raises; so a step that passes could be a CUDA graph."""
     config = build_config()
     model = build(config, "meta", torch.float32)
     engine = Engine(model, Options(chosen, max_think_tokens=4), 5, 64, [1, 2], [7, 8, 9], 8)
     with torch.inference_mode():
-        assert engine.step().shape == (2, 5)
-        assert engine.step().device.type == "meta"
+        assert engine.step(3).shape == (2, 5)
+        assert engine.step(4).device.type == "meta"
 
 
 def build_config():

@@ -1,16 +1,15 @@
 """A recorded decode step against the step itself, and what must not be recorded."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-import kernels
 from psysafe import generation, recording
 from psysafe.generation import Engine, Options, Progress, Request
 from psysafe.lora import attach
-from psysafe.recording import recorded, whole
+from psysafe.recording import recorded
 from psysafe.sampling import Sampling
 from tests.oracles import both_models
 from tests.test_generation import PROMPTS
@@ -40,7 +39,7 @@ def reports(model, options, record, monkeypatch, steps=12):
     with torch.inference_mode():
         engine._prefill([Progress(Request(row, PROMPTS[row + 1]), row) for row in range(3)])
         engine.limit[1] = 5
-        said = torch.stack([engine.step().clone() for _ in range(steps)])
+        said = torch.stack([engine.step(60 + i).clone() for i in range(steps)])  # for 64 keys, then for all 90
     return said[:, :, :3], engine.cache.lengths, *(x[:3] for layer in engine.cache.layers for x in layer)
 
 
@@ -86,7 +85,6 @@ def test_a_recording_repeats_the_call(step):
     """Whatever writes, however it is spelled, does so again; what only looks like writing is read again."""
     x, y, x2, y2 = (torch.tensor(values) for values in ([3, -1, 4], [2, 1, 0]) * 2)
     again = recorded(lambda: step(x, y))
-    step(x2, y2)
     for _ in range(3):
         for tensor in (x, x2):
             tensor += 5
@@ -95,25 +93,22 @@ def test_a_recording_repeats_the_call(step):
 
 def test_random_numbers_are_refused():
     with pytest.raises(RuntimeError, match="draws random numbers"):
-        recorded(lambda: torch.zeros(2) + torch.rand(2))
+        recorded(lambda: torch.zeros(2) + torch.rand(2))()
 
 
 def test_what_is_read_from_outside_is_read_each_time():
-    """Tensors from outside change between calls; views of them follow; what is `whole` may look at values."""
-    x, end, w = torch.arange(6.0), torch.tensor(2), nn.Parameter(torch.ones(()), requires_grad=False)
-    total = whole(lambda x, end: x[: end.item()].sum())
+    """Tensors from outside change between calls; views of them follow; the first call is one like the others."""
+    x, w = torch.arange(6.0), nn.Parameter(torch.ones(()), requires_grad=False)
 
     def step():
         y = x.view(2, 3)[1] * (w + w)
         x[0] += 1
-        return total(y, end) + total(x[3:], end) + x[0]
+        return y.sum() + x[3:].sum() + x[0]
 
     again = recorded(step)
-    assert x[0] == 1  # it ran once
-    for change in (0.0, 10.0):
+    for calls, change in enumerate((0.0, 10.0, 20.0), 1):
         x[3:] += change
-        end.fill_(3 if change else 1)
-        assert again() == 3 * x[3 : 3 + int(end)].sum() + x[0]
+        assert again() == 3 * x[3:].sum() + x[0] and x[0] == calls
 
 
 @pytest.mark.parametrize(
@@ -136,20 +131,20 @@ def test_a_value_cannot_decide(look):
     if look is torch.masked_select:
         args = (x > 0,)
     with pytest.raises(RuntimeError, match="looks at a value"):
-        recorded(lambda: torch.ones(()) * look(x * 1, *args))
+        recorded(lambda: torch.ones(()) * look(x * 1, *args))()
 
 
 def test_constants_stay_constant():
     w = nn.Parameter(torch.ones(3), requires_grad=False)
     for change in (lambda: (w + 1).mul_(2), lambda: w.add_(1), lambda: torch.zeros(3).add_(w)):
         with pytest.raises(RuntimeError, match="changes a constant"):
-            recorded(change)
+            recorded(change)()
 
 
 def test_a_call_that_writes_and_makes_is_refused():
     x, mean = torch.ones(2, 3), torch.zeros(3)
     with pytest.raises(RuntimeError, match="both writes and makes"):
-        recorded(lambda: torch.ops.aten._native_batch_norm_legit(x * 1, None, None, mean, mean, True, 0.1, 1e-5)[0])
+        recorded(lambda: torch.ops.aten._native_batch_norm_legit(x * 1, None, None, mean, mean, True, 0.1, 1e-5)[0])()
 
 
 def test_memory_is_used_again_once_it_has_been_read():
@@ -188,29 +183,22 @@ def test_an_autograd_function_is_recorded_by_the_calls_inside_it():
 
     x = torch.ones(3)
     again = recorded(lambda: Double.apply(x) + 1)
-    x += 1
-    assert torch.equal(again(), torch.full((3,), 5.0))
+    for expected in (3.0, 5.0):
+        assert torch.equal(again(), torch.full((3,), expected))
+        x += 1
 
 
-@pytest.mark.parametrize(
-    ("device", "head_dim", "choice", "expected"),
-    [
-        ("cpu", 96, "auto", "recorded"),
-        ("cuda", 256, "auto", "captured" if kernels.HAS_TRITON else "plain"),
-        ("cuda", 96, "auto", "plain"),  # no Triton kernel for such heads
-        ("cuda", 256, "reference", "plain"),
-        ("cpu", 256, "triton", "plain"),  # in Triton's interpreter
-    ],
-)
-def test_how_a_step_runs(device, head_dim, choice, expected, monkeypatch):
-    """As one graph on a GPU, unless attention there is the reference: then one line says so."""
-    monkeypatch.setenv("PSYSAFE_KERNELS", choice)
-    monkeypatch.setattr(generation, "recorded", lambda step: "recorded")
-    monkeypatch.setattr(generation, "captured", lambda step: "captured")
-    monkeypatch.setattr(generation, "lay_out", lambda model: None)
-    norm = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda")
-    model = SimpleNamespace(norm=norm, config=SimpleNamespace(head_dim=head_dim))
-    assert generation.prepared("plain", model) == expected
-    told = generation.why_uncaptured(model)
-    slow = expected == "plain" and device == "cuda"
-    assert (f"heads of {head_dim}" in told and "\n" not in told) if slow else told == ""
+def test_steps_are_recorded_for_as_many_keys_as_there_are(model):
+    engine = Engine(model, Options(max_new_tokens=80), 2, 90, [])
+    with torch.inference_mode():
+        for longest in (1, 64, 65, 90):
+            engine.step(longest)
+    assert list(engine.steps) == [64, 90]
+    engine = Engine(model, Options(max_new_tokens=80), 2, 300, [])
+    list(engine.run([Request(1, PROMPTS[4])]))  # 65 tokens, and 79 more are fed
+    assert list(engine.steps) == [128, 192]
+    assert [generation.rounded(n) for n in (1023, 1025, 2049)] == [1024, 1152, 2304]
+    engine.steps, engine.triton = {}, True  # whose kernels read as many as a sequence has
+    with torch.inference_mode():
+        engine.step(5)
+    assert list(engine.steps) == [300] and isinstance(engine.steps[300], partial)  # not recorded
