@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     rows = read_prompts(args.prompts) if args.prompts else []
     source, revision, adapters = what_answers(args)
     runtime = start(args.device, args.dtype)
-    torch.use_deterministic_algorithms(False)  # it would make index_put sort; ours writes no place twice
+    torch.set_deterministic_debug_mode("default")  # it would make index_put sort; ours writes no place twice
     folder, commit = resolve_model(source, revision)
     tokenizer = load_tokenizer(folder)
     model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     args = parser.parse_args(argv)
     runtime = start(args.device)
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     model = load_model(args.model, device=runtime.device, dtype=runtime.dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if model.lm_head is not None:  # of an embedding of its own only the batch's rows are read

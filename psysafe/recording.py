@@ -92,6 +92,10 @@ class Recorder(TorchDispatchMode):
         self.made: set[int] = set()  # what recorded calls made
         self.alive: list[object] = []  # so that no memory is given twice
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, a second, to keep it from compiling what is never compiled
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

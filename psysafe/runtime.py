@@ -133,7 +133,7 @@ def _be_deterministic(seed: int) -> None:
     """A resumed run must repeat its bits. An op that cannot warns by name; it does not end an overnight run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler, a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written once for nothing
     torch.manual_seed(seed)
 

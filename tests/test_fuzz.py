@@ -310,7 +310,7 @@ def guarded(box: Path, writable: set[Path]) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGPROF, before)
         patch.undo()
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def failure_of(name: str, seed: int, folder: Path) -> str:

@@ -57,7 +57,7 @@ class Subject:
     def loaded(self):
         """(model, tokenizer) on its device."""
         runtime = start(self.device, self.dtype)
-        torch.use_deterministic_algorithms(False)  # it would make index_put sort; ours writes no place twice
+        torch.set_deterministic_debug_mode("default")  # it would make index_put sort; ours writes no place twice
         folder, commit = resolve_model(self.model, self.revision)
         model = load_model(self.model, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
         return model, load_tokenizer(folder)
