@@ -23,6 +23,8 @@ Call = tuple[Callable, tuple, dict]  # function, args, kwargs
 aten = torch.ops.aten
 # Where Python finds aten's operations with an `out`; torch.ops.aten has all of them, but takes a microsecond more.
 HOMES = (torch, torch._C._nn, torch._C._linalg)
+# Bytes of a weight that is read ahead: a larger one has left the cache again before its product begins.
+READ_AHEAD_LEAST, READ_AHEAD_MOST = 1 << 15, 1 << 22
 
 
 def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -49,7 +51,7 @@ def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]
     """What the function returns, and the same as a list of calls."""
     with NoNumbers(), Recorder() as recorder:
         first = function()
-    calls, result = packed(recorder.calls, first, recorder.made)
+    calls, result = packed(read_ahead(recorder.calls, recorder.constant), first, recorder.made)
 
     @torch.inference_mode()
     def repeat() -> Tensor:
@@ -173,6 +175,25 @@ def copied(function: Callable, args: tuple, kwargs: dict, results: list[Tensor])
     """Calls and copies what comes out into `results`."""
     for old, new in zip(results, tensors(function(*args, **kwargs)), strict=True):
         old.copy_(new)
+
+
+def read_ahead(calls: list[Call], constant: set[int]) -> list[Call]:
+    """Before each product with a weight, a pass over that weight in the order in which it lies.
+
+    A few rows are multiplied as fast as their weight arrives. MKL asks for it block by block, which no prefetcher
+    foresees; the sum streams it. On a machine whose last cache serves others, too, a step takes 0.9 of the time.
+    """
+    found = []
+    for call in calls:
+        function, args, _ = call
+        if function is torch.mm and memory([args[1]]) <= constant:
+            weight = args[1].detach()
+            dense = weight.is_contiguous() or weight.T.is_contiguous()
+            if dense and READ_AHEAD_LEAST <= weight.nbytes <= READ_AHEAD_MOST:
+                in_order = weight.as_strided((weight.numel(),), (1,))
+                found.append((torch.sum, (in_order, 0), {"out": weight.new_empty(())}))
+        found.append(call)
+    return found
 
 
 def packed(calls: list[Call], result: Tensor, made: set[int]) -> tuple[list[Callable[[], object]], Tensor]:

@@ -168,6 +168,24 @@ def test_memory_is_used_again_once_it_has_been_read():
     assert len(places) == 4  # x, early, and two that take turns
 
 
+def test_weights_of_middling_size_are_read_ahead():
+    """Before the product, in the order in which they lie: as a flat view of the same memory."""
+    x = torch.randn(2, 64)
+
+    def calls(rows, lay_out=lambda w: w):
+        w = nn.Parameter(lay_out(torch.randn(rows, 64)), requires_grad=False)
+        with recording.Recorder() as recorder:
+            torch.nn.functional.linear(x, w)
+        return w, recording.read_ahead(recorder.calls, recorder.constant)
+
+    for lay_out in (lambda w: w, lambda w: w.T.contiguous().T):
+        w, ((first, (flat, _), _), (second, *_)) = calls(128, lay_out)
+        assert first is torch.sum and second is torch.mm
+        assert flat.data_ptr() == w.data_ptr() and flat.shape == (w.numel(),) and flat.is_contiguous()
+    assert [len(calls(rows)[1]) for rows in (127, 128, 1 << 14, (1 << 14) + 1)] == [1, 2, 2, 1]
+    assert len(calls(128, lambda w: w.new_empty(128, 65)[:, :64])[1]) == 1  # its bytes are not one piece
+
+
 def test_a_recording_can_be_made_and_run_in_inference_mode(model):
     with torch.inference_mode():
         engine = Engine(model, Options(max_new_tokens=3), 2, 90, [])
