@@ -134,6 +134,8 @@ for thinking."""
         parser.error("--out is the file of --prompts and would be overwritten")
     if args.compare and (args.adapter or args.chat or args.merge):
         parser.error("--compare names the adapters itself, and goes with no --adapter, --chat or --merge")
+    if args.compare and not all(args.compare.split(",")):
+        parser.error(f"--compare {args.compare}: an empty name; expected folders or base, separated by one comma each")
     return args
 
 

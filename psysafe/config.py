@@ -207,8 +207,18 @@ def to_toml(config: TrainConfig, sources: dict[str, str] | None = None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="train.py", allow_abbrev=False, description="Fine-tune Qwen3.5 into supportive refusals.")
     file = os.path.relpath(DEFAULT_FILE)
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""Fine-tune Qwen3.5 into supportive refusals.
+
+    torchrun train.py                                      {file}: the paper in miniature, on any CPU
+    torchrun train.py --config configs/qwen3.5-27b.toml    the paper's recipe on one 80 GB GPU; with --dry-run its plan
+
+A flag wins over the file, and the file over the default.""",
+    )
     parser.add_argument("--config", default=file, metavar="FILE", help=f"TOML file of the keys below ({file})")
     for key, sentence in sentences().items():
         kind, default = KEYS[key], DEFAULTS[key]
