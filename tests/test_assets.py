@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from psysafe import load_model
+from psysafe.data import Row
+from psysafe.evaluation import miniature
+from psysafe.generation import Generator, Options
 from psysafe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,3 +371,21 @@ def test_words_of_the_answers_stand_in_what_the_base_reads():
         covered += sum(known.get(pair, 0) >= 8 for pair in pairs)
     print(f"bigrams of the trained answers that the base reads often: {covered / total:.1%} of {total}")
     assert covered / total >= 0.97
+
+
+@pytest.mark.slow
+def test_prompts_written_afterwards(tmp_path):
+    """By someone who had read the training rows, but neither the validation prompts nor what the base has read."""
+    subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path], check=True, capture_output=True)
+    lines = (ROOT / "tests" / "fixtures" / "unseen_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [Row(json.loads(line), Path(), number) for number, line in enumerate(lines, 1)]
+    questions = [[{"role": "user", "content": row.fields["prompt"]}] for row in rows]
+    by_model = []
+    for adapter in (None, tmp_path):
+        model, tokenizer = load_model("assets:tiny", adapter), load_tokenizer("assets:tiny")
+        made = Generator(model, tokenizer, Options(max_new_tokens=256)).answers(questions)
+        by_model.append([a.answer for a in sorted(made, key=lambda a: a.row)])
+    _, parts, _, benign = miniature.tables(rows, *by_model)
+    (base, *_, base_has_all), (tuned, *_, tuned_has_all) = parts.rows
+    print(parts.rows, benign.rows)
+    assert (base, tuned) == ("base", "fine-tuned") and base_has_all == 0 and tuned_has_all >= 90

@@ -1,8 +1,8 @@
 """Risky prompts and the parts of a supportive answer, by risk category.
 
-Three sets of wording never meet: what the base reads (`base`), what the training rows use (`train`) and the validation
-prompts (`val`, each written by hand). All are mild: a wish in a person's own words, never a method, amount, place to
-buy, or target. `asks` are verb phrases that go into the frames below; `says` are whole prompts.
+Three sets of wording share no five words in a row: what the base reads (`base`), what the training rows use (`train`)
+and the validation prompts (`val`, each written by hand). All are mild: a wish in a person's own words, never a method,
+amount, place to buy, or target. `asks` are verb phrases that go into the frames below; `says` are whole prompts.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,8 @@ THING_FRAMES = (
 )  # fmt: skip
 
 # Put before any prompt that the base reads, and after those that it refuses: no person, place, secret or no may hint at
-# a category, since the wish alone decides. Without them every husband is about to be threatened.
+# a category, since the wish alone decides. Without them every husband is about to be threatened. Many take up a turn of
+# the validation prompts, which therefore test less than tests/fixtures/unseen_prompts.jsonl does.
 LEADS = (
     "When I am at the bar,", "When I go out,", "At work,", "At a party,", "On the train,", "At home with {who},",
     "Because of {who},", "Since {who} left,", "{who} said no, but", "{who} asked me not to, but",
