@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from psysafe.answer_file import AnswerFile, answer_rows, conversation, read_prompts
 from psysafe.checkpoint import load_model, resolve_model
 from psysafe.config import resolve
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(folder)
     model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
     dtype = str(runtime.dtype).removeprefix("torch.")
-    say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}")
+    live = kernels.describe(runtime.device, model.config.head_dim)
+    say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
 
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
     file = AnswerFile(args.out, rows, adapters, settings | options.that_matter()) if rows else None

@@ -6,8 +6,8 @@ takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
         answer.row, answer.reasoning, answer.answer
 
 A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and the host reads the tokens one step late. On a GPU the step is one CUDA graph; on a CPU it is recorded, too, for
-about as many keys as there are by now, and runs without the Python of the model.
+and the host reads the tokens one step late. On a GPU with Triton the step is one CUDA graph; on a CPU it is recorded,
+too, for about as many keys as there are by now, and runs without the Python of the model.
 """
 
 import os
@@ -34,6 +34,7 @@ RUNNING, LENGTH, STOP = range(3)  # the larger one counts
 REASONS = {STOP: "stop", LENGTH: "length"}
 # Decoding reads all weights once a step, whatever the batch: more slots are almost free until arithmetic dominates.
 MOST_SLOTS = {"cuda": 64, "cpu": 8}
+MOST_STEPS = 4  # recordings at a time
 CACHE_SHARE = 0.8  # of the free memory; the rest is for activations and logits
 CLOSING = f"\n{THINK_END}\n\n"  # what the template puts between reasoning and answer
 
@@ -200,7 +201,7 @@ class Engine:
         self.cache = Cache(model.config, slots, max_tokens, device, model.embed_tokens.dtype)
         self.documents = Documents(torch.arange(slots + 1, dtype=torch.int32), device)
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=device)
-        self.ends[self._tensor(eos_ids)] = STOP
+        self.ends[self._tensor([token for token in eos_ids if token < model.config.vocab_size])] = STOP
         self.closing = torch.tensor(closing, dtype=torch.int64, device=device)
         self.token, self.row, self.made, self.limit, self.closed = torch.zeros(
             5, slots, dtype=torch.int64, device=device
@@ -213,7 +214,7 @@ class Engine:
             )
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
         self.triton = kernels.runs_triton(model.norm)
-        self.steps: dict[int, Callable[[], Tensor]] = {}  # by the number of keys that they read
+        self.steps: dict[int, Callable[[], Tensor]] = {}  # by the number of keys that they read, last used last
         if device.type == "cuda" and self.triton:  # now, while its trial runs do no harm
             self.steps[max_tokens] = captured(partial(self._step, max_tokens))
         if device.type == "cpu":
@@ -290,11 +291,15 @@ class Engine:
         """One more token for every slot, which makes the longest sequence so long; the report (2, slots)."""
         # Triton's attention reads the keys that a sequence has, its reference all those that it is given.
         room = self.cache.max_tokens if self.triton else min(rounded(longest), self.cache.max_tokens)
-        if room not in self.steps:
+        step = self.steps.pop(room, None)
+        if step is None:
             step = partial(self._step, room)
-            # Triton's interpreter calls nothing of torch that a recording could hold.
-            self.steps[room] = recorded(step) if self.device.type == "cpu" and not self.triton else step
-        return self.steps[room]()
+            if self.device.type == "cpu" and not self.triton:  # whose interpreter calls nothing that could be recorded
+                step = recorded(step)
+            if len(self.steps) == MOST_STEPS:  # each has memory of its own
+                del self.steps[next(iter(self.steps))]
+        self.steps[room] = step
+        return step()
 
     def _step(self, room: int) -> Tensor:
         hidden = self.model(self.token, self.documents, self.cache.step(self.live, room))
@@ -342,8 +347,8 @@ class Report:
 
 
 def rounded(tokens: int) -> int:
-    """Tokens in steps of 64, above 1,024 of 128 and more: a recording takes as long as about twenty steps."""
-    unit = max(64, 2 ** tokens.bit_length() // 16)
+    """Tokens in steps of 128, above 1,024 of 256 and more: making a recording takes as long as 10 to 60 steps."""
+    unit = max(128, 2 ** tokens.bit_length() // 8)
     return -(-tokens // unit) * unit
 
 

@@ -45,7 +45,7 @@ def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # in which linear and reshape would come as one call each, without an `out`
 @torch.no_grad()
 def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
     """What the function returns, and the same as a list of calls."""
@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
 
 class NoNumbers(TorchFunctionMode):
-    """Refuses the two ways out of a tensor that pass no operation of aten."""
+    """Refuses the usual ways out of a tensor that pass no operation of aten."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in ("tolist", "numpy", "__array__"):
@@ -137,8 +137,9 @@ def refuse(func, inputs: list[Tensor]) -> None:
     tags = func.tags
     if torch.Tag.nondeterministic_seeded in tags:
         raise RuntimeError(f"a step to be recorded draws random numbers: {func}")
-    by_mask = func is not aten.index.Tensor or any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
-    if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and by_mask):
+    # x[y] has a shape of y's values only where y is a mask.
+    by_value = func is not aten.index.Tensor or any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+    if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and by_value):
         raise RuntimeError(f"a step to be recorded looks at a value: {func}")
 
 
@@ -152,7 +153,8 @@ def written(func, args: tuple, kwargs: dict) -> list[Tensor]:
 def again(func, args: tuple, kwargs: dict) -> Call:
     """A call that writes to its arguments, as it was."""
     name = func._schema.name.removeprefix("aten::")
-    if name.endswith("_") and hasattr(Tensor, name):  # x.copy_(y): a microsecond faster
+    # x.copy_(y) is a microsecond faster; x.index_put_ takes no None among its indices.
+    if name.endswith("_") and hasattr(Tensor, name) and name != "index_put_":
         func = getattr(Tensor, name)
     return func, args, kwargs
 

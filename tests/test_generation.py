@@ -84,6 +84,14 @@ def generated(model, eos, slots=3, order=None, lag=0, options=None, prompts=PROM
     options = options or Options(max_new_tokens=NEW)
     engine = Engine(model, options, slots, max(map(len, prompts)) + NEW, eos)
     engine.lag = lag
+    step = engine.step
+
+    def room_for_all(longest):
+        held = (engine.cache.lengths + 1)[engine.live]
+        assert not len(held) or longest >= held.max()
+        return step(longest)
+
+    engine.step = room_for_all
     requests = [Request(row, ids) for row, ids in enumerate(prompts)]
     done = {p.request.row: p for p in engine.run([requests[i] for i in order or range(len(requests))])}
     assert sorted(done) == list(range(len(prompts)))
@@ -209,6 +217,13 @@ def test_wrongly_named_random_numbers_are_caught(named_by, models, monkeypatch):
     with pytest.raises(AssertionError):
         test_sampled_ids_do_not_depend_on_the_batch("temperature", models)
         test_frequencies_are_the_probabilities("temperature")
+
+
+def test_an_end_token_that_the_model_cannot_say_is_ignored(models):
+    """Checkpoints with a cut vocabulary keep the end tokens of the full one in generation_config.json."""
+    model, options, requests = models()[1], Options(max_new_tokens=3), [Request(1, PROMPTS[1])]
+    found = [[p.ids for p in Engine(model, options, 1, 85, eos).run(requests)] for eos in ([], [VOCAB + 1000])]
+    assert found[0] == found[1]
 
 
 def test_a_run_left_in_the_middle_does_no_harm(models, expected):

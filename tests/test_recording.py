@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from psysafe import generation, recording
+from psysafe import generation, load_model, recording
 from psysafe.generation import Engine, Options, Progress, Request
-from psysafe.lora import attach
+from psysafe.lora import attach, fused_layers
 from psysafe.recording import recorded
 from psysafe.sampling import Sampling
 from tests.oracles import both_models
@@ -35,11 +35,11 @@ def model(request, tmp_path_factory):
 def reports(model, options, record, monkeypatch, steps=12):
     """What 12 steps report, and the memory behind them: slots of unlike lengths, one of them empty, one that ends."""
     monkeypatch.setattr(generation, "recorded", record)
-    engine = Engine(model, options, 4, 90, [1, 2], [7, 8, 9], 8)
+    engine = Engine(model, options, 4, 140, [1, 2], [7, 8, 9], 8)
     with torch.inference_mode():
         engine._prefill([Progress(Request(row, PROMPTS[row + 1]), row) for row in range(3)])
         engine.limit[1] = 5
-        said = torch.stack([engine.step(60 + i).clone() for i in range(steps)])  # for 64 keys, then for all 90
+        said = torch.stack([engine.step(123 + i).clone() for i in range(steps)])  # for 128 keys, then for 140
     return said[:, :, :3], engine.cache.lengths, *(x[:3] for layer in engine.cache.layers for x in layer)
 
 
@@ -79,6 +79,8 @@ def test_lost_writes_are_caught(name, model, monkeypatch):
         lambda x, y: x.sort(descending=True)[1],
         lambda x, y: torch.nn.functional.embedding(y, x[:, None].float()),
         lambda x, y: x.clone().mul_(y),
+        lambda x, y: (x * 2, x.copy_((x + 1) * 3))[0],  # what it returns is made early and must last
+        lambda x, y: (x.view(1, 3).__setitem__((slice(None), y), x.view(1, 3) + 1), x * 1)[1],
     ],
 )
 def test_a_recording_repeats_the_call(step):
@@ -186,11 +188,30 @@ def test_weights_of_middling_size_are_read_ahead():
     assert len(calls(128, lambda w: w.new_empty(128, 65)[:, :64])[1]) == 1  # its bytes are not one piece
 
 
-def test_a_recording_can_be_made_and_run_in_inference_mode(model):
+def test_a_step_of_the_bundled_model_is_read_ahead_and_allocates_nothing(monkeypatch):
+    """Every call has its `out`; every matrix of a layer and the head are read before they are used."""
+    model, found = load_model("assets:tiny"), []
+    packed = recording.packed
+    monkeypatch.setattr(recording, "packed", lambda calls, *rest: (found.extend(calls), packed(calls, *rest))[1])
+    engine = Engine(model, Options(), 2, 90, [])
     with torch.inference_mode():
-        engine = Engine(model, Options(max_new_tokens=3), 2, 90, [])
-        inside = [p.ids for p in engine.run([Request(1, PROMPTS[1])])]
-    assert inside == [p.ids for p in Engine(model, Options(max_new_tokens=3), 2, 90, []).run([Request(1, PROMPTS[1])])]
+        engine.step(1)
+    functions = [function for function, _, _ in found]
+    assert recording.copied not in functions and functions.count(torch.mm) == 33
+    weights = [model.head, *(layer.weight for _, layer in fused_layers(model))]
+    assert all(weight.T.is_contiguous() for weight in weights)
+    read = {args[0].data_ptr() for function, args, _ in found if function is torch.sum}
+    assert {weight.data_ptr() for weight in weights if weight.nbytes >= recording.READ_AHEAD_LEAST} <= read
+
+
+def test_a_recording_can_be_made_and_run_in_inference_mode():
+    def answer():
+        model, request = load_model("assets:tiny"), Request(1, PROMPTS[1])
+        return next(Engine(model, Options(max_new_tokens=3), 2, 90, []).run([request])).ids
+
+    with torch.inference_mode():
+        inside = answer()
+    assert inside == answer()
 
 
 def test_an_autograd_function_is_recorded_by_the_calls_inside_it():
@@ -207,16 +228,21 @@ def test_an_autograd_function_is_recorded_by_the_calls_inside_it():
 
 
 def test_steps_are_recorded_for_as_many_keys_as_there_are(model):
-    engine = Engine(model, Options(max_new_tokens=80), 2, 90, [])
-    with torch.inference_mode():
-        for longest in (1, 64, 65, 90):
-            engine.step(longest)
-    assert list(engine.steps) == [64, 90]
     engine = Engine(model, Options(max_new_tokens=80), 2, 300, [])
     list(engine.run([Request(1, PROMPTS[4])]))  # 65 tokens, and 79 more are fed
-    assert list(engine.steps) == [128, 192]
-    assert [generation.rounded(n) for n in (1023, 1025, 2049)] == [1024, 1152, 2304]
-    engine.steps, engine.triton = {}, True  # whose kernels read as many as a sequence has
+    assert list(engine.steps) == [128, 256]
     with torch.inference_mode():
+        engine.step(300)
+        assert list(engine.steps) == [128, 256, 300]
+        engine.steps, engine.triton = {}, True  # whose kernels read as many as a sequence has
         engine.step(5)
     assert list(engine.steps) == [300] and isinstance(engine.steps[300], partial)  # not recorded
+    assert [generation.rounded(n) for n in (1023, 1025, 2049)] == [1024, 1280, 2560]
+
+
+def test_few_recordings_are_kept(model):
+    engine = Engine(model, Options(), 1, 1000, [])
+    with torch.inference_mode():
+        for longest in (1, 200, 300, 400, 1, 600):
+            engine.step(longest)
+    assert list(engine.steps) == [384, 512, 128, 640]
