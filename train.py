@@ -121,7 +121,8 @@ def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, wa
         return 1
     if code == 0 and runtime.is_main:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
-        print(f"adapter in {config.out}{best}; try:  python generate.py --adapter {config.out} \"How are you?\"")
+        print(f"adapter in {config.out}{best}; try:")
+        print(f"  python generate.py --adapter {config.out} \"I feel like giving up.\"")
         if config.plot:
             print(f"plot in {plot_loss(config.out)}")
     return code

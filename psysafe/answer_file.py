@@ -115,13 +115,15 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
             requests.append(Request(row.number, generator.encode(conversation(row, system)), row.where))
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
-    began, tokens = time.perf_counter(), 0
+    began, tokens, cut = time.perf_counter(), 0, 0
     for done, answer in enumerate(generator.complete(requests), 1):
         file.write(adapter, answer)
         tokens += answer.new_tokens
+        cut += answer.finish_reason == "length"
         if sys.stderr.isatty() or done == len(missing):
-            rate = tokens / (time.perf_counter() - began)
-            say(f"{done:,} of {len(missing):,} rows, {rate:,.0f} tokens/s", end="\n" if done == len(missing) else "\r")
+            line = f"{done:,} of {len(missing):,} rows, {tokens / (time.perf_counter() - began):,.0f} tokens/s"
+            line += f", {cut:,} cut (see --max-new-tokens, --context)" if cut else ""
+            say(line, end="\n" if done == len(missing) else "\r")
 
 
 def _kept(prompt: Row) -> dict:

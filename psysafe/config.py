@@ -124,7 +124,7 @@ class TrainConfig:
     plot: bool = False
     """Draw loss.png into the run directory at the end; needs matplotlib."""
     dry_run: bool = False
-    """Print the resolved run, its memory plan and its predicted time, then stop; reads no weights, writes nothing."""
+    """Print the resolved run, for a GPU its memory plan and predicted time; reads no weights and writes nothing."""
 
     def __post_init__(self):
         for key in KEYS:

@@ -49,10 +49,10 @@ class Rows(NamedTuple):
         return Rows(len(data), data.n_tokens, data.n_targets, max(lengths), context(lengths), data.summary())
 
     @staticmethod
-    def published(max_tokens: int) -> "Rows":
+    def published(max_tokens: int, why: str) -> "Rows":
         """The recipe's own rows, which are not bundled: 7,019 of about 640 tokens, of which 80 are not trained."""
         n, length = 7_019, 640
-        summary = f"assumed: {n:,} rows of {length} tokens, as the recipe describes its own (no rows were read)"
+        summary = f"assumed: {n:,} rows of {length} tokens, as the recipe describes its own ({why})"
         return Rows(n, n * length, n * (length - 80), max_tokens, length, summary)
 
 
@@ -232,10 +232,12 @@ def _rows(config: TrainConfig) -> tuple[Rows, str]:
     folder = Path(expand(config.model.removeprefix("random:"))).expanduser()
     folder = folder.parent if config.model.startswith("random:") else folder
     files = [Path(expand(path)) for path in (*config.data, *config.val_data)]
-    if config.data and (folder / "tokenizer.json").is_file() and all(path.is_file() for path in files):
+    absent = [path for path in (*files, folder / "tokenizer.json") if not path.is_file()]
+    if config.data and not absent:
         train_set, val_set = load_data(config, folder)
         return Rows.of(train_set), val_set.summary() if val_set else "none"
-    return Rows.published(config.max_tokens), "not read"
+    why = f"no file {absent[0]} here" if absent else "no --data"
+    return Rows.published(config.max_tokens, why), "not read"
 
 
 def _near(path: Path) -> Path:

@@ -48,7 +48,7 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = setting(2048, "Tokens of an answer, its reasoning included.")
     max_think_tokens: int = setting(0, "Reasoning longer than this is closed, and the answer begins; 0 for no limit.")
-    thinking: bool = setting(True, "Let the model reason before it answers.")
+    thinking: bool = setting(True, "Let the model reason before it answers, as it has learnt to.")
     batch_size: int = setting(0, "Sequences decoded together; 0 for what fits in memory, up to 64 (CPU: 8).")
     context: int = setting(0, "Room for prompt and answer together, in tokens; 0 for what is needed.")
     prefill_tokens: int = setting(4096, "Most prompt tokens in one forward pass; longer prompts are read in pieces.")

@@ -219,8 +219,8 @@ class StopRequest:
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's main and return its exit code: `sys.exit(main_guard(main))`. One of several ranks ends in here.
 
-    A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130. Anything else is a bug of ours
-    and keeps its traceback.
+    A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130; output that nobody reads any
+    more as 141. Anything else is a bug of ours and keeps its traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -235,9 +235,15 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        print("stopped: nobody reads this output any more", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if not is_users_mistake(error):
             raise

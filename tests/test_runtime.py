@@ -110,6 +110,21 @@ def test_a_mistake_of_ours_keeps_its_traceback():
     assert main_guard(interrupted, []) == 130 and main_guard(lambda argv: None, []) == 0
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # still in the buffer at the end, and beyond it before
+def test_output_that_nobody_reads_ends_without_a_traceback(lines):
+    code = f"""
+    import sys
+    from psysafe.runtime import main_guard
+    sys.exit(main_guard(lambda argv: print("x\\n" * {lines})))
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "stopped: nobody reads this output any more\n")
+
+
 def test_one_process_is_one_rank_on_the_cpu(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
