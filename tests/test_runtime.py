@@ -120,7 +120,8 @@ def test_output_that_nobody_reads_ends_without_a_traceback(lines):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "stopped: nobody reads this output any more\n")
 
