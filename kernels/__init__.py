@@ -21,7 +21,6 @@ from kernels import conv1d_step as _conv1d_step
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import delta_rule as _delta_rule
-from kernels import gate_up as _gate_up
 from kernels import gated_norm as _gated_norm
 from kernels import glu as _glu
 from kernels import output_gate as _output_gate
@@ -92,7 +91,6 @@ gated_delta_rule = _switch("gated_delta_rule", _delta_rule)
 gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
 gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
 swiglu = _switch("swiglu", _glu)
-gate_up_swiglu = _switch("gate_up_swiglu", _gate_up)
 linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
 adamw_8bit = _switch("adamw_8bit", _adamw)
 
