@@ -64,7 +64,10 @@ class Cache:
         return CacheView(self, list(range(self.slots)) if slots is None else slots)
 
     def step(self, live: Tensor, room: int) -> "StepView":
-        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `room`."""
+        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `room`.
+
+        Attention is given the first `room` rows of every slot: its reference reads all that it is given, live or not.
+        """
         return StepView(self, live, room)
 
 

@@ -34,7 +34,7 @@ PREFIXES = ("model.language_model.", "model.")
 READABLE = ("BF16", "F16", "F32", "F64")
 
 
-@torch.inference_mode(False)  # what is made in inference mode could neither be trained nor recorded
+@torch.inference_mode(False)  # what is made in inference mode could not be trained
 def load_model(
     source: str | Path,
     adapter: str | Path | None = None,

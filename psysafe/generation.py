@@ -6,15 +6,13 @@ takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
         answer.row, answer.reasoning, answer.answer
 
 A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and the host reads the tokens one step late. On a GPU with Triton the step is one CUDA graph; on a CPU it is recorded,
-too, for about as many keys as there are by now, and runs without the Python of the model.
+and on a GPU the host reads the tokens one step late. With Triton the step is one CUDA graph there.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +24,13 @@ from kernels import Documents
 from psysafe.cache import Cache
 from psysafe.lora import fused_layers
 from psysafe.model import Qwen3_5
-from psysafe.recording import captured, recorded
 from psysafe.sampling import Sampling, choose, setting
 from psysafe.tokenizer import THINK_END, Message, Tokenizer
 
-RUNNING, LENGTH, STOP = range(3)  # the larger one counts
+RUNNING, LENGTH, STOP = range(3)  # STOP wins over LENGTH
 REASONS = {STOP: "stop", LENGTH: "length"}
 # Decoding reads all weights once a step, whatever the batch: more slots are almost free until arithmetic dominates.
 MOST_SLOTS = {"cuda": 64, "cpu": 8}
-MOST_STEPS = 4  # recordings at a time
 CACHE_SHARE = 0.8  # of the free memory; the rest is for activations and logits
 CLOSING = f"\n{THINK_END}\n\n"  # what the template puts between reasoning and answer
 
@@ -80,9 +76,8 @@ class Answer:
 
 
 class Generator:
-    """A model and a tokenizer as one function from conversations to answers. The model must not change meanwhile: what
-    depends on its weights alone is kept from the first answer on. On a CPU its weights are stored anew, column by
-    column: the same shape and values, but no longer contiguous."""
+    """A model and a tokenizer as one function from conversations to answers. The model must not change meanwhile: a
+    CUDA graph keeps to the tensors and adapters that it was captured with."""
 
     def __init__(
         self,
@@ -181,11 +176,10 @@ class Engine:
     """Continuous batching over a fixed number of slots, from token ids to token ids.
 
     What a slot is doing stands in tensors (slots,) on the device: the token that it is fed next, its row, the tokens
-    made and the most it may make, whether it is live, whether its think block is open, and how much of the closing text
-    has been put in its mouth.
+    made and the most it may make, whether it is live, whether its think block is open, and how many tokens of the
+    forced closing text have been emitted.
     """
 
-    @torch.inference_mode(False)  # a recording writes to what is made here, which must not be inference tensors
     def __init__(
         self,
         model: Qwen3_5,
@@ -213,12 +207,11 @@ class Engine:
                 2, slots, model.config.vocab_size, dtype=torch.bool, device=device
             )
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
-        self.triton = kernels.runs_triton(model.norm)
-        self.steps: dict[int, Callable[[], Tensor]] = {}  # by the number of keys that they read, last used last
-        if device.type == "cuda" and self.triton:  # now, while its trial runs do no harm
-            self.steps[max_tokens] = captured(partial(self._step, max_tokens))
-        if device.type == "cpu":
-            lay_out(model)
+        self.graph: Callable[[], Tensor] | None = None  # a decode step
+        if device.type == "cuda" and kernels.runs_triton(model.norm):
+            # Captured now, while its trial runs do no harm. Its shapes are fixed, so it gets the whole cache; Triton's
+            # attention reads only the keys that a sequence has.
+            self.graph = captured(lambda: self._step(max_tokens))
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Progress]:
@@ -288,18 +281,8 @@ class Engine:
         return self.model(tokens, Documents(bounds, self.device), self.cache.at(slots), rows)
 
     def step(self, longest: int) -> Tensor:
-        """One more token for every slot, which makes the longest sequence so long; the report (2, slots)."""
-        # Triton's attention reads the keys that a sequence has, its reference all those that it is given.
-        room = self.cache.max_tokens if self.triton else min(rounded(longest), self.cache.max_tokens)
-        step = self.steps.pop(room, None)
-        if step is None:
-            step = partial(self._step, room)
-            if self.device.type == "cpu" and not self.triton:  # whose interpreter calls nothing that could be recorded
-                step = recorded(step)
-            if len(self.steps) == MOST_STEPS:  # each has memory of its own
-                del self.steps[next(iter(self.steps))]
-        self.steps[room] = step
-        return step()
+        """One more token for every slot; the report (2, slots). No live sequence may become longer than `longest`."""
+        return self._step(longest) if self.graph is None else self.graph()
 
     def _step(self, room: int) -> Tensor:
         hidden = self.model(self.token, self.documents, self.cache.step(self.live, room))
@@ -346,17 +329,25 @@ class Report:
         return self.values.tolist()
 
 
-def rounded(tokens: int) -> int:
-    """Tokens in steps of 128, above 1,024 of 256 and more: making a recording takes as long as 10 to 60 steps."""
-    unit = max(128, 2 ** tokens.bit_length() // 8)
-    return -(-tokens // unit) * unit
+@torch.inference_mode()
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The step as one CUDA graph, replayed by a launch of a few microseconds. Its result lies in the same memory each
+    time. The step must be harmless while no slot is live: it runs before it is captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # for whatever is compiled or allocated at first use
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        report = step()
 
+    def replay() -> Tensor:
+        graph.replay()
+        return report
 
-def lay_out(model: Qwen3_5) -> None:
-    """Stores every weight (out, in) column by column; shape and values stay. So a few rows times W^T read it in order:
-    where it comes from far memory, MKL takes two thirds of the time, elsewhere the same."""
-    for weight in (model.head, *(layer.weight for _, layer in fused_layers(model))):
-        weight.data = weight.data.T.contiguous().T
+    return replay
 
 
 def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import kernels
 from kernels.closeness import relative_error
 from psysafe import generation, load_model, sampling
 from psysafe.cache import Cache, StepView
@@ -187,7 +188,8 @@ def late_position(monkeypatch):
 
 
 def few_keys(monkeypatch):
-    monkeypatch.setattr(generation, "rounded", lambda tokens: tokens - 1)
+    right = Cache.step
+    monkeypatch.setattr(Cache, "step", lambda self, live, room: right(self, live, room - 1))
 
 
 @pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position, few_keys])
@@ -233,6 +235,38 @@ def test_a_run_left_in_the_middle_does_no_harm(models, expected):
     next(engine.run(requests))
     for _ in range(2):
         assert {p.request.row: p.ids for p in engine.run(requests)} == dict(enumerate(ids))
+
+
+def test_decoding_reads_no_more_of_the_cache_than_the_longest_sequence(models, monkeypatch):
+    rows_read, attend = [], kernels.attention_decode
+
+    def counted(q, k, v, lengths):
+        rows_read.append((k.shape[1], v.shape[1], int(lengths.max())))
+        return attend(q, k, v, lengths)
+
+    monkeypatch.setattr(kernels, "attention_decode", counted)
+    engine = Engine(models()[1], Options(max_new_tokens=4), 2, 300, [])
+    list(engine.run([Request(1, PROMPTS[4]), Request(2, PROMPTS[5])]))
+    layers = models()[1].config.layer_types.count("full_attention")
+    assert rows_read == [(n, n, n) for n in (66, 67, 68) for _ in range(layers)]
+
+
+def test_an_engine_made_in_inference_mode_works_outside_of_it(models, expected):
+    eos, ids = expected("published pattern")
+    requests = [Request(row, prompt) for row, prompt in enumerate(PROMPTS)]
+    with torch.inference_mode():
+        engine = Engine(models()[1], Options(max_new_tokens=NEW), 3, 85, eos)
+        inside = {p.request.row: p.ids for p in engine.run(requests)}
+    assert inside == {p.request.row: p.ids for p in engine.run(requests)} == dict(enumerate(ids))
+
+
+def test_weights_stay_as_they_are(models):
+    """Values and memory layout: the model is the caller's."""
+    model = models()[1]
+    before = [(p.data_ptr(), p.stride(), p.clone()) for p in model.parameters()]
+    generated(model, [])
+    for p, (address, stride, values) in zip(model.parameters(), before, strict=True):
+        assert (p.data_ptr(), p.stride()) == (address, stride) and torch.equal(p, values)
 
 
 @pytest.mark.parametrize("chosen", SAMPLED.values(), ids=SAMPLED)
@@ -387,7 +421,6 @@ def scripted(monkeypatch, lines):
         return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in said])
 
     monkeypatch.setattr(generation, "choose", choose)
-    monkeypatch.setattr(generation, "recorded", lambda step: step)  # this choose looks at values
 
 
 def tokenizer() -> Tokenizer:
