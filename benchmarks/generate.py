@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from psysafe.checkpoint import load_model, published_tensors, resolve_model
-from psysafe.files import read_json
+from psysafe.files import read_json, write_atomic
 from psysafe.generation import Engine, Options, Request
 from psysafe.model import Qwen3_5
 from psysafe.runtime import main_guard, start, versions
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
     args = parser.parse_args(argv)
     runtime = start(args.device)
     torch.set_deterministic_debug_mode("default")
@@ -88,8 +89,13 @@ def main(argv: Sequence[str]) -> int:
                   f"{row['x']:6.2f} {limit:>8s}", flush=True)  # fmt: skip
         results += rows
     peers = {name: importlib.metadata.version(name) for name in makers if name in PEERS}
-    found = versions() | peers
-    print(json.dumps({"model": args.model, "device": runtime.device_name, "versions": found, "results": results}))
+    report = {"model": args.model, "device": runtime.device_name, "prompt_tokens": args.prompt_tokens,
+              "new_tokens": args.new_tokens, "repeats": args.repeats, "versions": versions() | peers,
+              "results": results}  # fmt: skip
+    line = json.dumps(report)
+    if args.out:
+        write_atomic(Path(args.out), line + "\n")
+    print(line)
     return 0
 
 

@@ -20,8 +20,10 @@ def test_the_same_answers_as_transformers(where, tmp_path, monkeypatch, capsys):
     file = Path(where.removeprefix("random:"))
     file.parent.mkdir(exist_ok=True)
     shutil.copy(CONFIG, file)
-    assert main_guard(generate.main, ["--model", where, "--batch", "2", *SMALL]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main_guard(generate.main, ["--model", where, "--batch", "2", "--out", "result.json", *SMALL]) == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert Path("result.json").read_text() == last_line + "\n"
+    result = json.loads(last_line)
     assert [(row["work"], row["by"]) for row in result["results"]] == [
         (work, by) for work in ("batch", "queue") for by in ("psysafe", "transformers")
     ]
