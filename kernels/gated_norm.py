@@ -21,7 +21,6 @@ from kernels._common import adjacent, check_inputs, fuses_A, persistent_programs
 from kernels._triton import tl, triton
 from kernels.closeness import Case
 from kernels.protocol import CompileSpec, Work
-from kernels.rms_norm import padded_norm
 from kernels.seams import compute_dtype, project
 
 
@@ -29,10 +28,10 @@ def gated_rms_norm_reference(
     o: Tensor, z: Tensor, weight: Tensor, eps: float, lora_A: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """o (T, H, V), z (T, H*V), weight (V,) fp32, lora_A (r, H*V) fp32 -> x (T, H*V), u (T, r) fp32 or None."""
-    dtype, V = compute_dtype(o), o.shape[-1]
-    n = o.to(dtype)
-    n = n / padded_norm(n, eps * V) * (weight.double() * V**0.5).to(dtype)
-    x = (n.flatten(1) * F.silu(z.to(dtype))).to(o.dtype)
+    out_dtype, dtype = o.dtype, compute_dtype(o)
+    o, z, weight = o.to(dtype), z.to(dtype).view(o.shape), weight.to(dtype)  # o and z (T, H, V)
+    x = o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * weight * F.silu(z)
+    x = x.flatten(1).to(out_dtype)  # (T, H*V)
     return x, project(x, lora_A)
 
 

@@ -29,15 +29,9 @@ from kernels.seams import LoRATerm, Pending, add_lora, compute_dtype, project
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x rsqrt(mean(x^2) + eps) (1 + w) over the last dimension, not yet rounded."""
-    x, D = x.to(compute_dtype(x)), x.shape[-1]
-    return x / padded_norm(x, eps * D) * ((1 + weight.double()) * D**0.5).to(x.dtype)
-
-
-def padded_norm(x: Tensor, eps: float) -> Tensor:
-    """sqrt(sum(x^2) + eps) over the last dimension, which is kept as one."""
-    # vector_norm reads x once and keeps no square of it; eps is the square of one more component.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.hypot(norm, torch.full((), eps**0.5, dtype=x.dtype, device=x.device))
+    # Widened before 1 is added: in bf16, 1 + w has a resolution of 1/128 and most of a small w would be lost.
+    x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + weight)
 
 
 def residual_rms_norm_reference(

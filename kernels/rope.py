@@ -32,11 +32,10 @@ from kernels.seams import LoRATerm, add_lora, add_lora_apart
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, H, K), cos and sin (T, R): rotates dims [0, 2R) of every head, in x's dtype."""
-    R = cos.shape[1]
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-    x1, x2, passing = x.split_with_sizes((R, R, x.shape[-1] - 2 * R), dim=-1)
-    x1, x2 = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
-    return torch.cat([x1, x2, passing], dim=-1)
+    R, K = cos.shape[1], x.shape[2]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, R): every head turns by the same angles
+    x1, x2, passing = x.split((R, R, K - 2 * R), dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, passing], dim=-1)
 
 
 def qk_norm_rope_reference(
@@ -53,16 +52,13 @@ def qk_norm_rope_reference(
     """qgkv (T, H*2K + 2*G*K), q_weight and k_weight (K,), cos and sin (T, R) fp32 of every token's position,
     lora u (T, 3r), B (H*2K + 2*G*K, r) -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K).
     """
-    T, K = len(qgkv), q_weight.shape[0]
-    sizes = (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K)
-    qg, k, v = add_lora_apart(qgkv, lora, sizes)
-    q, gate = qg.view(T, num_heads, 2 * K).split_with_sizes((K, K), dim=-1)
-    # The heads of q and k side by side: one norm and one rotation serve both.
-    weights = torch.cat([q_weight.expand(num_heads, K), k_weight.expand(num_kv_heads, K)])
-    heads = rms_norm_reference(torch.cat([q, k.view(T, num_kv_heads, K)], dim=1), weights, eps)
-    q, k = rotate(heads, cos, sin).split_with_sizes((num_heads, num_kv_heads), dim=1)
-    gate, v = gate.reshape(T, num_heads * K), v.view(T, num_kv_heads, K)
-    return q.to(qgkv.dtype), gate.to(qgkv.dtype), k.to(qgkv.dtype), v.to(qgkv.dtype)
+    T, K, dtype = len(qgkv), q_weight.shape[0], qgkv.dtype
+    qg, k, v = add_lora_apart(qgkv, lora, (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K))
+    q, gate = qg.view(T, num_heads, 2 * K).split(K, dim=-1)  # (T, H, K) each
+    k, v = k.view(T, num_kv_heads, K), v.view(T, num_kv_heads, K)
+    q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)
+    k = rotate(rms_norm_reference(k, k_weight, eps), cos, sin)
+    return q.to(dtype), gate.flatten(1).to(dtype), k.to(dtype), v.to(dtype)
 
 
 @triton.jit
