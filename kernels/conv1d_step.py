@@ -24,8 +24,8 @@ from kernels.seams import compute_dtype
 def causal_conv1d_silu_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     """x (B, C), weight (C, M), tail (B, M-1, C) in x's dtype, updated in place -> c (B, C) in x's dtype."""
     dtype = compute_dtype(x)
-    window = torch.cat([tail, x[:, None]], dim=1)
-    a = (window.to(dtype) * weight.to(dtype).T.contiguous()).sum(1)
+    window = torch.cat([tail, x[:, None]], dim=1)  # (B, M, C), the oldest row first
+    a = (weight.to(dtype).T * window.to(dtype)).sum(1)  # (B, C)
     tail.copy_(window[:, 1:])
     return F.silu(a).to(x.dtype)
 

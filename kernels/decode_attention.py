@@ -29,14 +29,13 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
     anything finite. All S rows are read, and those masked, so that nothing here waits for the lengths.
     """
     (B, H, K), (S, G), dtype = q.shape, k_cache.shape[1:3], compute_dtype(q)
-    k, v = (x.transpose(1, 2).reshape(B * G, S, K).to(dtype) for x in (k_cache, v_cache))
-    # The query heads of a group are rows of one product: keys and values are read once for all of them.
-    rows = (q.to(dtype) * K**-0.5).view(B * G, H // G, K)
-    seen = torch.arange(S, device=q.device) < lengths[:, None]
-    mask = torch.where(seen, 0.0, torch.full((), -math.inf, dtype=dtype, device=q.device))
-    mask = mask[:, None, None].expand(B, G, 1, S).reshape(B * G, 1, S)
-    P = torch.baddbmm(mask, rows, k.mT).softmax(-1)
-    return (P @ v).view(B, H, K).to(k_cache.dtype)
+    q = q.to(dtype).reshape(B, G, H // G, K)  # query head j reads key/value head j // (H/G)
+    k, v = (x.to(dtype).transpose(1, 2) for x in (k_cache, v_cache))  # (B, G, S, K)
+    visible = torch.arange(S, device=q.device) < lengths[:, None]  # (B, S)
+    s = q @ k.mT / K**0.5  # (B, G, H/G, S)
+    s = s.masked_fill(~visible[:, None, None], -math.inf)
+    o = s.softmax(-1) @ v  # (B, G, H/G, K)
+    return o.reshape(B, H, K).to(k_cache.dtype)
 
 
 SPLITS = 64  # pieces at most; a fixed number, and at least MIN_KEYS keys in each
