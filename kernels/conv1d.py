@@ -19,6 +19,7 @@ gives, gets no gradient.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._common import adjacent, check_inputs, persistent_programs
@@ -34,30 +35,16 @@ def causal_conv1d_silu_reference(
     """x (T, C), weight (C, M), splits summing to C, initial_state (n, M-1, C): the M-1 rows before each document's
     first token -> one (T, size) tensor for every entry of `splits`.
     """
-    taps = weight.shape[1]
-    dtype = compute_dtype(x)
-    xs, w, positions = x.to(dtype), weight.to(dtype), documents.positions
-    if initial_state is not None:
-        state, index = initial_state.to(dtype), documents.index
-    acc = xs * w[:, -1]
-    for lag in range(1, min(taps, max(documents.lengths) if initial_state is None else taps)):
-        early = _first_rows(documents, lag)
-        lagged = xs[: max(0, len(xs) - lag)]
-        past = torch.nn.functional.pad(lagged, (0, 0, len(xs) - len(lagged), 0)).index_fill_(0, early, 0)
-        if initial_state is not None:
-            past = past.index_put((early,), state[index[early], taps - 1 - lag + positions[early]])
-        acc = torch.addcmul(acc, past, w[:, -1 - lag])
-    return tuple(torch.nn.functional.silu(acc).to(x.dtype).split(splits, dim=1))
-
-
-def _first_rows(documents: Documents, count: int) -> Tensor:
-    """The first `count` rows of every document, as far as it has them."""
-
-    def build(d: Documents) -> Tensor:
-        firsts = zip(d.bounds[:-1], d.lengths, strict=True)
-        return d.to_device(torch.cat([torch.arange(start, start + min(count, n)) for start, n in firsts]))
-
-    return documents.table(("first rows", count), build)
+    M, C, dtype = weight.shape[1], x.shape[1], compute_dtype(x)
+    w = weight.to(dtype)
+    a = []  # by document, (n, C) each
+    for i, rows in enumerate(x.to(dtype).split(documents.lengths)):  # (n, C)
+        # Every document starts afresh, with rows of its own before its first token.
+        before = rows.new_zeros(M - 1, C) if initial_state is None else initial_state[i].to(dtype)
+        padded = torch.cat([before, rows])  # (M-1+n, C): padded[t+m] is x_{t-M+1+m}
+        a.append(sum(w[:, m] * padded[m : m + len(rows)] for m in range(M)))
+    c = F.silu(torch.cat(a)).to(x.dtype)
+    return c.split(splits, dim=1)
 
 
 # Triton. Grid: (column blocks, segments). Up to three splits of sizes S0, S1, S2 (0 = absent); no block spans two.
