@@ -58,7 +58,7 @@ def add_lora_apart(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> 
     if lora is None:
         return parts
     us, Bs = lora.u.to(parts[0].dtype).chunk(len(sizes), dim=1), lora.B.to(parts[0].dtype).split(sizes)
-    return tuple(torch.addmm(x, u, B.T, alpha=lora.scale) for x, u, B in zip(parts, us, Bs, strict=True))
+    return tuple(part + lora.scale * u @ B.T for part, u, B in zip(parts, us, Bs, strict=True))
 
 
 class Documents:
