@@ -5,7 +5,9 @@ g = -exp(A_log) softplus(a + dt_bias) <= 0 and a state S (dk, dv) that starts at
 
     S <- e^g S          e = v - S^T k          S <- S + k (beta e)^T          o = S^T q
 
-The reference uses the chunk form: within a chunk of C tokens, c = cumulative sum of g and D_ts = e^(c_t - c_s), s <= t,
+`gated_delta_rule_recurrent` is these lines, token by token; one of them is `gated_delta_rule_step`. The reference,
+which a CPU runs, is the chunk form: within a chunk of C tokens, with c = cumulative sum of g and, for s <= t,
+D_ts = e^(c_t - c_s),
 
     L_ts = beta_t (k_t . k_s) D_ts (s < t)       (I + L) R = beta (V - e^c K S)
     O = e^c Q S + (Q K^T * D) R                  S <- e^(c_C) S + (e^(c_C - c) K)^T R
@@ -39,6 +41,7 @@ A_log and dt_bias are frozen: the Triton path refuses to differentiate them.
 """
 
 import sys
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -64,19 +67,65 @@ def decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     return -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
 
 
+def columns(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """What the recurrence reads of n tokens, by value head and in `dtype`: normalised q and k (n, H, dk, 1),
+    v (n, H, dv, 1), g and beta (n, H, 1, 1). q, k (n, Hk, dk), v (n, H, dv), a, b (n, H).
+    """
+    dk, group = k.shape[2], v.shape[1] // k.shape[1]
+    q = l2_normalise(q.to(dtype)).repeat_interleave(group, dim=1) * dk**-0.5
+    k = l2_normalise(k.to(dtype)).repeat_interleave(group, dim=1)
+    g, beta = decay(a, A_log, dt_bias).to(dtype), b.to(dtype).sigmoid()
+    return q[..., None], k[..., None], v.to(dtype)[..., None], g[..., None, None], beta[..., None, None]
+
+
+def gated_delta_rule_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The definition, one token after the other; shapes and dtypes as in `gated_delta_rule_reference`."""
+    (H, dv), dk, out_dtype = v.shape[1:], k.shape[2], v.dtype
+    q, k, v, g, beta = columns(q, k, v, a, b, A_log, dt_bias, compute_dtype(v))
+    outs, final_states = [], []
+    for i, (start, end) in enumerate(pairwise(documents.bounds)):
+        # A document never sees the state that the one before it has left.
+        S = v.new_zeros(H, dk, dv) if initial_state is None else initial_state[i].to(v.dtype)
+        for t in range(start, end):
+            S = g[t].exp() * S  # forget
+            e = v[t] - S.mT @ k[t]  # what is missing at this key
+            S = S + k[t] @ (beta[t] * e).mT  # write a share beta of it
+            outs.append(S.mT @ q[t])  # read
+        final_states.append(S)
+    o = torch.stack(outs).squeeze(-1).to(out_dtype)  # (T, H, dv)
+    return o, torch.stack(final_states) if output_final_state else None
+
+
+def gated_delta_rule_step_reference(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
+) -> Tensor:
+    """The recurrence for one token of each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H),
+    state (B, H, dk, dv) fp32, updated in place -> o (B, H, dv) in v's dtype.
+    """
+    S, out_dtype = state, v.dtype
+    q, k, v, g, beta = columns(q, k, v, a, b, A_log, dt_bias, S.dtype)
+    S *= g.exp()  # forget
+    e = v - S.mT @ k  # what is missing at this key
+    S += k @ (beta * e).mT  # write a share beta of it
+    o = S.mT @ q  # read
+    return o.squeeze(-1).to(out_dtype)
+
+
+# The chunk form: the same numbers in matrix products. It is what a CPU runs, forward and backward.
+
+
 def gated_delta_rule_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    documents: Documents,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """q, k (T, Hk, dk) and v (T, H, dv) as the convolution wrote them, a and b (T, H), A_log and dt_bias (H,),
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`gated_delta_rule_recurrent` in chunks of 64 tokens.
+
+    q, k (T, Hk, dk) and v (T, H, dv) as the convolution wrote them, a and b (T, H), A_log and dt_bias (H,),
     initial_state (n, H, dk, dv) fp32 -> o (T, H, dv) in v's dtype, final state (n, H, dk, dv) fp32 or None.
     """
     (H, dv), (Hk, dk) = v.shape[1:], k.shape[1:]
@@ -153,20 +202,7 @@ def _chunk_slots(documents: Documents, chunk: int) -> tuple[Tensor, list[int]]:
     return documents.table(("delta rule chunks", chunk), build)
 
 
-def gated_delta_rule_step_reference(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
-) -> Tensor:
-    """One token for each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H), state (B, H, dk, dv) fp32,
-    updated in place -> o (B, H, dv) in v's dtype.
-    """
-    (B, H, dk, dv), dtype = state.shape, state.dtype
-    S = state.view(B * H, dk, dv)
-    qk = torch.stack([q, k]).to(dtype).unsqueeze(3).expand(-1, -1, -1, H // k.shape[1], -1)
-    q, k = l2_normalise(qk).reshape(2, B * H, 1, dk)
-    S *= decay(a, A_log, dt_bias).to(dtype).exp().view(B * H, 1, 1)
-    e = b.to(dtype).sigmoid().view(B * H, 1, 1) * torch.baddbmm(v.to(dtype).reshape(B * H, 1, dv), k, S, alpha=-1)
-    S.addcmul_(k.transpose(1, 2), e)
-    return torch.baddbmm(e, q, S, beta=0, alpha=dk**-0.5).view(B, H, dv).to(v.dtype)  # without e: 0 of it is added
+# Triton: the chunk form in five launches.
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -200,17 +236,9 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 def gated_delta_rule_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    documents: Documents,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`gated_delta_rule_reference` in two Triton launches forward, three backward.
 
     q, k, v, a, b in one dtype, fp32 or bf16; their rows may be strided, a row itself is contiguous. dk and dv are

@@ -1,43 +1,30 @@
-"""The gated delta rule against its token-by-token recurrence in fp64: outputs, final states, every gradient."""
+"""The gated delta rule: the recurrence against transformers', the chunk form against the recurrence in fp64. Outputs,
+final states, every gradient."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 import kernels
 from kernels.closeness import Case, assert_close_fp32, outputs_and_gradients
-from kernels.delta_rule import gated_delta_rule_reference, gated_delta_rule_step_reference
+from kernels.delta_rule import (
+    gated_delta_rule_recurrent,
+    gated_delta_rule_reference,
+    gated_delta_rule_step_reference,
+)
 from kernels.seams import Documents
 
 
-def recurrence(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
-    """The definition, one token after the other; shares no code with the chunked form."""
-    group = v.shape[1] // k.shape[1]
-    norm = lambda x: x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
-    q = (norm(q) * k.shape[-1] ** -0.5).repeat_interleave(group, 1)
-    k = norm(k).repeat_interleave(group, 1)
-    g = -torch.exp(A_log) * torch.log1p(torch.exp(a + dt_bias))
-    beta = 1 / (1 + torch.exp(-b))
-    outs, finals = [], []
-    for i, length in enumerate(documents.lengths):
-        S = q.new_zeros(v.shape[1], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state[i]
-        for t in range(documents.bounds[i], documents.bounds[i] + length):
-            S = S * g[t].exp()[:, None, None]
-            e = v[t] - (S * k[t][:, :, None]).sum(1)
-            S = S + k[t][:, :, None] * (beta[t][:, None] * e)[:, None, :]
-            outs.append((S * q[t][:, :, None]).sum(1))
-        finals.append(S)
-    return torch.stack(outs), torch.stack(finals) if output_final_state else None
-
-
-def make_case(lengths, key_heads=2, value_heads=4, dk=16, dv=8, shift=0.0, state=False, seed=0) -> Case:
-    """shift moves a: about -20 of log-decay at shift 20, none at -20."""
+def make_case(lengths, key_heads=2, value_heads=4, dk=16, dv=8, shift=0.0, state=False, size=1.0, seed=0) -> Case:
+    """shift moves a: about -20 of log-decay at shift 20, none at -20. size of q and k: at 0.001 eps counts."""
     torch.manual_seed(seed)
     T, n = sum(lengths), len(lengths)
     documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32))
     inputs = {
-        "q": torch.randn(T, key_heads, dk),
-        "k": torch.randn(T, key_heads, dk),
+        "q": size * torch.randn(T, key_heads, dk),
+        "k": size * torch.randn(T, key_heads, dk),
         "v": torch.randn(T, value_heads, dv),
         "a": torch.randn(T, value_heads) + shift,
         "b": torch.randn(T, value_heads),
@@ -52,7 +39,7 @@ def make_case(lengths, key_heads=2, value_heads=4, dk=16, dv=8, shift=0.0, state
         return {"o": o, "final_state": final}
 
     grads = ("q", "k", "v", "a", "b") + (("initial_state",) if state else ())
-    return Case(f"{lengths} {key_heads}/{value_heads} shift {shift}", inputs, call, grads)
+    return Case(f"{lengths} {key_heads}/{value_heads} shift {shift} size {size}", inputs, call, grads)
 
 
 CASES = [
@@ -62,19 +49,40 @@ CASES = [
     make_case([130, 1, 1, 1, 70], key_heads=2, value_heads=2),
     make_case([70, 5], shift=20.0),
     make_case([70, 5], shift=-20.0),
+    make_case([9, 5], size=0.001),
 ]
+
+
+def transformers_rule(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
+    """transformers' recurrence on every document alone, gates as `Qwen3_5GatedDeltaNet` makes them; fp32 inside."""
+    g, beta = -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid()
+    tokens = zip(*(x[None].split(documents.lengths, dim=1) for x in (q, k, v, g, beta)), strict=True)
+    results = [
+        torch_recurrent_gated_delta_rule(
+            *x, None if initial_state is None else initial_state[i : i + 1], True, use_qk_l2norm_in_kernel=True
+        )
+        for i, x in enumerate(tokens)
+    ]
+    outs, states = zip(*results, strict=True)
+    return torch.cat(outs, dim=1)[0], torch.cat(states)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_recurrence_equals_transformers(case):
+    expected = outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64)
+    assert_close_fp32(outputs_and_gradients(case, transformers_rule), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_reference_equals_the_recurrence(case):
-    expected = outputs_and_gradients(case, recurrence, torch.float64)
+    expected = outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, gated_delta_rule_reference, torch.float64), expected)
 
 
 def test_reference_in_fp32():
     """fp32 alone costs about 1e-6; a sloppy order of operations would show here."""
     case = CASES[1]
-    expected = outputs_and_gradients(case, recurrence, torch.float64)
+    expected = outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, gated_delta_rule_reference), expected)
 
 
@@ -83,7 +91,7 @@ def test_step_continues_the_state():
     case = make_case([1, 1, 1], state=True)
     x = {name: t.double() for name, t in case.inputs.items()}
     documents = Documents(torch.tensor([0, 1, 2, 3], dtype=torch.int32))
-    expected, final = recurrence(**x, documents=documents, output_final_state=True)
+    expected, final = gated_delta_rule_recurrent(**x, documents=documents, output_final_state=True)
     state = x.pop("initial_state").clone()
     o = gated_delta_rule_step_reference(**x, state=state)
     torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)

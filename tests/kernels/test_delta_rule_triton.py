@@ -13,6 +13,7 @@ from kernels.delta_rule import (
     CASES,
     MUTANTS,
     compile_specs,
+    gated_delta_rule_recurrent,
     gated_delta_rule_step_reference,
     gated_delta_rule_step_triton,
     gated_delta_rule_triton,
@@ -21,7 +22,6 @@ from kernels.delta_rule import (
 from kernels.seams import Documents
 from kernels.ttgir import transposed_accumulators
 from tests.kernels import delta_rule_equations as equations
-from tests.kernels.test_delta_rule import recurrence
 
 SMALL = [size for size in CASES if size["key_heads"] < 16]
 
@@ -31,7 +31,7 @@ def check(size, op=gated_delta_rule_triton):
     case = make_case(**size)
     with poisoned_empty():
         actual = outputs_and_gradients(case, op)
-    assert_close_fp32(actual, outputs_and_gradients(case, recurrence, torch.float64))
+    assert_close_fp32(actual, outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_equations_equal_autograd():
 
     case = make_case(lengths=(65, 3), key_heads=1, value_heads=2, dv=8, state=True)
     actual = outputs_and_gradients(case, op, torch.float64)
-    expected = outputs_and_gradients(case, recurrence, torch.float64)
+    expected = outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-12, msg=name)
 
@@ -153,7 +153,8 @@ def test_only_wanted_gradients():
     (dv,) = torch.autograd.grad(o.sum(), x["v"])
     y = {name: t.detach().double() for name, t in x.items()}
     y["v"].requires_grad_()
-    (expected,) = torch.autograd.grad(recurrence(**y, documents=Documents(torch.tensor([0, 66])))[0].sum(), y["v"])
+    o, _ = gated_delta_rule_recurrent(**y, documents=Documents(torch.tensor([0, 66])))
+    (expected,) = torch.autograd.grad(o.sum(), y["v"])
     assert_close_fp32({"dv": dv}, {"dv": expected})
 
 
