@@ -14,20 +14,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import adamw as _adamw
-from kernels import attention as _attention
-from kernels import conv1d as _conv1d
-from kernels import conv1d_step as _conv1d_step
-from kernels import cross_entropy as _cross_entropy
-from kernels import decode_attention as _decode_attention
-from kernels import delta_rule as _delta_rule
-from kernels import gated_norm as _gated_norm
-from kernels import glu as _glu
-from kernels import output_gate as _output_gate
-from kernels import rms_norm as _rms_norm
-from kernels import rope as _rope
-from kernels._triton import HAS_TRITON
-from kernels.seams import Documents, LoRATerm, Pending
+from kernels.documents import Documents
+from kernels.lora_term import LoRATerm, Pending
+from kernels.ops import adamw_8bit as _adamw
+from kernels.ops import attention_decode as _decode_attention
+from kernels.ops import causal_attention as _attention
+from kernels.ops import causal_conv1d_silu as _conv1d
+from kernels.ops import causal_conv1d_silu_step as _conv1d_step
+from kernels.ops import gated_delta_rule as _delta_rule
+from kernels.ops import gated_rms_norm as _gated_norm
+from kernels.ops import linear_cross_entropy as _cross_entropy
+from kernels.ops import qk_norm_rope as _rope
+from kernels.ops import residual_rms_norm as _rms_norm
+from kernels.ops import sigmoid_gate as _output_gate
+from kernels.ops import swiglu as _glu
+from kernels.ops._triton import HAS_TRITON
 
 CHOICES = ("auto", "triton", "reference")
 # Every switched operation: name -> (reference, Triton implementation or None while there is none).

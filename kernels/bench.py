@@ -6,7 +6,7 @@ Measured first, in the same run: the bandwidth of a large copy and the rate of a
 the two ceilings. Then per op and case, forward and backward apart: the median time, GB/s and TFLOP/s of the work that
 the op cannot avoid (`work` of its file, counted in the open), and the share of the roofline, which is the larger of
 bytes / copy bandwidth and FLOPs / matrix rate over the time. Beside it: the same op without its adapters, the
-reference in eager mode and through torch.compile, and other people's kernels (kernels/peers.py).
+reference in eager mode and through torch.compile, and other people's kernels (kernels/proof/peers.py).
 
 Times are CUDA events around one call each. Two sets of random inputs take turns, and 1 GiB is overwritten before every
 call: nothing is found in the L2, and the host is ahead of the device. An op whose check fails (kernels/check.py) is
@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels._triton import HAS_TRITON
 from kernels.check import closeness_of, in_interpreter, shown, versions
-from kernels.closeness import Case
 from kernels.compile_check import write_json as write_json
-from kernels.offers import Offer, offers
-from kernels.peers import PEERS
-from kernels.protocol import Work
+from kernels.ops._triton import HAS_TRITON
+from kernels.proof.closeness import Case
+from kernels.proof.peers import PEERS
+from kernels.proof.protocol import Work
+from kernels.proof.registry import Offer, offers
 
 DEVICE = "cuda"
 REPEATS, WARMUP = 50, 5

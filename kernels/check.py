@@ -2,7 +2,7 @@
 
     python -m kernels.check [--op NAME ...] [--seeds N] [--json FILE]
 
-Every op shows what its file offers (kernels/protocol.py): all CASES, the 27B sizes among them, in bf16 and in fp32,
+Every op shows what its file offers (kernels/proof/protocol.py): all CASES, the 27B sizes among them, in bf16 and in fp32,
 with several seeds; every output and gradient against the reference in fp64, over memory that was filled with NaN;
 twice, the same bits; every mutant rejected by at least one case. Then what the two hard kernels owe beyond that:
 attention at awkward lengths no worse than torch's flash kernel, and documents that change places keep their bits.
@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels._triton import HAS_TRITON, triton
-from kernels.closeness import Case, assert_close_bf16, assert_close_fp32, poisoned_empty
 from kernels.compile_check import write_json as write_json
-from kernels.offers import Offer, offers, plain_peer, torch_flash_attention
+from kernels.ops._triton import HAS_TRITON, triton
+from kernels.proof.closeness import Case, assert_close_bf16, assert_close_fp32, poisoned_empty
+from kernels.proof.registry import Offer, offers, plain_peer, torch_flash_attention
 
 FP32_FLOPS = 2e10
 # What the interpreter can do in seconds: it needs about 3.6 ms a program.

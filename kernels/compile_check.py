@@ -2,7 +2,7 @@
 
     python -m kernels.compile_check [--op NAME ...] [--target sm_90|sm_80|sm_89|sm_100] [--json FILE]
 
-Every kernel file states its kernels as they are launched (`compile_specs`, kernels/protocol.py). Each is compiled to
+Every kernel file states its kernels as they are launched (`compile_specs`, kernels/proof/protocol.py). Each is compiled to
 a cubin in a worker process, because Triton's interpreter (TRITON_INTERPRET) is chosen for good when a process imports
 Triton. Printed per kernel: registers a thread, shared memory and stack, and the bytes that ptxas spilled.
 Exit code 1: a compile error, a spill above its stated budget, or more than the target offers. Triton's cache makes a
@@ -30,8 +30,8 @@ from pathlib import Path
 from types import ModuleType
 
 import kernels
-from kernels._triton import HAS_TRITON
-from kernels.protocol import CompileSpec
+from kernels.ops._triton import HAS_TRITON
+from kernels.proof.protocol import CompileSpec
 
 # Shared memory that one block may ask for, bytes (CUDA programming guide, "opt-in" maximum per block).
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -217,7 +217,7 @@ def compile_all(specs: list[CompileSpec], target: str = "sm_90") -> list[Resourc
 
 
 def ttgir_of(spec: CompileSpec, target: str = "sm_90") -> str:
-    """The kernel's TTGIR, Triton's last representation in which dots and layouts still show (kernels/ttgir.py)."""
+    """The kernel's TTGIR, Triton's last representation in which dots and layouts still show (tests/kernels/ttgir.py)."""
     (text,) = _run("ttgir", [spec], target)
     if isinstance(text, Resources):
         raise ValueError(f"{spec.name} does not compile: {text.error}")

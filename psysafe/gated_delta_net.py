@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import Pending
-from kernels.seams import add_lora_apart
+from kernels.lora_term import add_lora_apart
 from psysafe.layers import Batch, FusedLinear, frozen
 from psysafe.model_config import ModelConfig
 

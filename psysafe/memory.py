@@ -23,8 +23,8 @@ from psysafe.roofline import CHUNK, DELTA_RULE, SPEEDS, Widths, useful_flops
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
 H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
-LOSS_ROWS = 4095  # most rows of logits that exist at once (kernels/cross_entropy.py: chunks)
-FUSED_ROWS = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/_common.py)
+LOSS_ROWS = 4095  # most rows of logits that exist at once (kernels/ops/linear_cross_entropy.py: chunks)
+FUSED_ROWS = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/ops/_launch.py)
 WORKSPACE = 150_000_000  # cuBLAS's workspaces, column sums of the adapters' gradients, schedules
 
 

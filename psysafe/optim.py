@@ -1,7 +1,7 @@
 """The optimiser of the adapter: AdamW over one flat buffer, with 8-bit or full states, and the learning-rate schedule.
 
 All adapter tensors are views of one buffer, their gradients views of a second one. One call of `step` computes the
-norm of the gradient, clips, and moves every tensor; kernels/adamw.py holds the arithmetic and the layout of the states.
+norm of the gradient, clips, and moves every tensor; kernels/ops/adamw_8bit.py holds the arithmetic and the layout of the states.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import adamw_8bit
-from kernels.adamw import AdamWState
-from kernels.seams import compute_dtype
+from kernels.lora_term import compute_dtype
+from kernels.ops.adamw_8bit import AdamWState
 from psysafe.lora import Segment
 
 

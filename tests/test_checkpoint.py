@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint import fill, matching_tensors, published_tensors
 from tests.oracles import both_models, reference_model, write_checkpoint

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import kernels
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import generation, load_model, sampling
 from psysafe.cache import Cache, StepView
 from psysafe.checkpoint import build

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import kernels
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.lora import TARGETS, attach, detach, load_adapter, resolve_targets, save_adapter
 from tests.oracles import both_models, reference_model

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import checkpoint, load_model
 from psysafe.lora import attach, save_adapter
 from psysafe.merge import merge

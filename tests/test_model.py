@@ -13,8 +13,8 @@ import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as modeling
 
 import kernels
-from kernels.closeness import relative_error
-from kernels.seams import Documents
+from kernels.documents import Documents
+from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.cache import Cache
 from psysafe.checkpoint import build
@@ -185,7 +185,7 @@ def mutants():
         """What token t wrote decays before token t reads it."""
 
         def wrong(q, k, v, a, b, A_log, dt_bias, documents, **kwargs):
-            g = kernels.delta_rule.decay(a, A_log, dt_bias)
+            g = kernels.ops.gated_delta_rule.decay(a, A_log, dt_bias)
             o, state = original(q, k, v, a, b, A_log, dt_bias, documents, **kwargs)
             return o * g.exp()[..., None], state
 

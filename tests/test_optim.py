@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from kernels import adamw
+from kernels.ops import adamw_8bit as adamw
 from psysafe import optim
 from psysafe.lora import Segment
 from psysafe.optim import AdamW, cosine_schedule

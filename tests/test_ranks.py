@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from tests.test_resume import ENVIRONMENT, ROOT, command, metrics, workspace  # noqa: F401
 
 # fp32-state AdamW (fp64 here): in 8 bits a last-bit difference can turn a code over. At the lr of test_resume the run

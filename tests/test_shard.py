@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
 import train
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import checkpoint, load_model, shard
 from psysafe.config import TrainConfig
 from psysafe.data import SPARE, Dataset, Document, pack, pack_share

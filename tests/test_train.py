@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 import train
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe.config import TrainConfig
 from psysafe.data import Dataset, Document, step_documents
 from psysafe.lora import TARGETS, attach

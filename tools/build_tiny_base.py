@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernels import delta_rule  # noqa: E402
+from kernels.ops import gated_delta_rule as delta_rule  # noqa: E402
 from psysafe.checkpoint import build, published_tensors, randomise  # noqa: E402
 from psysafe.files import write_atomic  # noqa: E402
 from psysafe.model import Qwen3_5  # noqa: E402

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kernels.compile_check import collect, compile_all, table  # noqa: E402
-from kernels.offers import offer  # noqa: E402
+from kernels.proof.registry import offer  # noqa: E402
 
 DOCS = ROOT / "docs"
 T = 4096  # tokens a micro-batch: what is read once a launch (A, B, weights) is shared by so many

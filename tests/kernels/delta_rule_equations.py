@@ -7,7 +7,7 @@ rows have c = its last valid value and beta = f_q = f_k = 0, exactly as the kern
 import torch
 from torch import Tensor
 
-from kernels.seams import Documents
+from kernels.documents import Documents
 
 C = 64
 

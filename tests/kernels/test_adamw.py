@@ -11,9 +11,9 @@ import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
 
-from kernels import adamw
-from kernels.adamw import AdamWState, adamw_8bit_reference, adamw_8bit_triton, make_case
-from kernels.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.ops import adamw_8bit as adamw
+from kernels.ops.adamw_8bit import AdamWState, adamw_8bit_reference, adamw_8bit_triton, make_case
+from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 SMALL_CASES = adamw.CASES[1:]
 OPS = [adamw_8bit_reference, adamw_8bit_triton]

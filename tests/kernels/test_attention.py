@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import attention, attention_schedule
-from kernels._triton import HAS_TRITON
-from kernels.attention import CASES, MUTANTS, TILES, causal_attention_reference, causal_attention_triton, make_case
-from kernels.attention_schedule import head_parts, tile_items
-from kernels.closeness import Case, assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
-from kernels.seams import Documents
+from kernels.documents import Documents
+from kernels.ops import attention_schedule
+from kernels.ops import causal_attention as attention
+from kernels.ops._triton import HAS_TRITON
+from kernels.ops.attention_schedule import head_parts, tile_items
+from kernels.ops.causal_attention import (
+    CASES,
+    MUTANTS,
+    TILES,
+    causal_attention_reference,
+    causal_attention_triton,
+    make_case,
+)
+from kernels.proof.closeness import Case, assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 # By name from sys.modules: the package's attribute of an op's name is the op.
-decode = importlib.import_module("kernels.decode_attention")
+decode = importlib.import_module("kernels.ops.attention_decode")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 SMALL = [case for case in CASES if sum(case["lengths"]) < 1000]
 SMALL_DECODE = [case for case in decode.CASES if sum(case["lengths"]) < 1000]
@@ -310,7 +318,7 @@ def test_the_switch_knows_both_ops():
 def test_compiles_for_hopper_without_transposed_accumulators():
     """No spills, no serialised wgmma, and no dot that takes an accumulator's transpose (wrong numbers on Hopper)."""
     from kernels.compile_check import compile_all, complaints, ttgir_of
-    from kernels.ttgir import transposed_accumulators
+    from tests.kernels.ttgir import transposed_accumulators
 
     specs = attention.compile_specs() + decode.compile_specs()
     for spec, used in zip(specs, compile_all(specs), strict=True):

@@ -11,8 +11,8 @@ import torch
 import kernels
 from kernels import bench
 from kernels.bench import Ceilings, Timing, bench_case, calls_of, without_adapter
-from kernels.offers import offer, offers
-from kernels.peers import PEERS, Peer
+from kernels.proof.peers import PEERS, Peer
+from kernels.proof.registry import offer, offers
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 

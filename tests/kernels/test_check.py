@@ -17,8 +17,8 @@ import torch
 import kernels
 from kernels import check
 from kernels.check import closeness_of, mutant_rejected, permuted_documents, run, tasks
-from kernels.delta_rule import make_case
-from kernels.offers import offer, offers, plain_peer, rounded_delta_rule, sdpa_decode, torch_flash_attention
+from kernels.ops.gated_delta_rule import make_case
+from kernels.proof.registry import offer, offers, plain_peer, rounded_delta_rule, sdpa_decode, torch_flash_attention
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 

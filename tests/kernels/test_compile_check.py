@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from kernels import compile_check
-from kernels._triton import tl, triton
 from kernels.compile_check import Resources, compile_all, complaints, ttgir_of
-from kernels.protocol import CompileSpec
-from kernels.ttgir import transposed_accumulators
+from kernels.ops._triton import tl, triton
+from kernels.proof.protocol import CompileSpec
+from tests.kernels.ttgir import transposed_accumulators
 
 pytestmark = pytest.mark.skipif(not compile_check.HAS_TRITON, reason="needs Triton")
 

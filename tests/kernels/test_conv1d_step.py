@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import kernels
-from kernels import conv1d_step
-from kernels.closeness import assert_close_fp32
-from kernels.conv1d import causal_conv1d_silu_reference
-from kernels.conv1d_step import causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton
-from kernels.seams import Documents
+from kernels.documents import Documents
+from kernels.ops import causal_conv1d_silu_step as conv1d_step
+from kernels.ops.causal_conv1d_silu import causal_conv1d_silu_reference
+from kernels.ops.causal_conv1d_silu_step import causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton
+from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 NAME = "causal_conv1d_silu_step"

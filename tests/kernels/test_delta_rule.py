@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 import kernels
-from kernels.closeness import Case, assert_close_fp32, outputs_and_gradients
-from kernels.delta_rule import (
+from kernels.documents import Documents
+from kernels.ops.gated_delta_rule import (
     gated_delta_rule_recurrent,
     gated_delta_rule_reference,
     gated_delta_rule_step_reference,
 )
-from kernels.seams import Documents
+from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients
 
 
 def make_case(lengths, key_heads=2, value_heads=4, dk=16, dv=8, shift=0.0, state=False, size=1.0, seed=0) -> Case:

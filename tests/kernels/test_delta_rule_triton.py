@@ -5,11 +5,11 @@ states, every gradient) and, tensor by tensor, against the chunk equations.
 import pytest
 import torch
 
-from kernels import delta_rule_backward as backward
-from kernels import delta_rule_forward as forward
-from kernels.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 from kernels.compile_check import ttgir_of
-from kernels.delta_rule import (
+from kernels.documents import Documents
+from kernels.ops import gated_delta_rule_backward as backward
+from kernels.ops import gated_delta_rule_forward as forward
+from kernels.ops.gated_delta_rule import (
     CASES,
     MUTANTS,
     compile_specs,
@@ -19,9 +19,9 @@ from kernels.delta_rule import (
     gated_delta_rule_triton,
     make_case,
 )
-from kernels.seams import Documents
-from kernels.ttgir import transposed_accumulators
+from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 from tests.kernels import delta_rule_equations as equations
+from tests.kernels.ttgir import transposed_accumulators
 
 SMALL = [size for size in CASES if size["key_heads"] < 16]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
-from kernels import gated_norm
-from kernels.closeness import assert_close_fp32
-from kernels.gated_norm import gated_rms_norm_reference, gated_rms_norm_triton
+from kernels.ops import gated_rms_norm as gated_norm
+from kernels.ops.gated_rms_norm import gated_rms_norm_reference, gated_rms_norm_triton
+from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 NAME = "gated_rms_norm"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.closeness import relative_error
+from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.lora import attach
 from psysafe.optim import AdamW

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import output_gate
-from kernels.closeness import assert_close_fp32
-from kernels.output_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from kernels.ops import sigmoid_gate as output_gate
+from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 NAME = "sigmoid_gate"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
-from kernels import rms_norm
-from kernels.closeness import assert_close_fp32
-from kernels.rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
-from kernels.seams import LoRATerm, Pending
+from kernels.lora_term import LoRATerm, Pending
+from kernels.ops import residual_rms_norm as rms_norm
+from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
+from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 NAME = "residual_rms_norm"

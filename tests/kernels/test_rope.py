@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, apply_rotary_pos_emb
 
-from kernels import rope
-from kernels.closeness import assert_close_fp32
-from kernels.rope import qk_norm_rope_reference, qk_norm_rope_triton
-from kernels.seams import Documents, LoRATerm
+from kernels.documents import Documents
+from kernels.lora_term import LoRATerm
+from kernels.ops import qk_norm_rope as rope
+from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
+from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 NAME = "qk_norm_rope"

@@ -1,11 +1,11 @@
-"""What every Triton operation has to show, given its module (kernels/protocol.py) and its name."""
+"""What every Triton operation has to show, given its module (kernels/proof/protocol.py) and its name."""
 
 from types import ModuleType
 
 import pytest
 import torch
 
-from kernels.closeness import assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.proof.closeness import assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 
 def implementations(module: ModuleType, name: str):

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._triton import TensorDescriptor, tl, triton
-from kernels.attention_schedule import head_grid, head_parts, tile_items
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import Documents
+from kernels.documents import Documents
+from kernels.ops._triton import TensorDescriptor, tl, triton
+from kernels.ops.attention_schedule import head_grid, head_parts, tile_items
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def causal_attention_reference(

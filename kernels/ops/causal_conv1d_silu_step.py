@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import check_inputs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import compute_dtype
+from kernels.lora_term import compute_dtype
+from kernels.ops._launch import check_inputs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def causal_conv1d_silu_step_reference(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ f_q = dk^-1/2 / |q|, f_k = 1 / |k|, and M = (I + L)^-1, P = f_q f_k (Q K^T) D,
 
 and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). Launches and what each fuses:
 
-    prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P            kernels/delta_rule_forward.py
+    prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P            kernels/ops/gated_delta_rule_forward.py
     states       the walk over a document's chunks: o, final state, checkpoints
-    recompute    R and S of every chunk again, in segments of 16 chunks                  kernels/delta_rule_backward.py
+    recompute    R and S of every chunk again, in segments of 16 chunks                  kernels/ops/gated_delta_rule_backward.py
     reverse      the walk back: dv, dS'
     gradients    dq, dk summed over the value heads of a key head, da, db, through norms and gates
 
@@ -48,12 +48,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import delta_rule_backward as backward
-from kernels import delta_rule_forward as forward
-from kernels.closeness import Case
-from kernels.delta_rule_forward import CHUNK, L2_EPS
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import Documents, compute_dtype
+from kernels.documents import Documents
+from kernels.lora_term import compute_dtype
+from kernels.ops import gated_delta_rule_backward as backward
+from kernels.ops import gated_delta_rule_forward as forward
+from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def l2_normalise(x: Tensor) -> Tensor:

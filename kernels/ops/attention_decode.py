@@ -16,10 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import compute_dtype
+from kernels.lora_term import compute_dtype
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:

@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels.closeness import Case
-from kernels.delta_rule import decay, gated_delta_rule_step_reference, make_case
-from kernels.delta_rule_forward import CHUNK, L2_EPS
-from kernels.protocol import Work
-from kernels.seams import Documents, compute_dtype
+from kernels.documents import Documents
+from kernels.lora_term import compute_dtype
+from kernels.ops.gated_delta_rule import decay, gated_delta_rule_step_reference, make_case
+from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import Work
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One public operation with what its file offers for it (kernels/protocol.py)."""
+    """One public operation with what its file offers for it (kernels/proof/protocol.py)."""
 
     op: str
     reference: Callable
@@ -146,7 +147,7 @@ class _RoundedDot(torch.autograd.Function):
 def rounded_delta_rule(
     q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False
 ) -> tuple[Tensor, Tensor | None]:
-    """gated_delta_rule by the equations of its Triton path (kernels/delta_rule.py), chunk by chunk through autograd.
+    """gated_delta_rule by the equations of its Triton path (kernels/ops/gated_delta_rule.py), chunk by chunk through autograd.
 
     Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
     """

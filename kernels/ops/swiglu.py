@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import LoRATerm, add_lora, add_lora_apart, project
+from kernels.lora_term import LoRATerm, add_lora, add_lora_apart, project
+from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def swiglu_reference(

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._common import check_inputs, fuses_B, persistent_programs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.rms_norm import rms_norm_reference
-from kernels.seams import LoRATerm, add_lora, add_lora_apart
+from kernels.lora_term import LoRATerm, add_lora, add_lora_apart
+from kernels.ops._launch import check_inputs, fuses_B, persistent_programs
+from kernels.ops._triton import tl, triton
+from kernels.ops.residual_rms_norm import rms_norm_reference
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

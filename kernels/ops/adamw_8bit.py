@@ -32,10 +32,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import compute_dtype
+from kernels.lora_term import compute_dtype
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 ROW = 256
 

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import adjacent, check_inputs, persistent_programs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import Documents, compute_dtype
+from kernels.documents import Documents
+from kernels.lora_term import compute_dtype
+from kernels.ops._launch import adjacent, check_inputs, persistent_programs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def causal_conv1d_silu_reference(

@@ -21,11 +21,11 @@ non-finite rule catches. (The reference raises on a CPU.)
 import torch
 from torch import Tensor
 
-from kernels._common import check_inputs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import compute_dtype
+from kernels.lora_term import compute_dtype
+from kernels.ops._launch import check_inputs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 CHUNK_ROWS = 2048  # at least, where there are as many; 1.0 to 2.0 GB of logits at V = 248,320 in bf16
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels.seams import Documents
+from kernels.documents import Documents
 
 Inputs = dict[str, Tensor]
 

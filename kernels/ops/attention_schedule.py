@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.seams import Documents
+from kernels.documents import Documents
 
 SMS = 132  # of H100 and H200; a constant, because the split of dK and dV over programs fixes their order of summation
 # Above so many tokens the keys and values of all heads no longer share the L2: one key/value head after the other.

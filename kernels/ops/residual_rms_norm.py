@@ -20,11 +20,11 @@ rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero
 import torch
 from torch import Tensor
 
-from kernels._common import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import LoRATerm, Pending, add_lora, compute_dtype, project
+from kernels.lora_term import LoRATerm, Pending, add_lora, compute_dtype, project
+from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,11 +13,11 @@ Source: transformers `Qwen3_5Attention.forward` (the gate is not normed and acts
 import torch
 from torch import Tensor
 
-from kernels._common import adjacent, check_inputs, fuses_A, persistent_programs
-from kernels._triton import tl, triton
-from kernels.closeness import Case
-from kernels.protocol import CompileSpec, Work
-from kernels.seams import compute_dtype, project
+from kernels.lora_term import compute_dtype, project
+from kernels.ops._launch import adjacent, check_inputs, fuses_A, persistent_programs
+from kernels.ops._triton import tl, triton
+from kernels.proof.closeness import Case
+from kernels.proof.protocol import CompileSpec, Work
 
 
 def sigmoid_gate_reference(o: Tensor, gate: Tensor, lora_A: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
