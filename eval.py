@@ -14,8 +14,10 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from psysafe.evaluation import agreement, judging, miniature, multiple_choice, report, sorry_bench, xstest
-from psysafe.evaluation.results import say
+from psysafe.evaluation import report
+from psysafe.evaluation.benchmarks import agreement, miniature, multiple_choice, sorry_bench, xstest
+from psysafe.evaluation.benchmarks import four_criteria as judging
+from psysafe.evaluation.result import say
 from psysafe.runtime import main_guard
 
 COMMANDS = {

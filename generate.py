@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.answer_file import AnswerFile, answer_rows, conversation, read_prompts
-from psysafe.checkpoint import load_model, resolve_model
-from psysafe.config import resolve
-from psysafe.data import Row
-from psysafe.generation import Generator, Options, merge_adapters
-from psysafe.lora import detach, load_adapter, read_adapter_config
-from psysafe.prompts import system_text
+from psysafe.checkpoint.base import load_model, resolve_model
+from psysafe.data.documents import Row
+from psysafe.data.prompts import system_text
+from psysafe.data.tokenizer import load_tokenizer
+from psysafe.generation.answer_file import AnswerFile, answer_rows, conversation, read_prompts
+from psysafe.generation.engine import Generator, Options, merge_adapters
+from psysafe.generation.sampling import Sampling
+from psysafe.generation.terminal import ask, chat
+from psysafe.model.lora import detach, load_adapter, read_adapter_config
 from psysafe.runtime import main_guard, start
-from psysafe.sampling import Sampling
-from psysafe.terminal import ask, chat
-from psysafe.tokenizer import load_tokenizer
+from psysafe.training.config import resolve
 
 BASE = "base"  # how --adapter, --compare and the rows name the model without an adapter
 

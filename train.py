@@ -17,20 +17,28 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from psysafe.checkpoint import load_model, resolve_model
-from psysafe.config import TrainConfig, resolve, to_toml
-from psysafe.data import Dataset, MicroBatch, pack_share, step_documents, steps_per_epoch
-from psysafe.facts import Rows, adapted, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
+from psysafe.checkpoint.base import load_model, resolve_model
+from psysafe.data.documents import Dataset, MicroBatch, pack_share, step_documents, steps_per_epoch
 from psysafe.files import write_atomic
-from psysafe.lora import Adapters, save_adapter
-from psysafe.memory import Plan, Sizes
-from psysafe.model import Qwen3_5
-from psysafe.optim import AdamW, cosine_schedule
-from psysafe.roofline import flops_per_token
-from psysafe.run_log import RunLog, check_optional, plot_loss, print_run
-from psysafe.run_state import State, check_resume, check_run_dir, load_state, prepare_run_dir, recipe, save_state
+from psysafe.model.decoder import Qwen3_5
+from psysafe.model.lora import Adapters, save_adapter
 from psysafe.runtime import Moment, Runtime, StopRequest, main_guard, start, versions
-from psysafe.watchdog import Watchdog
+from psysafe.training.config import TrainConfig, resolve, to_toml
+from psysafe.training.facts import Rows, adapted, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
+from psysafe.training.memory_plan import Plan, Sizes
+from psysafe.training.optim import AdamW, cosine_schedule
+from psysafe.training.roofline import flops_per_token
+from psysafe.training.run_log import RunLog, check_optional, plot_loss, print_run
+from psysafe.training.run_state import (
+    State,
+    check_resume,
+    check_run_dir,
+    load_state,
+    prepare_run_dir,
+    recipe,
+    save_state,
+)
+from psysafe.training.watchdog import Watchdog
 
 MAX_SKIPPED = 3  # steps in a row whose gradient norm is not finite
 

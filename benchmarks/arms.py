@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from psysafe.checkpoint import build, random_tensor, randomise
-from psysafe.config import TrainConfig
-from psysafe.data import Document, MicroBatch, pack
-from psysafe.facts import attach_adapters, make_optimizer, nbytes
+from psysafe.checkpoint.base import build, random_tensor, randomise
+from psysafe.data.documents import Document, MicroBatch, pack
 from psysafe.files import read_json
-from psysafe.memory import RESERVE, Plan, Sizes
-from psysafe.model_config import ModelConfig
-from psysafe.recompute import STAGES
+from psysafe.model.config import ModelConfig
+from psysafe.model.recompute import STAGES
+from psysafe.training.config import TrainConfig
+from psysafe.training.facts import attach_adapters, make_optimizer, nbytes
+from psysafe.training.memory_plan import RESERVE, Plan, Sizes
 
 CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
 RECIPE = TrainConfig()

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-from psysafe.checkpoint import load_model, published_tensors, resolve_model
+from psysafe.checkpoint.base import load_model, published_tensors, resolve_model
 from psysafe.files import read_json, write_atomic
-from psysafe.generation import Engine, Options, Request
-from psysafe.model import Qwen3_5
+from psysafe.generation.engine import Engine, Options, Request
+from psysafe.model.decoder import Qwen3_5
 from psysafe.runtime import main_guard, start, versions
 
 QUEUE = 8  # prompts of a queue for every slot

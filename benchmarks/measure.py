@@ -22,9 +22,9 @@ from torch.profiler import record_function
 
 import kernels
 from benchmarks.arms import ARMS, CAP, Arm, architecture
-from psysafe.model_config import ModelConfig
-from psysafe.roofline import SPEEDS, context, elementwise_bytes, flops_per_token, step_seconds
+from psysafe.model.config import ModelConfig
 from psysafe.runtime import PEAKS, Moment, memory_peak
+from psysafe.training.roofline import SPEEDS, context, elementwise_bytes, flops_per_token, step_seconds
 
 TURN_OVER = "turn over"
 

@@ -2,8 +2,8 @@
 
     python -m kernels.check [--op NAME ...] [--seeds N] [--json FILE]
 
-Every op shows what its file offers (kernels/proof/protocol.py): all CASES, the 27B sizes among them, in bf16 and in fp32,
-with several seeds; every output and gradient against the reference in fp64, over memory that was filled with NaN;
+Every op shows what its file offers (kernels/proof/protocol.py): all CASES, the 27B sizes among them, in bf16 and in
+fp32, with several seeds; every output and gradient against the reference in fp64, over memory that was filled with NaN;
 twice, the same bits; every mutant rejected by at least one case. Then what the two hard kernels owe beyond that:
 attention at awkward lengths no worse than torch's flash kernel, and documents that change places keep their bits.
 

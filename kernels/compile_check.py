@@ -2,9 +2,9 @@
 
     python -m kernels.compile_check [--op NAME ...] [--target sm_90|sm_80|sm_89|sm_100] [--json FILE]
 
-Every kernel file states its kernels as they are launched (`compile_specs`, kernels/proof/protocol.py). Each is compiled to
-a cubin in a worker process, because Triton's interpreter (TRITON_INTERPRET) is chosen for good when a process imports
-Triton. Printed per kernel: registers a thread, shared memory and stack, and the bytes that ptxas spilled.
+Every kernel file states its kernels as they are launched (`compile_specs`, kernels/proof/protocol.py). Each is compiled
+to a cubin in a worker process, because Triton's interpreter (TRITON_INTERPRET) is chosen for good when a process
+imports Triton. Printed per kernel: registers a thread, shared memory and stack, and the bytes that ptxas spilled.
 Exit code 1: a compile error, a spill above its stated budget, or more than the target offers. Triton's cache makes a
 second run fast.
 """
@@ -217,7 +217,7 @@ def compile_all(specs: list[CompileSpec], target: str = "sm_90") -> list[Resourc
 
 
 def ttgir_of(spec: CompileSpec, target: str = "sm_90") -> str:
-    """The kernel's TTGIR, Triton's last representation in which dots and layouts still show (tests/kernels/ttgir.py)."""
+    """The kernel's TTGIR, Triton's last form in which dots and layouts still show (tests/kernels/ttgir.py)."""
     (text,) = _run("ttgir", [spec], target)
     if isinstance(text, Resources):
         raise ValueError(f"{spec.name} does not compile: {text.error}")

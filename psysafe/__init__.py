@@ -2,7 +2,7 @@
 
 import importlib
 
-_PUBLIC = {"load_model": "psysafe.checkpoint", "load_tokenizer": "psysafe.tokenizer"}
+_PUBLIC = {"load_model": "psysafe.checkpoint.base", "load_tokenizer": "psysafe.data.tokenizer"}
 
 __all__ = [*_PUBLIC]
 __version__ = "0.1.0"

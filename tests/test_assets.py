@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 
 from psysafe import load_model
-from psysafe.data import Row
-from psysafe.evaluation import miniature
-from psysafe.generation import Generator, Options
-from psysafe.tokenizer import load_tokenizer
+from psysafe.data.documents import Row
+from psysafe.data.tokenizer import load_tokenizer
+from psysafe.evaluation.benchmarks import miniature
+from psysafe.generation.engine import Generator, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "psysafe" / "assets"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.checkpoint import fill, matching_tensors, published_tensors
+from psysafe.checkpoint.base import fill, matching_tensors, published_tensors
 from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.test_model import ids, one
 
@@ -217,7 +217,7 @@ def test_loading_peaks_at_the_model(tmp_path):
     script = f"""
         import re, torch
         from psysafe import load_model
-        from psysafe.checkpoint import published_tensors
+        from psysafe.checkpoint.base import published_tensors
         torch.zeros(10) @ torch.zeros(10)
         # VmHWM and not ru_maxrss: that one is inherited from the process that started this one.
         peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psysafe import config as config_module
-from psysafe.config import DEFAULT_FILE, KEYS, TrainConfig, expand, resolve, sentences, to_toml
+from psysafe.training import config as config_module
+from psysafe.training.config import DEFAULT_FILE, KEYS, TrainConfig, expand, resolve, sentences, to_toml
 
 RECIPE = {  # the paper's numbers, written down a second time on purpose
     **{"model": "Qwen/Qwen3.5-27B", "lora_rank": 1, "lora_alpha": 32.0, "max_tokens": 4096, "batch_size": 4},

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from psysafe.config import ASSETS
 from psysafe.corpus.__main__ import main
 from psysafe.corpus.text import normalise, prompts_of
 from psysafe.corpus.tools import leakage, split
-from psysafe.data import read_rows
+from psysafe.data.documents import read_rows
+from psysafe.training.config import ASSETS
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psysafe import data
-from psysafe.data import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
+from psysafe.data import documents as data
+from psysafe.data.documents import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
+from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.runtime import main_guard
-from psysafe.tokenizer import Tokenizer, load_tokenizer
 from tests.real_tokenizer import real_tokenizer_folder
 
 ROW = {"prompt": "I feel low.", "answer": "I am sorry.", "reasoning": "The user is sad.", "risk cluster": "none"}
@@ -341,7 +341,7 @@ def test_show(capsys, rows_file, monkeypatch, tokenizer):
 def test_command_line_errors(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"prompt": "a"}]')
-    root = Path(data.__file__).parents[1]
+    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "psysafe.data", "--show", path]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
     assert (done.returncode, done.stdout) == (2, "")

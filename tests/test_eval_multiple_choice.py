@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from psysafe import load_model
-from psysafe.evaluation import multiple_choice, scoring
-from psysafe.evaluation.multiple_choice import correct, hellaswag_item, mean, mmlu_item, pooled, request
-from psysafe.tokenizer import load_tokenizer
+from psysafe.data.tokenizer import load_tokenizer
+from psysafe.evaluation.benchmarks import log_likelihood as scoring
+from psysafe.evaluation.benchmarks import multiple_choice
+from psysafe.evaluation.benchmarks.multiple_choice import correct, hellaswag_item, mean, mmlu_item, pooled, request
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psysafe.evaluation import ciphers, sorry_bench, xstest
-from psysafe.evaluation.contamination import overlap, training_prompts
-from psysafe.evaluation.subjects import Setting, Subject
+from psysafe.evaluation.benchmarks import ciphers, sorry_bench, xstest
+from psysafe.evaluation.models_under_test import Setting, Subject
+from psysafe.evaluation.overlap import overlap, training_prompts
 from tests.stub_endpoint import Handler, StubEndpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"

@@ -18,13 +18,17 @@ import pytest
 
 import eval as script
 from psysafe import load_model
-from psysafe.config import ASSETS, resolve
-from psysafe.data import read_rows
-from psysafe.evaluation import judges, miniature, published, report, results, subjects
-from psysafe.evaluation.journal import Journal
-from psysafe.evaluation.results import Result, Table
-from psysafe.lora import attach, save_adapter
+from psysafe.data.documents import read_rows
+from psysafe.evaluation import judge_models as judges
+from psysafe.evaluation import models_under_test as subjects
+from psysafe.evaluation import published, report
+from psysafe.evaluation import result as results
+from psysafe.evaluation.benchmarks import miniature
+from psysafe.evaluation.result import Result, Table
+from psysafe.journal import Journal
+from psysafe.model.lora import attach, save_adapter
 from psysafe.runtime import main_guard
+from psysafe.training.config import ASSETS, resolve
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_judge import reply
 

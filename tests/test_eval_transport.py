@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from psysafe.evaluation.journal import Journal, key_of
-from psysafe.evaluation.transport import Endpoint, ItemFailed, Patience, key_from, run_items
+from psysafe.endpoint import Endpoint, ItemFailed, Patience, key_from, run_items
+from psysafe.journal import Journal, key_of
 from tests.stub_endpoint import StubEndpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ def test_killed_and_restarted_gives_the_same_rows(tmp_path, n):
     out = tmp_path / "items.jsonl"
     program = """if 1:
         import sys, time
-        from psysafe.evaluation.transport import run_items
+        from psysafe.endpoint import run_items
         run_items({str(i): i for i in range(12)}, lambda i: time.sleep(0.05) or {"square": i * i}, sys.argv[1], 2)
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -31,16 +31,16 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 import generate
-import psysafe.checkpoint
-import psysafe.config
-import psysafe.data
+import psysafe.checkpoint.base
+import psysafe.data.documents
+import psysafe.data.tokenizer
 import psysafe.files
-import psysafe.lora
-import psysafe.model_config
-import psysafe.tokenizer
+import psysafe.model.config
+import psysafe.model.lora
+import psysafe.training.config
 import train
-from psysafe.run_state import State, _sums, prepare_run_dir
 from psysafe.runtime import main_guard
+from psysafe.training.run_state import State, _sums, prepare_run_dir
 from tests import damage
 from tests.test_checkpoint import shard
 from tests.tiny_text_model import write_text_model
@@ -80,8 +80,8 @@ PROGRAMS = {
     "generate-from-adapter": (generate.main, "Hello --adapter {box}/adapter --device cpu --max-new-tokens 1"),
     "eval": (eval_script.main, "{command} --out {box}/out"),
     "corpus": (corpus.main, "{command}"),
-    "merge": (psysafe.checkpoint.main, f"merge {MODEL} --adapter {{box}}/adapter --out {{box}}/out/merged"),
-    "show": (psysafe.data.main, f"--show {ROWS} {MODEL}"),
+    "merge": (psysafe.checkpoint.base.main, f"merge {MODEL} --adapter {{box}}/adapter --out {{box}}/out/merged"),
+    "show": (psysafe.data.documents.main, f"--show {ROWS} {MODEL}"),
 }
 
 
@@ -410,15 +410,15 @@ def forever(path):
 
 
 MUTANTS = {
-    "a value of any type": ("settings, dry run", psysafe.config, "_checked", lambda key, value, where: value),
+    "a value of any type": ("settings, dry run", psysafe.training.config, "_checked", lambda key, value, where: value),
     "brackets without end": ("architecture", psysafe.files, "parse_json", json.loads),
-    "sizes of any kind": ("architecture", psysafe.model_config, "_number", lambda source, key, *_: source[key]),
-    "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint, "is_plain_name", lambda name: True),
-    "an adapter of any rank": ("adapter config", psysafe.lora, "read_adapter_config", unchecked),
+    "sizes of any kind": ("architecture", psysafe.model.config, "_number", lambda source, key, *_: source[key]),
+    "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint.base, "is_plain_name", lambda name: True),
+    "an adapter of any rank": ("adapter config", psysafe.model.lora, "read_adapter_config", unchecked),
     "a state of any kind": ("state's facts", State, "fact", lambda state, name, *_: state.meta[name]),
     "a file outside --out": ("weights, other numbers", train, "prepare_run_dir", stray),
-    "a program that hangs": ("generation config", psysafe.tokenizer, "_read_eos_ids", forever),
-    "memory that a file claims": ("generation config", psysafe.tokenizer, "_read_eos_ids", lambda _: [0] * 2**28),
+    "a program that hangs": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", forever),
+    "memory that a file claims": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", lambda _: [0] * 2**28),
 }
 
 

@@ -18,11 +18,11 @@ import torch
 
 import generate
 from psysafe import load_model
-from psysafe.config import ASSETS
-from psysafe.lora import attach, save_adapter
+from psysafe.data.tokenizer import THINK_END, Tokenizer
+from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
+from psysafe.model.lora import attach, save_adapter
 from psysafe.runtime import main_guard
-from psysafe.terminal import DIM, PLAIN, TextStream, notice
-from psysafe.tokenizer import THINK_END, Tokenizer
+from psysafe.training.config import ASSETS
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def test_the_notice():
     assert "not a substitute for professional care" in notice()
     for name in facts["clusters"]["suicide and selfharm"]["resources"].values():
         assert facts["resources"][name]["contact"] in notice()
-    for source in ("generate.py", "psysafe/terminal.py"):
+    for source in ("generate.py", "psysafe/generation/terminal.py"):
         assert not re.search(r"\d{3}[ -]?\d{3}|\b(988|911|999)\b", (ROOT / source).read_text())
 
 

@@ -10,13 +10,15 @@ import transformers
 
 import kernels
 from kernels.proof.closeness import relative_error
-from psysafe import generation, load_model, sampling
-from psysafe.cache import Cache, StepView
-from psysafe.checkpoint import build
-from psysafe.generation import Engine, Generator, Options, Request, merge_adapters
-from psysafe.lora import attach
-from psysafe.sampling import Sampling, candidates, choose, gumbel, penalised
-from psysafe.tokenizer import THINK_END, Tokenizer
+from psysafe import load_model
+from psysafe.checkpoint.base import build
+from psysafe.data.tokenizer import THINK_END, Tokenizer
+from psysafe.generation import engine as generation
+from psysafe.generation import sampling
+from psysafe.generation.engine import Engine, Generator, Options, Request, merge_adapters
+from psysafe.generation.sampling import Sampling, candidates, choose, gumbel, penalised
+from psysafe.model.cache import Cache, StepView
+from psysafe.model.lora import attach
 from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
@@ -281,7 +283,7 @@ def test_a_decode_step_never_waits_for_the_device(chosen):
 
 
 def build_config():
-    from psysafe.model_config import ModelConfig
+    from psysafe.model.config import ModelConfig
 
     return ModelConfig.from_dict(reference_model().config.to_dict())
 

@@ -69,7 +69,7 @@ def test_only_the_switch_knows_the_implementations():
 @pytest.mark.parametrize(
     "source",
     [
-        "from kernels.rope import qk_norm_rope_triton as rope",
+        "from kernels.ops.qk_norm_rope import qk_norm_rope_triton as rope",
         "import kernels\nkernels.attention.causal_attention_reference(q, k, v, d)",
     ],
 )
@@ -80,7 +80,7 @@ def test_a_chosen_implementation_is_seen(source):
 @pytest.mark.parametrize(
     ("where", "source"),
     [
-        ("kernels", "from psysafe.model import Qwen3_5"),
+        ("kernels", "from psysafe.model.decoder import Qwen3_5"),
         ("psysafe", "def f():\n    import train"),
         ("scripts", "import transformers"),
         ("psysafe", "from bitsandbytes.optim import AdamW8bit"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import kernels
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.lora import TARGETS, attach, detach, load_adapter, resolve_targets, save_adapter
+from psysafe.model.lora import TARGETS, attach, detach, load_adapter, resolve_targets, save_adapter
 from tests.oracles import both_models, reference_model
 from tests.test_model import boundaries, ids, one, transformers_in_fp64
 

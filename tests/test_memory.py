@@ -11,12 +11,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from triton.runtime.interpreter import InterpretedFunction
 
 import kernels
-from psysafe.checkpoint import build, load_model
-from psysafe.lora import PRESETS, TARGETS, attach
-from psysafe.memory import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
-from psysafe.model_config import ModelConfig
-from psysafe.recompute import STAGES, Remake
-from psysafe.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
+from psysafe.checkpoint.base import build, load_model
+from psysafe.model.config import ModelConfig
+from psysafe.model.lora import PRESETS, TARGETS, attach
+from psysafe.model.recompute import STAGES, Remake
+from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
+from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
 MICRO = ARCHITECTURE.with_name("micro.json")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from kernels.proof.closeness import relative_error
-from psysafe import checkpoint, load_model
-from psysafe.lora import attach, save_adapter
-from psysafe.merge import merge
+from psysafe import load_model
+from psysafe.checkpoint import base as checkpoint
+from psysafe.checkpoint.merge import merge
+from psysafe.model.lora import attach, save_adapter
 from tests.oracles import both_models, multimodal_model
 from tests.test_checkpoint import published_folder
 from tests.test_model import ids, one
@@ -65,7 +66,7 @@ def test_peak_memory_is_a_shard(tmp_path):
     random_adapter(tmp_path / "base", tmp_path / "adapter", targets=("q_proj", "down_proj"))
     script = f"""
         import re
-        from psysafe.merge import merge
+        from psysafe.checkpoint.merge import merge
         peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
         before = peak()
         merge({str(tmp_path / "base")!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r})
@@ -161,7 +162,7 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_finished(published):
     random_adapter(published / "base", published / "adapter")
     script = f"""
         import os, signal
-        import psysafe.merge as m
+        import psysafe.checkpoint.merge as m
         count, save = [0], m.save_file
         def dying(*args, **kwargs):
             save(*args, **kwargs)

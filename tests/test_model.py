@@ -16,10 +16,10 @@ import kernels
 from kernels.documents import Documents
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.cache import Cache
-from psysafe.checkpoint import build
-from psysafe.lora import attach
-from psysafe.model_config import ModelConfig
+from psysafe.checkpoint.base import build
+from psysafe.model.cache import Cache
+from psysafe.model.config import ModelConfig
+from psysafe.model.lora import attach
 from tests.oracles import CONFIGS, both_models, reference_model, write_checkpoint
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"

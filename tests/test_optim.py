@@ -8,9 +8,9 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from kernels.ops import adamw_8bit as adamw
-from psysafe import optim
-from psysafe.lora import Segment
-from psysafe.optim import AdamW, cosine_schedule
+from psysafe.model.lora import Segment
+from psysafe.training import optim
+from psysafe.training.optim import AdamW, cosine_schedule
 
 SIZES = [1, 255, 256, 257, 4096, 5000]
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

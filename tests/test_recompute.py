@@ -8,9 +8,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
-from psysafe import recompute
-from psysafe.lora import TARGETS, attach
-from psysafe.recompute import STAGES, Remake
+from psysafe.model import recompute
+from psysafe.model.lora import TARGETS, attach
+from psysafe.model.recompute import STAGES, Remake
 from tests.oracles import both_models
 from tests.test_model import boundaries, ids
 

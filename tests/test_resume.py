@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from psysafe.config import ASSETS
 from psysafe.files import TEMPORARY
+from psysafe.training.config import ASSETS
 from tests.oracles import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +159,7 @@ def test_a_forgotten_part_of_the_state_is_caught(workspace, uninterrupted, tmp_p
     """A resume that forgot the optimiser's state (here: zeroed in the saved file) is not bit-identical."""
     from safetensors.torch import save_file
 
-    from psysafe.run_state import _sums
+    from psysafe.training.run_state import _sums
 
     interrupt(workspace, "damaged", 6, 0.0, signal.SIGTERM)
     newest = max((workspace / "damaged" / "state").iterdir())
@@ -250,7 +250,7 @@ def test_a_bad_out_or_resume_is_found_before_the_weights(workspace, uninterrupte
     ],
 )
 def test_other_software_is_said(meta, said, tmp_path):
-    from psysafe.run_state import State
+    from psysafe.training.run_state import State
 
     now = {"psysafe": "0.1.0", "python": "3.11", "torch": "2.13.0", "triton": "3.7.1", "ranks": 1}
     saved = now | meta
@@ -272,7 +272,7 @@ def run_here(workspace, out, monkeypatch, failing) -> int:
     import errno
 
     import train
-    from psysafe.run_state import StateNotSaved
+    from psysafe.training.run_state import StateNotSaved
 
     calls, save_state = [0], train.save_state
 

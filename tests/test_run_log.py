@@ -12,10 +12,10 @@ import types
 import pytest
 import torch
 
-from psysafe import run_log
-from psysafe.config import KEYS, TrainConfig
-from psysafe.run_log import RunLog, check_optional, cut_metrics, plot_loss, print_run, read_metrics
 from psysafe.runtime import Peak, Runtime
+from psysafe.training import run_log
+from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.run_log import RunLog, check_optional, cut_metrics, plot_loss, print_run, read_metrics
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 

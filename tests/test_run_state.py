@@ -11,10 +11,18 @@ import subprocess
 import pytest
 import torch
 
-from psysafe import run_state
-from psysafe.config import TrainConfig
 from psysafe.files import write_atomic
-from psysafe.run_state import State, StateNotSaved, check_resume, load_state, prepare_run_dir, recipe, save_state
+from psysafe.training import run_state
+from psysafe.training.config import TrainConfig
+from psysafe.training.run_state import (
+    State,
+    StateNotSaved,
+    check_resume,
+    load_state,
+    prepare_run_dir,
+    recipe,
+    save_state,
+)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:

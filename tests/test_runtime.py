@@ -6,14 +6,16 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
-from psysafe import config, runtime
+from psysafe import runtime
 from psysafe.runtime import PEAKS, Runtime, StopRequest, main_guard
+from psysafe.training import config
 
-ROOT = runtime.OUR_CODE
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code: str, **environment) -> subprocess.Popen:
@@ -151,7 +153,8 @@ def test_a_gpu_that_is_not_there_is_one_line():
 def test_two_ranks_agree_on_a_stop():
     code = """
         import sys
-        from psysafe.runtime import start, main_guard
+        from psysafe.runtime import start
+        from psysafe.runtime import main_guard
 
         def main(argv):
             run = start("cpu", timeout_s=20)
@@ -167,7 +170,8 @@ def test_two_ranks_agree_on_a_stop():
 def test_ranks_that_were_given_other_things_end_before_they_begin():
     code = """
         import sys
-        from psysafe.runtime import start, main_guard
+        from psysafe.runtime import start
+        from psysafe.runtime import main_guard
 
         def main(argv):
             run = start("cpu", timeout_s=20)

@@ -20,13 +20,15 @@ from torch.distributed.tensor import DTensor
 
 import train
 from kernels.proof.closeness import relative_error
-from psysafe import checkpoint, load_model, shard
-from psysafe.config import TrainConfig
-from psysafe.data import SPARE, Dataset, Document, pack, pack_share
-from psysafe.lora import attach
-from psysafe.recompute import STAGES
+from psysafe import load_model
+from psysafe.checkpoint import base as checkpoint
+from psysafe.data.documents import SPARE, Dataset, Document, pack, pack_share
+from psysafe.model import shard
+from psysafe.model.lora import attach
+from psysafe.model.recompute import STAGES
 from psysafe.runtime import Runtime, memory_peak, start
-from psysafe.watchdog import Watchdog
+from psysafe.training.config import TrainConfig
+from psysafe.training.watchdog import Watchdog
 
 CONFIG = dict(
     model_type="qwen3_5_text", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4,

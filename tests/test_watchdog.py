@@ -15,8 +15,9 @@ from tests.test_runtime import two_ranks
 
 LOOP = """
     import os, signal, sys, time
-    from psysafe.runtime import main_guard, start
-    from psysafe.watchdog import Watchdog
+    from psysafe.runtime import main_guard
+    from psysafe.runtime import start
+    from psysafe.training.watchdog import Watchdog
 
     def main(argv):
         runtime = start("cpu", timeout_s=60)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from psysafe.tokenizer import END_OF_TEXT, IM_END, IM_START, THINK, THINK_END
+from psysafe.data.tokenizer import END_OF_TEXT, IM_END, IM_START, THINK, THINK_END
 from tests.oracles import reference_model, write_checkpoint
 
 SPECIAL, MARKUP = (END_OF_TEXT, IM_START, IM_END), (THINK, THINK_END)

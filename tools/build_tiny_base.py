@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kernels.ops import gated_delta_rule as delta_rule  # noqa: E402
-from psysafe.checkpoint import build, published_tensors, randomise  # noqa: E402
+from psysafe.checkpoint.base import build, published_tensors, randomise  # noqa: E402
+from psysafe.data.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
 from psysafe.files import write_atomic  # noqa: E402
-from psysafe.model import Qwen3_5  # noqa: E402
-from psysafe.model_config import ModelConfig  # noqa: E402
-from psysafe.tokenizer import Tokenizer as ChatTokenizer  # noqa: E402
+from psysafe.model.config import ModelConfig  # noqa: E402
+from psysafe.model.decoder import Qwen3_5  # noqa: E402
 
 TINY = ROOT / "psysafe" / "assets" / "tiny"
 

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from psysafe import load_model
-from psysafe.checkpoint import published_tensors
+from psysafe.checkpoint.base import published_tensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "eval"
 MAX_LENGTH = 128

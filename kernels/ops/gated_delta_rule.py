@@ -25,9 +25,9 @@ f_q = dk^-1/2 / |q|, f_k = 1 / |k|, and M = (I + L)^-1, P = f_q f_k (Q K^T) D,
 
 and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). Launches and what each fuses:
 
-    prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P            kernels/ops/gated_delta_rule_forward.py
+    prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P        ops/gated_delta_rule_forward.py
     states       the walk over a document's chunks: o, final state, checkpoints
-    recompute    R and S of every chunk again, in segments of 16 chunks                  kernels/ops/gated_delta_rule_backward.py
+    recompute    R and S of every chunk again, in segments of 16 chunks              ops/gated_delta_rule_backward.py
     reverse      the walk back: dv, dS'
     gradients    dq, dk summed over the value heads of a key head, da, db, through norms and gates
 

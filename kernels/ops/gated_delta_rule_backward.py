@@ -5,7 +5,7 @@
                 state after every chunk
     gradients   one program per chunk and key head: dq, dk, da, db, summed over the value heads that share the key head
 
-Equations: kernels/ops/gated_delta_rule.py and docs/gated-delta-rule.md. Sizes and layouts: kernels/ops/gated_delta_rule_forward.py.
+Equations: kernels/ops/gated_delta_rule.py and docs/gated-delta-rule.md. Sizes and layouts: gated_delta_rule_forward.py.
 Scratch, shared by all layers: R (NC, H, BT, DV), S and dS (NC, H, DK, DV) in v's dtype, one fp32 number per token and
 head.
 """

@@ -3,7 +3,7 @@
     prepare   one program per chunk and value head: gates, norms, M and P
     states    one program per document, value head and block of dv: walks the chunks with the state in registers
 
-Equations and names: kernels/ops/gated_delta_rule.py. Sizes: T tokens, NC chunks of BT = 64 tokens (none crosses a document), Hk
+Equations and names: gated_delta_rule.py. Sizes: T tokens, NC chunks of BT = 64 tokens (none crosses a document), Hk
 key heads, H value heads, GROUP = H / Hk, DK and DV head sizes, BV columns of v and the state per program.
 
 Per chunk the kernels exchange, in fp32, `gates (NC, H, 3, BT)`: c in two parts and beta, `norms (NC, Hk, 2, BT)`: r_q

@@ -147,7 +147,7 @@ class _RoundedDot(torch.autograd.Function):
 def rounded_delta_rule(
     q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False
 ) -> tuple[Tensor, Tensor | None]:
-    """gated_delta_rule by the equations of its Triton path (kernels/ops/gated_delta_rule.py), chunk by chunk through autograd.
+    """gated_delta_rule by the equations of its Triton path (ops/gated_delta_rule.py), chunk by chunk through autograd.
 
     Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
     """

@@ -16,16 +16,16 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from psysafe.checkpoint import resolve_model
-from psysafe.config import ASSETS, expand
+from psysafe.checkpoint.base import resolve_model
 from psysafe.corpus import tools
 from psysafe.corpus.impute import impute
-from psysafe.data import read_rows
-from psysafe.evaluation.transport import Endpoint, key_from
+from psysafe.data.documents import read_rows
+from psysafe.data.prompts import system_text
+from psysafe.data.tokenizer import load_tokenizer
+from psysafe.endpoint import Endpoint, key_from
 from psysafe.files import write_atomic
-from psysafe.prompts import system_text
 from psysafe.runtime import main_guard
-from psysafe.tokenizer import load_tokenizer
+from psysafe.training.config import ASSETS, expand
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from psysafe.data import Row
-from psysafe.evaluation.journal import key_of
-from psysafe.evaluation.transport import Endpoint, ItemFailed, run_items
-from psysafe.tokenizer import THINK, THINK_END
+from psysafe.data.documents import Row
+from psysafe.data.tokenizer import THINK, THINK_END
+from psysafe.endpoint import Endpoint, ItemFailed, run_items
+from psysafe.journal import key_of
 
 INSTRUCTION = (
     "You are shown a request and the answer that a careful assistant gave. Write down the reasoning that led the "

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from psysafe.data import Row, read_unchecked_rows
+from psysafe.data.documents import Row, read_unchecked_rows
 
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.corpus.text import TEMPLATE_CHARACTERS, answer_of, normalise, opening, prompt_of, prompts_of, template
-from psysafe.data import Row, encode_rows, read_unchecked_rows
+from psysafe.data.documents import Row, encode_rows, read_unchecked_rows
+from psysafe.data.tokenizer import Tokenizer, rendered_pieces
 from psysafe.files import write_atomic
-from psysafe.tokenizer import Tokenizer, rendered_pieces
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
 SPLIT_SEED = 42

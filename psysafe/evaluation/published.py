@@ -3,7 +3,7 @@ ours. They were made with other prompts, judges and generations than yours may h
 
 from dataclasses import replace
 
-from psysafe.evaluation.results import Table
+from psysafe.evaluation.result import Table
 
 SOURCE = "arXiv 2606.09697 and its model card"
 NOTE = f"The publication's figures ({SOURCE}), not measured here; its model, prompts and judge may not be yours."

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.evaluation import published
-from psysafe.evaluation.results import Result, Table, load, say, shown
+from psysafe.evaluation.result import Result, Table, load, say, shown
 from psysafe.files import write_atomic
 
 NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."

@@ -13,8 +13,8 @@ import torch
 import kernels
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.lora import attach
-from psysafe.optim import AdamW
+from psysafe.model.lora import attach
+from psysafe.training.optim import AdamW
 
 MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.json"
 LENGTHS, STEPS, LR = (40, 27), 2, 1e-3

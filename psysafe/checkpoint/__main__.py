@@ -1,0 +1,9 @@
+"""`python -m psysafe.checkpoint`."""
+
+import sys
+
+from psysafe.checkpoint.base import main
+from psysafe.runtime import main_guard
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,9 @@
+"""`python -m psysafe.data`."""
+
+import sys
+
+from psysafe.data.documents import main
+from psysafe.runtime import main_guard
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,216 @@
+"""Text to token ids: tokenizer.json, the chat template of Qwen3.5, and which tokens of a conversation are trained.
+
+Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the
+last user query begin with a think block, and they are what training teaches: everything after their marker
+`<|im_start|>assistant\\n<think>`, up to and with the turn's last newline.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from psysafe.files import parse_json
+from psysafe.training.config import expand
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+THINK, THINK_END = "<think>", "</think>"
+ASSISTANT_MARKER = f"{IM_START}assistant\n{THINK}"
+
+EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
+
+Message = dict[str, str]
+
+
+class Tokenizer:
+    """Byte-level BPE read from a tokenizer.json, with the chat template of Qwen3.5 (4B, 9B, 27B).
+
+    eos_ids: the ids that end a generation; think_end_id: the id of `</think>`; vocab_size: the highest id plus one (a
+    model's embedding may have more rows than that).
+    """
+
+    def __init__(self, backend: Backend, eos_ids: Sequence[int] | None = None):
+        added = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+        missing = [token for token in (IM_START, IM_END, THINK, THINK_END) if token not in added]
+        if missing:
+            raise ValueError(f"no added token {', '.join(missing)}: expected the tokenizer of a Qwen3.5 model")
+        # What a file may ask for besides the encoding itself would break the rule that nothing is added or moved. A
+        # post-processor also trims spaces off the offsets, and then a token of spaces alone has no place in the text.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+        self._backend = backend
+        self.eos_ids = tuple(eos_ids or (added[token] for token in (IM_END, END_OF_TEXT) if token in added))
+        self.think_end_id = added[THINK_END]
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), max(added.values()) + 1)
+
+    def token_id(self, token: str) -> int:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"{token!r} is not a token of this tokenizer")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; added tokens such as `<|im_end|>` in it are recognised, nothing is put around it."""
+        return self._backend.encode(_checked(text), add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each its (start, end) in characters of `text`.
+
+        The starts are exact in the text as given, before NFC. The tokens of one character all have its start; a
+        character that NFC composed out of several has the start of the first.
+        """
+        encoding = self._backend.encode(_checked(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of `ids`. `skip_special_tokens` drops `<|im_end|>` and its kind; think tags are text and stay."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = True
+    ) -> str:
+        """The conversation as the text that the model reads. ValueError for a conversation the template refuses.
+
+        messages: [{"role", "content"}, ...]; an assistant may carry "reasoning_content", else a think block in its
+        content is split off. Thinking is off only for `enable_thinking=False` (the templates of 0.8B and 2B have it
+        off unless true: pass what you want).
+        """
+        text = "".join(piece for piece, _ in rendered_pieces(messages))
+        if add_generation_prompt:
+            text += ASSISTANT_MARKER + "\n"
+            if enable_thinking is False:
+                text += f"\n{THINK_END}\n\n"
+        return text
+
+    def encode_trained(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of the rendered conversation, and for each whether it is trained.
+
+        The text is tokenised once, as a whole: joined pieces would give other ids (the prompt `<think>\\n` ends in the
+        token "\\n", an empty reasoning makes it "\\n\\n"). What is trained is known from how the text was put together
+        and never searched for in it, so a user who writes the marker out is not trained on. A trained piece lies
+        between added tokens, which no other token reaches across.
+        """
+        pieces = rendered_pieces(messages)
+        ids, offsets = self.encode_with_offsets("".join(piece for piece, _ in pieces))
+        trained_at = [trained for piece, trained in pieces for _ in piece]
+        return ids, [trained_at[start] for start, _ in offsets]
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder or of a hub id (`owner/name`, at `revision`); ValueError where there is none.
+
+    Reads tokenizer.json, and the ids that end a generation from generation_config.json where there is one (else they
+    are those of `<|im_end|>` and `<|endoftext|>`).
+    """
+    source = expand(str(source))
+    path = _find_file(source, "tokenizer.json", revision)
+    if path is None:
+        raise ValueError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
+    try:
+        backend = Backend.from_buffer(path.read_bytes())
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+    eos_ids = _read_eos_ids(_find_file(source, "generation_config.json", revision))
+    try:
+        return Tokenizer(backend, eos_ids)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _find_file(source: str | Path, name: str, revision: str | None) -> Path | None:
+    """The file in the folder, or in the hub's cache after a download; None where the folder or repository lacks it."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise ValueError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        reason = _one_line(error)
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = _one_line(error)
+    raise ValueError(f"{source}: no such folder, and {name} could not be had from the hub ({reason})") from None
+
+
+def _read_eos_ids(path: Path | None) -> list[int] | None:
+    if path is None:
+        return None
+    try:
+        eos_ids = parse_json(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ValueError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+    if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
+        raise ValueError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")
+    return eos_ids
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!r} at character {error.start}"
+        raise ValueError(f"{half} is half of a surrogate pair; expected whole Unicode characters") from None
+    return text
+
+
+def rendered_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """The rendered conversation in order, cut into (text, trained). ValueError for one that the template refuses."""
+    if not messages:
+        raise ValueError("No messages provided.")
+    contents = [_content(message, number) for number, message in enumerate(messages, 1)]
+    roles = [message["role"] for message in messages]
+    queries = [i for i, role in enumerate(roles) if role == "user" and not _is_tool_response(contents[i])]
+    if not queries:
+        raise ValueError("No user query found in messages.")
+    pieces = []
+    for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
+        if role == "system" and i > 0:
+            raise ValueError(f"System message must be at the beginning, message {i + 1} is one.")
+        if role == "assistant":
+            reasoning, content = _split_reasoning(messages[i], content, i + 1)
+            if i > queries[-1]:
+                pieces.append((ASSISTANT_MARKER, False))
+                pieces.append((f"\n{reasoning}\n{THINK_END}\n\n{content}{IM_END}\n", True))
+                continue
+        pieces.append((f"{IM_START}{role}\n{content}{IM_END}\n", False))
+    return pieces
+
+
+def _content(message: Message, number: int) -> str:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"message {number} is {message!r:.60}, expected an object with a text under \"content\"")
+    role = message.get("role")
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"Unexpected message role {role!r} in message {number}; expected system, user or assistant")
+    return message["content"].strip()
+
+
+def _is_tool_response(content: str) -> bool:
+    """A tool's answer travels as a user message; the template does not take it for a query."""
+    return content.startswith("<tool_response>") and content.endswith("</tool_response>")
+
+
+def _split_reasoning(message: Message, content: str, number: int) -> tuple[str, str]:
+    """(reasoning, answer) of an assistant message whose stripped content is `content`."""
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str):
+        return reasoning.strip(), content
+    if reasoning is not None:
+        raise ValueError(f"message {number}: reasoning_content is {reasoning!r:.60}, expected a text")
+    if THINK_END not in content:
+        return "", content
+    reasoning = content.split(THINK_END)[0].split(THINK)[-1].strip()
+    return reasoning, content.split(THINK_END)[-1].lstrip("\n")

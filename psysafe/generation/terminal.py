@@ -1,0 +1,107 @@
+"""A conversation at a terminal: text as it comes, reasoning dimmed, and first of all what this is not."""
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from typing import TextIO
+
+from psysafe.data.tokenizer import Message, Tokenizer
+from psysafe.generation.engine import Answer, Generator
+from psysafe.training.config import ASSETS
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+# A model may write anything; nothing that it writes may steer the terminal.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+
+def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
+    """Writes the answer to stdout while it is made, and returns it."""
+    with TextStream(generator.tokenizer, generator.options.thinking, sys.stdout) as stream:
+        (answer,) = generator.answers([messages], [row], stream)
+    if answer.finish_reason == "length":
+        print(f"(cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
+    return answer
+
+
+def chat(generator: Generator, system: str | None) -> None:
+    """Reads from stdin until it ends."""
+    print(f"{notice()}\n\n/new begins anew, Ctrl-D ends.")
+    start = [] if system is None else [{"role": "system", "content": system}]
+    messages, turn = list(start), 0
+    for text in _typed():
+        if text == "/new":
+            messages = list(start)
+            continue
+        turn += 1
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = ask(generator, messages, turn)
+        except ValueError as error:  # the conversation outgrew the context
+            print(f"{error}, or begin anew with /new", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer.answer, "reasoning_content": answer.reasoning})
+
+
+def notice() -> str:
+    """What everybody who chats should know first; names and numbers come from the one file that holds them."""
+    facts = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
+    services = [facts["resources"][name] for name in facts["clusters"]["suicide and selfharm"]["resources"].values()]
+    crisis = "; ".join(f"{service['country']}: {service['name']}, {service['contact']}" for service in services)
+    danger = ", ".join(f"{number} ({country})" for country, number in facts["emergency"].items())
+    return (
+        "This is a language model. It can be wrong, and it is not a substitute for professional care.\n"
+        f"In a crisis, people are there for you. {crisis}. In immediate danger: {danger}."
+    )
+
+
+class TextStream:
+    """Token ids in, text out, as far as whole characters go. On a terminal the reasoning is dimmed; elsewhere the text
+    is what the model wrote, `</think>` included."""
+
+    def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO):
+        self.tokenizer, self.out, self.pending = tokenizer, out, []
+        self.terminal, self.begun = out.isatty(), False
+        self.dimmed = thinking and self.terminal
+
+    def __enter__(self) -> "TextStream":
+        return self
+
+    def __call__(self, row: int, token: int) -> None:
+        if not self.begun:
+            self.out.write(DIM if self.dimmed else "")
+            self.begun = True
+        if token in self.tokenizer.eos_ids:
+            return
+        if token == self.tokenizer.think_end_id and self.dimmed:
+            self._flush()
+            self.out.write(PLAIN)
+            self.dimmed = False
+            return
+        self.pending.append(token)
+        # A character may be cut between tokens; its first bytes alone decode to U+FFFD. A model that really writes
+        # U+FFFD must not hold its text back for ever.
+        if len(self.pending) >= 16 or not self.tokenizer.decode(self.pending).endswith("\ufffd"):
+            self._flush()
+
+    def __exit__(self, *error) -> None:
+        if self.begun:
+            self._flush()
+            self.out.write((PLAIN if self.dimmed else "") + "\n")
+            self.out.flush()
+
+    def _flush(self) -> None:
+        text = self.tokenizer.decode(self.pending)
+        self.out.write(text.translate(CONTROLS) if self.terminal else text)
+        self.out.flush()
+        self.pending.clear()
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except EOFError:
+            return
+        if text:
+            yield text

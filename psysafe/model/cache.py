@@ -1,0 +1,188 @@
+"""What the model remembers of sequences: keys and values of attention layers, convolution tail and state of delta-net
+layers, one slot a sequence.
+
+The model's one forward uses it through a view: `Cache.at(slots)` for documents of any length that begin or continue
+sequences (prefill, also in pieces), `Cache.step(live)` for one more token of every slot (decoding).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import Documents
+from psysafe.model.config import ModelConfig
+
+
+class Cache:
+    """Memory for `slots` sequences of up to `max_tokens` tokens each.
+
+    Attention layer: k, v (slots, G, max_tokens, K), a head's keys side by side. Delta-net layer: conv (slots, M-1, C),
+    the last inputs of the convolution; state (slots, H, dk, dv) in fp32. `lengths` (slots,) int64 on the device,
+    `host_lengths` beside it.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, max_tokens: int, device=None, dtype=torch.float32):
+        self.config, self.slots, self.max_tokens = config, slots, max_tokens
+        G, K = config.num_key_value_heads, config.head_dim
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        taps, heads = config.linear_conv_kernel_dim, config.linear_num_value_heads
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(slots, *shape, device=device, dtype=dtype)
+
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (zeros(G, max_tokens, K), zeros(G, max_tokens, K))
+            if kind == "full_attention"
+            else (
+                zeros(taps - 1, 2 * keys + values),
+                zeros(heads, config.linear_key_head_dim, config.linear_value_head_dim, dtype=wide),
+            )
+            for kind in config.layer_types
+        ]
+        self.lengths = zeros(dtype=torch.int64)
+        self.host_lengths = [0] * slots
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer) // self.slots
+
+    def reset(self, slots: list[int]) -> None:
+        """Empties slots. States have to be zeroed; so have values, since 0 times the NaN of a broken row is NaN."""
+        for layer in self.layers:
+            for x in layer:
+                x[slots] = 0
+        self.lengths[slots] = 0
+        for slot in slots:
+            self.host_lengths[slot] = 0
+
+    def at(self, slots: list[int] | None = None) -> "CacheView":
+        """The given slots in this order (None: all), for documents of any length."""
+        return CacheView(self, list(range(self.slots)) if slots is None else slots)
+
+    def step(self, live: Tensor, room: int) -> "StepView":
+        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `room`.
+
+        Attention is given the first `room` rows of every slot: its reference reads all that it is given, live or not.
+        """
+        return StepView(self, live, room)
+
+
+class CacheView:
+    """The slots that a forward pass continues, document i in the i-th of them."""
+
+    def __init__(self, cache: Cache, slots: list[int]):
+        self.cache, self.host_slots = cache, slots
+        self.slots = torch.tensor(slots, device=cache.lengths.device)
+        self.past = cache.lengths[self.slots]
+        self.host_past = [cache.host_lengths[slot] for slot in slots]
+
+    def positions(self, documents: Documents) -> Tensor:
+        """(T,): positions in the whole sequences. Raises ValueError where a sequence would outgrow its slot."""
+        if len(documents) != len(self.host_slots):
+            raise ValueError(f"{len(documents)} documents for {len(self.host_slots)} cache slots")
+        for slot, past, new in zip(self.host_slots, self.host_past, documents.lengths, strict=True):
+            if past + new > self.cache.max_tokens:
+                raise ValueError(
+                    f"cache slot {slot} holds {past} tokens and would get {new} more, "
+                    f"but was made for {self.cache.max_tokens}; make the cache larger or the prompt shorter"
+                )
+        return documents.positions + self.past[documents.index]
+
+    def advance(self, documents: Documents) -> None:
+        new = documents.table("lengths", lambda d: d.to_device(torch.tensor(d.lengths)))
+        self.cache.lengths.index_add_(0, self.slots, new)
+        for slot, count in zip(self.host_slots, documents.lengths, strict=True):
+            self.cache.host_lengths[slot] += count
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """q (T, H, K), k and v (T, G, K) of the new tokens -> o (T, H, K)."""
+        k_cache, v_cache = (x.transpose(1, 2) for x in self.cache.layers[layer])  # (slots, max_tokens, G, K)
+        where = self.slots[documents.index], documents.positions + self.past[documents.index]
+        k_cache[where], v_cache[where] = k, v
+        if not any(self.host_past):
+            return kernels.causal_attention(q, k, v, documents)
+        keys, where = self._all_keys(documents)
+        return kernels.causal_attention(q, k_cache[where], v_cache[where], documents, keys)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
+        """x (T, C), as `causal_conv1d_silu`, with the tails of the slots before and, after it, in them."""
+        store = self.cache.layers[layer][0]
+        tail = store[self.slots]
+        out = kernels.causal_conv1d_silu(x, weight, documents, splits, initial_state=tail)
+        kept = tail.shape[1]
+        lengths = documents.table("lengths", lambda d: d.to_device(torch.tensor(d.lengths)))
+        # Row j of the new tail is row (length + j) of [old tail | new rows].
+        row = lengths[:, None] + torch.arange(kept, device=x.device)
+        starts = documents.cu_seqlens[:-1, None].long()
+        old = tail.gather(1, row.clamp(max=kept - 1)[..., None].expand(-1, -1, tail.shape[2]))
+        new = x[(starts + row - kept).clamp(min=0)]
+        store[self.slots] = torch.where((row < kept)[..., None], old, new)
+        return out
+
+    def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
+        """As `gated_delta_rule`, from and into the slots' states."""
+        store = self.cache.layers[layer][1]
+        o, store[self.slots] = kernels.gated_delta_rule(
+            q, k, v, a, b, A_log, dt_bias, documents, initial_state=store[self.slots], output_final_state=True
+        )
+        return o
+
+    def _all_keys(self, documents: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
+        """Old and new keys of every document: their boundaries, and their slots and positions."""
+
+        def build(_: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
+            totals = [past + new for past, new in zip(self.host_past, documents.lengths, strict=True)]
+            keys = Documents(torch.tensor([0, *totals]).cumsum(0).to(torch.int32), documents.device)
+            return keys, (self.slots[keys.index], keys.positions)
+
+        return documents.table(("all keys", *self.host_slots, *self.host_past), build)
+
+
+class StepView:
+    """All slots, each continued by one token. Nothing in it waits for the device, changes shape or allocates what
+    outlives the step, so that a decode step can be captured as one CUDA graph and replayed.
+
+    Slots that are not live are computed like the others, since the shapes are fixed, but do not grow: they write the
+    same row again and again, behind their length, and have to be reset before they are used. The host does not follow
+    the lengths: it learns from the sampled tokens, later, which sequences went on.
+    """
+
+    def __init__(self, cache: Cache, live: Tensor, room: int):
+        self.cache, self.live, self.room = cache, live, room
+
+    def positions(self, documents: Documents) -> Tensor:
+        """(slots,): where the new tokens stand. The caller keeps lengths below the cache's size."""
+        return self.cache.lengths
+
+    def advance(self, documents: Documents) -> None:
+        self.cache.lengths += self.live
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """(slots,): lengths with the new token."""
+        return self.cache.lengths + 1
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(slots * G,): the rows of the new keys in a cache (slots * G * max_tokens, K)."""
+        heads, size = self.cache.config.num_key_value_heads, self.cache.max_tokens
+        first = torch.arange(0, self.cache.slots * heads * size, size, device=self.live.device)
+        return (first.view(-1, heads) + self.cache.lengths[:, None]).flatten()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        k_cache, v_cache = self.cache.layers[layer]
+        k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
+        v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
+        k, v = (x[:, :, : self.room].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, room, G, K)
+        return kernels.attention_decode(q, k, v, self.lengths)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:
+        c = kernels.causal_conv1d_silu_step(x, weight, self.cache.layers[layer][0])
+        return c.split_with_sizes(splits, 1)
+
+    def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
+        return kernels.gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, self.cache.layers[layer][1])

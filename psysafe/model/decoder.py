@@ -1,0 +1,172 @@
+"""The text decoder of every dense Qwen3.5: embedding, blocks of (mixer, MLP), final norm, head.
+
+Everything is one flat row of tokens with document boundaries: no padding, no mask, positions restart per document.
+A block maps (h, pending) to (h, pending): `pending` is what its last GEMM wrote, with the adapter term still to be
+added; the next residual + RMSNorm adds both. Every fused operation comes from `kernels`; the GEMMs in between are plain
+`F.linear` on frozen, fused weights. Equations: transformers' `modeling_qwen3_5.py`.
+
+Shapes: T tokens, D hidden, H query heads, G key/value heads, K head size, R half the rotary dims, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import Documents, Pending
+from psysafe.model.config import ModelConfig
+from psysafe.model.gated_delta_net import GatedDeltaNet
+from psysafe.model.layers import Batch, FusedLinear, frozen
+from psysafe.model.recompute import Remake
+
+if TYPE_CHECKING:
+    from psysafe.model.cache import CacheView
+
+
+class Attention(nn.Module):
+    """Gated softmax attention with grouped heads and partial rotary embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.in_proj = FusedLinear(config.hidden_size, {"q_proj": 2 * H * K, "k_proj": G * K, "v_proj": G * K})
+        self.out_proj = FusedLinear(H * K, {"o_proj": config.hidden_size})
+        self.q_norm, self.k_norm = frozen(K), frozen(K)
+
+    def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
+        config = self.config
+        y = batch.remake("in_proj", self.in_proj, x)
+        sizes = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        others = self.q_norm, self.k_norm, batch.cos, batch.sin, *sizes, self.in_proj.owes(u)
+        q, gate, k, v = batch.remake("rope", lambda y: kernels.qk_norm_rope(y, *others), y)
+        if batch.cache is None:
+            o = kernels.causal_attention(q, k, v, batch.documents)
+        else:
+            o = batch.cache.attend(layer, q, k, v, batch.documents)
+        x, u = kernels.sigmoid_gate(o.flatten(1), gate, self.out_proj.lora_A)
+        return Pending(self.out_proj(x), self.out_proj.owes(u))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, size = config.hidden_size, config.intermediate_size
+        self.in_proj = FusedLinear(D, {"gate_proj": size, "up_proj": size})
+        self.out_proj = FusedLinear(size, {"down_proj": D})
+
+    def forward(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
+        gate_up = batch.remake("gate_up", self.in_proj, x)
+        x, u = kernels.swiglu(gate_up, self.in_proj.owes(u), self.out_proj.lora_A)
+        return Pending(self.out_proj(x), self.out_proj.owes(u))
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)), with both additions left to the next norm."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.eps = layer, config.rms_norm_eps
+        self.input_layernorm = frozen(config.hidden_size)
+        if config.layer_types[layer] == "full_attention":
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        self.post_attention_layernorm = frozen(config.hidden_size)
+        self.mlp = MLP(config)
+        self.recompute: frozenset[str] = frozenset()  # what backward makes again (psysafe.training.memory_plan decides)
+
+    @property
+    def mixer(self) -> nn.Module:
+        return self.self_attn if hasattr(self, "self_attn") else self.linear_attn
+
+    def forward(
+        self, h: Tensor, pending: Pending | None, batch: Batch, rows: Tensor | None = None
+    ) -> tuple[Tensor, Pending]:
+        """h (T, D) -> (T, D); with `rows` (N,) the MLP runs on those rows only: (N, D)."""
+        with Remake(self.recompute) as remake:
+            batch = batch._replace(remake=remake)
+            h, x, u = self.add_and_norm(h, pending, self.input_layernorm, self.mixer.in_proj.lora_A, remake)
+            pending = self.mixer(x, u, batch, self.layer)
+            if rows is not None:
+                h, pending = h.index_select(0, rows), _select(pending, rows)
+            h, x, u = self.add_and_norm(h, pending, self.post_attention_layernorm, self.mlp.in_proj.lora_A, remake)
+            return h, self.mlp(x, u, batch)
+
+    def add_and_norm(self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None, remake: Remake):
+        """(h, x, u); x is never saved, because it can be made again from h."""
+        h, x, u = kernels.residual_rms_norm(h, pending, weight, self.eps, lora_A)
+        remake.derive(x, lambda h: kernels.residual_rms_norm(h, None, weight, self.eps)[1], h)
+        return h, x, u
+
+
+class Qwen3_5(nn.Module):
+    """The decoder. Parameters are frozen; adapters are attached by `psysafe.model.lora`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = frozen(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = frozen(config.hidden_size)
+        self.lm_head = None if config.tie_word_embeddings else frozen(config.vocab_size, config.hidden_size)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, D): the output matrix, which tied models share with the embedding."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | Documents,
+        cache: "CacheView | None" = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (T,) int64, cu_seqlens (n+1,) int32 -> hidden (T, D), final norm applied.
+
+        cu_seqlens on the CPU (or Documents) costs no synchronisation. cache: the documents continue the sequences that
+        it holds. rows (N,) int64: only these rows are wanted, (N, D); the last MLP runs on them alone.
+        """
+        documents = cu_seqlens if isinstance(cu_seqlens, Documents) else Documents(cu_seqlens, tokens.device)
+        if tokens.shape != (documents.total,):
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, cu_seqlens end at {documents.total}")
+        positions = documents.positions if cache is None else cache.positions(documents)
+        batch = Batch(documents, *self.rotary(positions), cache)
+        h, pending = self.embed(tokens), None
+        for layer in self.layers:
+            h, pending = layer(h, pending, batch, rows if layer is self.layers[-1] else None)
+        _, x, _ = kernels.residual_rms_norm(h, pending, self.norm, self.config.rms_norm_eps)
+        if cache is not None:
+            cache.advance(documents)
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (T,) -> (T, D). An embedding in host memory wants its tokens there, too: that costs no wait."""
+        h = self.embed_tokens.index_select(0, tokens.to(self.embed_tokens.device))
+        if h.device != self.norm.device:
+            h = (h.pin_memory() if self.norm.is_cuda else h).to(self.norm.device, non_blocking=True)
+        return h
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) -> (N, V), in the activation dtype."""
+        return F.linear(hidden, self.head)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (T, R) in fp32, as the reference computes them (fp64 in an fp64 model)."""
+        config = self.config
+        dtype = torch.promote_types(self.norm.dtype, torch.float32)
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=dtype, device=positions.device) / config.rotary_dim
+        angles = positions[:, None].to(dtype) * config.rope_theta**-exponents
+        return angles.cos(), angles.sin()
+
+
+def _select(pending: Pending, rows: Tensor) -> Pending:
+    lora = pending.lora
+    if lora is not None:
+        lora = lora._replace(u=lora.u.index_select(0, rows))
+    return Pending(pending.y.index_select(0, rows), lora)

@@ -1,0 +1,91 @@
+"""The frozen base spread over all ranks (torch's FSDP2), for GPUs smaller than the base: `train.py --shard`.
+
+    model = load_model(source, shard=True)      # calls shard_blocks, then reads only this rank's rows
+    adapters = attach(model, ...)               # afterwards, so that FSDP never sees them: whole on every rank
+
+A rank keeps a slice of every block's weights by rows. Each pass through a block gathers them, forward and again
+backward, and frees them behind it. Gathering is collective: all ranks must run the same number of micro-batches
+(`data.pack_share`). The gathered bytes are the weights' own, so a sharded run gives the bits of an unsharded one.
+
+Embedding, final norm and head stay whole on every rank. Both matrices are read outside the blocks, the head at the
+moment when memory is fullest; `--embedding cpu` moves the other one to host memory.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels import Pending
+from psysafe.model.decoder import Block, Qwen3_5
+
+# Blocks in full at once: the one that computes and the next one on its way, each with the buffer it was gathered in.
+GATHERED = 4
+
+
+def shard_blocks(model: Qwen3_5, device: torch.device) -> None:
+    """Spread the blocks of a model without memory (meta) over all ranks, then give it memory on the device.
+
+    Weights are uninitialised: `local_rows` says what to fill. The optimiser must not know a sharded weight.
+    """
+    # Here, because importing them costs every other program most of a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    assert model.norm.is_meta, "a model with memory would first hold all of it"
+    ranks = rank_count()
+    check_ranks(ranks)
+    mesh = init_device_mesh(device.type, (ranks,))
+    for block in model.layers:
+        block.register_forward_hook(_no_parameter_out)
+        fully_shard(block, mesh=mesh)
+    # The model itself shares no weights, but as the blocks' common root it lets one gather while another computes.
+    fully_shard(model, mesh=mesh, ignored_params=set(model.parameters(recurse=False)))
+    _leave_inputs_alone(model)
+    model.to_empty(device=device)
+
+
+def rank_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_ranks(ranks: int) -> None:
+    if ranks == 1:
+        raise ValueError("--shard spreads the base over ranks and there is one; leave it out, or start more (torchrun)")
+
+
+def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending]) -> tuple[Tensor, Pending]:
+    """FSDP puts a hook on every tensor that a block returns. On the adapter's B, which is part of `Pending` and lives
+    as long as the run, these would pile up step by step; on a copy (a few KB) they go with the step."""
+    h, pending = output
+    if pending.lora is not None:
+        pending = pending._replace(lora=pending.lora._replace(B=pending.lora.B.clone()))
+    return h, pending
+
+
+def _leave_inputs_alone(model: Qwen3_5) -> None:
+    """FSDP moves its root's inputs to the GPU. Tokens for an embedding in host memory would come back from there, which
+    waits for the GPU in every micro-batch; so FSDP's hook, which stands between these two, is shown no inputs."""
+    held = []
+
+    def hide(model: Qwen3_5, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        held.append((args, kwargs))
+        return (), {}
+
+    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(lambda model, args, kwargs: held.pop(), with_kwargs=True)
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """(the rows of a parameter that lie on this rank, the number of the first one): all of it where it is not sharded.
+
+    FSDP cuts as torch.chunk does: ceil(rows / ranks) each; the last ranks can have fewer, or none.
+    """
+    x = parameter.detach()
+    if not hasattr(x, "to_local"):  # a DTensor has it; the class itself is slow to import
+        return x, 0
+    rows, ranks = x.shape[0], x.device_mesh.size()
+    size = -(-rows // ranks)
+    first = min(size * x.device_mesh.get_local_rank(), rows)
+    local = x.to_local()
+    assert len(local) == min(size, rows - first), "FSDP cuts the rows in another way"
+    return local, first

@@ -1,0 +1,239 @@
+"""What a run says: the resolved settings, a line per step, metrics.jsonl, a tracker, a plot.
+
+    print_run(config, sources, {"model": "...", "batch": "...", "memory": "..."})
+    with RunLog(run_dir, config, runtime, total_steps, first_step, flops_per_token) as log:
+        log.step(step, loss=..., lr=..., grad_norm=..., tokens=..., seconds=...)
+        log.validation(step, val_loss)
+        log.sync()                                  # before a state is saved: its rows must outlast it
+
+Only the main rank writes; on the others every call does nothing, so the loop needs no branches. A full disk costs a
+warning: rows wait in memory until there is room, and training goes on.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from psysafe.files import parse_json, write_atomic
+from psysafe.runtime import Runtime, memory_peak
+from psysafe.training.config import KEYS, TrainConfig
+
+METRICS, NEWLINE = "metrics.jsonl", b"\n"
+HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'left':>8}"
+
+
+def check_optional(config: TrainConfig) -> None:
+    """Raise ValueError at the start, not at the end, when the run asks for a package that is not installed."""
+    wanted = {"--plot": "matplotlib" if config.plot else "", f"--report {config.report}": config.report}
+    for flag, package in wanted.items():
+        if package not in ("", "none") and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag}: {package} is not installed; pip install {package}, or leave the flag out")
+
+
+def print_run(config: TrainConfig, sources: Mapping[str, str], facts: Mapping[str, object]) -> None:
+    """Print each setting with where it came from, then what follows from them: dtypes, kernels, arithmetic, estimates.
+
+    facts: label -> text, in the order in which they are to be read.
+    """
+    values = {key: _plain(getattr(config, key)) for key in KEYS}
+    width = min(40, max(map(len, values.values())))
+    for key, value in values.items():
+        print(f"  {key:<20}{value:<{width}}  {sources[key]}".rstrip())
+    print()
+    for label, text in facts.items():
+        print(f"  {label:<20}{text}")
+    print(flush=True)
+
+
+class RunLog:
+    """Metrics of a run, to the screen, to metrics.jsonl and to the tracker.
+
+    first_step: the last step that is already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
+    validated: whether the first step's validation is part of the resumed state.
+    flops_per_token: useful FLOP of a training token; without it, or on an unknown GPU, no MFU is shown.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: TrainConfig,
+        runtime: Runtime,
+        total_steps: int,
+        first_step: int = 0,
+        flops_per_token: float = 0.0,
+        validated: bool = True,
+    ):
+        self.runtime, self.total_steps, self.last_step = runtime, total_steps, first_step
+        peak = runtime.peak
+        self.flops_share = flops_per_token / (peak.flops * runtime.world_size) if peak else 0.0
+        self.began, self.steps_seen = time.monotonic(), 0
+        self.file = self.bar = self.tracker = None
+        if not runtime.is_main:
+            return
+        path = Path(run_dir) / METRICS
+        cut_metrics(path, first_step, validated)
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""  # rows that the disk refused
+        self.refused = False
+        if config.report != "none":
+            os.environ.setdefault("WANDB_DIR", str(run_dir))
+            self.tracker = importlib.import_module(config.report)
+            settings = {key: getattr(config, key) for key in KEYS}
+            self.tracker.init(project=config.project, name=Path(run_dir).resolve().name, config=settings)
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout)
+        else:
+            print(HEADER, flush=True)
+
+    def step(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, **more: object
+    ) -> None:
+        """Log one optimiser step. tokens: all tokens of the step over all ranks; more: further entries of its row."""
+        if self.file is None:
+            return
+        speed = tokens / max(seconds, 1e-9)
+        memory = memory_peak(self.runtime.device)
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **more}
+        row |= {"seconds": seconds, "tokens_per_s": speed, "memory": memory}
+        if self.flops_share:
+            row["mfu"] = speed * self.flops_share
+        self._write(row)
+        self.steps_seen += step - self.last_step
+        self.last_step = step
+        left = (time.monotonic() - self.began) / max(self.steps_seen, 1) * (self.total_steps - step)
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f} lr {lr:.1e} norm {grad_norm:.3f} {speed:,.0f} tok/s MFU {mfu} {memory / 1e9:.1f} GB",
+                refresh=False,
+            )
+            self.bar.update(step - self.bar.n)
+        else:
+            count = f"{step}/{self.total_steps}"
+            columns = f"{count:>11} {loss:>9.4f} {lr:>9.2e} {grad_norm:>9.4f} {speed:>9,.0f} {mfu:>6}"
+            print(f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
+
+    def validation(self, step: int, val_loss: float, **more: object) -> None:
+        """Log a validation loss, measured after the given step."""
+        if self.file is not None:
+            self._write({"step": step, "val_loss": val_loss, **more})
+            self.say(f"{step:>5}/{self.total_steps:<5} validation loss {val_loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        elif self.file is not None:
+            print(text, flush=True)
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, if it takes them."""
+        if self.file is not None:
+            self._flush(os.fsync)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.sync()
+            if self.unwritten:
+                lost = self.unwritten.count(NEWLINE)
+                self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
+            self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+        self.file = self.bar = self.tracker = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _write(self, row: dict) -> None:
+        # Python prints a float so that it reads back bit for bit. JSON has no word for nan and infinity: null.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.unwritten += json.dumps(row, allow_nan=False).encode() + NEWLINE
+        self._flush()
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+    def _flush(self, then: Callable[[int], object] = lambda descriptor: None) -> None:
+        """Writes what waits, unbuffered, so that a kill leaves at most one torn line; a refusal is said once."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            then(self.file.fileno())
+            self.refused = False
+        except OSError as error:
+            if not self.refused:
+                self.say(f"warning: {self.file.name}: {error.strerror}; training goes on, its rows wait for room")
+            self.refused = True
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl without a torn last line, which a kill can leave. Other damage is a ValueError."""
+    lines = Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
+        try:
+            row = parse_json(line)
+            if not isinstance(row["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if not any(lines[number:]):  # a power cut can leave the last line whole in length and not in content
+                break
+            remedy = "mend that line, or move the file away"
+            raise ValueError(f"{path} line {number}: not a JSON object with a step; {remedy}") from None
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
+    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step.
+
+    validated: whether that step's validation, if it has one, is already part of the saved state.
+    """
+    path = Path(path)
+    rows = read_metrics(path) if path.exists() else []
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def plot_loss(run_dir: str | Path) -> Path:
+    """Draw training and validation loss over the steps into RUN_DIR/loss.png. Needs matplotlib (`check_optional`)."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(Path(run_dir) / METRICS)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel="step", ylabel="loss per trained token", title=Path(run_dir).resolve().name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    path = Path(run_dir) / "loss.png"
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return path
+
+
+def _plain(value) -> str:
+    text = " ".join(value) if isinstance(value, list) else str(value)
+    return text.lower() if isinstance(value, bool) else text or "-"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
