@@ -18,7 +18,7 @@ from psysafe.evaluation import report
 from psysafe.evaluation.benchmarks import agreement, miniature, multiple_choice, sorry_bench, xstest
 from psysafe.evaluation.benchmarks import four_criteria as judging
 from psysafe.evaluation.result import say
-from psysafe.runtime import main_guard
+from psysafe.program import UserError, main_guard
 
 COMMANDS = {
     "judge": (judging, "answers scored on four criteria by a judge"),
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,7 +25,8 @@ from psysafe.generation.engine import Generator, Options, merge_adapters
 from psysafe.generation.sampling import Sampling
 from psysafe.generation.terminal import ask, chat
 from psysafe.model.lora import detach, load_adapter, read_adapter_config
-from psysafe.runtime import main_guard, start
+from psysafe.program import UserError, main_guard
+from psysafe.runtime import start
 from psysafe.training.config import resolve
 
 BASE = "base"  # how --adapter, --compare and the rows name the model without an adapter
@@ -78,12 +79,12 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
         say(f"with the adapter in {bundled.out} (--adapter {BASE} leaves it off)")
         adapters = [bundled.out]
     if args.merge and not any(adapter != BASE for adapter in adapters):
-        raise ValueError("--merge: there is no adapter to merge; name one with --adapter")
+        raise UserError("--merge: there is no adapter to merge; name one with --adapter")
     if args.model or not named:
         return args.model or bundled.model, None, adapters or [BASE]
     config = read_adapter_config(named[0])
     if not config.get("base_model_name_or_path"):
-        raise ValueError(f"{named[0]}/adapter_config.json names no base model; give --model")
+        raise UserError(f"{named[0]}/adapter_config.json names no base model; give --model")
     return config["base_model_name_or_path"], config.get("revision"), adapters
 
 
@@ -98,7 +99,7 @@ def say(text: str, end: str = "\n") -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -22,7 +22,8 @@ from psysafe.data.documents import Dataset, MicroBatch, pack_share, step_documen
 from psysafe.files import write_atomic
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, save_adapter
-from psysafe.runtime import Moment, Runtime, StopRequest, main_guard, start, versions
+from psysafe.program import StopRequest, UserError, main_guard
+from psysafe.runtime import Moment, Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve, to_toml
 from psysafe.training.facts import Rows, adapted, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
 from psysafe.training.memory_plan import Plan, Sizes
@@ -92,7 +93,7 @@ def fine_tune(config: TrainConfig, sources: dict[str, str], runtime: Runtime, wa
     train_set, val_set = load_data(config, folder)
     rows_digest = digest(train_set, val_set)
     if state and state.fact("rows", str) != rows_digest:
-        raise ValueError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+        raise UserError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
     runtime.agree(**recipe(config), rows=rows_digest, resumes_after_step=state.step if state else 0)
 
     model = load_model(
@@ -171,7 +172,7 @@ def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
             log_step(run, log, waiting)
             save(run, log, rows_digest)
             saved = run.runtime.is_main and not run.unsaved
-            raise ValueError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
+            raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
         log_step(run, log, waiting)
         waiting = result
         run.step += 1
@@ -261,7 +262,7 @@ def log_step(run: Run, log: RunLog, result: StepResult | None) -> None:
         log.say(f"warning: step {row['step']}: gradient norm {row['grad_norm']}, nothing updated: {row['documents']}")
     log.step(**row)
     if skipped >= MAX_SKIPPED:
-        raise ValueError(
+        raise UserError(
             f"step {row['step']}: gradient norm not finite {skipped} times in a row, the last good state is kept; "
             "look at the rows named above, or lower --lr and start again"
         )
@@ -292,7 +293,7 @@ def restore(run: Run, state: State) -> None:
     try:
         run.optimizer.load_state_tensors({name: x for name, x in state.tensors.items() if name != "adapter"})
     except ValueError as error:
-        raise ValueError(f"{state.path}: {error}") from None
+        raise UserError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
     run.step, run.best_val, run.epoch_open = state.step, best_val, epoch_open
 
@@ -301,7 +302,7 @@ def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None)
     """A tokenizer of another model would otherwise end in an illegal memory access on the device."""
     largest = max(int(document.tokens.max()) for data in sets if data is not None for document in data.documents)
     if largest >= model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{config.model}: its tokenizer gives token {largest}, its config.json says vocab_size "
             f"{model.config.vocab_size}; take both from the same model"
         )

@@ -31,7 +31,8 @@ from psysafe.checkpoint.base import load_model, published_tensors, resolve_model
 from psysafe.files import read_json, write_atomic
 from psysafe.generation.engine import Engine, Options, Request
 from psysafe.model.decoder import Qwen3_5
-from psysafe.runtime import main_guard, start, versions
+from psysafe.program import main_guard
+from psysafe.runtime import start, versions
 
 QUEUE = 8  # prompts of a queue for every slot
 

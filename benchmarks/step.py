@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from psysafe.program import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -32,7 +34,8 @@ from safetensors.torch import load_file
 from benchmarks.arms import ARMS
 from benchmarks.measure import TURN_OVER, Task
 from psysafe.files import write_atomic
-from psysafe.runtime import main_guard, versions
+from psysafe.program import main_guard
+from psysafe.runtime import versions
 
 RECIPE_ROW, RECIPE_PROMPT = 640, 80  # tokens of the recipe's average row, and how many of them are not trained
 # Largest relative errors of loss and of a gradient, ||a - b|| / ||b||, against transformers + PEFT. bf16 rounds every
@@ -93,12 +96,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; take --device cpu")
+        raise UserError("--device cuda: torch finds no GPU here; take --device cpu")
     if args.arm and ARMS[args.arm].missing(args.device):
-        raise ValueError(f"--arm {args.arm}: {ARMS[args.arm].missing(args.device)}")
+        raise UserError(f"--arm {args.arm}: {ARMS[args.arm].missing(args.device)}")
     for name, least, most in (("layers", 1, 64), ("compare_layers", 1, 64), ("warmups", 0, 1000), ("steps", 1, 1000)):
         if not least <= getattr(args, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} to {most}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} to {most}")
     args.tokens = args.tokens or ("4x4096" if args.device == "cuda" else "4x128")
     args.lengths, args.trained = documents(args.tokens, args.labelled)
     return args
@@ -108,13 +111,13 @@ def documents(tokens: str, labelled: str) -> tuple[list[int], int]:
     """(lengths, trained tokens of each document)."""
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", f"4x{RECIPE_ROW}" if tokens == "recipe" else tokens)
     if not size or int(size[2]) < 2:
-        raise ValueError(f"--tokens {tokens}: expected recipe or COUNTxLENGTH, like 4x4096, of two tokens or more each")
+        raise UserError(f"--tokens {tokens}: expected recipe or COUNTxLENGTH, like 4x4096, of two tokens or more each")
     share = 1 - RECIPE_PROMPT / RECIPE_ROW
     if labelled != "recipe":
         number = re.fullmatch(r"\d*\.?\d+", labelled)
         share = float(labelled) if number else 0
         if not 0 < share <= 1:
-            raise ValueError(f"--labelled {labelled}: expected recipe or a share above 0, at most 1.0")
+            raise UserError(f"--labelled {labelled}: expected recipe or a share above 0, at most 1.0")
     count, length = int(size[1]), int(size[2])
     return [length] * count, min(length - 1, max(1, round(share * length)))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.journal import Journal
+from psysafe.program import UserError
 
 NO_KEY = "none"  # what endpoints without a key are sent; they ignore it
 TRANSIENT = {429, 500, 502, 503, 504}
@@ -55,7 +56,7 @@ class Patience:
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible URL. Thread-safe. Raises ValueError for a URL that cannot be meant."""
+    """A model behind an OpenAI-compatible URL. Thread-safe. Raises UserError for a URL that cannot be meant."""
 
     def __init__(self, url: str, model: str, key: str = "", patience: Patience | None = None, **options):
         """key: sent as a bearer token; "" for none. options: of every completion (temperature, max_tokens, ...)."""
@@ -63,13 +64,13 @@ class Endpoint:
 
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no endpoint; expected something like http://localhost:8000/v1")
+            raise UserError(f"{url!r} is no endpoint; expected something like http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             # The URL is written into results; a key in it would be, too.
-            raise ValueError(f"the endpoint at {parts.hostname}: no user, password or query in the URL; "
+            raise UserError(f"the endpoint at {parts.hostname}: no user, password or query in the URL; "
                              "give the key in an environment variable")  # fmt: skip
         if constants.HF_HUB_OFFLINE:
-            raise ValueError("HF_HUB_OFFLINE is set: it blocks endpoints, local ones too; unset it")
+            raise UserError("HF_HUB_OFFLINE is set: it blocks endpoints, local ones too; unset it")
         self.url, self.model, self.options = url, model, options
         self.patience = patience or Patience()
         self._key = key
@@ -87,7 +88,7 @@ class Endpoint:
             except _Refused as refused:
                 reason, asked = self._shown(refused), refused.retry_after
                 if refused.status == 401:
-                    raise ValueError(f"{self.url} wants another key ({reason}); give it in the environment") from None
+                    raise UserError(f"{self.url} wants another key ({reason}); give it in the environment") from None
                 if not refused.transient:
                     raise ItemFailed(reason) from None
             failures += 1
@@ -205,7 +206,7 @@ def run_items(
     say: told the progress and the time left, about once a second.
     """
     if workers < 1:
-        raise ValueError(f"workers is {workers}, expected at least 1")
+        raise UserError(f"workers is {workers}, expected at least 1")
     with Journal(out) as journal:
         todo = deque((key, item) for key, item in items.items() if key not in journal.rows)
         done: queue.SimpleQueue = queue.SimpleQueue()

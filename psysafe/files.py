@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-And JSON that others wrote: every fault in it is a ValueError.
+And JSON that others wrote: every fault in it is a UserError.
 """
 
 import json
@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from psysafe.program import UserError
+
+ASSETS = Path(__file__).resolve().parent / "assets"
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
 
 
@@ -51,23 +54,23 @@ def sync(path: str | Path) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """json.loads, for which brackets nested without end are one more ValueError."""
+    """json.loads, for which brackets nested without end are one more UserError."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise UserError("nested too deeply") from None
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or ValueError naming the file and line."""
+    """A JSON object, or UserError naming the file and line."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -75,3 +78,8 @@ def remove_leftovers(folder: str | Path, name: str) -> None:
     """Remove what an interrupted write of a name (or glob pattern) left in a folder."""
     for path in Path(folder).glob(f"{name}{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def expand(path: str) -> str:
+    """`assets:NAME` as a path into the package's assets; any other text as it is."""
+    return str(ASSETS / path.removeprefix("assets:")) if path.startswith("assets:") else path

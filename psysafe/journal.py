@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from psysafe.files import parse_json
+from psysafe.program import UserError
 
 START = b'{"key": "'
 FOREIGN = "no result of an evaluation; give another --out, or move this file away"
@@ -22,7 +23,7 @@ class Journal:
     """A JSONL file of results by key; `rows` holds what is in it. One process at a time.
 
     A last line that a kill tore is dropped and its item done again. Lines of other settings stay and are ignored by
-    whoever asks for keys. Raises ValueError for a file that holds something else.
+    whoever asks for keys. Raises UserError for a file that holds something else.
     """
 
     def __init__(self, path: str | Path):
@@ -34,7 +35,7 @@ class Journal:
             self.rows = self._read()
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"{self.path}: another process is writing it; wait, or give another --out") from None
+            raise UserError(f"{self.path}: another process is writing it; wait, or give another --out") from None
         except BaseException:
             self._file.close()
             raise
@@ -60,7 +61,7 @@ class Journal:
         if whole < len(content):
             torn = content[whole:]
             if not (torn.startswith(START) or START.startswith(torn)):  # never cut somebody else's file
-                raise ValueError(f"{self.path}: {FOREIGN}")
+                raise UserError(f"{self.path}: {FOREIGN}")
             self._file.truncate(whole)
         rows = {}
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
@@ -68,5 +69,5 @@ class Journal:
                 row = parse_json(line)
                 rows[row.pop("key")] = row
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{self.path} line {number}: {FOREIGN}") from None
+                raise UserError(f"{self.path} line {number}: {FOREIGN}") from None
         return rows

@@ -1,15 +1,12 @@
-"""Where a run runs, and how it ends: device, ranks, seed, what the hardware can do, signals, exit codes."""
+"""Where a run runs: device, ranks, seed, and what the hardware can do."""
 
 import datetime
-import dis
 import functools
 import importlib.metadata
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-OUR_CODE = Path(__file__).resolve().parents[1]
-LONGEST_ERROR = 1500  # characters of an error line, whatever somebody put in place of a name
+import kernels
+from psysafe.program import UserError
+
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
@@ -81,7 +79,7 @@ class Runtime:
         return int(box)
 
     def agree(self, **facts: object) -> None:
-        """Raises ValueError on every rank when one of them was given something else than rank 0."""
+        """Raises UserError on every rank when one of them was given something else than rank 0."""
         if self.world_size == 1:
             return
         found: list[dict] = [{}] * self.world_size
@@ -91,14 +89,14 @@ class Runtime:
                 first, other = found[0][name], others[name]
                 if other != first:
                     remedy = "start every rank with the same command, files and run directory (a shared file system)"
-                    raise ValueError(f"{name}: {other!r} on rank {rank}, {first!r} on rank 0; {remedy}")
+                    raise UserError(f"{name}: {other!r} on rank {rank}, {first!r} on rank 0; {remedy}")
 
 
 def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: float = 600) -> Runtime:
     """Find this rank's device, join the other ranks, seed, and ask for deterministic arithmetic.
 
     Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. A collective that takes a minute longer than timeout_s
-    raises: until then the watchdog can tell it better. Raises ValueError when the device asked for is not there.
+    raises: until then the watchdog can tell it better. Raises UserError when the device asked for is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,9 +106,13 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= count:
             remedy = "start at most that many ranks a machine, or take --device cpu"
-            raise ValueError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
+            raise UserError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
+    try:  # kernels know nothing of psysafe: what a user can have set wrong there is looked at here, before the weights
+        kernels.runs_triton(torch.empty(0, device=where))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     _be_deterministic(seed)
     store = _meet("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s + 60) if world_size > 1 else None
     kind = {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype == "auto" else getattr(torch, dtype)
@@ -186,93 +188,3 @@ class Moment:
             return self.time - earlier.time
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1000
-
-
-class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and leave.
-
-        with StopRequest() as stop:
-            for step in ...:
-                ...
-                if runtime.largest(stop.received): save, return 128 + stop.received
-
-    The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
-    """
-
-    received: int = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        self.received = self.received or number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
-
-
-def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`. One of several ranks ends in here.
-
-    A mistake of the user ends as `error: one line` on stderr and code 2; Ctrl-C as 130; output that nobody reads any
-    more as 141. Anything else is a bug of ours and keeps its traceback.
-    """
-    if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code = _guarded(main, sys.argv[1:] if argv is None else argv)
-    if dist.is_available() and dist.is_initialized():
-        # Not through the interpreter's end: of ranks that leave one after the other, gloo's threads abort now and then.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    try:
-        code = main(argv) or 0
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        print("stopped: nobody reads this output any more", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
-        if not is_users_mistake(error):
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        line = " ".join(text.split())
-        line = line if len(line) <= LONGEST_ERROR else f"{line[: LONGEST_ERROR - 300]} ... {line[-300:]}"
-        print(f"error{rank}: {line}", file=sys.stderr, flush=True)
-        return 2
-
-
-def is_users_mistake(error: BaseException) -> bool:
-    """True for a ValueError that a `raise` in this repository's own code made, and for an OSError that names a file.
-
-    That is our convention: ValueError for the user's mistakes, assert for our own invariants. A ValueError out of
-    torch, numpy or the standard library is one that we failed to foresee; shown as the user's it would hide a bug.
-    """
-    if isinstance(error, OSError):
-        return error.filename is not None
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    if code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:  # int("x"), say, which raises inside C
-        return False
-    file = Path(code.co_filename).resolve()
-    if OUR_CODE not in file.parents:
-        return False
-    folder = file.relative_to(OUR_CODE).parts[:-1]  # a virtual environment may lie in the repository, too
-    return not folder or folder[0] in ("psysafe", "kernels", "benchmarks")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generate
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "micro.json"
 SMALL = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "1", "--peers", "transformers")

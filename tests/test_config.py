@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psysafe.files import ASSETS, expand
 from psysafe.training import config as config_module
-from psysafe.training.config import DEFAULT_FILE, KEYS, TrainConfig, expand, resolve, sentences, to_toml
+from psysafe.training.config import DEFAULT_FILE, KEYS, TrainConfig, resolve, sentences, to_toml
 
 RECIPE = {  # the paper's numbers, written down a second time on purpose
     **{"model": "Qwen/Qwen3.5-27B", "lora_rank": 1, "lora_alpha": 32.0, "max_tokens": 4096, "batch_size": 4},
@@ -59,7 +60,7 @@ def test_defaults_give_way_to_the_file_and_the_file_to_flags(write):
 def test_the_committed_files_resolve_and_the_default_one_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, sources = resolve([])
-    assert config.model == "assets:tiny" and expand(config.model) == str(config_module.ASSETS / "tiny")
+    assert config.model == "assets:tiny" and expand(config.model) == str(ASSETS / "tiny")
     assert config.min_8bit_size == 1 and config.out == "runs/tiny" and sources["out"].endswith("configs/tiny.toml")
     big, sources = resolve(["--config", str(DEFAULT_FILE.with_name("qwen3.5-27b.toml"))])
     assert {key: getattr(big, key) for key in RECIPE} == RECIPE

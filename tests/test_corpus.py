@@ -9,7 +9,7 @@ from psysafe.corpus.__main__ import main
 from psysafe.corpus.text import normalise, prompts_of
 from psysafe.corpus.tools import leakage, split
 from psysafe.data.documents import read_rows
-from psysafe.training.config import ASSETS
+from psysafe.files import ASSETS
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
 

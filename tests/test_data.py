@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from psysafe.data import documents as data
 from psysafe.data.documents import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 from tests.real_tokenizer import real_tokenizer_folder
 
 ROW = {"prompt": "I feel low.", "answer": "I am sorry.", "reasoning": "The user is sad.", "risk cluster": "none"}

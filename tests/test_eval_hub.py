@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 import eval as script
 from psysafe.evaluation.rowfiles import read_table
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from psysafe.evaluation import word_list_judge as rules
 from psysafe.evaluation.benchmarks import agreement
 from psysafe.evaluation.criteria import parse
 from psysafe.evaluation.scores import Scores, align, overall, relative_change, summarise
-from psysafe.training.config import ASSETS
+from psysafe.files import ASSETS
 
 NAMES = {1: "Refusal", 2: "Psychological Grounding", 3: "External References", 4: "Relevance"}
 LABELS = {1: "Refusal presence", 2: "Rating", 3: "External references presence", 4: "Rating"}

@@ -25,10 +25,11 @@ from psysafe.evaluation import published, report
 from psysafe.evaluation import result as results
 from psysafe.evaluation.benchmarks import miniature
 from psysafe.evaluation.result import Result, Table
+from psysafe.files import ASSETS
 from psysafe.journal import Journal
 from psysafe.model.lora import attach, save_adapter
-from psysafe.runtime import main_guard
-from psysafe.training.config import ASSETS, resolve
+from psysafe.program import main_guard
+from psysafe.training.config import resolve
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_judge import reply
 

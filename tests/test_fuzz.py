@@ -39,7 +39,7 @@ import psysafe.model.config
 import psysafe.model.lora
 import psysafe.training.config
 import train
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 from psysafe.training.run_state import State, _sums, prepare_run_dir
 from tests import damage
 from tests.test_checkpoint import shard

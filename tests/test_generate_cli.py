@@ -19,10 +19,10 @@ import torch
 import generate
 from psysafe import load_model
 from psysafe.data.tokenizer import THINK_END, Tokenizer
+from psysafe.files import ASSETS
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach, save_adapter
-from psysafe.runtime import main_guard
-from psysafe.training.config import ASSETS
+from psysafe.program import main_guard
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]

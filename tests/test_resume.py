@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from psysafe.files import TEMPORARY
-from psysafe.training.config import ASSETS
+from psysafe.files import ASSETS, TEMPORARY
 from tests.oracles import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +189,7 @@ def test_training_goes_on_from_an_adapter(workspace, uninterrupted):
 def refused(workspace, capfd, *flags: str) -> str:
     """Runs train.py in this process; it has to end with code 2 and one line on stderr."""
     import train
-    from psysafe.runtime import main_guard
+    from psysafe.program import main_guard
 
     argv = command(workspace, "refused", *flags)[4:]
     assert main_guard(train.main, argv) == 2

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from psysafe import runtime
-from psysafe.runtime import PEAKS, Runtime, StopRequest, main_guard
+from psysafe.program import StopRequest, main_guard
+from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def two_ranks(code: str) -> list[subprocess.Popen]:
 
 LOOP = """
     import sys, time
-    from psysafe.runtime import StopRequest, main_guard
+    from psysafe.program import StopRequest, main_guard
 
     def main(argv):
         with StopRequest() as stop:
@@ -99,10 +100,14 @@ def test_a_mistake_of_ours_keeps_its_traceback():
     def in_torch(argv):
         torch.distributions.Normal(0.0, torch.tensor(-1.0), validate_args=True)
 
+    def ours(argv):
+        raise ValueError("not a UserError")
+
     def ours_that_asserts(argv):
         raise AssertionError
 
-    for main, kind in ((in_c, ValueError), (in_torch, ValueError), (ours_that_asserts, AssertionError)):
+    cases = ((in_c, ValueError), (in_torch, ValueError), (ours, ValueError), (ours_that_asserts, AssertionError))
+    for main, kind in cases:
         with pytest.raises(kind):
             main_guard(main, [])
 
@@ -116,7 +121,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 def test_output_that_nobody_reads_ends_without_a_traceback(lines):
     code = f"""
     import sys
-    from psysafe.runtime import main_guard
+    from psysafe.program import main_guard
     sys.exit(main_guard(lambda argv: print("x\\n" * {lines})))
     """
     reader, writer = os.pipe()
@@ -154,7 +159,7 @@ def test_two_ranks_agree_on_a_stop():
     code = """
         import sys
         from psysafe.runtime import start
-        from psysafe.runtime import main_guard
+        from psysafe.program import main_guard
 
         def main(argv):
             run = start("cpu", timeout_s=20)
@@ -171,7 +176,7 @@ def test_ranks_that_were_given_other_things_end_before_they_begin():
     code = """
         import sys
         from psysafe.runtime import start
-        from psysafe.runtime import main_guard
+        from psysafe.program import main_guard
 
         def main(argv):
             run = start("cpu", timeout_s=20)

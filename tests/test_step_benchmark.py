@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from benchmarks import measure, step
 from benchmarks.arms import ARMS
 from psysafe.model.config import ModelConfig
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 
 TASK = measure.Task("ours", False, "cpu", 1, [24, 24], 20, 0, 1, result="")
 

@@ -15,7 +15,7 @@ from tests.test_runtime import two_ranks
 
 LOOP = """
     import os, signal, sys, time
-    from psysafe.runtime import main_guard
+    from psysafe.program import main_guard
     from psysafe.runtime import start
     from psysafe.training.watchdog import Watchdog
 

@@ -17,15 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from psysafe.files import read_json
+from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_folder
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear, frozen
 from psysafe.model.lora import Adapter, load_adapter
 from psysafe.model.shard import local_rows, rank_count, shard_blocks
+from psysafe.program import UserError
 from psysafe.runtime import memory_total
-from psysafe.training.config import expand
 
 # The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -47,7 +47,7 @@ def load_model(
 
     embedding "cpu" keeps the input embedding in host memory, whatever the device. shard: the blocks are spread over all
     ranks, and each rank reads its own rows only.
-    Raises ValueError with one line that says what is wrong with the checkpoint and where.
+    Raises UserError with one line that says what is wrong with the checkpoint and where.
     """
     random = str(source).startswith("random:")
     folder, _ = resolve_model(source, revision)
@@ -63,7 +63,7 @@ def load_model(
         model = build(config, device, dtype)
     if embedding == "cpu":
         if model.lm_head is None:
-            raise ValueError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
+            raise UserError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
         model.embed_tokens = frozen(*model.embed_tokens.shape, dtype=dtype)
     if random:
         randomise(model)
@@ -97,11 +97,11 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
     if path.is_dir():
         return path, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
+        raise UserError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
     try:
         folder = fetch_folder(source, revision or "", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
     except HubError as error:
-        raise ValueError(f"{source}: no such folder, and the hub did not give it: {error}") from None
+        raise UserError(f"{source}: no such folder, and the hub did not give it: {error}") from None
     return folder, folder.name
 
 
@@ -151,12 +151,12 @@ def _published(path: str, name: str, parameter: nn.Parameter) -> dict[str, Publi
 
 
 def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:
-    """Raises ValueError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
+    """Raises UserError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     needed //= rank_count() if shard else 1
     if device.type != "meta" and needed > memory_total(device):
         found, there = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
-        raise ValueError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")
+        raise UserError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")
 
 
 def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]]:
@@ -180,7 +180,7 @@ def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]
     wrong += [f"missing tensor {name}" for name in wanted if name not in seen]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
+        raise UserError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
     return found
 
 
@@ -220,28 +220,28 @@ def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
+            raise UserError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
         shards: dict[str, set[str]] = {}
         for key, shard in weight_map.items():
             if not is_plain_name(shard):
-                raise ValueError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
+                raise UserError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
             shards.setdefault(shard, set()).add(key)
     else:
         shards = {"model.safetensors": set()}
     for shard, keys in sorted(shards.items()):
         path = folder / shard
         if not path.exists():
-            raise ValueError(f"{path}: missing" + (f" (named in {index.name})" if index.exists() else ""))
+            raise UserError(f"{path}: missing" + (f" (named in {index.name})" if index.exists() else ""))
         try:
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())
                 if keys - present:
-                    raise ValueError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
+                    raise UserError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
                 for key in sorted(keys or present):
                     part = file.get_slice(key)
                     yield TensorEntry(path, key, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
+            raise UserError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
 
 
 def is_plain_name(name: object) -> bool:

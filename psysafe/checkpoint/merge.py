@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from psysafe.checkpoint.base import TensorEntry, decoder_name, resolve_model, tensor_entries
-from psysafe.files import sync, temporary_for
+from psysafe.files import expand, sync, temporary_for
 from psysafe.model.lora import check_matrices, lora_scale, read_adapter
-from psysafe.training.config import expand
+from psysafe.program import UserError
 
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
@@ -32,11 +32,11 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     """Writes the merged checkpoint to `out`, which must not exist yet, and returns it.
 
     shard_size: "5GB" cuts new shards of at most that size; "" keeps the base's. Peak memory is one shard.
-    Raises ValueError when the adapter does not fit the base, or `out` is taken.
+    Raises UserError when the adapter does not fit the base, or `out` is taken.
     """
     out = Path(out)
     if out.exists():
-        raise ValueError(f"{out}: exists already; give --out a new folder")
+        raise UserError(f"{out}: exists already; give --out a new folder")
     base, _ = resolve_model(model, revision)
     entries = list(tensor_entries(base))
     updates = _Updates(expand(str(adapter)), entries, base)
@@ -92,7 +92,7 @@ class _Updates:
                 self.pairs[entry.key] = A, B
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(f"{adapter}: does not fit this base, {base}: {'; '.join(wrong[:5])}{more}")
+            raise UserError(f"{adapter}: does not fit this base, {base}: {'; '.join(wrong[:5])}{more}")
 
     def apply(self, entry: TensorEntry) -> Tensor:
         """The merged tensor, or the base's own where no adapter touches it."""
@@ -150,5 +150,5 @@ def _verify(folder: Path, entries: list[TensorEntry], updates: _Updates) -> None
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     if not match or float(match[1]) <= 0:
-        raise ValueError(f"--shard-size {text}: expected a size like 5GB or 500MiB")
+        raise UserError(f"--shard-size {text}: expected a size like 5GB or 500MiB")
     return int(float(match[1]) * UNITS[match[2] or ""])

@@ -23,9 +23,8 @@ from psysafe.data.documents import read_rows
 from psysafe.data.prompts import system_text
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.endpoint import Endpoint, key_from
-from psysafe.files import write_atomic
-from psysafe.runtime import main_guard
-from psysafe.training.config import ASSETS, expand
+from psysafe.files import ASSETS, expand, write_atomic
+from psysafe.program import UserError, main_guard
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,7 +94,7 @@ def add_split(command: argparse.ArgumentParser) -> None:
 def run_split(args) -> int:
     """Stratified train, val and test files."""
     if args.val < 0 or args.test < 0:
-        raise ValueError(f"--val {args.val} --test {args.test}: expected numbers that are not negative")
+        raise UserError(f"--val {args.val} --test {args.test}: expected numbers that are not negative")
     rows = read_rows([expand(path) for path in args.files])
     quoted = [system_text(name) or "" for name in args.quoted_in]
     parts = tools.split(rows, args.val, args.test, args.seed, quoted)

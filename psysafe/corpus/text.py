@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 
 from psysafe.data.documents import Row, read_unchecked_rows
+from psysafe.program import UserError
 
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
 
@@ -37,10 +38,10 @@ def prompts_of(path: str | Path) -> list[str]:
     try:
         table = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: no readable CSV ({error})") from None
+        raise UserError(f"{path}: no readable CSV ({error})") from None
     found = [prompt for row in table if (prompt := prompt_of(row))]
     if not found:
-        raise ValueError(f"{path}: no column named prompt or question")
+        raise UserError(f"{path}: no column named prompt or question")
     return found
 
 

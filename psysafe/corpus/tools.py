@@ -13,6 +13,7 @@ from psysafe.corpus.text import TEMPLATE_CHARACTERS, answer_of, normalise, openi
 from psysafe.data.documents import Row, encode_rows, read_unchecked_rows
 from psysafe.data.tokenizer import Tokenizer, rendered_pieces
 from psysafe.files import write_atomic
+from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
 SPLIT_SEED = 42
@@ -73,7 +74,7 @@ def plot_lengths(lengths: Sequence[int], max_tokens: int, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot: matplotlib is not installed; pip install matplotlib, or leave the flag out") from None
+        raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave the flag out") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -105,7 +106,7 @@ def split(
     for row in rows:
         cluster = row.fields.get(CLUSTER)
         if not isinstance(cluster, str):
-            raise ValueError(f"{row.where}: no {CLUSTER!r} in it; a stratified split needs one in every row")
+            raise UserError(f"{row.where}: no {CLUSTER!r} in it; a stratified split needs one in every row")
         quoted = any(normalise(prompt_of(row.fields)) in text for text in prompts)
         (parts["train"] if quoted else groups.setdefault(cluster, [])).append(row)
     chance = random.Random(seed)
@@ -113,7 +114,7 @@ def split(
         members = groups[cluster]
         if len(members) < val + test:
             found = f"cluster {cluster!r:.60} has {len(members)} rows"
-            raise ValueError(f"{members[0].file}: {found}, too few for {val} val and {test} test rows")
+            raise UserError(f"{members[0].file}: {found}, too few for {val} val and {test} test rows")
         chance.shuffle(members)
         parts["val"] += members[:val]
         parts["test"] += members[val : val + test]

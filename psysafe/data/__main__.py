@@ -3,7 +3,7 @@
 import sys
 
 from psysafe.data.documents import main
-from psysafe.runtime import main_guard
+from psysafe.program import main_guard
 
 if __name__ == "__main__":
     sys.exit(main_guard(main))

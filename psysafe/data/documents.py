@@ -20,6 +20,7 @@ import torch
 
 from psysafe.data.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
 from psysafe.files import parse_json
+from psysafe.program import UserError
 
 EXPECTED_FILE = "expected a JSON array of rows or one JSON object a line"
 EXPECTED_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
@@ -105,7 +106,7 @@ class MicroBatch:
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of the files (JSON array or JSONL, UTF-8), in order. ValueError names the file and the line or row."""
+    """All rows of the files (JSON array or JSONL, UTF-8), in order. UserError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
     rows = [row for path in paths for row in read_unchecked_rows(path)]
     for row in rows:
@@ -114,16 +115,16 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
 
 
 def read_unchecked_rows(path: str | Path) -> list[Row]:
-    """The rows of one file as they are, whatever fields they have. ValueError where it is no JSON or empty."""
+    """The rows of one file as they are, whatever fields they have. UserError where it is no JSON or empty."""
     path = Path(path)
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
     if text.lstrip().startswith("["):
         rows = [Row(fields, path, number) for number, fields in enumerate(_parse(text, path, first_line=1), 1)]
     else:
@@ -131,7 +132,7 @@ def read_unchecked_rows(path: str | Path) -> list[Row]:
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
     if not rows:
-        raise ValueError(f"{path}: no rows in it; {EXPECTED_FILE}")
+        raise UserError(f"{path}: no rows in it; {EXPECTED_FILE}")
     return rows
 
 
@@ -146,25 +147,25 @@ def _parse(text: str, path: Path, first_line: int) -> object:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except ValueError as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
-    raise ValueError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
+    raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 
 
 def _check_fields(row: Row) -> None:
     fields = row.fields
     if not isinstance(fields, dict):
-        raise ValueError(f"{row.where}: {_shown(fields)}, {EXPECTED_ROW}")
+        raise UserError(f"{row.where}: {_shown(fields)}, {EXPECTED_ROW}")
     if "messages" in fields:
         if not isinstance(fields["messages"], list):
-            raise ValueError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
+            raise UserError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
         return
     for key in ("prompt", "answer"):
         if key not in fields:
-            raise ValueError(f"{row.where}: no {key} in it (found: {', '.join(fields) or 'nothing'}); {EXPECTED_ROW}")
+            raise UserError(f"{row.where}: no {key} in it (found: {', '.join(fields) or 'nothing'}); {EXPECTED_ROW}")
         if not isinstance(fields[key], str) or not fields[key].strip():
-            raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
+            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
     for key in ("reasoning", "reasoning_language"):
         if not isinstance(fields.get(key), str | None):
-            raise ValueError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
+            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
 
 
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
@@ -176,7 +177,7 @@ def row_messages(row: Row, system: str | None = None) -> list[Message]:
         for key, text, tag in tags:
             # The template takes the content apart again at these tags and would lose text without a word.
             if tag in text:
-                raise ValueError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
+                raise UserError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
         content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
         messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
     has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
@@ -186,7 +187,7 @@ def row_messages(row: Row, system: str | None = None) -> list[Message]:
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens; longer rows lose their end and are counted.
 
-    ValueError for a conversation that the template refuses and for rows in which nothing is left to train.
+    UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
     encoded = [_encode_row(row, tokenizer, max_tokens, system) for row in rows]
     documents = [document for document, _ in encoded]
@@ -194,7 +195,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
     if useless:
         found = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
         expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
-        raise ValueError(f"{found}: no trained token in it; expected {expected}")
+        raise UserError(f"{found}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
     n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
@@ -203,19 +204,19 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
 def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
     if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+        raise UserError(f"max_tokens is {max_tokens}, expected at least 1")
     messages = row_messages(row, system)
     try:
         ids, trained = tokenizer.encode_trained(messages)
     except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from None
+        raise UserError(f"{row.where}: {error}") from None
     return Document(np.array(ids[:max_tokens], np.int32), np.array(trained[:max_tokens], bool), row.where), len(ids)
 
 
 def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} row cannot be split into training and validation; give a validation file")
+        raise UserError(f"{len(rows)} row cannot be split into training and validation; give a validation file")
     n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     validation = set(_permutation(len(rows), seed, 0)[:n_validation])
     return [r for i, r in enumerate(rows) if i not in validation], [r for i, r in enumerate(rows) if i in validation]
@@ -309,7 +310,7 @@ def main(argv: Sequence[str]) -> int:
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     rows = read_rows(args.show)
     if not 1 <= args.row <= len(rows):
-        raise ValueError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
+        raise UserError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
     tokenizer = load_tokenizer(args.model)
     document, length = _encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system=None)
     print(f"{document.source} of {len(rows):,}\n\n{show(document, tokenizer, color)}")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from psysafe.training.config import ASSETS, expand
+from psysafe.files import ASSETS, expand
+from psysafe.program import UserError
 
 NAMES = ("none", "v0", "v1")
 
@@ -15,7 +16,7 @@ def system_text(name: str) -> str | None:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--system {name}: no readable text file ({error}); expected none, v0, v1 or a file") from None
+        raise UserError(f"--system {name}: no readable text file ({error}); expected none, v0, v1 or a file") from None
     if not text:
-        raise ValueError(f"--system {name}: the file is empty; use none to send no system message")
+        raise UserError(f"--system {name}: the file is empty; use none to send no system message")
     return text

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from psysafe.files import parse_json
-from psysafe.training.config import expand
+from psysafe.files import expand, parse_json
+from psysafe.program import UserError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, THINK_END = "<think>", "</think>"
@@ -34,7 +34,7 @@ class Tokenizer:
         added = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
         missing = [token for token in (IM_START, IM_END, THINK, THINK_END) if token not in added]
         if missing:
-            raise ValueError(f"no added token {', '.join(missing)}: expected the tokenizer of a Qwen3.5 model")
+            raise UserError(f"no added token {', '.join(missing)}: expected the tokenizer of a Qwen3.5 model")
         # What a file may ask for besides the encoding itself would break the rule that nothing is added or moved. A
         # post-processor also trims spaces off the offsets, and then a token of spaces alone has no place in the text.
         backend.no_truncation()
@@ -48,7 +48,7 @@ class Tokenizer:
     def token_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"{token!r} is not a token of this tokenizer")
+            raise UserError(f"{token!r} is not a token of this tokenizer")
         return token_id
 
     def encode(self, text: str) -> list[int]:
@@ -71,7 +71,7 @@ class Tokenizer:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = True
     ) -> str:
-        """The conversation as the text that the model reads. ValueError for a conversation the template refuses.
+        """The conversation as the text that the model reads. UserError for a conversation the template refuses.
 
         messages: [{"role", "content"}, ...]; an assistant may carry "reasoning_content", else a think block in its
         content is split off. Thinking is off only for `enable_thinking=False` (the templates of 0.8B and 2B have it
@@ -99,7 +99,7 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a model folder or of a hub id (`owner/name`, at `revision`); ValueError where there is none.
+    """The tokenizer of a model folder or of a hub id (`owner/name`, at `revision`); UserError where there is none.
 
     Reads tokenizer.json, and the ids that end a generation from generation_config.json where there is one (else they
     are those of `<|im_end|>` and `<|endoftext|>`).
@@ -107,16 +107,16 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     source = expand(str(source))
     path = _find_file(source, "tokenizer.json", revision)
     if path is None:
-        raise ValueError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
+        raise UserError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
     try:
         backend = Backend.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
     eos_ids = _read_eos_ids(_find_file(source, "generation_config.json", revision))
     try:
         return Tokenizer(backend, eos_ids)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _find_file(source: str | Path, name: str, revision: str | None) -> Path | None:
@@ -125,7 +125,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise ValueError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
+        raise UserError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -137,7 +137,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
         return None
     except (OSError, ValueError) as error:
         reason = _one_line(error)
-    raise ValueError(f"{source}: no such folder, and {name} could not be had from the hub ({reason})") from None
+    raise UserError(f"{source}: no such folder, and {name} could not be had from the hub ({reason})") from None
 
 
 def _read_eos_ids(path: Path | None) -> list[int] | None:
@@ -146,10 +146,10 @@ def _read_eos_ids(path: Path | None) -> list[int] | None:
     try:
         eos_ids = parse_json(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
     if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
-        raise ValueError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")
+        raise UserError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")
     return eos_ids
 
 
@@ -162,23 +162,23 @@ def _checked(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"{text[error.start]!r} at character {error.start}"
-        raise ValueError(f"{half} is half of a surrogate pair; expected whole Unicode characters") from None
+        raise UserError(f"{half} is half of a surrogate pair; expected whole Unicode characters") from None
     return text
 
 
 def rendered_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """The rendered conversation in order, cut into (text, trained). ValueError for one that the template refuses."""
+    """The rendered conversation in order, cut into (text, trained). UserError for one that the template refuses."""
     if not messages:
-        raise ValueError("No messages provided.")
+        raise UserError("No messages provided.")
     contents = [_content(message, number) for number, message in enumerate(messages, 1)]
     roles = [message["role"] for message in messages]
     queries = [i for i, role in enumerate(roles) if role == "user" and not _is_tool_response(contents[i])]
     if not queries:
-        raise ValueError("No user query found in messages.")
+        raise UserError("No user query found in messages.")
     pieces = []
     for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
         if role == "system" and i > 0:
-            raise ValueError(f"System message must be at the beginning, message {i + 1} is one.")
+            raise UserError(f"System message must be at the beginning, message {i + 1} is one.")
         if role == "assistant":
             reasoning, content = _split_reasoning(messages[i], content, i + 1)
             if i > queries[-1]:
@@ -191,10 +191,10 @@ def rendered_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
 
 def _content(message: Message, number: int) -> str:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise ValueError(f"message {number} is {message!r:.60}, expected an object with a text under \"content\"")
+        raise UserError(f"message {number} is {message!r:.60}, expected an object with a text under \"content\"")
     role = message.get("role")
     if role not in ("system", "user", "assistant"):
-        raise ValueError(f"Unexpected message role {role!r} in message {number}; expected system, user or assistant")
+        raise UserError(f"Unexpected message role {role!r} in message {number}; expected system, user or assistant")
     return message["content"].strip()
 
 
@@ -209,7 +209,7 @@ def _split_reasoning(message: Message, content: str, number: int) -> tuple[str, 
     if isinstance(reasoning, str):
         return reasoning.strip(), content
     if reasoning is not None:
-        raise ValueError(f"message {number}: reasoning_content is {reasoning!r:.60}, expected a text")
+        raise UserError(f"message {number}: reasoning_content is {reasoning!r:.60}, expected a text")
     if THINK_END not in content:
         return "", content
     reasoning = content.split(THINK_END)[0].split(THINK)[-1].strip()

@@ -9,7 +9,7 @@ no score: a criterion is rather missing than wrong.
 import re
 
 from psysafe.evaluation.scores import Scores
-from psysafe.training.config import ASSETS
+from psysafe.files import ASSETS
 
 RUBRIC = ASSETS / "rubric.txt"
 

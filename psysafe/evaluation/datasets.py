@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.hub import GatedError, HubError, fetch_file
+from psysafe.program import UserError
 
 
 class Repository(NamedTuple):
@@ -37,11 +38,11 @@ def locate(benchmark: str, args: argparse.Namespace, files: Sequence[str] = ()) 
     """(path of the first file, what the result says of it). With --data that path is taken as it is.
 
     files: which of the repository's files, where they are not the usual ones; all come from one commit. Raises
-    ValueError of one line, which names --data, where the hub gives nothing.
+    UserError of one line, which names --data, where the hub gives nothing.
     """
     if args.data:
         if args.data_revision:
-            raise ValueError(f"--data-revision is of the hub's data set, but --data {args.data} is given; drop one")
+            raise UserError(f"--data-revision is of the hub's data set, but --data {args.data} is given; drop one")
         return Path(args.data), {"data": args.data}
     repository = REPOSITORIES[benchmark]
     names, revision = list(files or repository.files), args.data_revision
@@ -56,12 +57,12 @@ def _fetch(repository: str, file: str, revision: str) -> Path:
     try:
         return fetch_file(repository, file, revision, "dataset")
     except GatedError:
-        raise ValueError(
+        raise UserError(
             f"{repository}: gated; accept its terms on https://huggingface.co/datasets/{repository} and set HF_TOKEN, "
             "or give --data with your copy"
         ) from None
     except HubError as error:
-        raise ValueError(f"{repository}: the hub did not give {file} ({error}); give --data with a copy") from None
+        raise UserError(f"{repository}: the hub did not give {file} ({error}); give --data with a copy") from None
 
 
 def _commit(path: Path, file: str) -> str:

@@ -11,6 +11,7 @@ from psysafe.evaluation.result import say
 from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
+from psysafe.program import UserError
 
 KEY_VARIABLE = "PSYSAFE_JUDGE_KEY"
 
@@ -89,14 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser, rules: str) -> None:
 def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None:
     """The judge that was asked for; None for the rules."""
     if sum(bool(x) for x in (args.judge, args.judge_url, args.judge_local)) != 1:
-        raise ValueError("expected one judge: --judge-url URL --judge-model NAME, --judge-local DIR, or --judge rules")
+        raise UserError("expected one judge: --judge-url URL --judge-model NAME, --judge-local DIR, or --judge rules")
     if args.judge:
         return None
     if args.judge_local:
         options = Options(Sampling(temperature=temperature), max_new_tokens=args.judge_tokens)
         return LocalJudge(Subject(args.judge_local, options=options))
     if not args.judge_model:
-        raise ValueError("--judge-url needs --judge-model NAME, the model to ask for there")
+        raise UserError("--judge-url needs --judge-model NAME, the model to ask for there")
     key = key_from(args.judge_key_env)
     patience = Patience(deadline_s=args.deadline)
     options = {"temperature": temperature, "max_tokens": args.judge_tokens}

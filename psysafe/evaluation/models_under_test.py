@@ -16,12 +16,14 @@ from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
 from psysafe.evaluation.result import say
 from psysafe.evaluation.rowfiles import read_table
+from psysafe.files import expand
 from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach, load_adapter, read_adapter_config
+from psysafe.program import UserError
 from psysafe.runtime import start
-from psysafe.training.config import expand, resolve
+from psysafe.training.config import resolve
 
 BASE = "base"
 
@@ -138,7 +140,7 @@ def setting_identity(setting: Setting) -> tuple[str, str | None]:
         return BASE, system_text(setting.system)
     folder = Path(expand(setting.adapter))
     if not (folder / "adapter_config.json").exists():
-        raise ValueError(f"{setting.adapter}: no adapter_config.json in it; expected a run directory, or base")
+        raise UserError(f"{setting.adapter}: no adapter_config.json in it; expected a run directory, or base")
     return fingerprint(folder), system_text(setting.system)
 
 
@@ -168,13 +170,13 @@ def read_answers(spec: str) -> dict[str, Answered]:
         made, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
         if not isinstance(made, dict) or not isinstance(cluster, str):
             found = f"settings {made!r:.40} and risk cluster {cluster!r:.40}"
-            raise ValueError(f"{path} row {number}: {found}; expected an object and a text")
+            raise UserError(f"{path} row {number}: {found}; expected an object and a text")
         adapter, system = str(fields.get("adapter") or ""), made.get("system")
         label = f"{Path(adapter).name}, {system}" if adapter else Path(path).stem
         answered = found.setdefault(label, Answered(adapter == BASE, {}))
         text = fields.get("answer") if adapter or "response" not in fields else fields["response"]
         if not isinstance(text, str):
-            raise ValueError(f"{path} row {number}: no answer in it; expected rows of generate.py --out")
+            raise UserError(f"{path} row {number}: no answer in it; expected rows of generate.py --out")
         stuck = str(fields.get("stucked", "")).lower() == "true" or ("<think>" in text and "</think>" not in text)
         answered.repeated += fields["prompt"] in answered.rows
         answered.rows.setdefault(
@@ -218,7 +220,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[Subject, list[Setting]]:
     settings = [Setting(adapter, system) for adapter in adapters for system in args.system.split(",")]
     names = [setting.name for setting in settings]
     if len(set(names)) < len(names):
-        raise ValueError(f"two settings have one name among {'; '.join(names)}; adapters' folders need different names")
+        raise UserError(f"two settings have one name among {'; '.join(names)}; adapters' folders need different names")
     model, revision = args.model, args.revision
     if not model:
         model, revision = base_of(adapters, revision)
@@ -232,8 +234,8 @@ def base_of(adapters: Sequence[str], revision: str = "") -> tuple[str, str]:
         return resolve([])[0].model, revision
     file = Path(expand(named[0]), "adapter_config.json")
     if not file.exists():
-        raise ValueError(f"{named[0]}: no adapter_config.json in it; expected a run directory, or base")
+        raise UserError(f"{named[0]}: no adapter_config.json in it; expected a run directory, or base")
     config = read_adapter_config(file.parent)
     if not config.get("base_model_name_or_path"):
-        raise ValueError(f"{file} names no base model; give --model")
+        raise UserError(f"{file} names no base model; give --model")
     return config["base_model_name_or_path"], config.get("revision") or revision

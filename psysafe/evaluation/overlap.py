@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from psysafe.evaluation.rowfiles import read_table
+from psysafe.program import UserError
 
 
 def normalised(text: str) -> str:
@@ -24,7 +25,7 @@ def training_prompts(paths: Sequence[str | Path]) -> list[str]:
             except (TypeError, KeyError):
                 texts = [None]
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{path} row {number}: {turns!r:.60}; expected messages with role and content")
+                raise UserError(f"{path} row {number}: {turns!r:.60}; expected messages with role and content")
             found += texts
     return found
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from psysafe.files import parse_json, write_atomic
+from psysafe.program import UserError
 from psysafe.runtime import versions
 
 FILE = "result.json"
@@ -81,7 +82,7 @@ class Result:
 
 
 def load(folder: str | Path) -> tuple[Result, dict]:
-    """(result, {"versions", "finished"}) of a folder. ValueError names the file that is no result."""
+    """(result, {"versions", "finished"}) of a folder. UserError names the file that is no result."""
     path = Path(folder) / FILE
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -91,28 +92,28 @@ def load(folder: str | Path) -> tuple[Result, dict]:
         _check(result, rest)
         return result, rest
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no {FILE} in it; expected the --out folder of a finished evaluation") from None
+        raise UserError(f"{folder}: no {FILE} in it; expected the --out folder of a finished evaluation") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no result of an evaluation ({error}); run it again") from None
+        raise UserError(f"{path}: no result of an evaluation ({error}); run it again") from None
 
 
 def _check(result: Result, rest: dict) -> None:
-    """Raises ValueError where a field is not of the type that it is annotated with, or a table cannot be shown."""
+    """Raises UserError where a field is not of the type that it is annotated with, or a table cannot be shown."""
     typed = [(result, Result), *((table, Table) for table in result.tables)]
     fields = [(name, getattr(x, name), kind) for x, cls in typed for name, kind in typing.get_type_hints(cls).items()]
     fields += [("versions", rest["versions"], dict[str, str]), ("finished", rest["finished"], str)]
     for name, value, kind in fields:
         if not _is_of(value, kind):
-            raise ValueError(f"{name} is {value!r:.60}")
+            raise UserError(f"{name} is {value!r:.60}")
     for table in result.tables:
         names = [name for name, _ in table.columns]
         if any(len(row) != len(names) for row in table.rows) or set(table.bars) - set(names):
-            raise ValueError(f"the rows of {table.title!r:.60} do not fit its columns")
+            raise UserError(f"the rows of {table.title!r:.60} do not fit its columns")
         table.cells()
     if result.contamination is not None and result.contamination.keys() != {"prompts", "exact", "normalised"}:
-        raise ValueError(f"contamination counts {list(result.contamination)!r:.60}")
+        raise UserError(f"contamination counts {list(result.contamination)!r:.60}")
 
 
 def _is_of(value, kind) -> bool:

@@ -15,25 +15,26 @@ from psysafe.data.documents import Row, read_unchecked_rows
 from psysafe.data.tokenizer import Message
 from psysafe.files import parse_json, write_atomic
 from psysafe.generation.engine import Answer, Generator, Request
+from psysafe.program import UserError
 
 ADDED = ("row", "adapter", "response", "reasoning", "answer", "finish_reason", "prompt_tokens", "new_tokens")
 ADDED += ("stucked", "settings")
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. ValueError names what is broken."""
+    """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. UserError names what is broken."""
     rows = read_unchecked_rows(Path(path))
     for row in rows:
         fields = row.fields
         if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
-            raise ValueError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
+            raise UserError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
         if "messages" in fields:
             if not isinstance(fields["messages"], list):
                 found = json.dumps(fields["messages"])
-                raise ValueError(f"{row.where}: messages is {found:.60}, expected a list of messages")
+                raise UserError(f"{row.where}: messages is {found:.60}, expected a list of messages")
         elif not isinstance(fields["prompt"], str) or not fields["prompt"].strip():
             found = json.dumps(fields["prompt"])
-            raise ValueError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
+            raise UserError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
     return rows
 
 
@@ -45,7 +46,7 @@ def conversation(row: Row, system: str | None) -> list[Message]:
 
 
 class AnswerFile:
-    """The answers of each prompt by each of `adapters`. Raises ValueError when the file holds something else.
+    """The answers of each prompt by each of `adapters`. Raises UserError when the file holds something else.
 
     settings: what the answers depend on; it is written into every row, and a file made with others is refused.
     """
@@ -71,18 +72,18 @@ class AnswerFile:
             key, settings = (row["row"], row["adapter"]), row["settings"]
             prompt = self.prompts[key[0]]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{where}: no answer to a row of these prompts; {another}") from None
+            raise UserError(f"{where}: no answer to a row of these prompts; {another}") from None
         if any(row.get(name) != value for name, value in _kept(prompt).items()):
-            raise ValueError(f"{where}: answers another prompt than {prompt.where}; {another}")
+            raise UserError(f"{where}: answers another prompt than {prompt.where}; {another}")
         if key[1] not in self.adapters:
             found = f"answered by adapter {key[1]!s:.60}, expected {', '.join(self.adapters)}"
-            raise ValueError(f"{where}: {found}; {another}")
+            raise UserError(f"{where}: {found}; {another}")
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 found = f"was made with {name} {settings.get(name)!s:.60}, not {value}"
-                raise ValueError(f"{where}: {found}; {another}")
+                raise UserError(f"{where}: {found}; {another}")
         if key in self.done:
-            raise ValueError(f"{where}: answers row {key[0]} a second time; {another}")
+            raise UserError(f"{where}: answers row {key[0]} a second time; {another}")
         self.done.add(key)
 
     def missing(self, adapter: str) -> list[Row]:
@@ -114,7 +115,7 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
         try:
             requests.append(Request(row.number, generator.encode(conversation(row, system)), row.where))
         except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from None
+            raise UserError(f"{row.where}: {error}") from None
     began, tokens, cut = time.perf_counter(), 0, 0
     for done, answer in enumerate(generator.complete(requests), 1):
         file.write(adapter, answer)

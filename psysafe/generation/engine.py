@@ -26,6 +26,7 @@ from psysafe.generation.sampling import Sampling, choose, setting
 from psysafe.model.cache import Cache
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import fused_layers
+from psysafe.program import UserError
 
 RUNNING, LENGTH, STOP = range(3)  # STOP wins over LENGTH
 REASONS = {STOP: "stop", LENGTH: "length"}
@@ -53,7 +54,7 @@ class Options:
         for name in ("max_new_tokens", "max_think_tokens", "batch_size", "context", "prefill_tokens"):
             least = 1 if name in ("max_new_tokens", "prefill_tokens") else 0
             if getattr(self, name) < least:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}")
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}")
 
     def that_matter(self) -> dict:
         """What answers depend on, flat: how many are computed together is not part of it."""
@@ -91,7 +92,7 @@ class Generator:
         self.engine: Engine | None = None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as the prompt's ids. ValueError for one that the chat template refuses."""
+        """The conversation as the prompt's ids. UserError for one that the chat template refuses."""
         return self.tokenizer.encode(self.tokenizer.render(messages, True, self.options.thinking))
 
     def answers(
@@ -106,7 +107,7 @@ class Generator:
         return self.complete([Request(r, self.encode(c)) for r, c in zip(rows, conversations, strict=True)], on_token)
 
     def complete(self, requests: Sequence["Request"], on_token: OnToken | None = None) -> Iterator["Answer"]:
-        """As `answers`, for prompts that are token ids already. Raises ValueError for one that no slot can hold."""
+        """As `answers`, for prompts that are token ids already. Raises UserError for one that no slot can hold."""
         if requests:
             self._prepare(requests)
             for progress in self.engine.run(requests, on_token):
@@ -117,12 +118,12 @@ class Generator:
         options, longest = self.options, max(len(request.ids) for request in requests)
         positions = self.model.config.max_position_embeddings
         if options.context > positions:
-            raise ValueError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
+            raise UserError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
         limit = options.context or min(longest + options.max_new_tokens, positions)
         for request in requests:
             if len(request.ids) >= limit:
                 remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
-                raise ValueError(
+                raise UserError(
                     f"{request.name or f'prompt {request.row}'}: {len(request.ids):,} tokens, but prompt and answer "
                     f"together have room for {limit:,}; {remedy}"
                 )
@@ -351,7 +352,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) -> int:
-    """How many sequences of max_tokens fit in free memory, at most `wanted`. Raises ValueError when none does, or fewer
+    """How many sequences of max_tokens fit in free memory, at most `wanted`. Raises UserError when none does, or fewer
     than wanted `exactly`."""
     device = model.embed_tokens.device
     each = Cache(model.config, 1, max_tokens, "meta", model.embed_tokens.dtype).bytes_per_slot
@@ -359,7 +360,7 @@ def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) ->
     fit = int(free * CACHE_SHARE / each)
     least = wanted if exactly else 1
     if fit < least:
-        raise ValueError(
+        raise UserError(
             f"{least} x {max_tokens:,} tokens need {least * each / 1e6:,.1f} MB of cache, but of {free / 1e6:,.1f} MB "
             f"free memory it may take {CACHE_SHARE:.0%}; lower --batch-size, --context or --max-new-tokens"
         )

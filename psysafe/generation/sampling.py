@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from psysafe.program import UserError
+
 MASK = 0xFFFFFFFF
 
 
@@ -25,7 +27,7 @@ def setting(default, sentence: str):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the defaults choose the most likely one. Raises ValueError for values out of range."""
+    """How tokens are chosen; the defaults choose the most likely one. Raises UserError for values out of range."""
 
     temperature: float = setting(0.0, "Divides the logits; 0 always takes the most likely token.")
     top_k: int = setting(0, "Only the k most likely tokens; 0 for all.")
@@ -46,7 +48,7 @@ class Sampling:
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
         ):
             if not fits:
-                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
     @property
     def greedy(self) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from psysafe.data.tokenizer import Message, Tokenizer
+from psysafe.files import ASSETS
 from psysafe.generation.engine import Answer, Generator
-from psysafe.training.config import ASSETS
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # A model may write anything; nothing that it writes may steer the terminal.

@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import Documents
 from psysafe.model.config import ModelConfig
+from psysafe.program import UserError
 
 
 class Cache:
@@ -81,12 +82,12 @@ class CacheView:
         self.host_past = [cache.host_lengths[slot] for slot in slots]
 
     def positions(self, documents: Documents) -> Tensor:
-        """(T,): positions in the whole sequences. Raises ValueError where a sequence would outgrow its slot."""
+        """(T,): positions in the whole sequences. Raises UserError where a sequence would outgrow its slot."""
         if len(documents) != len(self.host_slots):
-            raise ValueError(f"{len(documents)} documents for {len(self.host_slots)} cache slots")
+            raise UserError(f"{len(documents)} documents for {len(self.host_slots)} cache slots")
         for slot, past, new in zip(self.host_slots, self.host_past, documents.lengths, strict=True):
             if past + new > self.cache.max_tokens:
-                raise ValueError(
+                raise UserError(
                     f"cache slot {slot} holds {past} tokens and would get {new} more, "
                     f"but was made for {self.cache.max_tokens}; make the cache larger or the prompt shorter"
                 )

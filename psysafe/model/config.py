@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from psysafe.program import UserError
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,11 +33,11 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(config: dict, file: str | Path = "config.json") -> "ModelConfig":
-        """Raises ValueError naming the field that is missing, no usable number, or of another architecture."""
+        """Raises UserError naming the field that is missing, no usable number, or of another architecture."""
         try:
             return _from_dict(config)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise UserError(f"{file}: {error}") from None
 
 
 # The largest size that is believed; beyond it a file could ask for more memory or time than any machine has.
@@ -60,19 +62,19 @@ def _from_dict(config: dict) -> ModelConfig:
         ("num_experts", 0, text.get("num_experts") or 0),
     ):
         if found != expected:
-            raise ValueError(f"{key} = {found!r:.60}, expected {expected!r} (a dense Qwen3.5)")
+            raise UserError(f"{key} = {found!r:.60}, expected {expected!r} (a dense Qwen3.5)")
     sizes = {key: _number(text, key, most) for key, most in _REQUIRED.items()}
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
     interval = _number({"full_attention_interval": 4, **text}, "full_attention_interval", _COUNTS)
     layer_types = text.get("layer_types") or [_KINDS[(i + 1) % interval == 0] for i in range(layers)]
     listed = isinstance(layer_types, list | tuple) and len(layer_types) == layers
     if not listed or any(kind not in _KINDS for kind in layer_types):
-        raise ValueError(f"layer_types must name {layers} layers, each one of {', '.join(_KINDS)}")
+        raise UserError(f"layer_types must name {layers} layers, each one of {', '.join(_KINDS)}")
     head_dim = _number({"head_dim": text.get("head_dim") or sizes["hidden_size"] // heads}, "head_dim", _SIZES)
     share = {"partial_rotary_factor": 0.25, **text, **rope}
     rotary = int(head_dim * _number(share, "partial_rotary_factor", 1, float))
     if rotary < 2 or rotary % 2:
-        raise ValueError(f"head_dim {head_dim} x partial_rotary_factor is {rotary}, expected an even number above 0")
+        raise UserError(f"head_dim {head_dim} x partial_rotary_factor is {rotary}, expected an even number above 0")
     made = ModelConfig(
         **sizes,
         layer_types=tuple(layer_types),
@@ -90,29 +92,29 @@ def _from_dict(config: dict) -> ModelConfig:
         ("linear_num_value_heads", "linear_num_key_heads"),
     ):
         if sizes[many] % sizes[groups]:
-            raise ValueError(f"{many} must be a multiple of {groups}")
+            raise UserError(f"{many} must be a multiple of {groups}")
     return made
 
 
 def _number(source: dict, key: str, most: float, kind: type = int) -> int | float:
     """source[key] as a number above 0 and at most `most`."""
     if source.get(key) is None:
-        raise ValueError(f"has no {key!r}: expected the config of a dense Qwen3.5")
+        raise UserError(f"has no {key!r}: expected the config of a dense Qwen3.5")
     value = source[key]
     fits = type(value) is int or (kind is float and type(value) is float)
     if not (fits and 0 < value <= most):  # false for nan, too
         word = "a number" if kind is float else "a whole number"
-        raise ValueError(f"{key} is {value!r:.60}, expected {word} above 0 and at most {most:,}")
+        raise UserError(f"{key} is {value!r:.60}, expected {word} above 0 and at most {most:,}")
     return kind(value)
 
 
 def _flag(source: dict, key: str) -> bool:
     if not isinstance(source[key], bool):
-        raise ValueError(f"{key} is {source[key]!r:.60}, expected true or false")
+        raise UserError(f"{key} is {source[key]!r:.60}, expected true or false")
     return source[key]
 
 
 def _object(source: dict, key: str) -> dict:
     if not isinstance(source[key], dict):
-        raise ValueError(f"{key} is {source[key]!r:.60}, expected an object")
+        raise UserError(f"{key} is {source[key]!r:.60}, expected an object")
     return source[key]

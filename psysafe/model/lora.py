@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from psysafe.files import read_json, write_atomic
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear
+from psysafe.program import UserError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DELTA_NET_TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
@@ -77,12 +78,12 @@ class Adapters:
 
 
 def resolve_targets(targets: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """A preset's name or a list of projection names -> the names. Raises ValueError for unknown ones."""
+    """A preset's name or a list of projection names -> the names. Raises UserError for unknown ones."""
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     names = tuple(name for entry in names for name in PRESETS.get(entry, (entry,)))
     unknown = sorted(set(names) - set(PRESETS["all-linear"]))
     if unknown or not names:
-        raise ValueError(f"lora_targets: {unknown or 'empty'}; expected all-linear or names of {PRESETS['all-linear']}")
+        raise UserError(f"lora_targets: {unknown or 'empty'}; expected all-linear or names of {PRESETS['all-linear']}")
     return names
 
 
@@ -103,10 +104,10 @@ def attach(
     scale = lora_scale(rank, alpha, use_rslora)
     layers = [(name, layer) for name, layer in fused_layers(model) if set(layer.parts) & set(targets)]
     if not layers:
-        raise ValueError(f"lora_targets {list(targets)}: the model has none of these projections")
+        raise UserError(f"lora_targets {list(targets)}: the model has none of these projections")
     most = max(min(layer.weight.shape) for _, layer in layers)
     if rank > most:
-        raise ValueError(f"lora_rank {rank:,}: the model's projections have at most {most:,}")
+        raise UserError(f"lora_rank {rank:,}: the model's projections have at most {most:,}")
     detach(model)
     device = model.norm.device  # not the embedding's, which may lie in host memory
     dtype = torch.promote_types(model.embed_tokens.dtype, torch.float32)
@@ -200,7 +201,7 @@ def save_adapter(
 
 
 def load_adapter(model: Qwen3_5, directory: str | Path) -> Adapters:
-    """Attaches an adapter folder of ours or PEFT's, either key layout. Raises ValueError for what cannot be honoured
+    """Attaches an adapter folder of ours or PEFT's, either key layout. Raises UserError for what cannot be honoured
     (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
     config, loaded = read_adapter(directory)
     targets = _held_targets(loaded, directory)
@@ -223,7 +224,7 @@ def _held_targets(loaded: dict[str, Tensor], directory: str | Path) -> list[str]
     held = {name.rpartition(".")[0].rpartition(".")[2] for name in loaded}
     targets = sorted(held & set(PRESETS["all-linear"]))
     if not targets:
-        raise ValueError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
+        raise UserError(f"{directory}: adapts {', '.join(sorted(held))}; expected some of {PRESETS['all-linear']}")
     return targets
 
 
@@ -233,42 +234,42 @@ def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     file = Path(directory, "adapter_model.safetensors")
     tensors = read_adapter_tensors(file)
     if not tensors:
-        raise ValueError(f"{file}: holds no tensors")
+        raise UserError(f"{file}: holds no tensors")
     return config, tensors
 
 
 def check_matrices(config: dict, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Raises ValueError where a tensor is no matrix of the rank that the config says: a wrong rank could ask for any
+    """Raises UserError where a tensor is no matrix of the rank that the config says: a wrong rank could ask for any
     amount of memory."""
     for name, x in tensors.items():
         if not x.is_floating_point() or x.dim() != 2 or x.shape[0 if name.endswith("A") else 1] != config["r"]:
             found = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{source}: {name} is {found}; expected a matrix of the config's rank {config['r']}")
+            raise UserError(f"{source}: {name} is {found}; expected a matrix of the config's rank {config['r']}")
 
 
 def read_adapter_config(directory: str | Path) -> dict:
-    """adapter_config.json of an adapter folder. Raises ValueError for what is broken in it or cannot be honoured."""
+    """adapter_config.json of an adapter folder. Raises UserError for what is broken in it or cannot be honoured."""
     file = Path(directory, "adapter_config.json")
     if not file.exists():
-        raise ValueError(f"{directory}: no adapter there (an adapter_config.json); train.py --out makes one")
+        raise UserError(f"{directory}: no adapter there (an adapter_config.json); train.py --out makes one")
     config = read_json(file)
     for key in UNSUPPORTED:
         if config.get(key):
-            raise ValueError(f"{file}: {key} = {config[key]!r:.60} is not supported")
+            raise UserError(f"{file}: {key} = {config[key]!r:.60} is not supported")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
-        raise ValueError(
+        raise UserError(
             f"{file}: init_lora_weights = {start!r:.60} is not supported: such an adapter belongs "
             "to a changed base; have PEFT convert it first (path_initial_model_for_weight_conversion)"
         )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: expected peft_type LORA with bias none")
+        raise UserError(f"{file}: expected peft_type LORA with bias none")
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         if type(config.get(key)) not in kinds or not 0 < config[key] < 2**31:
-            raise ValueError(f"{file}: {key} is {config.get(key)!r:.60}, expected a number above 0 and below 2^31")
+            raise UserError(f"{file}: {key} is {config.get(key)!r:.60}, expected a number above 0 and below 2^31")
     for key, kind in (("base_model_name_or_path", str), ("revision", str), ("use_rslora", bool)):
         if not isinstance(config.get(key), kind | None):
-            raise ValueError(f"{file}: {key} is {config[key]!r:.60}, expected {kind.__name__}")
+            raise UserError(f"{file}: {key} is {config[key]!r:.60}, expected {kind.__name__}")
     return config
 
 
@@ -280,7 +281,7 @@ def fill_adapter(adapters: Adapters, loaded: dict[str, Tensor], source: str | Pa
     """Copies tensors by name into attached adapters; one ValueError lists everything that does not fit."""
     wanted = adapters.tensors()
     if not wanted.keys() & loaded.keys():
-        raise ValueError(f"{source}: none of its {len(loaded)} tensors belongs to this model; is it another model's?")
+        raise UserError(f"{source}: none of its {len(loaded)} tensors belongs to this model; is it another model's?")
     wrong = [f"missing {name}" for name in wanted.keys() - loaded.keys()]
     wrong += [f"unknown {name}" for name in loaded.keys() - wanted.keys()]
     for name in wanted.keys() & loaded.keys():
@@ -288,7 +289,7 @@ def fill_adapter(adapters: Adapters, loaded: dict[str, Tensor], source: str | Pa
             wrong.append(f"{name} is {tuple(loaded[name].shape)}, expected {tuple(wanted[name].shape)}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source}: does not fit this model: {'; '.join(sorted(wrong)[:5])}{more}")
+        raise UserError(f"{source}: does not fit this model: {'; '.join(sorted(wrong)[:5])}{more}")
     with torch.no_grad():
         for name, target in wanted.items():
             target.copy_(loaded[name])
@@ -301,9 +302,9 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
             keys = list(file.keys())
             tensors = {_our_name(key, path): file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     if len(tensors) < len(keys):
-        raise ValueError(f"{path}: holds a tensor twice, under the names of both layouts")
+        raise UserError(f"{path}: holds a tensor twice, under the names of both layouts")
     return tensors
 
 
@@ -311,5 +312,5 @@ def _our_name(key: str, path: Path) -> str:
     name = key.removeprefix("base_model.model.").removeprefix("model.").removeprefix("language_model.")
     name = name.removesuffix(".weight").removesuffix(".default")
     if not name.endswith(("lora_A", "lora_B")):
-        raise ValueError(f"{path}: tensor {key} is no LoRA matrix; only plain LoRA adapters can be loaded")
+        raise UserError(f"{path}: tensor {key} is no LoRA matrix; only plain LoRA adapters can be loaded")
     return name

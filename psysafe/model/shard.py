@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import Pending
 from psysafe.model.decoder import Block, Qwen3_5
+from psysafe.program import UserError
 
 # Blocks in full at once: the one that computes and the next one on its way, each with the buffer it was gathered in.
 GATHERED = 4
@@ -50,7 +51,7 @@ def rank_count() -> int:
 
 def check_ranks(ranks: int) -> None:
     if ranks == 1:
-        raise ValueError("--shard spreads the base over ranks and there is one; leave it out, or start more (torchrun)")
+        raise UserError("--shard spreads the base over ranks and there is one; leave it out, or start more (torchrun)")
 
 
 def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending]) -> tuple[Tensor, Pending]:

@@ -4,7 +4,7 @@
     config.lr, sources["lr"], sources["model"]      # 0.0002, "--lr", "configs/qwen3.5-27b.toml"
 
 The defaults are the paper's recipe. Nothing is ignored: an unknown key, a wrong type or a value out of range is a
-ValueError of one line that says where it stood and what to write instead.
+UserError of one line that says where it stood and what to write instead.
 
 A path is relative to the current directory, in a file as in a flag. A path that begins with `assets:` lies in the
 package's own `psysafe/assets/`, so that the bundled start works from any directory; `expand` turns it into a real path.
@@ -26,8 +26,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from psysafe.program import UserError
+
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ _OTHER_NAMES = {  # what other trainers call it, too far from ours for a spellin
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run, and for each key where its value came from: "default", the file, or the flag.
 
-    argv: the command line without the program's name. Raises ValueError (OSError for an unreadable file).
+    argv: the command line without the program's name. Raises UserError (OSError for an unreadable file).
     """
     dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     flags, unknown = _parser().parse_known_args(dashed)
@@ -167,8 +168,8 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
         if word.startswith("--"):
             meant = nearest(key, [*KEYS, "config"]).replace("_", "-")
-            raise ValueError(f"unknown flag {_shown(word)}; did you mean --{meant}?")
-        raise ValueError(f"unexpected argument {_shown(word)}; settings are given as --key value (see --help)")
+            raise UserError(f"unknown flag {_shown(word)}; did you mean --{meant}?")
+        raise UserError(f"unexpected argument {_shown(word)}; settings are given as --key value (see --help)")
 
     flags = vars(flags)
     file = flags.pop("config")
@@ -181,11 +182,6 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
             value = KEYS[key](value) if KEYS[key] in (int, float) else value
         values[key], sources[key] = _checked(key, value, flag), flag
     return TrainConfig(**values), sources
-
-
-def expand(path: str) -> str:
-    """`assets:NAME` as a path into the package's assets; any other text as it is."""
-    return str(ASSETS / path.removeprefix("assets:")) if path.startswith("assets:") else path
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
@@ -236,7 +232,7 @@ A flag wins over the file, and the file over the default.""",
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def sentences() -> dict[str, str]:
@@ -251,18 +247,18 @@ def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
         text = Path(path).read_bytes().decode()
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
+        raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
     for key, value in table.items():
         line = re.search(rf"""^[ \t]*["'\[]*{re.escape(key)}\b""", text, re.MULTILINE)
         where = f"{path} line {text.count(chr(10), 0, line.start()) + 1}" if line else path
         if key not in KEYS:
             flat = "; keys are flat, without tables" if isinstance(value, dict) else ""
-            raise ValueError(f"{where}: unknown key {_shown(key)}; did you mean {nearest(key, [*KEYS])}?{flat}")
+            raise UserError(f"{where}: unknown key {_shown(key)}; did you mean {nearest(key, [*KEYS])}?{flat}")
         yield key, value, where
 
 
 def _checked(key: str, value, where: str):
-    """The value in its key's type. Raises ValueError with where it stood, what was found, and what is expected."""
+    """The value in its key's type. Raises UserError with where it stood, what was found, and what is expected."""
     kind = KEYS[key]
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     if kind is float and type(value) is int and abs(value) < 2**53:
@@ -279,7 +275,7 @@ def _checked(key: str, value, where: str):
         return value
     expected = " or ".join(choices) or f"{_WORDS[kind]}, {text}".removesuffix(", ")
     example = f", such as {_toml_value(DEFAULTS[key])}" if DEFAULTS[key] not in ("", []) and not choices else ""
-    raise ValueError(f"{where}: {key} is {_shown(value)}; expected {expected}{example}")
+    raise UserError(f"{where}: {key} is {_shown(value)}; expected {expected}{example}")
 
 
 def _is_text(value) -> bool:

@@ -18,14 +18,15 @@ from psysafe.checkpoint.base import build
 from psysafe.data.documents import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.files import read_json
+from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_file
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, adapter_shape, attach, load_adapter
 from psysafe.model.shard import GATHERED, check_ranks
+from psysafe.program import UserError
 from psysafe.runtime import Runtime, memory_total
-from psysafe.training.config import TrainConfig, expand
+from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes
 from psysafe.training.optim import AdamW
 from psysafe.training.roofline import SPEEDS, context, flops_per_token, step_seconds
@@ -59,7 +60,7 @@ class Rows(NamedTuple):
 def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
     """Training and validation documents; without validation files a share of the training rows is set apart."""
     if not config.data:
-        raise ValueError("no training rows: give --data FILE, or data = [...] in the config file")
+        raise UserError("no training rows: give --data FILE, or data = [...] in the config file")
     tokenizer, system = load_tokenizer(folder), system_text(config.system)
     rows, val_rows = read_rows([expand(path) for path in config.data]), []
     if config.val_data:
@@ -106,7 +107,7 @@ def make_plan(
     total = memory_total(device) if device.type == "cuda" else H100_MEMORY
     if device.type != "cuda" and not assumes_gpu(config, model):
         if config.memory_limit:
-            raise ValueError(f"--memory-limit plans a GPU's memory, this run is on {device.type}; leave the flag out")
+            raise UserError(f"--memory-limit plans a GPU's memory, this run is on {device.type}; leave the flag out")
         return None
     total = min(total, round(config.memory_limit * 1e9)) if config.memory_limit else total
     weights = [p for p in model.parameters() if p is not model.embed_tokens or config.embedding == "gpu"]
@@ -221,7 +222,7 @@ def _from_hub(source: str) -> Path:
     try:
         return fetch_file(source, "config.json")
     except HubError as error:
-        raise ValueError(
+        raise UserError(
             f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
             f"config.json: {error}"
         ) from None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.recompute import STAGES
+from psysafe.program import UserError
 from psysafe.training.roofline import CHUNK, DELTA_RULE, SPEEDS, Widths, useful_flops
 
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
@@ -157,7 +158,7 @@ class Plan:
     element: int = 2
 
     def choose(self, sizes: Sizes) -> Choice:
-        """The cheapest choice that fits; ValueError with the numbers and the flags to change if none does."""
+        """The cheapest choice that fits; UserError with the numbers and the flags to change if none does."""
         config, layers = self.config, range(self.config.num_hidden_layers)
         saved = [saved_bytes(config, i, sizes, self.targets, self.rank, self.element) for i in layers]
         kept = [x.kept + sum(x.stages.values()) for x in saved]
@@ -180,7 +181,7 @@ class Plan:
             dropped[i].add(name)
             kept[i], total, seconds = kept[i] - size, total - size, seconds + price * size
         if beside + total > self.limit:
-            raise ValueError(
+            raise UserError(
                 f"micro-batches of {sizes.tokens:,} tokens need {(beside + total) / 1e9:.1f} GB even with everything "
                 f"made again that can be; {self.limit / 1e9:.1f} GB are free for it: lower --micro-batch-tokens (and "
                 "--max-tokens, for a longer row stands alone), take --embedding cpu, or raise --memory-limit"

@@ -15,6 +15,7 @@ from kernels import adamw_8bit
 from kernels.lora_term import compute_dtype
 from kernels.ops.adamw_8bit import AdamWState
 from psysafe.model.lora import Segment
+from psysafe.program import UserError
 
 
 class AdamW:
@@ -80,13 +81,13 @@ class AdamW:
         """Continues from saved `state_tensors`. ValueError, and nothing changed, if they are not of this optimiser."""
         kept = self.state.kept()
         if tensors.keys() != kept.keys():
-            raise ValueError(
+            raise UserError(
                 f"optimiser state holds {', '.join(sorted(tensors)) or 'nothing'}; expected {', '.join(sorted(kept))}"
             )
         for name, x in kept.items():
             found, expected = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensors[name], x))
             if found != expected:
-                raise ValueError(
+                raise UserError(
                     f"optimiser state: {name} is {found}, this run needs {expected}; "
                     "resume with the model, adapter and state_bits that it was saved with"
                 )

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from psysafe.files import parse_json, write_atomic
+from psysafe.program import UserError
 from psysafe.runtime import Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
 
@@ -29,11 +30,11 @@ HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {
 
 
 def check_optional(config: TrainConfig) -> None:
-    """Raise ValueError at the start, not at the end, when the run asks for a package that is not installed."""
+    """Raise UserError at the start, not at the end, when the run asks for a package that is not installed."""
     wanted = {"--plot": "matplotlib" if config.plot else "", f"--report {config.report}": config.report}
     for flag, package in wanted.items():
         if package not in ("", "none") and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{flag}: {package} is not installed; pip install {package}, or leave the flag out")
+            raise UserError(f"{flag}: {package} is not installed; pip install {package}, or leave the flag out")
 
 
 def print_run(config: TrainConfig, sources: Mapping[str, str], facts: Mapping[str, object]) -> None:
@@ -181,7 +182,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl without a torn last line, which a kill can leave. Other damage is a ValueError."""
+    """The rows of a metrics.jsonl without a torn last line, which a kill can leave. Other damage is a UserError."""
     lines = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
@@ -193,7 +194,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if not any(lines[number:]):  # a power cut can leave the last line whole in length and not in content
                 break
             remedy = "mend that line, or move the file away"
-            raise ValueError(f"{path} line {number}: not a JSON object with a step; {remedy}") from None
+            raise UserError(f"{path} line {number}: not a JSON object with a step; {remedy}") from None
         rows.append(row)
     return rows
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psysafe.files import parse_json, remove_leftovers, sync, temporary_for
+from psysafe.program import UserError
 from psysafe.training.config import KEYS, TrainConfig
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
@@ -55,19 +56,19 @@ class State:
     warnings: list[str] = field(default_factory=list)
 
     def fact(self, name: str, *kinds: type):
-        """meta[name]. Raises ValueError when a state of another version, or of somebody else, has no such fact."""
+        """meta[name]. Raises UserError when a state of another version, or of somebody else, has no such fact."""
         if not isinstance(self.meta.get(name, ...), kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{self.path / META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
+            raise UserError(f"{self.path / META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
         return self.meta[name]
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
-        """tensors[name] in the shape and type of `like`, else ValueError."""
+        """tensors[name] in the shape and type of `like`, else UserError."""
         both = self.tensors.get(name), like
         found, expected = ("nothing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in both)
         if found != expected:
             file = self.path / TENSORS
-            raise ValueError(f"{file}: {name} is {found}, this run needs {expected}; resume with the model it is of")
+            raise UserError(f"{file}: {name} is {found}, this run needs {expected}; resume with the model it is of")
         return self.tensors[name]
 
     def changed(self, now: Mapping) -> list[str]:
@@ -121,7 +122,7 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
 
     resume "" is none. "auto" is the newest whole state below place, a run directory, or none when there is none yet.
     A folder is that one state, or the newest whole one of that run directory. A damaged state is passed over for the
-    one before it, with a line in `warnings`. Raises ValueError when states are there and none is whole, or when a
+    one before it, with a line in `warnings`. Raises UserError when states are there and none is whole, or when a
     named folder holds none.
     """
     if not resume:
@@ -131,7 +132,7 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
     if not found and resume == "auto":
         return None
     if not found:
-        raise ValueError(f"--resume {resume}: no saved state there; give a run directory or one of its state/step-*")
+        raise UserError(f"--resume {resume}: no saved state there; give a run directory or one of its state/step-*")
     warnings = []
     for path in found:
         try:
@@ -139,23 +140,23 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warnings.append(f"{path} is damaged and passed over: {error}")
     remedy = "restore one from a copy, or start afresh without --resume"
-    raise ValueError(f"no whole state to resume from; {'; '.join(warnings)}; {remedy}")
+    raise UserError(f"no whole state to resume from; {'; '.join(warnings)}; {remedy}")
 
 
 def check_run_dir(out: str | Path) -> None:
-    """Raise ValueError when `out` cannot become a writable folder. Makes nothing: a check before long loads."""
+    """Raise UserError when `out` cannot become a writable folder. Makes nothing: a check before long loads."""
     there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
     if not os.path.isdir(there):
-        raise ValueError(f"--out {out}: {there} is a file, not a folder; choose another folder")
+        raise UserError(f"--out {out}: {there} is a file, not a folder; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: {there} cannot be written by this user; choose another folder")
+        raise UserError(f"--out {out}: {there} cannot be written by this user; choose another folder")
 
 
 def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
     """Make the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
 
     A run that does not continue the one in `out` moves that one's files into RUN_DIR/earlier-N: nothing is lost, and
-    the new run can never resume from the old one's state. Raises ValueError when `out` cannot be a writable folder.
+    the new run can never resume from the old one's state. Raises UserError when `out` cannot be a writable folder.
     """
     run_dir = Path(out)
     try:
@@ -171,7 +172,7 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
             _set_aside(run_dir)
     except OSError as error:
         check_run_dir(out)
-        raise ValueError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
     return run_dir
 
 
@@ -181,13 +182,13 @@ def recipe(config: TrainConfig) -> dict:
 
 
 def check_resume(state: State, config: TrainConfig) -> None:
-    """Raise ValueError that names each setting which differs from the saved run's `recipe`."""
+    """Raise UserError that names each setting which differs from the saved run's `recipe`."""
     saved, now = state.fact("recipe", dict), recipe(config)
     changed = [f"{key} (saved {saved.get(key)!r}, now {now[key]!r})" for key in now if saved.get(key) != now[key]]
     if changed:
         remedy = "set them back, or start another run with --out (--adapter-init DIR starts from this adapter)"
         differ = f"a resumed run keeps its recipe, but these settings differ: {', '.join(changed)}"
-        raise ValueError(f"{state.path}: {differ}; {remedy}")
+        raise UserError(f"{state.path}: {differ}; {remedy}")
 
 
 def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -209,14 +210,14 @@ def _read_state(folder: Path) -> tuple[int, dict[str, Tensor], dict]:
     saved = parse_json(contents[META])
     step, meta = saved["step"], saved["meta"]
     if step != _order(folder.absolute())[0] or type(step) is not int or not isinstance(meta, dict):
-        raise ValueError(f"{META} does not describe a state")
+        raise UserError(f"{META} does not describe a state")
     return step, safetensors.torch.load(contents[TENSORS]), meta
 
 
 def _read_whole(folder: Path) -> dict[str, bytes]:
     contents = {name: (folder / name).read_bytes() for name in (TENSORS, META)}
     if (folder / SUMS).read_bytes() != _sums(contents):
-        raise ValueError("its checksums do not hold")
+        raise UserError("its checksums do not hold")
     return contents
 
 

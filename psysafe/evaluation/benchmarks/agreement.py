@@ -18,6 +18,7 @@ from pathlib import Path
 from psysafe.evaluation.result import Result, Table, load
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import CRITERIA
+from psysafe.program import UserError
 
 LABELS = {name: range(2) if name in ("refusal", "references") else range(1, 6) for name in CRITERIA}
 Pairs = list[tuple[Hashable, Hashable]]
@@ -44,17 +45,17 @@ def run(args: argparse.Namespace) -> Result:
     people = read_table(args.human, ["prompt"])
     if not set(people[0]).intersection(CRITERIA):
         found = ", ".join(map(str, people[0]))
-        raise ValueError(f"{args.human}: no labels in it (columns: {found:.100}); expected {', '.join(CRITERIA)}")
+        raise UserError(f"{args.human}: no labels in it (columns: {found:.100}); expected {', '.join(CRITERIA)}")
     judgement, _ = load(args.judged)
     if judgement.kind != "judge":
-        raise ValueError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
+        raise UserError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
     file = Path(args.judged, "items.jsonl")
     judged = read_table(file, ["setting", "prompt"])
     for number, item in enumerate(judged, 1):
         wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name])]
         if wrong or not isinstance(item["setting"], str):
             found = f"{', '.join(wrong)} of setting {item['setting']!r:.60}"
-            raise ValueError(f"{file} row {number}: {found} as eval.py judge does not write it; judge again")
+            raise UserError(f"{file} row {number}: {found} as eval.py judge does not write it; judge again")
     pairs, unmatched = pair(people, judged, args.human)
     result = Result("agreement", "Agreement of the judge with people", tables(pairs))
     result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judgement.settings.get("judge")}
@@ -66,7 +67,7 @@ def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tu
     """(person's, judge's) labels by criterion, where both gave one; and how many labelled answers were not judged."""
     several = len({item["setting"] for item in judged}) > 1
     if several and any(not row.get("setting") for row in people):
-        raise ValueError(f"{file}: no column setting, and several settings were judged; name one in each row")
+        raise UserError(f"{file}: no column setting, and several settings were judged; name one in each row")
     by_answer = {(item["setting"] if several else "", item["prompt"]): item for item in judged}
     pairs: dict[str, Pairs] = {name: [] for name in CRITERIA}
     unmatched = 0
@@ -78,7 +79,7 @@ def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tu
             if item is not None and label is not None and item[name] is not None:
                 pairs[name].append((label, int(item[name])))
     if not any(pairs.values()):
-        raise ValueError(f"{file}: none of its labels belongs to a judged answer; expected the same prompts")
+        raise UserError(f"{file}: none of its labels belongs to a judged answer; expected the same prompts")
     return pairs, unmatched
 
 
@@ -109,7 +110,7 @@ def _label(text: str | int | None, name: str, where: str) -> int | None:
     if name in ("refusal", "references"):
         if word in ("yes", "no"):
             return int(word == "yes")
-        raise ValueError(f"{where}: {name} is {text!r}; expected Yes or No")
+        raise UserError(f"{where}: {name} is {text!r}; expected Yes or No")
     if word in ("1", "2", "3", "4", "5"):
         return int(word)
-    raise ValueError(f"{where}: {name} is {text!r}; expected 1 to 5")
+    raise UserError(f"{where}: {name} is {text!r}; expected 1 to 5")

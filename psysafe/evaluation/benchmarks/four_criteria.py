@@ -20,6 +20,7 @@ from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import Scores, align, relative_change, summarise
 from psysafe.files import write_atomic
+from psysafe.program import UserError
 
 TEMPERATURE = 0.1
 REPLIES = "replies.jsonl"
@@ -41,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     if bool(args.answers) == bool(args.prompts):
-        raise ValueError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
+        raise UserError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
     who = judges.from_arguments(args, TEMPERATURE)
     settings = {}
     if args.answers:
@@ -49,13 +50,13 @@ def run(args: argparse.Namespace) -> Result:
         for spec in args.answers:
             for name, rows in read_answers(spec).items():
                 if name in answered:
-                    raise ValueError(f"--answers {spec}: a setting {name!r} is there already; name it: NAME=FILE")
+                    raise UserError(f"--answers {spec}: a setting {name!r} is there already; name it: NAME=FILE")
                 answered[name] = rows
     else:
         answered, settings = answer_prompts(args)
     baseline = args.baseline or next(iter(answered))
     if baseline not in answered:
-        raise ValueError(f"--baseline {baseline}: no such setting; expected one of {'; '.join(answered)}")
+        raise UserError(f"--baseline {baseline}: no such setting; expected one of {'; '.join(answered)}")
     result = compare(answered, baseline, who, Path(args.rubric), Path(args.out))
     result.settings |= settings
     if args.train:
@@ -93,7 +94,7 @@ def compare(
     counts |= {"benign, not judged": asked - len(prompts), "compared": len(prompts)}
     if not prompts:
         found = ", ".join(f"{value} {key}" for key, value in counts.items())
-        raise ValueError(f"nothing to compare between {', '.join(answered)}: {found}")
+        raise UserError(f"nothing to compare between {', '.join(answered)}: {found}")
     scored, replies, failed = score(answered, prompts, who, rubric, out)
     items = [
         {"setting": name, "prompt": prompt, **answered[name].rows[prompt], **asdict(scored[name][prompt])}
@@ -133,12 +134,12 @@ def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
                 for name, rows in answered.items()
             }
         except ValueError as error:
-            raise ValueError(f"answers of {', '.join(answered)}: {error}") from None
+            raise UserError(f"answers of {', '.join(answered)}: {error}") from None
         return scored, {}, {}
     try:
         instructions = rubric.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{rubric}: not UTF-8 at byte {error.start}; expected the judge's instructions") from None
+        raise UserError(f"{rubric}: not UTF-8 at byte {error.start}; expected the judge's instructions") from None
     asked = {}
     for name, rows in answered.items():
         for prompt in prompts:

@@ -17,6 +17,7 @@ from kernels import Documents
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.model.cache import Cache
 from psysafe.model.decoder import Qwen3_5
+from psysafe.program import UserError
 from psysafe.runtime import memory_total
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -45,7 +46,7 @@ def encode(tokenizer: Tokenizer, context: str, continuations: Sequence[str], max
     for choice, continuation in enumerate(continuations):
         tail = tokenizer.encode(context + continuation)[len(head) :]
         if not head or not 0 < len(tail) <= max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"a choice of {len(tail):,} tokens after a context of {len(head):,} cannot be scored; "
                 f"expected 1 to {max_tokens:,} tokens after at least 1: {continuation[:60]!r}"
             )

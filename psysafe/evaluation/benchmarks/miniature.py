@@ -9,8 +9,10 @@ from psysafe.evaluation.models_under_test import BASE, Question, Setting, Subjec
 from psysafe.evaluation.overlap import normalised, overlap
 from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.scores import summarise
+from psysafe.files import expand
 from psysafe.generation.engine import Options
-from psysafe.training.config import expand, resolve
+from psysafe.program import UserError
+from psysafe.training.config import resolve
 
 MAX_NEW_TOKENS = 256  # twice the longest bundled answer; a base that rambles is cut there
 
@@ -20,7 +22,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     (the run's folder eval/). ValueError, with the command to train, where there is no run yet."""
     config, _ = resolve([])
     if not Path(config.out, "adapter_config.json").exists():
-        raise ValueError(f"no trained adapter in {config.out} yet; train it first: torchrun train.py")
+        raise UserError(f"no trained adapter in {config.out} yet; train it first: torchrun train.py")
     rows = read_rows([expand(path) for path in config.val_data])
     questions = [Question(number, row.fields["prompt"]) for number, row in enumerate(rows, 1)]
     settings = [Setting(BASE, config.system), Setting(config.out, config.system)]

@@ -26,10 +26,10 @@ from psysafe.evaluation.models_under_test import BASE, Setting, Subject
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table, say
 from psysafe.evaluation.rowfiles import read_table
-from psysafe.files import parse_json
+from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach, load_adapter
-from psysafe.training.config import expand
+from psysafe.program import UserError
 
 MMLU_GROUPS = {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
@@ -163,7 +163,7 @@ class Benchmark:
                 items.append(self.item(row))
                 assert 0 <= items[-1].gold < len(items[-1].choices)
             except (ValueError, TypeError, AttributeError, AssertionError, OverflowError):
-                raise ValueError(
+                raise UserError(
                     f"{path} row {number}: not a row of {self.name}; expected {', '.join(self.fields)}"
                 ) from None
         subject, settings = subjects.from_arguments(args)
@@ -240,11 +240,11 @@ def _read_folder(folder: Path) -> list[dict]:
         with open(path, newline="", encoding="utf-8") as file:
             for number, line in enumerate(csv.reader(file), 1):
                 if len(line) != 6:
-                    raise ValueError(f"{path} row {number}: {len(line)} fields; expected question, A, B, C, D, letter")
+                    raise UserError(f"{path} row {number}: {len(line)} fields; expected question, A, B, C, D, letter")
                 subject = path.name.removesuffix("_test.csv")
                 rows.append({"question": line[0], "choices": line[1:5], "answer": line[5], "subject": subject})
     if not rows:
-        raise ValueError(f"{folder}: no *_test.csv in it; expected the test folder of MMLU, or a file")
+        raise UserError(f"{folder}: no *_test.csv in it; expected the test folder of MMLU, or a file")
     return rows
 
 

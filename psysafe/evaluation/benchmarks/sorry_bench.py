@@ -25,6 +25,7 @@ from psysafe.evaluation.models_under_test import Question
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.rowfiles import read_table
+from psysafe.program import UserError
 
 BASE = "base"
 MUTATIONS = (
@@ -54,12 +55,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     who = judges.from_arguments(args, temperature=0.0)
     if who is None:
-        raise ValueError("sorry-bench has no rule-based judge; give --judge-url and --judge-model, or --judge-local")
+        raise UserError("sorry-bench has no rule-based judge; give --judge-url and --judge-model, or --judge-local")
     names = mutations_asked(args.mutations)
     left_out = [name for name in names if name.startswith("translate-") and not args.translator_url]
     names = [name for name in names if name not in left_out]
     if not names:
-        raise ValueError(f"nothing left to ask: {', '.join(left_out)} need --translator-url and --translator-model")
+        raise UserError(f"nothing left to ask: {', '.join(left_out)} need --translator-url and --translator-model")
     files = list(dict.fromkeys([BASE, *names]))
     first, origin = hub.locate("sorry-bench", args, [path_of("", name).name for name in files])
     data = first if args.data else first.parent
@@ -104,7 +105,7 @@ def mutations_asked(text: str) -> list[str]:
     names = [BASE, *MUTATIONS] if text == "all" else text.split(",")
     for name in names:
         if name not in (BASE, *MUTATIONS):
-            raise ValueError(f"--mutations {name}: unknown; expected {BASE}, {', '.join(MUTATIONS)}, or all")
+            raise UserError(f"--mutations {name}: unknown; expected {BASE}, {', '.join(MUTATIONS)}, or all")
     return list(dict.fromkeys(names))
 
 
@@ -116,11 +117,11 @@ def read_questions(folder: str | Path, name: str) -> list[dict]:
     """All rows of a file. turns may hold null instead of the question: the release has such rows."""
     path = path_of(folder, name)
     if not path.is_file():
-        raise ValueError(f"{path}: missing; expected the folder of SORRY-Bench 202503 (gated)")
+        raise UserError(f"{path}: missing; expected the folder of SORRY-Bench 202503 (gated)")
     rows = read_table(path, ["question_id", "category", "turns"])
     for number, row in enumerate(rows, 1):
         if not (isinstance(row["turns"], list) and row["turns"] and isinstance(row["turns"][0], str | None)):
-            raise ValueError(f"{path} row {number}: turns is {row['turns']!r:.60}; expected a list with the question")
+            raise UserError(f"{path} row {number}: turns is {row['turns']!r:.60}; expected a list with the question")
     return rows
 
 
@@ -150,7 +151,7 @@ def judge(rows: Sequence[dict], texts: dict[str, list], base: dict, name: str, w
     for setting, column in texts.items():
         for row, text in zip(rows, column, strict=True):
             if row["question_id"] not in base:
-                raise ValueError(f"{name}: question_id {row['question_id']} is not in question.jsonl")
+                raise UserError(f"{name}: question_id {row['question_id']} is not in question.jsonl")
             if text is not None:
                 conversation = messages(base[row["question_id"]], text)
                 keys[setting, row["question_id"]] = key = judges.item_key(who, conversation)
@@ -169,7 +170,7 @@ def judge(rows: Sequence[dict], texts: dict[str, list], base: dict, name: str, w
 
 def translated(texts: dict[str, list[str]], name: str, args: argparse.Namespace):
     if not args.translator_model:
-        raise ValueError("--translator-url needs --translator-model NAME, the model to ask for there")
+        raise UserError("--translator-url needs --translator-model NAME, the model to ask for there")
     endpoint = Endpoint(args.translator_url, args.translator_model, key_from(args.judge_key_env), temperature=0.0)
     judge_ = judges.EndpointJudge(endpoint, args.workers)
     asked = {

@@ -21,6 +21,7 @@ from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.word_list_judge import plain
+from psysafe.program import UserError
 
 FIELDS = ["id", "prompt", "type", "label"]
 COMPLIANCE, REFUSAL, PARTIAL = CLASSES = ("1_full_compliance", "2_full_refusal", "3_partial_refusal")
@@ -77,7 +78,7 @@ def read_rows(path: str | Path) -> list[dict]:
     rows = read_table(path, FIELDS)
     for number, row in enumerate(rows, 1):
         if row["label"] not in ("safe", "unsafe") or (row["label"] == "unsafe") != row["type"].startswith("contrast_"):
-            raise ValueError(
+            raise UserError(
                 f"{path} row {number}: label {row['label']!r} with type {row['type']!r}; expected safe, or unsafe with "
                 "a type that begins with contrast_"
             )

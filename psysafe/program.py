@@ -1,0 +1,91 @@
+"""How a program ends: the user's mistakes, signals, exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+LONGEST_ERROR = 1500  # characters of an error line, whatever somebody put in place of a name
+
+
+class UserError(ValueError):
+    """A mistake of the user: what was found, where, what was expected, what to do. Shown as one line, exit code 2.
+
+    Raised as such and never guessed: a plain ValueError, out of torch, numpy or the standard library, is one that we
+    failed to foresee, and shown as the user's it would hide a bug.
+    """
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and leave.
+
+        with StopRequest() as stop:
+            for step in ...:
+                ...
+                if runtime.largest(stop.received): save, return 128 + stop.received
+
+    The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
+    """
+
+    received: int = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+
+
+def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`. One of several ranks ends in here.
+
+    A UserError, and an OSError that names a file, end as `error: one line` on stderr and code 2; Ctrl-C as 130; output
+    that nobody reads any more as 141. Anything else is a bug of ours and keeps its traceback.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = _guarded(main, sys.argv[1:] if argv is None else argv)
+    if dist.is_available() and dist.is_initialized():
+        # Not through the interpreter's end: of ranks that leave one after the other, gloo's threads abort now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        print("stopped: nobody reads this output any more", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 128 + signal.SIGPIPE
+    except UserError as error:
+        return _report(str(error))
+    except OSError as error:
+        if error.filename is None:  # not about a file that the user named: a bug of ours keeps its traceback
+            raise
+        return _report(f"{os.fsdecode(error.filename)}: {error.strerror}")
+
+
+def _report(text: str) -> int:
+    """Prints a user's mistake as one line and returns its exit code."""
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    line = " ".join(text.split())
+    line = line if len(line) <= LONGEST_ERROR else f"{line[: LONGEST_ERROR - 300]} ... {line[-300:]}"
+    print(f"error{rank}: {line}", file=sys.stderr, flush=True)
+    return 2
