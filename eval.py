@@ -14,11 +14,12 @@ import functools
 import sys
 from collections.abc import Sequence
 
+from psysafe.cli import Parser
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmarks import agreement, miniature, multiple_choice, sorry_bench, xstest
 from psysafe.evaluation.benchmarks import four_criteria as judging
 from psysafe.evaluation.result import say
-from psysafe.program import UserError, main_guard
+from psysafe.program import main_guard
 
 COMMANDS = {
     "judge": (judging, "answers scored on four criteria by a judge"),
@@ -44,11 +45,6 @@ def main(argv: Sequence[str]) -> int:
     print(result.as_text())
     say(f"saved in {path.parent}; one page of it: python eval.py report {path.parent} --out DIR")
     return 1 if result.failed else 0
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

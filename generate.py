@@ -17,6 +17,7 @@ import torch
 
 import kernels
 from psysafe.checkpoint.base import load_model, resolve_model
+from psysafe.cli import Parser
 from psysafe.data.documents import Row
 from psysafe.data.prompts import system_text
 from psysafe.data.tokenizer import load_tokenizer
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
 
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
-    file = AnswerFile(args.out, rows, adapters, settings | options.that_matter()) if rows else None
+    file = AnswerFile(args.out, rows, adapters, settings | options.fingerprint_fields()) if rows else None
     for adapter in adapters:
         if adapter != BASE:
             load_adapter(model, adapter)
@@ -95,11 +96,6 @@ def taken(kind: type, args: argparse.Namespace) -> dict:
 
 def say(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import eval as script
-from psysafe.evaluation.rowfiles import read_table
+from psysafe.data.rows import read_table
 from psysafe.program import main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 

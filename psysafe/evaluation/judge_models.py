@@ -41,7 +41,8 @@ class LocalJudge:
         self.subject = subject
         self.identity = ["local", *subject.identity]
         self.name = Path(subject.model).name
-        self.settings = {"judge": subject.model, **{f"judge {k}": v for k, v in subject.options.that_matter().items()}}
+        options = subject.options.fingerprint_fields()
+        self.settings = {"judge": subject.model, **{f"judge {name}": value for name, value in options.items()}}
 
     def ask(self, items: Mapping[str, list[dict]], out: str | Path) -> Outcome:
         """As `EndpointJudge.ask`. A reply that was cut at the token limit, or never stopped reasoning, is failed."""

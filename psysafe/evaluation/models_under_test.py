@@ -12,10 +12,10 @@ import torch
 
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.prompts import system_text
+from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
 from psysafe.evaluation.result import say
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.files import expand
 from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
@@ -69,12 +69,12 @@ class Subject:
         """What answers depend on besides adapter, system prompt and question: weights, number type, options."""
         folder, _ = resolve_model(self.model, self.revision)
         dtype = str(start(self.device, self.dtype).dtype)
-        return [fingerprint(folder), Path(self.model).name, dtype, self.options.that_matter()]
+        return [fingerprint(folder), Path(self.model).name, dtype, self.options.fingerprint_fields()]
 
     def facts(self) -> dict:
         """For the settings of a result."""
         _, commit = resolve_model(self.model, self.revision)
-        return {"model": self.model, "revision": commit, **self.options.that_matter()}
+        return {"model": self.model, "revision": commit, **self.options.fingerprint_fields()}
 
     def answers(
         self, settings: Sequence[Setting], questions: Sequence[Question], out: str | Path

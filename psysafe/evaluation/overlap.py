@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from psysafe.evaluation.rowfiles import read_table
+from psysafe.data.rows import read_table
 from psysafe.program import UserError
 
 

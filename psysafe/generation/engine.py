@@ -56,7 +56,7 @@ class Options:
             if getattr(self, name) < least:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}")
 
-    def that_matter(self) -> dict:
+    def fingerprint_fields(self) -> dict:
         """What answers depend on, flat: how many are computed together is not part of it."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "prefill_tokens")}
         return kept | kept.pop("sampling")

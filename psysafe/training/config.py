@@ -26,6 +26,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from psysafe.cli import Parser
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -204,7 +205,7 @@ def to_toml(config: TrainConfig, sources: dict[str, str] | None = None) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     file = os.path.relpath(DEFAULT_FILE)
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -228,11 +229,6 @@ A flag wins over the file, and the file over the default.""",
                 options |= {"nargs": "*", "action": "extend"}
         parser.add_argument("--" + key.replace("_", "-"), **options)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
 
 
 def sentences() -> dict[str, str]:

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from psysafe.data.rows import read_table
 from psysafe.evaluation.result import Result, Table, load
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import CRITERIA
 from psysafe.program import UserError
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from psysafe.data.rows import read_table
 from psysafe.evaluation import criteria as judge
 from psysafe.evaluation import judge_models as judges
 from psysafe.evaluation import word_list_judge as rules
 from psysafe.evaluation.models_under_test import BASE, Answered, Question, add_arguments, from_arguments, read_answers
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.scores import Scores, align, relative_change, summarise
 from psysafe.files import write_atomic
 from psysafe.program import UserError

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.data.prompts import system_text
+from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.evaluation import datasets as hub
 from psysafe.evaluation import models_under_test as subjects
@@ -25,7 +26,6 @@ from psysafe.evaluation.benchmarks import log_likelihood as scoring
 from psysafe.evaluation.models_under_test import BASE, Setting, Subject
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table, say
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach, load_adapter

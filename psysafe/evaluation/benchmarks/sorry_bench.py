@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe.data.rows import read_table
 from psysafe.endpoint import Endpoint, key_from
 from psysafe.evaluation import datasets as hub
 from psysafe.evaluation import judge_models as judges
@@ -24,7 +25,6 @@ from psysafe.evaluation.benchmarks.ciphers import DECODERS
 from psysafe.evaluation.models_under_test import Question
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.program import UserError
 
 BASE = "base"

@@ -13,13 +13,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe.data.rows import read_table
 from psysafe.evaluation import datasets as hub
 from psysafe.evaluation import judge_models as judges
 from psysafe.evaluation import models_under_test as subjects
 from psysafe.evaluation.models_under_test import Question
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
-from psysafe.evaluation.rowfiles import read_table
 from psysafe.evaluation.word_list_judge import plain
 from psysafe.program import UserError
 
