@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 
 import kernels
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.cli import Parser
 from psysafe.data.documents import Row
 from psysafe.data.prompts import system_text
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.generation.answer_file import AnswerFile, answer_rows, conversation, read_prompts
-from psysafe.generation.engine import Generator, Options, merge_adapters
+from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.generation.terminal import ask, chat
-from psysafe.model.lora import detach, load_adapter, read_adapter_config
+from psysafe.model.lora import detach, merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
 from psysafe.training.config import resolve
@@ -83,10 +84,7 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
         raise UserError("--merge: there is no adapter to merge; name one with --adapter")
     if args.model or not named:
         return args.model or bundled.model, None, adapters or [BASE]
-    config = read_adapter_config(named[0])
-    if not config.get("base_model_name_or_path"):
-        raise UserError(f"{named[0]}/adapter_config.json names no base model; give --model")
-    return config["base_model_name_or_path"], config.get("revision"), adapters
+    return *base_of_adapter(named[0]), adapters
 
 
 def taken(kind: type, args: argparse.Namespace) -> dict:

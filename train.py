@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.documents import Dataset, MicroBatch, pack_share, step_documents, steps_per_epoch
 from psysafe.files import write_atomic
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import Adapters, save_adapter
+from psysafe.model.lora import Adapters
 from psysafe.program import StopRequest, UserError, main_guard
 from psysafe.runtime import Moment, Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve, to_toml

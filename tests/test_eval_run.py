@@ -18,6 +18,7 @@ import pytest
 
 import eval as script
 from psysafe import load_model
+from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.documents import read_rows
 from psysafe.evaluation import judge_models as judges
 from psysafe.evaluation import models_under_test as subjects
@@ -27,7 +28,7 @@ from psysafe.evaluation.benchmarks import miniature
 from psysafe.evaluation.result import Result, Table
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
-from psysafe.model.lora import attach, save_adapter
+from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from psysafe.training.config import resolve
 from tests.stub_endpoint import Handler, StubEndpoint

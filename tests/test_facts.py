@@ -7,7 +7,8 @@ import torch
 
 import train
 from psysafe import load_model
-from psysafe.model.lora import attach, save_adapter
+from psysafe.checkpoint.adapter import save_adapter
+from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from psysafe.training.memory_plan import Plan
 from tests.oracles import reference_model, write_checkpoint

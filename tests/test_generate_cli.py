@@ -18,10 +18,11 @@ import torch
 
 import generate
 from psysafe import load_model
+from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
-from psysafe.model.lora import attach, save_adapter
+from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 

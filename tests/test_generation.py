@@ -15,10 +15,10 @@ from psysafe.checkpoint.base import build
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.generation import engine as generation
 from psysafe.generation import sampling
-from psysafe.generation.engine import Engine, Generator, Options, Request, merge_adapters
+from psysafe.generation.engine import Engine, Generator, Options, Request
 from psysafe.generation.sampling import Sampling, candidates, choose, gumbel, penalised
 from psysafe.model.cache import Cache, StepView
-from psysafe.model.lora import attach
+from psysafe.model.lora import attach, fused_layers, merge_adapters
 from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
@@ -534,10 +534,10 @@ def test_merged_equals_unmerged(dtype, tmp_path):
         before = model(tokens, bounds)
         merge_adapters(model)
         after = model(tokens, bounds)
-    assert all(layer.adapter is None for _, layer in generation.fused_layers(model))
+    assert all(layer.adapter is None for _, layer in fused_layers(model))
     assert relative_error(after, before) <= (1e-5 if dtype == torch.float32 else 1e-12)
     half = adapted(folder, dtype)
-    for _, layer in generation.fused_layers(half):
+    for _, layer in fused_layers(half):
         layer.adapter.scale /= 2
     merge_adapters(half)
     assert relative_error(half(tokens, bounds), before) > 1e-3
@@ -547,12 +547,12 @@ def test_merging_rounds_once(tmp_path):
     """bf16 weights: the sum is formed in fp32 and rounded to the nearest."""
     folder = write_checkpoint(reference_model(), tmp_path)
     model, exact = adapted(folder, torch.bfloat16), adapted(folder, torch.bfloat16)
-    for _, layer in generation.fused_layers(exact):
+    for _, layer in fused_layers(exact):
         layer.weight.data = layer.weight.data.double()
         layer.adapter.double()
     merge_adapters(model)
     merge_adapters(exact)
-    pairs = zip(generation.fused_layers(model), generation.fused_layers(exact), strict=True)
+    pairs = zip(fused_layers(model), fused_layers(exact), strict=True)
     different = [(a.weight != b.weight.to(torch.bfloat16)).float().mean() for (_, a), (_, b) in pairs]
     assert max(different) < 1e-3  # fp32 against fp64 decides a tie now and then
 

@@ -1,4 +1,5 @@
-"""Adapters against PEFT on transformers' model: gradients and loss by name, files both ways, every rank and target."""
+"""Adapters: the formula against PEFT's layer and the fused operations; gradients and loss against PEFT on transformers'
+model, by name; files both ways, every rank and target; switching off."""
 
 import json
 from itertools import pairwise
@@ -13,12 +14,111 @@ from safetensors.torch import load_file, save_file
 import kernels
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.model.lora import TARGETS, attach, detach, load_adapter, resolve_targets, save_adapter
-from tests.oracles import both_models, reference_model
+from psysafe.checkpoint.adapter import load_adapter, save_adapter
+from psysafe.model import lora
+from psysafe.model.cache import Cache
+from psysafe.model.layers import Batch, FusedLinear
+from psysafe.model.lora import (
+    TARGETS,
+    attach,
+    detach,
+    disabled,
+    fused_layers,
+    lora_linear_reference,
+    lora_scale,
+    resolve_targets,
+)
+from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.test_model import boundaries, ids, one, transformers_in_fp64
 
 PREFIX = "base_model.model.model."
 LENGTHS = (21, 1, 40)
+
+
+def formula_against_peft(rank, scale=1.0):
+    """Output and gradients of one projection by the formula and by PEFT's layer, in fp64. scale: 1 is PEFT's own."""
+    torch.manual_seed(3)
+    linear = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False, dtype=torch.float64))
+    W = linear[0].weight.detach()
+    peft = get_peft_model(linear, LoraConfig(r=rank, lora_alpha=6, target_modules=["0"], lora_dropout=0.0)).double()
+    A, B = (x for name, x in peft.named_parameters() if "lora_" in name)
+    torch.nn.init.normal_(B)
+    x, dy = torch.randn(7, 24, dtype=torch.float64, requires_grad=True), torch.randn(7, 40, dtype=torch.float64)
+    ours = lora_linear_reference(x, W, A, B, scale * lora_scale(rank, 6, False))
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, (x, A, B), dy)),
+        (peft(x), *torch.autograd.grad(peft(x), (x, A, B), dy)),
+        strict=True,
+    ):
+        assert b.abs().max() > 0 and relative_error(a, b) <= 1e-14
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_the_formula_is_peft_s_layer(rank):
+    formula_against_peft(rank)
+    with pytest.raises(AssertionError):  # mutant: a scale that is 1 % off
+        formula_against_peft(rank, scale=1.01)
+
+
+def test_the_written_gradients_are_the_formula_s():
+    """The four lines in lora.py's docstring, against autograd."""
+    torch.manual_seed(4)
+    x, W, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 24), (40, 24), (2, 24), (40, 2)))
+    dy, s, inputs = torch.randn(7, 40, dtype=torch.float64), 1.5, [t.requires_grad_() for t in (x, A, B)]
+    expected = torch.autograd.grad(lora_linear_reference(x, W, A, B, s), inputs, dy)
+    u, du = x @ A.T, s * dy @ B
+    for gradient, other in zip((dy @ W + du @ A, du.T @ x, s * dy.T @ u), expected, strict=True):
+        assert relative_error(gradient, other) <= 1e-14
+
+
+def fused_mlp(block, h):
+    """norm, MLP and the residual addition behind it, as the model runs them."""
+    h, x, u = kernels.residual_rms_norm(h, None, block.post_attention_layernorm, block.eps, block.mlp.in_proj.lora_A)
+    return kernels.residual_rms_norm(h, block.mlp(x, u, Batch(None, None, None)), block.input_layernorm, block.eps)[0]
+
+
+def mlp_by_the_formula(block, h):
+    """The same from three calls of lora_linear_reference."""
+    in_proj, out_proj = block.mlp.in_proj, block.mlp.out_proj
+    size = out_proj.weight.shape[1]
+    x = h * (h.square().mean(-1, keepdim=True) + block.eps).rsqrt() * (1 + block.post_attention_layernorm)
+    (A_gate, A_up), (B_gate, B_up) = in_proj.adapter.A.chunk(2), in_proj.adapter.B.split(size)
+    W_gate, W_up = in_proj.weight.split(size)
+    gate = lora_linear_reference(x, W_gate, A_gate, B_gate, in_proj.adapter.scale)
+    up = lora_linear_reference(x, W_up, A_up, B_up, in_proj.adapter.scale)
+    down = out_proj.weight, out_proj.adapter.A, out_proj.adapter.B, out_proj.adapter.scale
+    return h + lora_linear_reference(F.silu(gate) * up, *down)
+
+
+def compare_mlp(folder, rank):
+    """Output and every gradient of an MLP, in fp64."""
+    model = load_model(write_checkpoint(reference_model(), folder), dtype=torch.float64)
+    adapters = attach(model, rank, 4.0)
+    adapters.param.copy_(0.1 * torch.randn(len(adapters.param), generator=torch.Generator().manual_seed(1)))
+    h, dh = torch.randn(2, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for forward in (fused_mlp, mlp_by_the_formula):
+        adapters.grad.zero_()
+        h = h.detach().requires_grad_()
+        y = forward(model.layers[1], h)
+        y.backward(dh)
+        results.append({"y": y.detach(), "dh": h.grad} | clones(adapters.tensors(adapters.grad)))
+    for name, x in results[1].items():
+        assert relative_error(results[0][name], x) <= 1e-12, name
+        assert x.any() == ("layers" not in name or "layers.1.mlp" in name), name
+
+
+def clones(tensors):
+    return {name: x.clone() for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_fused_operations_compute_the_formula(rank, tmp_path, monkeypatch):
+    compare_mlp(tmp_path, rank)
+    original = FusedLinear.lora_term
+    monkeypatch.setattr(FusedLinear, "lora_term", lambda self, u: original(self, u)._replace(scale=0.0))
+    with pytest.raises(AssertionError):  # mutant: s u B^T is dropped
+        compare_mlp(tmp_path, rank)
 
 
 def peft_model(reference, rank: int, targets, rslora=False):
@@ -190,6 +290,44 @@ def test_attaching_takes_earlier_adapters_off(tmp_path):
     attach(model, 1, 32, ["q_proj"])
     with torch.no_grad():
         assert torch.equal(model(ids(9), one(9)), plain(ids(9), one(9)))
+
+
+def compare_disabled(model, adapters, base):
+    """Inside `disabled` the adapted model against the bare base, bit for bit: packed, with a cache, with gradients."""
+    tokens, cu = ids(40), boundaries((25, 15))
+    param, parameters = adapters.param.clone(), dict(model.named_parameters())
+    with torch.no_grad():
+        adapted = model(tokens, cu)
+        expected = base(tokens, cu)
+    assert relative_error(adapted, expected) > 1e-2
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled), disabled(model):
+            assert torch.equal(model(tokens, cu), expected)
+    with torch.no_grad(), disabled(model):
+        caches = [Cache(m.config, slots=1, max_tokens=30) for m in (model, base)]
+        for piece in (tokens[:25], tokens[25:26]):
+            ours, theirs = (m(piece, one(len(piece)), c.at()) for m, c in zip((model, base), caches, strict=True))
+            assert torch.equal(ours, theirs)
+    assert torch.equal(model(tokens, cu), adapted) and torch.equal(adapters.param, param)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_disabled_is_the_base(tmp_path, monkeypatch):
+    _, model, adapters = tuned(tmp_path, targets="all-linear")
+    base, layers = load_model(tmp_path), list(fused_layers(model))
+    compare_disabled(model, adapters, base)
+    for i in range(len(layers)):  # mutant: one layer is forgotten and keeps its adapter
+        monkeypatch.setattr(lora, "fused_layers", lambda _, i=i: iter(layers[:i] + layers[i + 1 :]))
+        with pytest.raises(AssertionError):
+            compare_disabled(model, adapters, base)
+
+
+def test_disabled_ends_with_an_error_too(tmp_path):
+    _, model, _ = tuned(tmp_path)
+    adapters = [layer.adapter for _, layer in fused_layers(model)]
+    with pytest.raises(ZeroDivisionError), disabled(model):
+        raise ZeroDivisionError
+    assert [layer.adapter for _, layer in fused_layers(model)] == adapters and any(adapters)
 
 
 def test_what_cannot_be_honoured_is_refused(tmp_path):

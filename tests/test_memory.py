@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import kernels
 from psysafe.checkpoint.base import build, load_model
 from psysafe.model.config import ModelConfig
-from psysafe.model.lora import PRESETS, TARGETS, attach
+from psysafe.model.lora import ALL_LINEAR, TARGETS, attach
 from psysafe.model.recompute import STAGES, Remake
 from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
 from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
@@ -140,7 +140,7 @@ def test_saved_bytes_of_trained_rows_alone(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("targets", [PRESETS["all-linear"], ("o_proj", "up_proj")], ids=["all", "two"])
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ("o_proj", "up_proj")], ids=["all", "two"])
 def test_saved_bytes_with_other_targets(monkeypatch, targets):
     compare(monkeypatch, targets=targets)
 

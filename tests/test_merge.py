@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint import base as checkpoint
+from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.merge import merge
-from psysafe.model.lora import attach, save_adapter
+from psysafe.model.lora import attach
 from tests.oracles import both_models, multimodal_model
 from tests.test_checkpoint import published_folder
 from tests.test_model import ids, one

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from psysafe.checkpoint.adapter import load_adapter
 from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_folder
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear, frozen
-from psysafe.model.lora import Adapter, load_adapter
+from psysafe.model.lora import Adapter
 from psysafe.model.shard import local_rows, rank_count, shard_blocks
 from psysafe.program import UserError
 from psysafe.runtime import memory_total

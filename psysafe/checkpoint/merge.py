@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from psysafe.checkpoint.adapter import check_matrices, read_adapter
 from psysafe.checkpoint.base import TensorEntry, decoder_name, resolve_model, tensor_entries
 from psysafe.files import expand, sync, temporary_for
-from psysafe.model.lora import check_matrices, lora_scale, read_adapter
+from psysafe.model.lora import lora_scale
 from psysafe.program import UserError
 
 INDEX = "model.safetensors.index.json"

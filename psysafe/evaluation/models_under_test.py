@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
@@ -20,7 +21,7 @@ from psysafe.files import expand
 from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
-from psysafe.model.lora import detach, load_adapter, read_adapter_config
+from psysafe.model.lora import detach
 from psysafe.program import UserError
 from psysafe.runtime import start
 from psysafe.training.config import resolve
@@ -232,10 +233,5 @@ def base_of(adapters: Sequence[str], revision: str = "") -> tuple[str, str]:
     named = [adapter for adapter in adapters if adapter != BASE]
     if not named:
         return resolve([])[0].model, revision
-    file = Path(expand(named[0]), "adapter_config.json")
-    if not file.exists():
-        raise UserError(f"{named[0]}: no adapter_config.json in it; expected a run directory, or base")
-    config = read_adapter_config(file.parent)
-    if not config.get("base_model_name_or_path"):
-        raise UserError(f"{file} names no base model; give --model")
-    return config["base_model_name_or_path"], config.get("revision") or revision
+    model, base_revision = base_of_adapter(named[0])
+    return model, base_revision or revision

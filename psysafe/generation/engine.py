@@ -25,7 +25,6 @@ from psysafe.data.tokenizer import THINK_END, Message, Tokenizer
 from psysafe.generation.sampling import Sampling, choose, setting
 from psysafe.model.cache import Cache
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import fused_layers
 from psysafe.program import UserError
 
 RUNNING, LENGTH, STOP = range(3)  # STOP wins over LENGTH
@@ -378,16 +377,3 @@ def memory_free(device: torch.device) -> int:
     except (OSError, KeyError):  # no Linux: count what is unused, or half of all
         pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) // 2
-
-
-@torch.no_grad()
-def merge_adapters(model: Qwen3_5) -> None:
-    """W <- W + s B A in fp32, rounded once; the adapters are taken off."""
-    for _, layer in fused_layers(model):
-        if layer.adapter is None:
-            continue
-        adapter, parts = layer.adapter, layer.parts
-        sizes, r = tuple(parts.values()), adapter.B.shape[1]
-        for W, A, B in zip(layer.weight.split(sizes), adapter.A.split(r), adapter.B.split(sizes), strict=True):
-            W.copy_(W.to(B.dtype) + adapter.scale * (B @ A))
-        layer.adapter = None

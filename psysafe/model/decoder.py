@@ -40,14 +40,14 @@ class Attention(nn.Module):
         config = self.config
         y = batch.remake("in_proj", self.in_proj, x)
         sizes = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-        others = self.q_norm, self.k_norm, batch.cos, batch.sin, *sizes, self.in_proj.owes(u)
+        others = self.q_norm, self.k_norm, batch.cos, batch.sin, *sizes, self.in_proj.lora_term(u)
         q, gate, k, v = batch.remake("rope", lambda y: kernels.qk_norm_rope(y, *others), y)
         if batch.cache is None:
             o = kernels.causal_attention(q, k, v, batch.documents)
         else:
             o = batch.cache.attend(layer, q, k, v, batch.documents)
         x, u = kernels.sigmoid_gate(o.flatten(1), gate, self.out_proj.lora_A)
-        return Pending(self.out_proj(x), self.out_proj.owes(u))
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
 
 class MLP(nn.Module):
@@ -61,8 +61,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
         gate_up = batch.remake("gate_up", self.in_proj, x)
-        x, u = kernels.swiglu(gate_up, self.in_proj.owes(u), self.out_proj.lora_A)
-        return Pending(self.out_proj(x), self.out_proj.owes(u))
+        x, u = kernels.swiglu(gate_up, self.in_proj.lora_term(u), self.out_proj.lora_A)
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
 
 class Block(nn.Module):

@@ -55,7 +55,7 @@ class GatedDeltaNet(nn.Module):
         else:
             o = cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, documents)
         x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)
-        return Pending(self.out_proj(x), self.out_proj.owes(u))
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -73,7 +73,7 @@ class GatedDeltaNet(nn.Module):
         y = self.in_proj(x)
         if self.in_proj.adapter is None:
             return y.split(sizes, dim=1)
-        return tuple(part.to(y.dtype) for part in add_lora_apart(y, self.in_proj.owes(u), sizes))
+        return tuple(part.to(y.dtype) for part in add_lora_apart(y, self.in_proj.lora_term(u), sizes))
 
 
 class _SplitLinear(torch.autograd.Function):

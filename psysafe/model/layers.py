@@ -40,7 +40,7 @@ class FusedLinear(nn.Module):
     def lora_A(self) -> Tensor | None:
         return None if self.adapter is None else self.adapter.A
 
-    def owes(self, u: Tensor | None) -> LoRATerm | None:
+    def lora_term(self, u: Tensor | None) -> LoRATerm | None:
         """The adapter term that the op behind this GEMM has to add."""
         return None if self.adapter is None else LoRATerm(u, self.adapter.B, self.adapter.scale)
 

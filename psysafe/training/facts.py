@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from psysafe.checkpoint.adapter import adapter_shape, load_adapter
 from psysafe.checkpoint.base import build
 from psysafe.data.documents import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
@@ -22,7 +23,7 @@ from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_file
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import Adapters, adapter_shape, attach, load_adapter
+from psysafe.model.lora import Adapters, attach
 from psysafe.model.shard import GATHERED, check_ranks
 from psysafe.program import UserError
 from psysafe.runtime import Runtime, memory_total

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe.checkpoint.adapter import load_adapter
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table, say
 from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
-from psysafe.model.lora import detach, load_adapter
+from psysafe.model.lora import detach
 from psysafe.program import UserError
 
 MMLU_GROUPS = {
