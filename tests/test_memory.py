@@ -16,7 +16,7 @@ from psysafe.model.config import ModelConfig
 from psysafe.model.lora import ALL_LINEAR, TARGETS, attach
 from psysafe.model.recompute import STAGES, Remake
 from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
-from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds, useful_flops
+from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
 MICRO = ARCHITECTURE.with_name("micro.json")
@@ -216,7 +216,7 @@ def test_useful_flops_of_the_published_model():
         "attention core": (13.2, 33.0),
         "delta rule": (6.9, 19.8),
     }
-    found = useful_flops(CONFIG, context=4096)
+    found = CONFIG.useful_flops(context=4096)
     assert {name: tuple(round(x * 16384 / 1e12, 1) for x in part) for name, part in found.items()} == expected
     assert flops_per_token(CONFIG, 4096) == pytest.approx(106.7e9, rel=5e-4)
 
@@ -230,6 +230,6 @@ def test_step_time_at_best():
 
 
 def test_only_trained_rows_pass_the_last_mlp_and_the_head():
-    whole, part = (useful_flops(CONFIG, 4096, trained) for trained in (1.0, 0.25))
+    whole, part = (CONFIG.useful_flops(4096, trained) for trained in (1.0, 0.25))
     assert part["head"].forward == whole["head"].forward / 4
     assert part["down"].forward == pytest.approx(whole["down"].forward * (63.25 / 64))

@@ -19,7 +19,7 @@ from psysafe import load_model
 from psysafe.checkpoint.base import build
 from psysafe.model.cache import Cache
 from psysafe.model.config import ModelConfig
-from psysafe.model.lora import attach
+from psysafe.model.lora import attach, fused_layers
 from tests.oracles import CONFIGS, both_models, reference_model, write_checkpoint
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
@@ -280,6 +280,21 @@ def test_27b_has_the_published_parameters():
     adapters = attach(model, 1, 32)
     assert len(adapters.segments) == 512
     assert adapters.count == 4_980_736 == adapters.param.numel()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_architecture_s_arithmetic_is_the_model_s(name, dtype, checkpoints):
+    """Bytes of a cache slot are those of its tensors; GEMMs of a forward pass are those of the weights."""
+    config = ModelConfig.from_dict(json.loads((checkpoints[name] / "config.json").read_text()))
+    cache = Cache(config, slots=3, max_tokens=20, device="meta", dtype=dtype)
+    assert 3 * config.cache_bytes(20, dtype) == sum(x.nbytes for layer in cache.layers for x in layer)
+    assert cache.bytes_per_slot == config.cache_bytes(20, dtype)
+    flops = config.useful_flops(context=0)
+    gemms = sum(part.forward for kind, part in flops.items() if kind not in ("attention core", "delta rule"))
+    model = build(config, "meta", dtype)
+    weights = [layer.weight for _, layer in fused_layers(model)] + [model.head]
+    assert gemms == sum(2 * weight.numel() for weight in weights)
 
 
 @pytest.mark.parametrize(

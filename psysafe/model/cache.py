@@ -26,30 +26,22 @@ class Cache:
 
     def __init__(self, config: ModelConfig, slots: int, max_tokens: int, device=None, dtype=torch.float32):
         self.config, self.slots, self.max_tokens = config, slots, max_tokens
-        G, K = config.num_key_value_heads, config.head_dim
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        values = config.linear_num_value_heads * config.linear_value_head_dim
-        taps, heads = config.linear_conv_kernel_dim, config.linear_num_value_heads
-        wide = torch.promote_types(dtype, torch.float32)
+        state_dtype = torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(slots, *shape, device=device, dtype=dtype)
 
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (zeros(G, max_tokens, K), zeros(G, max_tokens, K))
-            if kind == "full_attention"
-            else (
-                zeros(taps - 1, 2 * keys + values),
-                zeros(heads, config.linear_key_head_dim, config.linear_value_head_dim, dtype=wide),
-            )
-            for kind in config.layer_types
-        ]
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        for layer_type in config.layer_types:
+            if layer_type == "full_attention":
+                shape = config.num_key_value_heads, max_tokens, config.head_dim
+                self.layers.append((zeros(*shape), zeros(*shape)))
+            else:
+                tail = zeros(config.linear_conv_kernel_dim - 1, config.conv_channels)
+                self.layers.append((tail, zeros(*config.state_shape, dtype=state_dtype)))
         self.lengths = zeros(dtype=torch.int64)
         self.host_lengths = [0] * slots
-
-    @property
-    def bytes_per_slot(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer) // self.slots
+        self.bytes_per_slot = config.cache_bytes(max_tokens, dtype)
 
     def reset(self, slots: list[int]) -> None:
         """Empties slots. States have to be zeroed; so have values, since 0 times the NaN of a broken row is NaN."""

@@ -1,14 +1,28 @@
-"""What the text decoder needs of a checkpoint's config.json."""
+"""The architecture: the fields of a checkpoint's config.json that the text decoder needs, and the arithmetic that
+follows from them (widths, bytes of a cache, FLOP a token). Model, cache, memory plan and roofline all read it here.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from psysafe.program import UserError
+
+DELTA_CHUNK = 64  # tokens of a chunk of the gated delta rule (kernels/ops/gated_delta_rule_forward.py)
+
+
+class ForwardBackward(NamedTuple):
+    """A number for the forward and one for the backward pass: FLOP a token, bytes a token, or FLOP/s."""
+
+    forward: float
+    backward: float
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the text decoder needs of a checkpoint's config.json (nested `text_config` or flat)."""
+    """Fields have transformers' names. `from_dict` reads a config.json, nested in `text_config` or flat."""
 
     vocab_size: int
     hidden_size: int
@@ -38,6 +52,113 @@ class ModelConfig:
             return _from_dict(config)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layer_types.count("full_attention")
+
+    @property
+    def delta_layers(self) -> int:
+        return self.num_hidden_layers - self.attention_layers
+
+    @property
+    def attention_out(self) -> int:
+        """Columns of q, of its gate, and of what o_proj reads: H * K."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def attention_kv(self) -> int:
+        """Columns of k, and of v: G * K."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def attention_in(self) -> int:
+        """Columns of an attention layer's first GEMM: q and gate, k, v."""
+        return 2 * self.attention_out + 2 * self.attention_kv
+
+    @property
+    def delta_key(self) -> int:
+        """Columns of q, and of k, in a delta-net layer: Hk * dk."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def delta_out(self) -> int:
+        """Columns of v, of z, and of what out_proj reads: H * dv."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Columns that pass the convolution: q, k, v."""
+        return 2 * self.delta_key + self.delta_out
+
+    @property
+    def delta_in(self) -> int:
+        """Columns of a delta-net layer's first GEMM: q, k, v, z, and b and a with one column a head."""
+        return self.conv_channels + self.delta_out + 2 * self.linear_num_value_heads
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """The delta rule's state of a sequence: (H, dk, dv)."""
+        return self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+
+    def cache_bytes(self, max_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that decoding keeps of one sequence of up to max_tokens tokens.
+
+        An attention layer keeps k and v of every token. A delta-net layer keeps the same at any length: the last
+        inputs of its convolution, and its state in fp32 or wider.
+        """
+        keys_and_values = 2 * self.attention_kv * max_tokens * dtype.itemsize
+        conv = (self.linear_conv_kernel_dim - 1) * self.conv_channels * dtype.itemsize
+        H, dk, dv = self.state_shape
+        state = H * dk * dv * torch.promote_types(dtype, torch.float32).itemsize
+        return self.attention_layers * keys_and_values + self.delta_layers * (conv + state)
+
+    def useful_flops(self, context: float, trained: float = 1.0) -> dict[str, ForwardBackward]:
+        """FLOP a token of a training step, by part. A GEMM costs 2 * in * out a token; recomputation does not count.
+
+        context: mean length of the document that a token lies in. trained: share of the tokens that are predicted;
+        only they pass the last MLP and the head. The base is frozen, so backward has one GEMM for each of forward's.
+        """
+        mlp = 2 * self.hidden_size * self.intermediate_size * (self.num_hidden_layers - 1 + trained)
+        head = 2 * self.hidden_size * self.vocab_size * trained
+        return {
+            **self._projection_flops(),
+            "gate and up": ForwardBackward(2 * mlp, 2 * mlp),
+            "down": ForwardBackward(mlp, mlp),
+            "head": ForwardBackward(head, head),
+            **self._core_flops(context),
+        }
+
+    def _projection_flops(self) -> dict[str, ForwardBackward]:
+        D = self.hidden_size
+        attention = 2 * D * (self.attention_in + self.attention_out)
+        delta = 2 * D * (self.delta_in + self.delta_out)
+        # Backward stops at the first adapter. In an attention layer 0 it is that of q, k and v: the GEMM for their dx
+        # falls away. A delta-net mixer has no adapter in the recipe: in layer 0 it has no backward pass.
+        first_is_attention = self.layer_types[0] == "full_attention"
+        attention_backward = self.attention_layers * attention - first_is_attention * 2 * D * self.attention_in
+        delta_backward = (self.delta_layers - (not first_is_attention)) * delta
+        return {
+            "attention projections": ForwardBackward(self.attention_layers * attention, attention_backward),
+            "delta-net projections": ForwardBackward(self.delta_layers * delta, delta_backward),
+        }
+
+    def _core_flops(self, context: float) -> dict[str, ForwardBackward]:
+        """Causal attention: a token sees half of its document on average; backward has five products for forward's two.
+        Delta rule: in its chunk form.
+        """
+        attention = self.attention_layers * 2 * context * self.attention_out
+        H, dk, dv = self.state_shape
+        # Products of a chunk's (64, 64) tiles with keys or values, products with the state, the triangular inverse.
+        tiles, states = DELTA_CHUNK * (dk + dv), 2 * dk * dv
+        rule = 5 * tiles + 3 * states + DELTA_CHUNK**2 / 3
+        # Both gradients of every product, states and solves once more, the adjoint of the solve.
+        rule_backward = 16 * tiles + 8 * states
+        heads = self.delta_layers * H
+        return {
+            "attention core": ForwardBackward(attention, 2.5 * attention),
+            "delta rule": ForwardBackward(heads * rule, heads * rule_backward),
+        }
 
 
 # The largest size that is believed; beyond it a file could ask for more memory or time than any machine has.

@@ -31,10 +31,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.in_proj = FusedLinear(config.hidden_size, {"q_proj": 2 * H * K, "k_proj": G * K, "v_proj": G * K})
-        self.out_proj = FusedLinear(H * K, {"o_proj": config.hidden_size})
-        self.q_norm, self.k_norm = frozen(K), frozen(K)
+        parts = {"q_proj": 2 * config.attention_out, "k_proj": config.attention_kv, "v_proj": config.attention_kv}
+        self.in_proj = FusedLinear(config.hidden_size, parts)
+        self.out_proj = FusedLinear(config.attention_out, {"o_proj": config.hidden_size})
+        self.q_norm, self.k_norm = frozen(config.head_dim), frozen(config.head_dim)
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
         config = self.config

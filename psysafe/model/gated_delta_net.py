@@ -26,20 +26,17 @@ class GatedDeltaNet(nn.Module):
         self.eps = config.rms_norm_eps
         self.key_shape = (config.linear_num_key_heads, config.linear_key_head_dim)
         self.value_shape = (config.linear_num_value_heads, config.linear_value_head_dim)
-        keys, values = (heads * size for heads, size in (self.key_shape, self.value_shape))
         heads = config.linear_num_value_heads
-        self.splits = (keys, keys, values)
-        self.in_proj = FusedLinear(
-            config.hidden_size,
-            {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads},
-        )
-        self.conv1d = frozen(2 * keys + values, config.linear_conv_kernel_dim)
+        self.splits = (config.delta_key, config.delta_key, config.delta_out)
+        parts = {"in_proj_qkv": config.conv_channels, "in_proj_z": config.delta_out}
+        self.in_proj = FusedLinear(config.hidden_size, parts | {"in_proj_b": heads, "in_proj_a": heads})
+        self.conv1d = frozen(config.conv_channels, config.linear_conv_kernel_dim)
         # The published checkpoints keep these two in fp32: the decay is exponentiated twice.
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.A_log = frozen(heads, dtype=wide)
         self.dt_bias = frozen(heads)
         self.norm = frozen(config.linear_value_head_dim, dtype=wide)
-        self.out_proj = FusedLinear(values, {"out_proj": config.hidden_size})
+        self.out_proj = FusedLinear(config.delta_out, {"out_proj": config.hidden_size})
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
         documents, cache, remake = batch.documents, batch.cache, batch.remake

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from psysafe.model.config import ModelConfig
+from psysafe.model.config import DELTA_CHUNK, ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.recompute import STAGES
 from psysafe.program import UserError
-from psysafe.training.roofline import CHUNK, DELTA_RULE, SPEEDS, Widths, useful_flops
+from psysafe.training.roofline import DELTA_RULE, SPEEDS
 
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
 H100_MEMORY = SPEEDS["H100"].memory
@@ -40,14 +40,14 @@ class Sizes(NamedTuple):
     @staticmethod
     def of(lengths: Iterable[int], rows: int | None = None) -> "Sizes":
         lengths = list(lengths)
-        chunks, checkpoints = (sum(-(-n // size) for n in lengths) for size in (CHUNK, SEGMENT))
+        chunks, checkpoints = (sum(-(-n // size) for n in lengths) for size in (DELTA_CHUNK, SEGMENT))
         tokens = sum(lengths)
         return Sizes(tokens, chunks, checkpoints - len(lengths), tokens if rows is None else rows)
 
     @staticmethod
     def largest(tokens: int, documents: int) -> "Sizes":
         """The most that so many tokens in so many documents can need."""
-        return Sizes(tokens, tokens // CHUNK + documents, tokens // SEGMENT, tokens)
+        return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, tokens)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def saved_bytes(
     config: ModelConfig, layer: int, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2
 ) -> Saved:
     """What layer `layer` saves on the Triton path. element: bytes of an activation (2: bf16)."""
-    T, D, size, w = sizes.tokens, config.hidden_size, config.intermediate_size, Widths.of(config)
+    T, D, size = sizes.tokens, config.hidden_size, config.intermediate_size
     heads, values, keys = config.num_attention_heads, config.linear_num_value_heads, config.linear_num_key_heads
     rows = sizes.rows if layer == config.num_hidden_layers - 1 else T
     fused, targets = rank == 1, set(targets)
@@ -93,26 +93,26 @@ def saved_bytes(
     kept += 4 * rows * size if not fused and down else 0
     if config.layer_types[layer] == "full_attention":
         into, out = u(T, "q_proj", "k_proj", "v_proj"), u(rows, "o_proj")
-        kept += stream(T) + into + out + T * (w.attention_out * element + 4 * heads)
+        kept += stream(T) + into + out + T * (config.attention_out * element + 4 * heads)
         # The rotary kernel's outputs have the columns of its input.
-        stages |= {"in_proj": T * w.attention_in * element, "rope": T * w.attention_in * element}
+        stages |= {"in_proj": T * config.attention_in * element, "rope": T * config.attention_in * element}
         if not fused and into:
-            kept, stages["in_proj"] = kept + 4 * T * (D + w.attention_in), 0
+            kept, stages["in_proj"] = kept + 4 * T * (D + config.attention_in), 0
         if rank > FUSED_ROWS and out:
-            kept += 4 * T * w.attention_out
+            kept += 4 * T * config.attention_out
     else:
         into, out = u(T, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), u(rows, "out_proj")
         if not (layer or into or out):
             return Saved(kept, stages)  # below the first adapter there is no backward pass
         kept += (stream(T) if layer else 0) + into + out + (4 * T * D if into else 0)
         if rank > FUSED_ROWS and out:
-            kept += 4 * T * w.delta_out
-        tiles = sizes.chunks * CHUNK * (2 * values * CHUNK * element + 4 * (3 * values + 2 * keys))
+            kept += 4 * T * config.delta_out
+        tiles = sizes.chunks * DELTA_CHUNK * (2 * values * DELTA_CHUNK * element + 4 * (3 * values + 2 * keys))
         states = sizes.checkpoints * values * config.linear_key_head_dim * config.linear_value_head_dim * 4
         stages |= {
-            "in_proj": T * w.delta_in * element,
-            "conv": T * w.conv * element,
-            "delta_rule": T * w.delta_out * element + tiles + states,
+            "in_proj": T * config.delta_in * element,
+            "conv": T * config.conv_channels * element,
+            "delta_rule": T * config.delta_out * element + tiles + states,
         }
     return Saved(kept + (u(T, "down_proj") if layer else 0), stages)
 
@@ -126,19 +126,19 @@ def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: 
 
 def again_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
     """Seconds a token to make a stage again on an H100, by layer type and stage."""
-    D, w, speed = config.hidden_size, Widths.of(config), SPEEDS["H100"]
+    D, speed = config.hidden_size, SPEEDS["H100"]
     norm = 2 * 2 * D / speed.bandwidth
-    rule = useful_flops(config, context=0)["delta rule"].forward / max(1, config.layer_types.count("linear_attention"))
+    rule = config.useful_flops(context=0)["delta rule"].forward / max(1, config.delta_layers)
 
     def gemm(columns: int) -> float:
         return norm + 2 * D * columns / speed.gemm
 
     seconds = {
-        ("full_attention", "rope"): 2 * 2 * w.attention_in / speed.bandwidth,
-        ("full_attention", "in_proj"): gemm(w.attention_in),
-        ("linear_attention", "conv"): 2 * 2 * w.conv / speed.bandwidth,
+        ("full_attention", "rope"): 2 * 2 * config.attention_in / speed.bandwidth,
+        ("full_attention", "in_proj"): gemm(config.attention_in),
+        ("linear_attention", "conv"): 2 * 2 * config.conv_channels / speed.bandwidth,
         ("linear_attention", "delta_rule"): rule / DELTA_RULE.forward,
-        ("linear_attention", "in_proj"): gemm(w.delta_in),
+        ("linear_attention", "in_proj"): gemm(config.delta_in),
     }
     return seconds | {(kind, "gate_up"): gemm(2 * config.intermediate_size) for kind, _ in seconds}
 
@@ -190,7 +190,7 @@ class Plan:
 
     def scratch(self, sizes: Sizes) -> int:
         """Most bytes in use at once beside what is saved: one chunk of logits, or one layer's backward pass."""
-        config, w, T = self.config, Widths.of(self.config), sizes.tokens
+        config, T = self.config, sizes.tokens
         D, size = config.hidden_size, config.intermediate_size
         logits = min(sizes.rows, LOSS_ROWS) * config.vocab_size
         # gate|up made again, its gradient, that of SwiGLU's output, and the stream's on both sides.
@@ -198,8 +198,9 @@ class Plan:
         # The mixer's tensors made again and their gradients; R, S and dS of the delta rule.
         heads = config.linear_num_value_heads
         states = 2 * sizes.chunks * heads * config.linear_key_head_dim * config.linear_value_head_dim
-        delta = T * (2 * (w.delta_in + w.conv) + 4 * w.delta_out + 6 * D) + 2 * sizes.chunks * CHUNK**2 * heads + states
-        attention = T * (4 * w.attention_in + 3 * w.attention_out + 6 * D)
+        delta = T * (2 * (config.delta_in + config.conv_channels) + 4 * config.delta_out + 6 * D)
+        delta += 2 * sizes.chunks * DELTA_CHUNK**2 * heads + states
+        attention = T * (4 * config.attention_in + 3 * config.attention_out + 6 * D)
         kinds = {"full_attention": attention, "linear_attention": delta}
         return self.element * max(logits, mlp, *(kinds[kind] for kind in set(config.layer_types)))
 
