@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from psysafe.program import UserError
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -34,7 +32,7 @@ from safetensors.torch import load_file
 from benchmarks.arms import ARMS
 from benchmarks.measure import TURN_OVER, Task
 from psysafe.files import write_atomic
-from psysafe.program import main_guard
+from psysafe.program import UserError, main_guard
 from psysafe.runtime import versions
 
 RECIPE_ROW, RECIPE_PROMPT = 640, 80  # tokens of the recipe's average row, and how many of them are not trained

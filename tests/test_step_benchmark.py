@@ -1,8 +1,10 @@
 """The step race: what it refuses, what it compares before it times, and how it sorts and extrapolates what it found."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +39,14 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, argv, message):
     assert main_guard(step.main, argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_the_script_starts_from_any_folder(tmp_path):
+    """`python PATH/step.py` puts benchmarks/ on the path, not the repository's root."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
+    command = [sys.executable, script, "--arm", "ours", "--tokens", "4x1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "--tokens 4x1" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
