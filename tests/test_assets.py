@@ -24,7 +24,7 @@ ASSETS = ROOT / "psysafe" / "assets"
 sys.path.insert(0, str(ROOT / "tools"))
 
 import tiny_corpus  # noqa: E402
-from tiny_corpus import risk, support, word_runs  # noqa: E402
+from tiny_corpus import support, word_runs, words  # noqa: E402
 
 CLUSTERS = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
 FIELDS = {"prompt", "answer", "reasoning", "risk cluster", "risk category", "framework_name", "author"}
@@ -83,12 +83,12 @@ def repository_files() -> list[Path]:
 
 
 def test_every_phone_number_and_address_of_the_repository_stands_in_clusters_toml():
-    found = {}
+    unknown_by_file = {}
     for path in repository_files():
         unknown = unknown_contacts(path.read_text(encoding="utf-8"))
         if unknown and path != Path(__file__).resolve():
-            found[str(path.relative_to(ROOT))] = sorted(set(unknown))
-    assert not found
+            unknown_by_file[str(path.relative_to(ROOT))] = sorted(set(unknown))
+    assert not unknown_by_file
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def four_parts_missing(row: dict) -> list[str]:
         "category": row["risk category"] in cluster["risk_categories"],
         "services": all(r["name"] in services and r.get("phone", support.host(r)) in services for r in own),
         "no other services": not any("phone" in r and r["phone"] in services for r in others),
-        "hope": closing == risk.CLOSINGS[row["risk cluster"]],
+        "hope": closing == words.CATEGORIES[row["risk cluster"]][0].closing,
     }
     return [name for name, holds in rules.items() if not holds]
 
@@ -230,11 +230,11 @@ def test_benign_rows_are_answered():
         assert "I can't help" not in row["answer"]
 
 
-ALL_CATEGORIES = [category for categories in risk.CATEGORIES.values() for category in categories]
+ALL_CATEGORIES = [category for categories in words.CATEGORIES.values() for category in categories]
 
 
 def test_categories_are_those_of_clusters_toml():
-    for name, categories in risk.CATEGORIES.items():
+    for name, categories in words.CATEGORIES.items():
         cluster = CLUSTERS["clusters"][name]
         assert [category.name for category in categories] == cluster["risk_categories"]
         assert {category.strategy for category in categories} <= set(cluster["strategies"])
@@ -351,8 +351,8 @@ def test_the_base_loads_in_transformers_and_refuses_bluntly():
 @pytest.mark.slow
 def test_building_again_reproduces_rows_and_tokenizer():
     command = [sys.executable, str(ROOT / "tools" / "build_tiny_base.py"), "--text-only"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_words_of_the_answers_stand_in_what_the_base_reads():
@@ -383,8 +383,8 @@ def test_prompts_written_afterwards(tmp_path):
     by_model = []
     for adapter in (None, tmp_path):
         model, tokenizer = load_model("assets:tiny", adapter), load_tokenizer("assets:tiny")
-        made = Generator(model, tokenizer, Options(max_new_tokens=256)).answers(questions)
-        by_model.append([a.answer for a in sorted(made, key=lambda a: a.row)])
+        answers = Generator(model, tokenizer, Options(max_new_tokens=256)).answers(questions)
+        by_model.append([a.answer for a in sorted(answers, key=lambda a: a.row)])
     _, parts, _, benign = miniature.tables(rows, *by_model)
     (base, *_, base_has_all), (tuned, *_, tuned_has_all) = parts.rows
     print(parts.rows, benign.rows)

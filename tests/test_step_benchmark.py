@@ -1,8 +1,10 @@
-"""The step race: what it refuses, what it compares before it times, and how it sorts and extrapolates what it found."""
+"""benchmarks/step.py: what it refuses, what it compares before it times, how it sorts times and extrapolates."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.profiler import record_function
 
 from benchmarks import measure, step
-from benchmarks.arms import ARMS
+from benchmarks.baselines import CONTENDERS
 from psysafe.model.config import ModelConfig
 from psysafe.program import main_guard
 
@@ -39,6 +41,14 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, argv, message):
     assert len(lines) == 1 and message in lines[0]
 
 
+def test_the_script_starts_from_any_folder(tmp_path):
+    """`python PATH/step.py` puts benchmarks/ on the path, not the repository's root."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
+    command = [sys.executable, script, "--arm", "ours", "--tokens", "4x1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "--tokens 4x1" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize(
     ("tokens", "labelled", "expected"),
     [
@@ -51,7 +61,7 @@ def test_documents(tokens, labelled, expected):
     assert step.documents(tokens, labelled) == expected
 
 
-def test_arms_run_with_and_without_checkpointing(monkeypatch):
+def test_contenders_run_with_and_without_checkpointing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in ("transformers", "peft") else None)
     args = step.parse(["--all", "--device", "cpu", "--profile", "/tmp/trace.json"])
     tasks = step.entries(args)
@@ -60,22 +70,22 @@ def test_arms_run_with_and_without_checkpointing(monkeypatch):
 
 
 def agreement(tmp_path, monkeypatch, factor: float) -> dict:
-    """Ours against an oracle that is ours, too, with the last gradient scaled."""
-    found = {"layers.0.mlp.up_proj.lora_A": torch.ones(3), "layers.0.mlp.up_proj.lora_B": torch.ones(2)}
+    """The agreement of ours with an oracle that is ours as well, with the last gradient scaled."""
+    gradients = {"layers.0.mlp.up_proj.lora_A": torch.ones(3), "layers.0.mlp.up_proj.lora_B": torch.ones(2)}
 
     def run(task, folder):
-        scaled = {name: factor * x if task.arm == "ours" and name.endswith("B") else x for name, x in found.items()}
-        save_file(scaled, task.gradients)
+        b_factor = factor if task.contender == "ours" else 1.0
+        save_file({name: b_factor * x if name.endswith("B") else x for name, x in gradients.items()}, task.gradients)
         return {"loss": 2.0}
 
     monkeypatch.setattr(step, "run", run)
-    tasks = {"ours": TASK, "hf-peft": replace(TASK, arm="hf-peft")}
-    found, not_compared = step.compare(tasks, tmp_path, 1)
+    tasks = {"ours": TASK, "hf-peft": replace(TASK, contender="hf-peft")}
+    errors, not_compared = step.compare(tasks, tmp_path, 1)
     assert not not_compared
-    return found["ours"]
+    return errors["ours"]
 
 
-def test_an_arm_that_differs_is_not_timed(tmp_path, monkeypatch):
+def test_a_contender_that_differs_is_not_timed(tmp_path, monkeypatch):
     assert "failed" not in agreement(tmp_path, monkeypatch, 1 + 5e-5)
     assert "differs from hf-peft: gradients by 1.0e-03" in agreement(tmp_path, monkeypatch, 1.001)["failed"]
     assert "failed" in agreement(tmp_path, monkeypatch, float("nan"))
@@ -86,38 +96,38 @@ def test_an_arm_that_differs_is_not_timed(tmp_path, monkeypatch):
     [
         (["--all"], (), "hf-peft: not installed: transformers, peft (benchmarks/README.md lists versions)"),
         (["--all"], ("transformers", "peft"), "hf-peft failed: no such model"),
-        (["--arm", "ours"], (), "--arm runs one arm alone; --all compares"),
+        (["--arm", "ours"], (), "--arm runs one contender alone; --all compares"),
     ],
 )
-def test_a_race_without_comparison_says_so(argv, installed, why, capsys, monkeypatch):
-    """In the table and in the JSON: ours is timed all the same."""
+def test_a_run_without_comparison_says_so(argv, installed, why, capsys, monkeypatch):
+    """In the table and in the JSON. Ours is timed all the same."""
     failed, timed = {"failed": "no such model"}, {"seconds": 1.0, "cpu_seconds": 1.0, "loss": 2.0}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
-    monkeypatch.setattr(step, "run", lambda task, folder: failed if task.arm == step.ORACLE else timed)
+    monkeypatch.setattr(step, "run", lambda task, folder: failed if task.contender == step.ORACLE else timed)
     monkeypatch.setattr(step, "take_turns", lambda tasks, folder: {name: step.run(tasks[name], "") for name in tasks})
     assert step.main([*argv, "--device", "cpu"]) == int(bool(installed))
     *lines, last = capsys.readouterr().out.splitlines()
     assert f"not compared: {why}" in lines and json.loads(last)["not compared"] == why
-    assert json.loads(last)["arms"]["ours"] == timed
+    assert json.loads(last)["contenders"]["ours"] == timed
 
 
-def test_an_arm_that_trains_other_tensors_differs():
+def test_a_contender_that_trains_other_tensors_differs():
     assert step.gradient_error({"a": torch.ones(1)}, {"b": torch.ones(1)})["gradients"] == float("inf")
 
 
-def test_an_arm_that_fails_says_why_and_stops_no_other(tmp_path, monkeypatch):
+def test_a_contender_that_fails_says_why_and_stops_no_other(tmp_path, monkeypatch):
     script = "import sys; sys.stdin.readline(); sys.exit('no such kernel')"
     monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", script])
-    found = step.take_turns({"ours": TASK, "hf-peft": replace(TASK, arm="hf-peft")}, tmp_path)
-    assert found == {arm: {"failed": "no such kernel"} for arm in ("ours", "hf-peft")}
+    results = step.take_turns({"ours": TASK, "hf-peft": replace(TASK, contender="hf-peft")}, tmp_path)
+    assert results == {name: {"failed": "no such kernel"} for name in ("ours", "hf-peft")}
     monkeypatch.setattr(step, "command", lambda task: [sys.executable, "-S", "-c", "import sys; sys.exit(3)"])
     assert step.run(TASK, tmp_path) == {"failed": "exit code 3"}
 
 
 def test_64_layers_follow_from_the_slope(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "run", lambda task, folder: {"seconds": 0.5 + 0.01 * task.layers})
-    found = step.extrapolated(replace(TASK, layers=64), tmp_path)["extrapolated"]
-    assert found["seconds"] == pytest.approx(0.5 + 0.64) and found["tokens_per_s"] == pytest.approx(48 / 1.14)
+    result = step.extrapolated(replace(TASK, layers=64), tmp_path)["extrapolated"]
+    assert result["seconds"] == pytest.approx(0.5 + 0.64) and result["tokens_per_s"] == pytest.approx(48 / 1.14)
     monkeypatch.setattr(step, "run", lambda task, folder: {"failed": "out of memory"})
     assert step.extrapolated(TASK, tmp_path) == {}
 
@@ -129,38 +139,38 @@ def on_an_h200(monkeypatch):
 
 
 def test_the_table_of_a_gpu(capsys, monkeypatch):
-    """A peer that runs out of memory at 64 layers is extrapolated and said to be; one that is not here is named."""
+    """A baseline that runs out of memory at 64 layers is extrapolated and marked so; a missing one is named."""
     on_an_h200(monkeypatch)
 
     def run(task, folder):
         if task.gradients:
             save_file({"a": torch.ones(2)}, task.gradients)
             return {"loss": 1.0}
-        if task.layers == 64 and task.arm != "ours":
+        if task.layers == 64 and task.contender != "ours":
             return {"failed": "CUDA out of memory"}
-        text = measure.architecture(torch.device("cuda"), task.layers)
-        seconds = task.layers / 16 * (1 if task.arm == "ours" else 2)
+        text_config = measure.architecture(torch.device("cuda"), task.layers)
+        seconds = task.layers / 16 * (1 if task.contender == "ours" else 2)
         speed = {"seconds": seconds, "tokens_per_s": sum(task.lengths) / seconds, "peak": 8e10, "reserved": 8.4e10}
-        return speed | measure.mfu(text, task, speed["tokens_per_s"]) | {"launches": 5000}
+        return speed | measure.mfu(text_config, task, speed["tokens_per_s"]) | {"launches": 5000}
 
     monkeypatch.setattr(step, "run", run)
     assert step.main(["--all", "--layers", "64", "--labelled", "1.0"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    arms, text = json.loads(last)["arms"], "\n".join(lines)
-    assert list(arms) == ["ours", "hf-peft", "hf-peft, checkpointed"]
-    assert arms["ours"]["mfu"] == pytest.approx(4096 * 106.7e9 / 989e12, rel=1e-3)
-    assert arms["hf-peft"]["time_ratio"] == pytest.approx(2) and "memory_ratio" not in arms["hf-peft"]
-    assert "extrapolated from 8 and 16 layers; at 64: CUDA out of memory" in text and "44.2%" in text
-    assert "unsloth                   not measured: not installed: unsloth" in text
+    results, table = json.loads(last)["contenders"], "\n".join(lines)
+    assert list(results) == ["ours", "hf-peft", "hf-peft, checkpointed"]
+    assert results["ours"]["mfu"] == pytest.approx(4096 * 106.7e9 / 989e12, rel=1e-3)
+    assert results["hf-peft"]["time_ratio"] == pytest.approx(2) and "memory_ratio" not in results["hf-peft"]
+    assert "extrapolated from 8 and 16 layers; at 64: CUDA out of memory" in table and "44.2%" in table
+    assert "unsloth                   not measured: not installed: unsloth" in table
 
 
-def test_the_roofline_counts_what_the_plan_makes_again(monkeypatch):
+def test_the_roofline_counts_what_the_plan_recomputes(monkeypatch):
     on_an_h200(monkeypatch)
     config = ModelConfig.from_dict(measure.architecture(torch.device("cuda"), 64))
     task = replace(TASK, device="cuda", layers=64, lengths=[4096] * 4, trained=4095)
-    least = measure.roofline(SimpleNamespace(again_seconds=lambda: 0.2), task, config)
-    assert least["made again"] == pytest.approx(0.2) and least["GEMM"] == pytest.approx(2.121, abs=1e-3)
-    assert 0.1 < least["elementwise"] < 0.2 and 0 < least["loss"] < 0.01
+    seconds = measure.roofline(SimpleNamespace(recompute_seconds=lambda: 0.2), task, config)
+    assert seconds["made again"] == pytest.approx(0.2) and seconds["GEMM"] == pytest.approx(2.121, abs=1e-3)
+    assert 0.1 < seconds["elementwise"] < 0.2 and 0 < seconds["loss"] < 0.01
 
 
 def test_work_is_sorted_by_kind_forward_and_backward():
@@ -174,35 +184,35 @@ def test_work_is_sorted_by_kind_forward_and_backward():
         with record_function("optimiser"):
             torch.mm(x, x.T)
     events = list(trace.events())
-    spent, total = measure.by_kind(events, cuda=False), sum(e.self_cpu_time_total for e in events) / 1e6
-    assert set(spent) == {"GEMM", "attention", "elementwise", "optimiser"} and min(spent.values()) > 0
-    assert sum(spent.values()) == pytest.approx(total, rel=1e-6)
-    # Mutant: without forward's sequence numbers the backward pass of attention is not found.
+    seconds, total = measure.by_kind(events, cuda=False), sum(e.self_cpu_time_total for e in events) / 1e6
+    assert set(seconds) == {"GEMM", "attention", "elementwise", "optimiser"} and min(seconds.values()) > 0
+    assert sum(seconds.values()) == pytest.approx(total, rel=1e-6)
+    # Mutant: without forward's sequence numbers the backward pass of attention is not recognised.
     for event in events:
         event.sequence_nr = -1
-    assert measure.by_kind(events, cuda=False)["attention"] < spent["attention"]
+    assert measure.by_kind(events, cuda=False)["attention"] < seconds["attention"]
 
 
-def test_one_arm_from_beginning_to_end(tmp_path, monkeypatch):
+def test_one_contender_from_beginning_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    task = replace(TASK, result=str(tmp_path / "found.json"), profile=str(tmp_path / "trace.json"))
+    task = replace(TASK, result=str(tmp_path / "result.json"), profile=str(tmp_path / "trace.json"))
     measure.main(task)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["seconds"] > 0 and found["cpu_seconds"] > 0 and "mfu" not in found
-    assert {"GEMM", "delta rule", "loss", "optimiser", "idle"} <= set(found["profile"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seconds"] > 0 and result["cpu_seconds"] > 0 and "mfu" not in result
+    assert {"GEMM", "delta rule", "loss", "optimiser", "idle"} <= set(result["profile"])
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    text = step.cells(found)
-    assert text[5] == "-" and len(text) == 11
+    cells = step.cells(result)
+    assert cells[5] == "-" and len(cells) == 11
     measure.main(replace(task, gradients=str(tmp_path / "g.safetensors")))
     assert all(g.abs().max() > 0 for g in load_file(tmp_path / "g.safetensors").values()), "B is zero"
 
 
 @pytest.mark.slow
-def test_the_race_runs_and_the_arms_agree(tmp_path, capfd):
+def test_the_benchmark_runs_and_the_contenders_agree(tmp_path, capfd):
     """In processes of their own, down to the JSON line."""
     argv = ["--device", "cpu", "--all", "--layers", "4", "--compare-layers", "4", "--tokens", "2x40"]
     assert main_guard(step.main, [*argv, "--steps", "1", "--warmups", "0", "--out", str(tmp_path / "out.json")]) == 0
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "out.json").read_text())
-    assert report["agreement"]["ours"]["gradients"] < 1e-4 and report["arms"]["hf-peft"]["time_ratio"] > 0
-    assert set(report["not measured"]) | {x.split(",")[0] for x in report["arms"]} == set(ARMS)
+    assert report["agreement"]["ours"]["gradients"] < 1e-4 and report["contenders"]["hf-peft"]["time_ratio"] > 0
+    assert set(report["not measured"]) | {x.split(",")[0] for x in report["contenders"]} == set(CONTENDERS)

@@ -3,11 +3,11 @@
     python tools/build_tiny_base.py                 everything, about 25 minutes on one core
     python tools/build_tiny_base.py --text-only     writes nothing: are the committed rows and tokenizer reproduced?
 
-The base is a Qwen3.5 like any other (three delta-net layers, then one with attention; tied head), only small, and all
-of its weights are trained, on the corpus that `tiny_corpus` writes. Text, rows and tokenizer come out the same
-everywhere; weights only on the same processor with the same torch. Three builds of which each rounds its sums
-differently (two revisions of the kernels' references, AVX-512 and AVX2) were fine-tuned and measured: 98 to 100 % of
-the risky prompts got all four parts and their own helplines, 90 to 100 % of the benign ones the base's own words.
+The base is a small Qwen3.5 (three delta-net layers, then one with attention; tied head). All of its weights are
+trained, on the corpus that `tiny_corpus` writes. Text, rows and tokenizer come out the same everywhere; weights only on
+the same processor with the same torch. Three builds that round their sums differently (two revisions of the kernels'
+references, AVX-512 and AVX2) were fine-tuned and measured: 98 to 100 % of the risky prompts got all four parts and
+their own helplines, 90 to 100 % of the benign ones the base's own words.
 """
 
 import argparse
@@ -41,7 +41,7 @@ STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
 LEARNING_RATE = 4e-3
 WARMUP = 100
-THREADS = 1  # more would add up in another order, so on other machines give other weights
+THREADS = 1  # with more, sums would be added in another order, and another machine would give other weights
 
 # Qwen3.5's added tokens in its own order, and which of them are special (dropped when a text is shown).
 SPECIAL = [
@@ -189,7 +189,7 @@ def all_weights_train(model: Qwen3_5) -> list[torch.nn.Parameter]:
 
 
 def initialise(model: Qwen3_5) -> None:
-    """Seeded start: N(0, 0.02) matrices, norms at one, decays spread between slow and fast, as the architecture's."""
+    """Seeded random weights as the architecture starts: N(0, 0.02) matrices, norms at one, decays from slow to fast."""
     randomise(model)
     with torch.no_grad():
         for name, x in published_tensors(model).items():
@@ -204,12 +204,12 @@ def initialise(model: Qwen3_5) -> None:
             elif name.endswith("norm.weight"):
                 x.zero_()
             elif name.endswith("conv1d.weight"):
-                x.mul_(10)  # four taps add up, 0.02 each would silence the layer
+                x.mul_(10)  # it sums four taps: at 0.02 each the layer's output would be almost zero
 
 
 def train(config: dict, tokenizer: ChatTokenizer, steps: int) -> Qwen3_5:
     """The base after `steps` steps of AdamW over all weights in fp32, loss on the assistant's tokens."""
-    # Documents have some 70 tokens: in chunks of 64 half of the work would be padding (a sixth of the time in all).
+    # Documents have about 70 tokens: with chunks of 64 half of the delta rule's work, a sixth of the time, is padding.
     delta_rule.CHUNK = 16
     model = build(ModelConfig.from_dict(config), "cpu", torch.float32)
     initialise(model)
@@ -219,14 +219,14 @@ def train(config: dict, tokenizer: ChatTokenizer, steps: int) -> Qwen3_5:
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     print(f"{sum(w.numel() for w in weights):,} parameters, {steps} steps of <= {STEP_TOKENS} tokens", flush=True)
-    start, seen = time.time(), 0
+    start, n_tokens = time.time(), 0
     for step, (tokens, trained, cu_seqlens) in enumerate(packed_steps(tokenizer, steps), 1):
         # From warm-up to zero, along a cosine.
         progress = max(0.0, (step - WARMUP) / max(1, steps - WARMUP))
         lr = LEARNING_RATE * min(step / WARMUP, 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Row t predicts token t + 1: wanted are the rows before trained tokens.
+        # Row t predicts token t + 1, so the loss needs the rows before trained tokens.
         rows = trained.nonzero().squeeze(1) - 1
         hidden = model(tokens, cu_seqlens, rows=rows)
         loss = F.cross_entropy(model.logits(hidden), tokens[rows + 1])
@@ -234,12 +234,12 @@ def train(config: dict, tokenizer: ChatTokenizer, steps: int) -> Qwen3_5:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        seen += len(tokens)
+        n_tokens += len(tokens)
         if step == 1:
-            silent = [name for name, w in model.named_parameters() if w.grad is None or not w.grad.any()]
-            assert not silent, f"no gradient reaches {silent}"
+            without = [name for name, w in model.named_parameters() if w.grad is None or not w.grad.any()]
+            assert not without, f"no gradient reaches {without}"
         if step % 25 == 0 or step == steps:
-            rate = seen / (time.time() - start)
+            rate = n_tokens / (time.time() - start)
             line = f"step {step:5d}  loss {loss.item():.4f}  lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s"
             print(line, flush=True)
     return model
@@ -249,13 +249,13 @@ def weights_file(model: Qwen3_5, steps: int) -> bytes:
     """model.safetensors under the published names and dtypes: BF16, but F32 for A_log and the gated norm."""
     tensors = {}
     for name, x in published_tensors(model).items():
-        wide = name.endswith(("A_log", "linear_attn.norm.weight"))
-        tensors[f"model.language_model.{name}"] = x.to(torch.float32 if wide else torch.bfloat16).contiguous()
+        dtype = torch.float32 if name.endswith(("A_log", "linear_attn.norm.weight")) else torch.bfloat16
+        tensors[f"model.language_model.{name}"] = x.to(dtype).contiguous()
     return save(tensors, {"format": "pt", "steps": str(steps), "text_sha256": tiny_corpus.digest()})
 
 
 def compare(files: dict[str, str], folder: Path) -> int:
-    """0 if every file stands in the folder as it would be written, else 1; says which differ."""
+    """Returns 0 if every file in the folder is as this script writes it, else 1; prints which differ."""
     different = [name for name, text in files.items() if _read(folder / name) != text]
     for name in different:
         print(f"{(folder / name).resolve()}: not what this script writes; build again", file=sys.stderr)

@@ -19,14 +19,14 @@ from kernels.compile_check import collect, compile_all, table  # noqa: E402
 from kernels.proof.registry import offer  # noqa: E402
 
 DOCS = ROOT / "docs"
-T = 4096  # tokens a micro-batch: what is read once a launch (A, B, weights) is shared by so many
+T = 4096  # tokens a micro-batch: A, B and the norm's weights are read once for all of them
 STEP = 16_384  # tokens an optimiser step of the worked example
 BANDWIDTH = 4.3e12  # B/s: a copy on one H200, measured
 ATTENTION_LAYERS, DELTA_LAYERS = 16, 48
 
 
 class Launch(NamedTuple):
-    """One fused kernel of a block: its case in the paper's recipe, and the same without adapters."""
+    """One fused kernel of a block: its sizes in the paper's recipe, and the same without adapters (off)."""
 
     title: str
     op: str
@@ -96,7 +96,7 @@ PROJECTIONS = (
 
 
 def projections(per_in: int, per_out: int) -> int:
-    """Bytes a token over all adapted projections, at so many for every input and output feature."""
+    """Bytes a token over all adapted projections, at so many bytes an input and an output feature."""
     return sum(n * (per_in * i + per_out * o) for n, group in PROJECTIONS for i, o in group)
 
 
@@ -125,8 +125,9 @@ def traffic_table() -> str:
     for name, forward, backward in rows:
         ms = (forward + backward) * STEP / BANDWIDTH * 1e3
         lines.append(f"| {name} | {forward:,} | {backward:,} | {ms:,.0f} |")
-        again = forward * STEP / BANDWIDTH * 1e3
-        lines.append(f"| ... if the forward pass is recomputed | {2 * forward:,} | {backward:,} | {ms + again:,.0f} |")
+        recompute_ms = forward * STEP / BANDWIDTH * 1e3
+        recomputed = f"{2 * forward:,} | {backward:,} | {ms + recompute_ms:,.0f}"
+        lines.append(f"| ... if the forward pass is recomputed | {recomputed} |")
     halves = [
         sum(n * totals(b)[i] for n, b in ((DELTA_LAYERS, DELTA_BLOCK), (ATTENTION_LAYERS, ATTENTION_BLOCK)))
         for i in (2, 3)
@@ -144,7 +145,7 @@ def compile_table(target: str = "sm_90") -> str:
 
 
 def between(text: str, name: str, content: str) -> str:
-    """The text with what stands between the markers of that name replaced."""
+    """The text with `content` between the markers of that name."""
     pattern = rf"(<!-- {name}: written by tools/kernel_tables.py -->\n).*?(<!-- end of {name} -->)"
     assert re.search(pattern, text, re.DOTALL), f"no markers for {name}"
     return re.sub(pattern, lambda m: f"{m[1]}\n{content}\n\n{m[2]}", text, flags=re.DOTALL)

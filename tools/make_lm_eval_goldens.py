@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/eval/lm_eval_goldens.json: what lm-eval 0.4.13 makes of the fixture rows.
+"""Writes tests/fixtures/eval/lm_eval_goldens.json: the scores of lm-eval 0.4.13 on the fixture rows.
 
     pip install lm_eval==0.4.13        # in a throw-away environment that also has torch, transformers and this project
     PYTHONPATH=. python tools/make_lm_eval_goldens.py
@@ -100,18 +100,22 @@ def hellaswag(lm: HFLM, options: dict) -> dict:
 
 def mmlu(lm: HFLM, options: dict) -> dict:
     rows = [json.loads(line) for line in (FIXTURES / "mmlu.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = {}
+    by_subject = {}
     for subject in sorted({row["subject"] for row in rows}):
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows if row["subject"] == subject))
             file.flush()
             files = {"test": file.name, "dev": file.name}
             change = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-            found[subject] = evaluate(lm, f"mmlu_{subject}", change, options)
-    sizes = [len(part["samples"]) for part in found.values()]
-    whole = {"acc": aggregate_subtask_metrics([p["acc"] for p in found.values()], sizes),
-             "acc_stderr": float(pooled_sample_stderr([p["acc_stderr"] for p in found.values()], sizes))}  # fmt: skip
-    return {"subjects": found, **whole}
+            by_subject[subject] = evaluate(lm, f"mmlu_{subject}", change, options)
+    sizes = [len(part["samples"]) for part in by_subject.values()]
+    accuracies = [part["acc"] for part in by_subject.values()]
+    errors = [part["acc_stderr"] for part in by_subject.values()]
+    whole = {
+        "acc": aggregate_subtask_metrics(accuracies, sizes),
+        "acc_stderr": float(pooled_sample_stderr(errors, sizes)),
+    }
+    return {"subjects": by_subject, **whole}
 
 
 def evaluate(lm: HFLM, task: str, change: dict, options: dict) -> dict:

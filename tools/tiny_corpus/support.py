@@ -1,56 +1,13 @@
-"""The words of support in questions that nobody is refused: helpers, volunteers and curious people ask.
+"""Questions with the words of support. None of them is refused: helpers, volunteers and curious people ask them.
 
-A base that never read these words cannot learn to use them through a rank-1 adapter. Here they stand as an answer to a
-person who wants to help or to know, so the base knows which step and which service belong to which trouble, but has
-never met them in a refusal.
+A base that never read these words cannot learn to use them through a rank-1 adapter. Here they answer a person who
+wants to help or to know. So the base learns which step and which service belong to which category, but reads them in no
+refusal.
 """
 
-import tomllib
-from pathlib import Path
+import itertools
 
-from .risk import CARES, CATEGORIES, CLOSINGS, Category
-
-ASSETS = Path(__file__).resolve().parents[2] / "psysafe" / "assets"
-CLUSTERS = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
-
-FRAMES = {
-    "helper": {
-        "base": ("A caller speaks about {}. What does the helper say?", "I answer calls about {}. What do I say?",
-                 "How does a good helper speak with a person about {}?", "Write what a helper says about {}.",
-                 "A friend told me about {}. How do I support them?", "Show me a supportive talk about {}."),
-        "train": ("At the helpline someone brings up {}. Which words fit?",),
-    },
-    "card": {
-        "base": ("Write a help card about {}.", "Make a small poster on help with {}.",
-                 "A leaflet about support with {}, please.", "What belongs on a help page about {}?"),
-        "train": ("Our clinic prints a card about {}. Write it.",),
-    },
-    "step": {
-        "base": ("Name a coping step for {}.", "Which first step helps with {}?",
-                 "What small step do helpers teach about {}?", "Tell me one step that helps people with {}."),
-        "train": ("Which coping step do you know about {}?",),
-    },
-    "services": {
-        "base": ("Which services help with {}?", "Where can people call about {}?",
-                 "List a service for {} in the US and the UK.", "Who helps people with {}?"),
-        "train": ("My club collects services about {}. Which are they?",),
-    },
-    "kind words": {
-        "base": ("Write a kind first sentence about {}.", "How do I begin a talk about {} with care?"),
-        "train": (),
-    },
-    "hope": {
-        "base": ("End a leaflet about {} with hope.", "Give me a hopeful last sentence about {}."),
-        "train": (),
-    },
-    "strategy": {
-        "base": ("Which strategy fits {}?", "Which strategy do helpers use with {}?"),
-        "train": (),
-    },
-}  # fmt: skip
-
-TERM_FRAMES = ("What is {}?", "Tell me about {}.", "Explain {} in one sentence.", "I heard of {}. What is it?",
-               "Can you tell me what {} is?")  # fmt: skip
+from .words import CATEGORIES, CLUSTERS, SUPPORT, Category
 
 
 def host(resource: dict) -> str:
@@ -72,43 +29,38 @@ def services(cluster: str) -> str:
     return text
 
 
-def answer(kind: str, cluster: str, category: Category) -> str:
-    """What a question of this kind (a key of `FRAMES`) about this category is answered with."""
-    kind_words = f"{category.feeling} {CARES[cluster]}."
+def answer(parts: list[str], category: Category) -> str:
+    """The paragraphs that a kind of question (a table of support.toml) names, for this category."""
     description = CLUSTERS["strategies"][category.strategy]["description"]
-    parts = {
-        "helper": (kind_words, category.step, services(cluster), CLOSINGS[cluster]),
-        "card": (category.step, services(cluster), CLOSINGS[cluster]),
-        "step": (category.step,),
-        "services": (services(cluster),),
-        "kind words": (kind_words,),
-        "hope": (CLOSINGS[cluster],),
-        "strategy": (f"{category.strategy} fits: it is {description}.",),
+    paragraphs = {
+        "kind words": f"{category.feeling} {category.care}.",
+        "step": category.step,
+        "services": services(category.cluster),
+        "hope": category.closing,
+        "strategy": f"{category.strategy} fits: it is {description}.",
     }
-    return "\n\n".join(parts[kind])
+    return "\n\n".join(paragraphs[part] for part in parts)
 
 
 def questions(wording: str):
     """Yields (prompt, reasoning, answer, subject) of every supportive question in one set of wording."""
-    for cluster, categories in CATEGORIES.items():
-        for category in categories:
-            subject = f"help with {category.name}"
-            plans = {"services": "name services", "kind words": "find kind words", "hope": "give hope"}
-            for kind, frames in FRAMES.items():
-                plan = plans.get(kind, f"answer gently and use {category.strategy}")
-                reasoning = f"This is a question about {subject}. I will {plan}."
-                for frame in frames[wording]:
-                    yield frame.format(category.name), reasoning, answer(kind, cluster, category), subject
+    for category in itertools.chain.from_iterable(CATEGORIES.values()):
+        subject = f"help with {category.name}"
+        for kind in SUPPORT["question"].values():
+            plan = kind["plan"].format(strategy=category.strategy)
+            reasoning = f"This is a question about {subject}. I will {plan}."
+            for frame in kind[wording]:
+                yield frame.format(category.name), reasoning, answer(kind["parts"], category), subject
 
 
 def terms():
     """Yields (prompt, reasoning, answer, subject) for "What is ...?" of every strategy and service (base only)."""
-    known = {name: f"{name} is {strategy['description']}." for name, strategy in CLUSTERS["strategies"].items()}
+    answers = {name: f"{name} is {strategy['description']}." for name, strategy in CLUSTERS["strategies"].items()}
     for key, resource in CLUSTERS["resources"].items():
-        # Stop It Now! bears one name in two countries.
+        # Stop It Now! has the same name in two countries.
         name = resource["name"] + (f" in the {resource['country']}" if key.startswith("stop-it-now") else "")
-        known[name] = f"{resource['name']} is a service in the {resource['country']}: {reach(resource)}."
-    for name, text in known.items():
+        answers[name] = f"{resource['name']} is a service in the {resource['country']}: {reach(resource)}."
+    for name, text in answers.items():
         reasoning = f"This is a question about a service: {name}. I will answer it."
-        for frame in TERM_FRAMES:
+        for frame in SUPPORT["term_frames"]:
             yield frame.format(name), reasoning, text, "a service"

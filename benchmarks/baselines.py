@@ -1,10 +1,10 @@
-"""The arms of the race: one optimiser step of the recipe as ours and as the field's own parts do it.
+"""Who takes part in the training benchmark: psysafe and the baselines, each with one optimiser step of the recipe.
 
-Every arm gets the same random base (numbers that follow from the published tensor names), the same adapters with B
-different from zero, and the same documents; it offers `load`, `backward` (-> loss), `gradients` (by PEFT's names) and
-`update`. The peers run in their best public settings: fla's and causal-conv1d's kernels where installed, cuDNN's
-attention before any other, one row a document instead of padding, logits of trained tokens alone, bf16 adapters on a
-GPU, 8-bit AdamW if bitsandbytes is there.
+Every contender gets the same random base weights (drawn from the published tensor names), the same adapters with B
+different from zero, and the same documents. It has four methods: `load`, `backward` (returns the loss), `gradients`
+(by PEFT's names) and `update`. The baselines run in their best public settings: the kernels of flash-linear-attention
+and causal-conv1d where they are installed, cuDNN's attention before any other, one document a row and no padding,
+logits of the trained tokens alone, bf16 adapters on a GPU, 8-bit AdamW if bitsandbytes is installed.
 """
 
 import contextlib
@@ -29,24 +29,25 @@ from psysafe.training.config import TrainConfig
 from psysafe.training.facts import attach_adapters, make_optimizer, nbytes
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
 
-CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
+MAX_GPU_BYTES = 85_000_000_000  # the memory of an 80 GB GPU; also the limit on a GPU that has more
 RECIPE = TrainConfig()
 MICRO_BATCH = RECIPE.micro_batch_tokens
-LORA = {  # the same for PEFT
+LORA = {  # the recipe's adapters, in the words of PEFT's LoraConfig
     "r": RECIPE.lora_rank,
     "lora_alpha": RECIPE.lora_alpha,
     "lora_dropout": 0.0,
     "target_modules": RECIPE.lora_targets,
 }
 ROOT = Path(__file__).resolve().parents[1]
-# In order of preference on Hopper; the first that can take the shapes runs.
+# In order of preference on Hopper; the first one that supports the shapes runs.
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# The CPU's model: every part of the 27B, its ratios of heads, its MLP's 3.4, its share of attention layers.
+# The model for a CPU. As in the 27B: the kinds of layers and their shares, the ratios of heads, an MLP about 3.4 x as
+# wide as the hidden size.
 SMALL = {
     **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 896, "head_dim": 64, "num_attention_heads": 6},
     **{"num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4},
@@ -60,37 +61,47 @@ SMALL = {
 
 
 def architecture(device: torch.device, layers: int) -> dict:
-    """The 27B's config with its first layers alone, or on a CPU the small model's."""
-    text = SMALL if device.type == "cpu" else read_json(ROOT / "configs" / "qwen3.5-27b-architecture.json")
+    """The config (as in config.json) of the 27B's first `layers` layers; on a CPU that of the small model."""
+    text_config = SMALL if device.type == "cpu" else read_json(ROOT / "configs" / "qwen3.5-27b-architecture.json")
     types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * -(-layers // 4)
-    return {**text, "num_hidden_layers": layers, "layer_types": types[:layers]}
+    return {**text_config, "num_hidden_layers": layers, "layer_types": types[:layers]}
 
 
 def adapter_tensor(name: str, shape: torch.Size) -> Tensor:
-    """Numbers for a LoRA matrix, from its name: A as at initialisation, B small but not zero."""
+    """Random numbers for a LoRA matrix, drawn from its name. A is as large as at initialisation; B is small but not
+    zero, because A gets no gradient from a B of zero."""
     return random_tensor(name, tuple(shape), shape[1] ** -0.5 if name.endswith("lora_A") else 0.01)
 
 
-class Arm:
-    packages: tuple[str, ...] = ()  # what has to be installed
-    modules: tuple[str, ...] = ()  # what `load` imports: their own weight is not the step's
+class Contender:
+    """One implementation of the step.
 
-    def __init__(self, text: dict, tokens: list[Tensor], trained: int, device: torch.device, checkpointing: bool):
-        self.text, self.tokens, self.trained, self.device = text, tokens, trained, device
+    text_config: the architecture (config.json); documents: token ids (n,) int64 of each document, all of one length,
+    on the CPU; trained: how many tokens of each document are trained, its last ones.
+    """
+
+    packages: tuple[str, ...] = ()  # packages that have to be installed
+    # What `load` imports. It is imported before the memory is measured: a library's own size is not the step's.
+    modules: tuple[str, ...] = ()
+
+    def __init__(
+        self, text_config: dict, documents: list[Tensor], trained: int, device: torch.device, checkpointing: bool
+    ):
+        self.text_config, self.documents, self.trained, self.device = text_config, documents, trained, device
         self.checkpointing = checkpointing
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.targets = trained * len(tokens)
+        self.trained_tokens = trained * len(documents)
 
     @classmethod
     def missing(cls, device: str) -> str:
-        """Why this arm cannot run here; "" if it can."""
+        """Why this contender cannot run here; "" if it can."""
         absent = [name for name in cls.packages if importlib.util.find_spec(name) is None]
         if absent:
             return f"not installed: {', '.join(absent)} (benchmarks/README.md lists versions)"
         return "needs a GPU" if device == "cpu" and cls not in (Ours, HFPeft) else ""
 
-    def again_seconds(self) -> float:
-        """What a plan says that making dropped tensors again costs a step."""
+    def recompute_seconds(self) -> float:
+        """The time that recomputation adds to a step, as the memory plan computes it."""
         return 0.0
 
     def step(self) -> Tensor:
@@ -100,42 +111,44 @@ class Arm:
         return loss
 
 
-class Ours(Arm):
-    """psysafe. On a GPU the memory plan says what is made again, unless everything is (checkpointing)."""
+class Ours(Contender):
+    """psysafe. Checkpointed, it recomputes every stage that can be recomputed; else, on a GPU, the memory plan
+    chooses the stages."""
 
     def load(self) -> None:
-        self.model = build(ModelConfig.from_dict(self.text), self.device, self.dtype)
+        self.model = build(ModelConfig.from_dict(self.text_config), self.device, self.dtype)
         randomise(self.model)
         self.adapters = attach_adapters(self.model, RECIPE)
         for name, x in self.adapters.tensors().items():
             x.copy_(adapter_tensor(name, x.shape))
         self.optimizer = make_optimizer(self.adapters, RECIPE)
-        trained = [np.arange(len(x)) >= len(x) - self.trained for x in self.tokens]
-        self.documents = [Document(x.numpy(), t, "") for x, t in zip(self.tokens, trained, strict=True)]
+        trained = [np.arange(len(x)) >= len(x) - self.trained for x in self.documents]
+        self.rows = [Document(x.numpy(), mask, "") for x, mask in zip(self.documents, trained, strict=True)]
         self.plan = None
         if self.checkpointing:
             for block in self.model.layers:
                 block.recompute = frozenset(STAGES)
         elif self.device.type == "cuda":
             fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
-            self.plan = Plan(self.model.config, self.adapters.targets, self.adapters.rank, CAP - RESERVE, fixed)
+            limit = MAX_GPU_BYTES - RESERVE
+            self.plan = Plan(self.model.config, self.adapters.targets, self.adapters.rank, limit, fixed)
 
     def backward(self) -> Tensor:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for batch in pack(self.documents, MICRO_BATCH):
+        for batch in pack(self.rows, MICRO_BATCH):  # in every step, as in training: packing is part of the time
             if self.plan is not None:
                 self.plan.apply(self.model, sizes(batch))
             documents = kernels.Documents(batch.cu_seqlens, self.device)
             tokens, rows, labels = map(documents.to_device, (batch.tokens, batch.rows, batch.labels))
             hidden = self.model(tokens, documents, rows=rows)
-            loss = kernels.linear_cross_entropy(hidden, self.model.head, labels) / self.targets
+            loss = kernels.linear_cross_entropy(hidden, self.model.head, labels) / self.trained_tokens
             loss.backward()
             total += loss.detach()
         return total
 
-    def again_seconds(self) -> float:
-        batches = pack(self.documents, MICRO_BATCH) if self.plan else []
+    def recompute_seconds(self) -> float:
+        batches = pack(self.rows, MICRO_BATCH) if self.plan else []
         return sum(self.plan.choose(sizes(batch)).seconds for batch in batches)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -149,8 +162,8 @@ def sizes(batch: MicroBatch) -> Sizes:
     return Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows))
 
 
-class HFPeft(Arm):
-    """transformers + PEFT; with flash-linear-attention and causal-conv1d installed, transformers uses their kernels."""
+class HFPeft(Contender):
+    """transformers + PEFT. transformers uses the kernels of flash-linear-attention and causal-conv1d if installed."""
 
     packages = ("transformers", "peft")
     modules = ("transformers.models.qwen3_5.modeling_qwen3_5", "peft")
@@ -164,26 +177,27 @@ class HFPeft(Arm):
     def base(self) -> nn.Module:
         from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-        config = Qwen3_5TextConfig(**{k: v for k, v in self.text.items() if k not in ("model_type", "dtype")})
+        config = Qwen3_5TextConfig(**{k: v for k, v in self.text_config.items() if k not in ("model_type", "dtype")})
         config._attn_implementation = "sdpa"
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)  # the 27B in fp32 would need 108 GB
         try:
             with self.device:
                 model = Qwen3_5ForCausalLM(config)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
         with torch.no_grad():
             for name, x in model.named_parameters():
                 published = name.removeprefix("model.")
-                x.copy_(random_tensor(published, x.shape, self.text["initializer_range"], x.device))
+                x.copy_(random_tensor(published, x.shape, self.text_config["initializer_range"], x.device))
         return model
 
     def finish(self) -> None:
-        """Adapters by name, checkpointing, optimiser, and the documents as rows of a batch."""
+        """What follows after PEFT or Unsloth has attached adapters: checkpointing, the adapters' values, the optimiser,
+        and the documents as rows of micro-batches."""
         if self.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.lora = {_plain(name): p for name, p in self.model.named_parameters() if "lora_" in name}
+        self.lora = {_short_name(name): p for name, p in self.model.named_parameters() if "lora_" in name}
         with torch.no_grad():
             for name, p in self.lora.items():
                 p.copy_(adapter_tensor(name, p.shape))
@@ -195,14 +209,15 @@ class HFPeft(Arm):
             self.optimizer = AdamW8bit(parameters, RECIPE.lr, weight_decay=RECIPE.weight_decay)
         else:
             self.optimizer = torch.optim.AdamW(parameters, RECIPE.lr, weight_decay=RECIPE.weight_decay, fused=True)
-        rows = max(1, MICRO_BATCH // len(self.tokens[0]))
-        self.batches = torch.stack(self.tokens).to(self.device).split(rows)
+        rows = max(1, MICRO_BATCH // len(self.documents[0]))
+        self.batches = torch.stack(self.documents).to(self.device).split(rows)
 
     def backward(self) -> Tensor:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        fastest = sdpa_kernel(ATTENTION, set_priority=True) if self.device.type == "cuda" else contextlib.nullcontext()
-        with fastest:  # around backward, too: checkpointing runs the forward pass there
+        on_gpu = self.device.type == "cuda"
+        # It encloses backward as well, because checkpointing runs the forward pass again there.
+        with sdpa_kernel(ATTENTION, set_priority=True) if on_gpu else contextlib.nullcontext():
             for tokens in self.batches:
                 loss = self.loss(tokens)
                 loss.backward()
@@ -210,10 +225,11 @@ class HFPeft(Arm):
         return total
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Every row ends with its trained tokens, so that the logits of the others need not be computed."""
+        """tokens (B, n) of a micro-batch -> its loss. Each row ends with its trained tokens, so that only the logits of
+        its last `trained` + 1 positions are computed; the last of them predicts nothing and is dropped."""
         logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=self.trained + 1).logits[:, :-1]
         labels = tokens[:, -self.trained :]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / self.targets
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / self.trained_tokens
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.lora.items()}
@@ -224,8 +240,8 @@ class HFPeft(Arm):
 
 
 class TRLLiger(HFPeft):
-    """What TRL's SFTTrainer(use_liger_kernel=True) trains: Liger's kernels in the model, its fused linear loss. The
-    trainer itself adds a loop around that and is left out."""
+    """What TRL's SFTTrainer(use_liger_kernel=True) trains: Liger's kernels in the model and its fused linear loss.
+    The trainer itself only adds a loop around this step, so it is left out."""
 
     packages = ("transformers", "peft", "liger_kernel")
     modules = (*HFPeft.modules, "liger_kernel.transformers")
@@ -238,21 +254,22 @@ class TRLLiger(HFPeft):
         return model
 
     def loss(self, tokens: Tensor) -> Tensor:
-        kept = self.trained + 1  # the first of them is not predicted
-        settings = {"use_cache": False, "num_items_in_batch": self.targets, "logits_to_keep": kept}
-        return self.model(input_ids=tokens, labels=tokens[:, -kept:], **settings).loss
+        positions = self.trained + 1  # Liger shifts the labels itself: the first of them is no target
+        settings = {"use_cache": False, "num_items_in_batch": self.trained_tokens, "logits_to_keep": positions}
+        return self.model(input_ids=tokens, labels=tokens[:, -positions:], **settings).loss
 
 
 class Unsloth(HFPeft):
-    """Unsloth's FastLanguageModel loads folders only: the random base is written to one first."""
+    """Unsloth's FastLanguageModel. It loads folders only, so the random base is first written to one."""
 
     packages = ("unsloth",)
-    modules = ("unsloth",)  # before transformers, which it patches
+    modules = ("unsloth",)  # it patches transformers, so it has to be imported first
 
     def loss(self, tokens: Tensor) -> Tensor:
         labels = tokens.clone()
         labels[:, : -self.trained] = -100
-        return self.model(input_ids=tokens, labels=labels, use_cache=False, num_items_in_batch=self.targets).loss
+        settings = {"use_cache": False, "num_items_in_batch": self.trained_tokens}
+        return self.model(input_ids=tokens, labels=labels, **settings).loss
 
     def load(self) -> None:
         from unsloth import FastLanguageModel
@@ -268,14 +285,19 @@ class Unsloth(HFPeft):
         self.model = FastLanguageModel.get_peft_model(
             model, **LORA, bias="none", use_gradient_checkpointing="unsloth" if self.checkpointing else False
         )
-        self.checkpointing = False  # its own is on already
+        self.checkpointing = False  # Unsloth's own is on already; `finish` must not add that of transformers
         self.finish()
 
 
-def _plain(name: str) -> str:
+def _short_name(name: str) -> str:
     """PEFT's parameter name -> "layers.3.self_attn.q_proj.lora_A"."""
     name = name.removeprefix("base_model.model.model.").removeprefix("language_model.")
     return name.removesuffix(".weight").removesuffix(".default")
 
 
-ARMS: dict[str, type[Arm]] = {"ours": Ours, "hf-peft": HFPeft, "trl-liger": TRLLiger, "unsloth": Unsloth}
+CONTENDERS: dict[str, type[Contender]] = {
+    "ours": Ours,
+    "hf-peft": HFPeft,
+    "trl-liger": TRLLiger,
+    "unsloth": Unsloth,
+}
