@@ -98,21 +98,6 @@ def gated_delta_rule_recurrent(
     return o, torch.stack(final_states) if output_final_state else None
 
 
-def gated_delta_rule_step_reference(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
-) -> Tensor:
-    """The recurrence for one token of each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H),
-    state (B, H, dk, dv) fp32, updated in place -> o (B, H, dv) in v's dtype.
-    """
-    S, out_dtype = state, v.dtype
-    q, k, v, g, beta = columns(q, k, v, a, b, A_log, dt_bias, S.dtype)
-    S *= g.exp()  # forget
-    e = v - S.mT @ k  # what is missing at this key
-    S += k @ (beta * e).mT  # write a share beta of it
-    o = S.mT @ q  # read
-    return o.squeeze(-1).to(out_dtype)
-
-
 # The chunk form: the same numbers in matrix products. It is what a CPU runs, forward and backward.
 
 
@@ -241,27 +226,16 @@ def gated_delta_rule_triton(
     q, k, v, a, b in one dtype, fp32 or bf16; their rows may be strided, a row itself is contiguous. dk and dv are
     powers of two from 16 to 128. Raises ValueError for anything else, and if A_log or dt_bias requires a gradient.
     """
-    _check(q, k, v, a, b, A_log, dt_bias)
+    check_arguments(q, k, v, a, b, A_log, dt_bias)
     if documents.total != v.shape[0]:
         raise ValueError(f"gated_delta_rule: cu_seqlens ends at {documents.total}, v has {v.shape[0]} tokens")
     if initial_state is not None:
-        _check_state(initial_state, (len(documents), v.shape[1], k.shape[2], v.shape[2]))
+        check_state(initial_state, (len(documents), v.shape[1], k.shape[2], v.shape[2]))
     frozen = (A_log, dt_bias, forward.schedule(documents), output_final_state)
     return _GatedDeltaRule.apply(q, k, v, a, b, initial_state, frozen)
 
 
-def gated_delta_rule_step_triton(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
-) -> Tensor:
-    """`gated_delta_rule_step_reference` in one launch: reads and writes every state once. Not differentiable."""
-    _check(q, k, v, a, b, A_log, dt_bias)
-    _check_state(state, (v.shape[0], v.shape[1], k.shape[2], v.shape[2]))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, state)):
-        raise ValueError("gated_delta_rule_step is for decoding and has no backward: call it under torch.no_grad()")
-    return forward.step(q, k, v, a, b, A_log, dt_bias, state)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> None:
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> None:
     (Hk, dk), (H, dv) = k.shape[1:], v.shape[1:]
     if v.dtype not in (torch.float32, torch.bfloat16) or len({x.dtype for x in (q, k, v, a, b)}) > 1:
         found = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v, a, b))
@@ -279,7 +253,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor,
             raise ValueError(f"gated_delta_rule in Triton keeps {name} frozen: call {name}.requires_grad_(False)")
 
 
-def _check_state(state: Tensor, shape: tuple[int, ...]) -> None:
+def check_state(state: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(state.shape) != shape or state.dtype != torch.float32 or not state.is_contiguous():
         found = f"{tuple(state.shape)} {state.dtype}{'' if state.is_contiguous() else ' not contiguous'}"
         raise ValueError(f"gated_delta_rule: a state is a contiguous fp32 tensor of shape {shape}, not {found}")

@@ -9,28 +9,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels.ops.adamw_8bit import (
-    BR,
-    NUM_WARPS,
-    ROW,
-    AdamWState,
-    _norm_partials_kernel,
-    _step_constants,
-    _step_kernel,
-    _update_kernel,
-    adamw_8bit_reference,
-    dynamic_map,
-    elements,
-    grad_norm,
-    load_moments,
-    move,
-    nearest_code,
-    row_groups,
-    step_scalars,
-    store_moments,
-)
+from kernels.ops import adamw_8bit as adamw
+from kernels.proof.cases._shared import compile_spec, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 # Rank 1 at 27B: A and B of gate, up, down in 64 layers, of q|gate, k, v, o in 16. 512 segments, 4,980,736 elements.
 RECIPE_27B = [5120, 17408, 5120, 17408, 17408, 5120] * 64 + [5120, 12288, 5120, 1024, 5120, 1024, 6144, 5120] * 16
@@ -57,50 +39,50 @@ def make_case(
     """
     generator = torch.Generator().manual_seed(seed)
     random = partial(torch.randn, generator=generator, dtype=torch.float64)
-    stops = (torch.tensor(sizes) + ROW).cumsum(0).tolist()
-    segments = [(stop - ROW - size, stop - ROW) for stop, size in zip(stops, sizes, strict=True)]
-    state = AdamWState.zeros(segments, min_8bit_size, torch.device("cpu"), dtype)
+    stops = (torch.tensor(sizes) + adamw.ROW).cumsum(0).tolist()
+    segments = [(stop - adamw.ROW - size, stop - adamw.ROW) for stop, size in zip(stops, sizes, strict=True)]
+    state = adamw.AdamWState.zeros(segments, min_8bit_size, torch.device("cpu"), dtype)
     # Elements of a row differ by two decades; every 37th is new and so small that its v needs the rule against code 0.
     scale = 10 ** (-2 * torch.rand(stops[-1], generator=generator, dtype=torch.float64))
     scale[::37] *= 1e-3
     param, grad = 0.02 * random(stops[-1]), (scale * random(stops[-1])).to(dtype)
-    for rows in row_groups(state):
-        index, inside = elements(state, rows)
+    for rows in adamw.row_groups(state):
+        index, inside = adamw.elements(state, rows)
         m, v = 0.5 * scale[index] * random(index.shape), scale[index].square() * (0.5 + random(index.shape).square())
         known = inside & (scale[index] > 1e-2)
-        store_moments(state, rows, m * known, v * known, torch.tensor(True))
+        adamw.store_moments(state, rows, m * known, v * known, torch.tensor(True))
     state.counters[0] = 3
-    max_grad_norm = grad_norm(grad, state).item() / 2
+    max_grad_norm = adamw.grad_norm(grad, state).item() / 2
     _avoid_ties(grad, state, max_grad_norm)
     inputs = {"param": param.to(dtype), "grad": grad, **state.kept()}
     inputs = {name: x.to(device) for name, x in inputs.items()}
-    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in AdamWState.KEPT}
+    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in adamw.AdamWState.KEPT}
 
     def call(op: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         param = inputs["param"].clone()
-        now = AdamWState(**fixed, **{name: inputs[name].clone() for name in AdamWState.KEPT})
+        now = adamw.AdamWState(**fixed, **{name: inputs[name].clone() for name in adamw.AdamWState.KEPT})
         norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
         return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.kept()}
 
     return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
 
 
-def _avoid_ties(grad: Tensor, state: AdamWState, max_grad_norm: float) -> None:
+def _avoid_ties(grad: Tensor, state: adamw.AdamWState, max_grad_norm: float) -> None:
     """Changes old codes until no new value lies so near a border of two codes that fp32 and fp64 could disagree."""
-    clip = min(1.0, max_grad_norm / (grad_norm(grad, state).item() + 1e-6))
-    for rows in [rows for rows in row_groups(state) if rows.start < state.n_8bit]:
-        index, inside = elements(state, rows)
+    clip = min(1.0, max_grad_norm / (adamw.grad_norm(grad, state).item() + 1e-6))
+    for rows in [rows for rows in adamw.row_groups(state) if rows.start < state.n_8bit]:
+        index, inside = adamw.elements(state, rows)
         g = torch.where(inside, grad[index].double(), 0) * clip
         for _ in range(20):
             near = 0
-            old = [x.double() for x in load_moments(state, rows, inside)]
+            old = [x.double() for x in adamw.load_moments(state, rows, inside)]
             for code, x, beta, new, borders in (
                 (state.code_m, old[0], HYPER["betas"][0], g, state.borders[0].double()),
                 (state.code_v, old[1], HYPER["betas"][1], g * g, state.borders[1].double()),
             ):
                 x, size = beta * x + (1 - beta) * new, beta * x.abs() + (1 - beta) * new.abs()
                 absmax = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
-                above = torch.bucketize(x / absmax, borders).clamp(max=ROW - 2)
+                above = torch.bucketize(x / absmax, borders).clamp(max=adamw.ROW - 2)
                 gap = torch.stack([borders[above], borders[(above - 1).clamp(min=0)]]).sub(x / absmax).abs().amin(0)
                 tie = inside & (gap < 1e-5 * size / absmax)
                 near += tie.sum().item()
@@ -110,45 +92,54 @@ def _avoid_ties(grad: Tensor, state: AdamWState, max_grad_norm: float) -> None:
         assert not near, f"{near} ties are left"
 
 
-def _mutant(**replaced: Callable) -> Callable:
-    """The reference with some of its parts replaced."""
+def _with_parts(**replaced: Callable) -> Callable:
+    """A mutant: the reference with some of its parts replaced."""
 
-    def wrong(*args, **kwargs) -> tuple[Tensor, Tensor]:
-        with mock.patch.dict(globals(), replaced):
-            return adamw_8bit_reference(*args, **kwargs)
+    def mutant(*args, **kwargs) -> tuple[Tensor, Tensor]:
+        with mock.patch.multiple(adamw, **replaced):
+            return adamw.adamw_8bit_reference(*args, **kwargs)
 
-    return wrong
-
-
-def _decay_coupled(param, grad, state, lr, betas, eps, weight_decay, max_grad_norm):
-    return adamw_8bit_reference(param, grad + weight_decay * param, state, lr, betas, eps, 0.0, max_grad_norm)
+    return mutant
 
 
-def _move_by_rounded(p, m, v, *rest, right=move):
+def _coupled_decay(param, grad, weight_decay, **_):
+    return {"grad": grad + weight_decay * param, "weight_decay": 0.0}
+
+
+def _move_by_rounded(p, m, v, *rest, right=adamw.move):
     rounded = []
-    for x, absmax, values in ((m, m.abs().amax(1), dynamic_map(True)), (v, v.amax(1), dynamic_map(False))):
+    for x, absmax, values in ((m, m.abs().amax(1), adamw.dynamic_map(True)), (v, v.amax(1), adamw.dynamic_map(False))):
         values = values.to(x)
-        code = nearest_code(x, absmax, (values[:-1] + values[1:]) / 2)
+        code = adamw.nearest_code(x, absmax, (values[:-1] + values[1:]) / 2)
         rounded.append(values[code] * absmax[:, None])
     return right(p, *rounded, *rest)
 
 
 MUTANTS = {
-    "eps without bias correction": _mutant(step_scalars=lambda *args, right=step_scalars: (right(*args)[0], args[3])),
-    "bias correction of the next step": _mutant(step_scalars=lambda t, *rest, right=step_scalars: right(t + 1, *rest)),
-    "weight decay coupled to the gradient": _decay_coupled,
-    "no clipping": lambda *args, **settings: adamw_8bit_reference(*args, **settings | {"max_grad_norm": math.inf}),
-    "moved by the rounded m and v": _mutant(move=_move_by_rounded),
-    "v > 0 rounds to code 0": _mutant(spare_zero=lambda code, v: code),
-}
+    "eps without bias correction": _with_parts(
+        step_scalars=lambda *args, right=adamw.step_scalars: (right(*args)[0], args[3])
+    ),
+    "bias correction of the next step": _with_parts(
+        step_scalars=lambda t, *rest, right=adamw.step_scalars: right(t + 1, *rest)
+    ),
+    "moved by the rounded m and v": _with_parts(move=_move_by_rounded),
+    "v > 0 rounds to code 0": _with_parts(spare_zero=lambda code, v: code),
+} | with_changes(adamw.adamw_8bit_reference, {
+    "weight decay coupled to the gradient": _coupled_decay,
+    "no clipping": lambda **_: {"max_grad_norm": math.inf},
+})  # fmt: skip
 
 
 def work(sizes: list[int], min_8bit_size: float = 4096) -> Work:
     """Gradient twice (norm, update), parameter and states read and written. There is no backward."""
     total = 0
     for size in sizes:
-        rows = -(-size // ROW)
-        total += 16 * size + rows * (2 * 2 * (ROW + 4) if size >= min_8bit_size else 2 * 2 * 4 * ROW) + 2 * 12 * rows
+        rows = -(-size // adamw.ROW)
+        total += (
+            16 * size
+            + rows * (2 * 2 * (adamw.ROW + 4) if size >= min_8bit_size else 2 * 2 * 4 * adamw.ROW)
+            + 2 * 12 * rows
+        )
     return Work(forward_bytes=total, backward_bytes=0)
 
 
@@ -158,14 +149,20 @@ def compile_specs() -> list[CompileSpec]:
     types |= dict.fromkeys(("p_length", "p_counters", "p_skipped"), "*i32")
     types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
     types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
-    rows, betas = {"BR": BR, "ROW": ROW}, HYPER["betas"]
-
-    def spec(name: str, fn: Callable, constants: dict) -> CompileSpec:
-        signature = {arg: types.get(arg, "*fp32") for arg in fn.arg_names if arg not in constants}
-        return CompileSpec(f"adamw_8bit {name}", fn, signature, constants, NUM_WARPS)
-
+    rows, betas = {"BR": adamw.BR, "ROW": adamw.ROW, "num_warps": adamw.NUM_WARPS}, HYPER["betas"]
+    step = adamw._step_constants(betas, HYPER["eps"]) | {"num_warps": adamw.NUM_WARPS}
+    update = {"BETA1": betas[0], "BETA2": betas[1]} | rows
+    kernels = (
+        ("norm", adamw._norm_partials_kernel, rows),
+        ("step", adamw._step_kernel, step),
+        ("update", adamw._update_kernel, update),
+    )
     return [
-        spec("norm", _norm_partials_kernel, rows),
-        spec("step", _step_kernel, _step_constants(betas, HYPER["eps"])),
-        spec("update", _update_kernel, {"BETA1": betas[0], "BETA2": betas[1]} | rows),
+        compile_spec(f"adamw_8bit {name}", kernel, types, constants, "*fp32") for name, kernel, constants in kernels
     ]
+
+
+OP = Op(
+    "adamw_8bit", adamw.adamw_8bit_reference, adamw.adamw_8bit_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    dtypes=(torch.float32,),  # of parameters and gradients, in every run
+)  # fmt: skip

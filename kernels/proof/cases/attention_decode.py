@@ -1,18 +1,13 @@
 """attention_decode: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops.attention_decode import (
-    SPLITS,
-    STEPS,
-    _combine_kernel,
-    _sizes,
-    _split_kernel,
-    attention_decode_reference,
-)
+from kernels.ops import attention_decode as ops
+from kernels.proof.cases._shared import compile_spec, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 
 def make_case(
@@ -43,17 +38,16 @@ CASES = [
 ]
 
 
-def _tiled_heads(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+def _tiled_heads(q, k_cache, **_):
     B, H, K = q.shape
-    q = q.view(B, -1, k_cache.shape[2], K).transpose(1, 2).reshape(B, H, K)
-    return attention_decode_reference(q, k_cache, v_cache, lengths)
+    return {"q": q.view(B, -1, k_cache.shape[2], K).transpose(1, 2).reshape(B, H, K)}
 
 
-MUTANTS = {
-    "without the newest key": lambda q, k, v, n: attention_decode_reference(q, k, v, (n - 1).clamp(min=1)),
-    "wrong scale": lambda q, k, v, n: attention_decode_reference(q * 1.01, k, v, n),
+MUTANTS = with_changes(ops.attention_decode_reference, {
+    "without the newest key": lambda lengths, **_: {"lengths": (lengths - 1).clamp(min=1)},
+    "wrong scale": lambda q, **_: {"q": q * 1.01},
     "tiled heads": _tiled_heads,
-}
+})  # fmt: skip
 
 
 def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int) -> Work:
@@ -62,20 +56,29 @@ def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int) -> Work:
     return Work(4 * head_dim * (tokens * kv_heads + len(lengths) * heads), 0, 4 * tokens * heads * head_dim)
 
 
-def compile_specs(head_dim: int = 256, heads: int = 24, kv_heads: int = 4, dtype: str = "bf16") -> list[CompileSpec]:
+def compile_specs() -> list[CompileSpec]:
     """Both kernels at the 27B sizes."""
-    size = 4 if dtype == "fp32" else 2
-    sizes, (_, warps, stages) = _sizes(heads, kv_heads, head_dim, size), STEPS[size]
-    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_o"), f"*{dtype}") | {"p_lengths": "*i64", "scale": "fp32"}
-    types |= dict.fromkeys(("p_parts", "p_lse"), "*fp32")
-
-    def signature(fn, constexprs: dict[str, object]) -> dict[str, str]:
-        return {name: types.get(name, "i32") for name in fn.arg_names if name not in constexprs}
-
-    strides = tuple(name for name in _split_kernel.arg_names if name.startswith(("stride", "p_")))
-    combine = {"K": head_dim, "SPLITS": SPLITS}
-    split_signature = signature(_split_kernel, sizes)
+    sizes, (_, warps, stages) = ops._sizes(24, 4, 256, 2), ops.STEPS[2]
+    types = {"p_lengths": "*i64", "scale": "fp32", "p_parts": "*fp32", "p_lse": "*fp32"}
+    types |= {name: "i32:16" for name in ops._split_kernel.arg_names if name.startswith("stride")}
     return [
-        CompileSpec("decode split", _split_kernel, split_signature, sizes, warps, stages, aligned=strides),
-        CompileSpec("decode combine", _combine_kernel, signature(_combine_kernel, combine), combine, 8),
+        compile_spec("decode split", ops._split_kernel, types, sizes | {"num_warps": warps, "num_stages": stages}),
+        compile_spec("decode combine", ops._combine_kernel, types, {"K": 256, "SPLITS": ops.SPLITS, "num_warps": 8}),
     ]
+
+
+def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """attention_decode by torch's scaled_dot_product_attention, one call a sequence: P enters its dot in 16 bits."""
+    outs = [
+        F.scaled_dot_product_attention(
+            q[i][None, :, None], *(x[i, :n].transpose(0, 1)[None] for x in (k_cache, v_cache)), enable_gqa=True
+        )[0, :, 0]
+        for i, n in enumerate(lengths.tolist())
+    ]
+    return torch.stack(outs)
+
+
+OP = Op(
+    "attention_decode", ops.attention_decode_reference, ops.attention_decode_triton, CASES, make_case, MUTANTS, work,
+    compile_specs, plain=sdpa_decode,
+)  # fmt: skip

@@ -1,21 +1,17 @@
 """causal_attention: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from collections.abc import Callable
+from importlib import import_module
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import Documents
-from kernels.ops.causal_attention import (
-    TILES,
-    _add_parts_kernel,
-    _backward_dk_kernel,
-    _backward_dq_kernel,
-    _backward_dv_kernel,
-    _delta_kernel,
-    _forward_kernel,
-    _Sizes,
-)
+from kernels.ops import causal_attention as ops
+from kernels.proof.cases._shared import compile_spec, packed
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import Baseline, CompileSpec, Op, Peer, Work
 
 
 def make_case(
@@ -25,7 +21,7 @@ def make_case(
     """Documents of these lengths with normal q, k, v; `logits` multiplies q, so that the softmax gets sharp."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)  # noqa: E731
-    documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), device)
+    documents = packed(lengths, device)
     inputs = {"q": draw(heads) * logits, "k": draw(kv_heads), "v": draw(kv_heads)}
     # A lone token's dq and dk are zero: what is computed of them is rounding, which has no relative error.
     grads = ("v",) if max(lengths) == 1 else ("q", "k", "v")
@@ -80,32 +76,90 @@ def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: obje
     return Work(2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse, 2 * dot, 5 * dot)
 
 
-def compile_specs(head_dim: int = 256, heads: int = 24, kv_heads: int = 4, dtype: str = "bf16") -> list[CompileSpec]:
+def compile_specs() -> list[CompileSpec]:
     """Every kernel at the 27B sizes; dK and dV also with the fp32 output of several parts."""
-    size, precision = (4, "ieee") if dtype == "fp32" else (2, "tf32")
-    s = _Sizes(heads, heads // kv_heads, head_dim, TILES[size, head_dim], precision)
+    s = ops._Sizes(24, 6, 256, ops.TILES[2, 256], "tf32")
     block = s.tiles.block
-    arguments = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
-    arguments |= dict.fromkeys(("T", "inner", "parts"), "i32")
+    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
+    types |= dict.fromkeys(("T", "inner", "parts", "n"), "i32") | {"stride_do": "i32:16", "p_parts": "*fp32"}
 
-    def spec(name: str, fn, queries: int, keys: int, out: str, out_dtype: str = dtype) -> CompileSpec:
+    def spec(name: str, fn, queries: int, keys: int, **out: str) -> CompileSpec:
         boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
-        types = {d: f"tensordesc<{dtype}[{rows},{head_dim}]>" for d, rows in boxes.items()}
-        types |= arguments | {out: f"*{out_dtype}"}
-        options = s.options(queries, keys)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        signature = {n: types[n] for n in fn.arg_names if n not in options}
-        return CompileSpec(f"attention {name}", fn, signature, options, warps, stages)
+        descriptors = {name: f"tensordesc<bf16[{rows},256]>" for name, rows in boxes.items()}
+        return compile_spec(f"attention {name}", fn, types | descriptors | out, s.options(queries, keys))
 
-    plain = {"p_o": f"*{dtype}", "p_do": f"*{dtype}", "p_delta": "*fp32", "T": "i32", "stride_do": "i32"}
-    sums = {"p_parts": "*fp32", "p_sum": f"*{dtype}", "n": "i32", "parts": "i32"}
     return [
-        spec("forward", _forward_kernel, block, s.tiles.forward, "p_o"),
-        spec("dv", _backward_dv_kernel, s.tiles.dv, block, "p_dv"),
-        spec("dv parts", _backward_dv_kernel, s.tiles.dv, block, "p_dv", "fp32"),
-        spec("dk", _backward_dk_kernel, s.tiles.dk, block, "p_dk"),
-        spec("dk parts", _backward_dk_kernel, s.tiles.dk, block, "p_dk", "fp32"),
-        spec("dq", _backward_dq_kernel, block, s.tiles.dq, "p_dq"),
-        CompileSpec("attention delta", _delta_kernel, plain, {"H": heads, "K": head_dim, "BT": 32}),
-        CompileSpec("attention add parts", _add_parts_kernel, sums, {"BLOCK": 2048}),
+        spec("forward", ops._forward_kernel, block, s.tiles.forward),
+        spec("dv", ops._backward_dv_kernel, s.tiles.dv, block),
+        spec("dv parts", ops._backward_dv_kernel, s.tiles.dv, block, p_dv="*fp32"),
+        spec("dk", ops._backward_dk_kernel, s.tiles.dk, block),
+        spec("dk parts", ops._backward_dk_kernel, s.tiles.dk, block, p_dk="*fp32"),
+        spec("dq", ops._backward_dq_kernel, block, s.tiles.dq),
+        compile_spec("attention delta", ops._delta_kernel, types, {"H": 24, "K": 256, "BT": 32}),
+        compile_spec("attention add parts", ops._add_parts_kernel, types, {"BLOCK": 2048}),
     ]
+
+
+# Other versions in plain PyTorch, and other people's kernels
+
+
+def _sdpa(backend: SDPBackend) -> Callable:
+    """torch's attention through one of its backends, one call a document."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        with sdpa_kernel(backend):
+            return ops.causal_attention_reference(q, k, v, documents)
+
+    return attend
+
+
+torch_flash_attention = _sdpa(SDPBackend.FLASH_ATTENTION)
+
+
+def _sdpa_peer(backend: SDPBackend) -> Callable:
+    def prepare(size: dict, device: str):
+        documents = packed(size["lengths"], device)
+        return lambda x: _sdpa(backend)(x["q"], x["k"], x["v"], documents)
+
+    return prepare
+
+
+def _varlen(size: dict, device: str):
+    attend = import_module("torch.nn.attention.varlen").varlen_attn
+    cu, longest = packed(size["lengths"], device).cu_seqlens, max(size["lengths"])
+    return lambda x: attend(x["q"], x["k"], x["v"], cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+
+
+def _flex(size: dict, device: str):
+    flex = import_module("torch.nn.attention.flex_attention")
+    documents, T = packed(size["lengths"], device), sum(size["lengths"])
+    index = documents.index
+    mask = flex.create_block_mask(lambda b, h, q, k: (q >= k) & (index[q] == index[k]), None, None, T, T, device)
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+
+    def call(x: dict[str, Tensor]) -> Tensor:
+        q, k, v = (x[name].transpose(0, 1)[None] for name in ("q", "k", "v"))
+        return attend(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return call
+
+
+OP = Op(
+    "causal_attention", ops.causal_attention_reference, ops.causal_attention_triton, CASES, make_case, MUTANTS, work,
+    compile_specs,
+    permuted=(
+        {"lengths": [1, 63, 64, 65, 127, 128, 129, 650, 2048], **_27B},
+        {"lengths": [1, 3, 66], "heads": 2, "kv_heads": 1, "head_dim": 64},
+    ),
+    baselines=tuple(
+        Baseline("torch's flash", {"lengths": [length], **_27B, "logits": logits}, torch_flash_attention)
+        for length in (1, 63, 64, 65, 127, 128, 129, 650, 4096)
+        for logits in (1.0, 8.0)
+    ),
+    peers=(
+        Peer("SDPA flash", "torch", _sdpa_peer(SDPBackend.FLASH_ATTENTION)),
+        Peer("SDPA cuDNN", "torch", _sdpa_peer(SDPBackend.CUDNN_ATTENTION)),
+        Peer("torch varlen", "torch", _varlen),
+        Peer("FlexAttention", "torch", _flex),
+    ),
+)  # fmt: skip

@@ -1,19 +1,15 @@
 """causal_conv1d_silu: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from kernels.documents import Documents
-from kernels.ops.causal_conv1d_silu import (
-    BACKWARD_STAGES,
-    BC,
-    FORWARD_STAGES,
-    _backward_kernel,
-    _forward_kernel,
-    causal_conv1d_silu_triton,
-)
+from kernels.ops import causal_conv1d_silu as ops
+from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
     {"lengths": (4096,), "splits": (2048, 2048, 6144), "strided": True},
@@ -25,17 +21,14 @@ CASES = [
 
 def make_case(lengths, splits, taps=4, strided=False, state=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """One packed row of documents of these lengths; `state` gives every document the rows before its first."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+    draw, _ = random_on(device, seed)
+    documents = packed(lengths, device)
     T, C = sum(lengths), sum(splits)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    documents = Documents(bounds, device)
-    inputs = {"x": draw(T, C), "weight": draw(C, taps) / taps**0.5}
+    inputs = {"x": draw(T, C), "weight": draw(C, taps)}
     if state:
         inputs["initial_state"] = draw(len(lengths), taps - 1, C)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs["weight"] = inputs["weight"] / taps**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
         # A slice of a wider row, as the fused in-projection's output is; cloning inputs would make it dense.
@@ -47,29 +40,20 @@ def make_case(lengths, splits, taps=4, strided=False, state=False, device="cpu",
     return Case(name, inputs, call, ("x",))
 
 
-def _mutant(change):
-    def op(x, weight, documents, splits, initial_state=None):
-        changed = change(x=x, weight=weight, documents=documents, splits=splits, initial_state=initial_state)
-        return causal_conv1d_silu_triton(**changed)
-
-    return op
+def _one_document(documents, **_):
+    return {"documents": packed([documents.total], documents.device)}
 
 
-def _one_document(**x):
-    T = x["documents"].total
-    return x | {"documents": Documents(torch.tensor([0, T], dtype=torch.int32), x["documents"].device)}
+def _boundary_late(documents, **_):
+    bounds = sorted({b + (0 < b < documents.total) for b in documents.bounds})
+    return {"documents": Documents(torch.tensor(bounds, dtype=torch.int32), documents.device)}
 
 
-def _boundary_late(**x):
-    bounds = [b + (0 < b < x["documents"].total) for b in x["documents"].bounds]
-    return x | {"documents": Documents(torch.tensor(sorted(set(bounds)), dtype=torch.int32), x["documents"].device)}
-
-
-MUTANTS = {
-    "no restart at documents": _mutant(_one_document),
-    "restart one token late": _mutant(_boundary_late),
-    "taps reversed": _mutant(lambda **x: x | {"weight": x["weight"].flip(1)}),
-}
+MUTANTS = with_changes(ops.causal_conv1d_silu_triton, {
+    "no restart at documents": _one_document,
+    "restart one token late": _boundary_late,
+    "taps reversed": lambda weight, **_: {"weight": weight.flip(1)},
+})  # fmt: skip
 
 
 def work(lengths, splits, taps=4, strided=False, state=False) -> Work:
@@ -80,14 +64,30 @@ def work(lengths, splits, taps=4, strided=False, state=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """C = 10,240 = 2,048 + 2,048 + 6,144 and four taps, as in training; forward also with states, as in decoding."""
-    int64 = ("p_pos", "p_index")
-    shape = {"S0": 2048, "S1": 2048, "S2": 6144, "M": 4, "BC": BC}
+    types = {"p_pos": "*i64", "p_index": "*i64", "T": "i32", "length": "i32"}
+    types |= dict.fromkeys(("stride", "stride_dc0", "stride_dc1", "stride_dc2"), "i32:16")
+    shape = {"S0": 2048, "S1": 2048, "S2": 6144, "M": 4, "BC": ops.BC}
     specs = []
-    for kernel, state in ((_forward_kernel, False), (_forward_kernel, True), (_backward_kernel, False)):
-        stages = BACKWARD_STAGES if kernel is _backward_kernel else FORWARD_STAGES
-        constexprs = shape | {"STAGES": stages} | ({} if state else {"p_state": None})
-        types = {n: "*i64" if n in int64 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
-        signature = {n: t for n, t in types.items() if n not in constexprs}
+    for kernel, state in ((ops._forward_kernel, False), (ops._forward_kernel, True), (ops._backward_kernel, False)):
+        stages = ops.BACKWARD_STAGES if kernel is ops._backward_kernel else ops.FORWARD_STAGES
+        constants = shape | {"STAGES": stages} | ({} if state else {"p_state": None})
         name = f"causal_conv1d_silu{kernel.__name__}{' with state' * state}"
-        specs.append(CompileSpec(name, kernel, signature, constexprs))
+        specs.append(compile_spec(name, kernel, types, constants))
     return specs
+
+
+def _fla(size: dict, device: str):
+    conv = import_module("fla.modules.convolution").causal_conv1d
+    cu = packed(size["lengths"], device).cu_seqlens.long()
+    return lambda x: conv(x["x"][None], x["weight"], activation="silu", cu_seqlens=cu)[0][0].split(size["splits"], -1)
+
+
+OP = Op(
+    "causal_conv1d_silu", ops.causal_conv1d_silu_reference, ops.causal_conv1d_silu_triton, CASES, make_case, MUTANTS,
+    work, compile_specs, weights=("weight",), by_document=("initial_state",),
+    permuted=(
+        {"lengths": (1, 2, 3, 63, 650, 1024), "splits": (2048, 2048, 6144)},
+        {"lengths": (1, 3, 66), "splits": (32, 32, 100)},
+    ),
+    peers=(Peer("flash-linear-attention", "fla", _fla),),
+)  # fmt: skip

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.ops.causal_conv1d_silu_step import BC, WARPS, _step_kernel, causal_conv1d_silu_step_reference
+from kernels.ops import causal_conv1d_silu_step as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 CASES = [
     {"batch": 64, "channels": 10240},
@@ -17,16 +18,10 @@ CASES = [
 
 def make_case(batch, channels, taps=4, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """One token for each of `batch` sequences; `strided`: x is cut out of wider rows, as the in-projection's are."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    inputs = {
-        "x": draw(batch, channels),
-        "weight": draw(channels, taps) / taps**0.5,
-        "tail": draw(batch, taps - 1, channels),
-    }
+    draw, _ = random_on(device, seed)
+    inputs = {"x": draw(batch, channels), "weight": draw(channels, taps), "tail": draw(batch, taps - 1, channels)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs["weight"] = inputs["weight"] / taps**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
         row, tail = torch.cat([x["x"]] * 2, 1)[:, :channels] if strided else x["x"], x["tail"].clone()
@@ -35,23 +30,16 @@ def make_case(batch, channels, taps=4, strided=False, device="cpu", dtype=torch.
     return Case(f"{batch} sequences, {channels} channels, {taps} taps{', strided' * strided}", inputs, call)
 
 
-def _tail_kept(x, weight, tail):
-    return causal_conv1d_silu_step_reference(x, weight, tail.clone())
-
-
 def _shifted_first(x, weight, tail):
-    causal_conv1d_silu_step_reference(x, weight, tail)
-    return causal_conv1d_silu_step_reference(x, weight, tail.clone())
+    ops.causal_conv1d_silu_step_reference(x, weight, tail)
+    return ops.causal_conv1d_silu_step_reference(x, weight, tail.clone())
 
 
-MUTANTS = {
-    "tail not updated": _tail_kept,
-    "tail overwritten before it is read": _shifted_first,
-    "taps reversed": lambda x, w, tail: causal_conv1d_silu_step_reference(x, w.flip(1), tail),
-    "without the oldest row": lambda x, w, tail: causal_conv1d_silu_step_reference(
-        x, torch.cat([0 * w[:, :1], w[:, 1:]], 1), tail
-    ),
-}
+MUTANTS = with_changes(ops.causal_conv1d_silu_step_reference, {
+    "tail not updated": lambda tail, **_: {"tail": tail.clone()},
+    "taps reversed": lambda weight, **_: {"weight": weight.flip(1)},
+    "without the oldest row": lambda weight, **_: {"weight": torch.cat([0 * weight[:, :1], weight[:, 1:]], 1)},
+}) | {"tail overwritten before it is read": _shifted_first}  # fmt: skip
 
 
 def work(batch, channels, taps=4, strided=False) -> Work:
@@ -61,6 +49,11 @@ def work(batch, channels, taps=4, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """C = 10,240 and four taps."""
-    signature = dict.fromkeys(("p_x", "p_w", "p_tail", "p_c"), "*bf16") | {"stride_x": "i32"}
-    constexprs = {"C": 10240, "M": 4, "BC": BC}
-    return [CompileSpec("causal_conv1d_silu_step", _step_kernel, signature, constexprs, num_warps=WARPS)]
+    constants = {"C": 10240, "M": 4, "BC": ops.BC, "num_warps": ops.WARPS}
+    return [compile_spec("causal_conv1d_silu_step", ops._step_kernel, {"stride_x": "i32:16"}, constants)]
+
+
+OP = Op(
+    "causal_conv1d_silu_step", ops.causal_conv1d_silu_step_reference, ops.causal_conv1d_silu_step_triton, CASES,
+    make_case, MUTANTS, work, compile_specs,
+)  # fmt: skip

@@ -1,19 +1,20 @@
 """gated_delta_rule: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
-import sys
+from importlib import import_module
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.lora_term import compute_dtype
+from kernels.ops import gated_delta_rule as rule
 from kernels.ops import gated_delta_rule_backward as backward
 from kernels.ops import gated_delta_rule_forward as forward
-from kernels.ops.gated_delta_rule import _GatedDeltaRule, decay, gated_delta_rule_triton, l2_normalise
 from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
+from kernels.proof.cases._shared import compile_spec, packed, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 # The 27B layer, then what breaks kernels: one token, both sides of a chunk's end, many short documents, every ratio.
 CASES = (
@@ -28,21 +29,15 @@ CASES = (
     {"lengths": (70, 5), "key_heads": 1, "value_heads": 2, "shift": 20.0, "state": True},
     {"lengths": (70, 5), "key_heads": 1, "value_heads": 2, "shift": -20.0, "state": True},
     {"lengths": (1090, 3), "key_heads": 1, "value_heads": 1, "state": True},
+    # Without it only the 27B sizes tell grouped heads from tiled ones.
+    {"lengths": (4, 3), "key_heads": 2, "value_heads": 4, "state": True},
 )
 
 
 def make_case(
-    lengths: tuple[int, ...],
-    key_heads: int,
-    value_heads: int,
-    dk: int = 16,
-    dv: int = 16,
-    shift: float = 0.0,
-    state: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
+    lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, shift: float = 0.0,
+    state: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> Case:  # fmt: skip
     """shift moves a: log-decays of -20 to -50 at 20, none at -20. a and b are column slices of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     T, n = sum(lengths), len(lengths)
@@ -50,7 +45,7 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), device)
+    documents = packed(lengths, device)
     inputs = {
         "q": normal(T, key_heads, dk),
         "k": normal(T, key_heads, dk),
@@ -74,51 +69,49 @@ def make_case(
 
 
 def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
-    one = Documents(torch.tensor([0, documents.total]), documents.device)
+    one = packed([documents.total], documents.device)
     initial = None if initial_state is None else initial_state[:1]
-    o, final = gated_delta_rule_triton(q, k, v, a, b, A_log, dt_bias, one, initial, output_final_state)
+    o, final = rule.gated_delta_rule_triton(q, k, v, a, b, A_log, dt_bias, one, initial, output_final_state)
     return o, final if final is None else final.expand(len(documents), -1, -1, -1)
 
 
 def _decay_after_write(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
     """S <- e^g (S + k (beta e)^T): every token decays by its predecessor's g, and what is read by its own as well."""
-    keep = decay(a, A_log, dt_bias).exp()
+    keep = rule.decay(a, A_log, dt_bias).exp()
     before = torch.cat([torch.full_like(a[:1], -80.0), a[:-1]])
     before = before.index_fill(0, documents.cu_seqlens[:-1].long(), -80.0)
-    o, final = gated_delta_rule_triton(q, k, v, before, b, A_log, dt_bias, documents, initial_state, output_final_state)
+    o, final = rule.gated_delta_rule_triton(
+        q, k, v, before, b, A_log, dt_bias, documents, initial_state, output_final_state
+    )
     last = keep[documents.cu_seqlens[1:].long() - 1, :, None, None]
     return o * keep[..., None], final if final is None else final * last
 
 
-def _without_beta(q, k, v, a, b, *rest, **more):
-    return gated_delta_rule_triton(q, k, v, a, torch.full_like(b, 100.0), *rest, **more)
-
-
 def _transposed_state(*args, initial_state=None, **more):
     initial = None if initial_state is None else initial_state.mT.contiguous()
-    o, final = gated_delta_rule_triton(*args, initial_state=initial, **more)
+    o, final = rule.gated_delta_rule_triton(*args, initial_state=initial, **more)
     return o, final if final is None else final.mT
 
 
 def _without_query_scale(q, *rest, **more):
-    o, final = gated_delta_rule_triton(q, *rest, **more)
+    o, final = rule.gated_delta_rule_triton(q, *rest, **more)
     return o * q.shape[-1] ** 0.5, final
 
 
-def _tiled_heads(q, k, v, *rest, **more):
+def _tiled_heads(q, k, v, **_):
     """Value head h reads key head h % Hk."""
     group = v.shape[1] // k.shape[1]
-    return gated_delta_rule_triton(q.repeat(1, group, 1), k.repeat(1, group, 1), v, *rest, **more)
+    return {"q": q.repeat(1, group, 1), "k": k.repeat(1, group, 1)}
 
 
-class _WithoutOm(_GatedDeltaRule):
+class _WithoutOm(rule._GatedDeltaRule):
     @staticmethod
     def backward(ctx, do, dfinal):
         def wrong(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan):
             dq, dk, da, db = right(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan)
             for i, (begin, length) in enumerate(plan.chunks.tolist()):
                 rows = slice(begin, begin + length)
-                K = l2_normalise(k[rows]).repeat_interleave(v_heads // k.shape[1], 1).transpose(0, 1)
+                K = rule.l2_normalise(k[rows]).repeat_interleave(v_heads // k.shape[1], 1).transpose(0, 1)
                 c = x.gates[i, :, :2].sum(1)[:, :length]
                 om = (c[:, -1:] - c).exp() * (K * (R[i, :, :length] @ dS[i].mT)).sum(-1)
                 slope = A_log.exp() * (a[rows] + dt_bias).sigmoid()
@@ -127,23 +120,24 @@ class _WithoutOm(_GatedDeltaRule):
 
         right, v_heads = backward.gradients, do.shape[1]
         with mock.patch.object(backward, "gradients", wrong):
-            return _GatedDeltaRule.backward(ctx, do, dfinal)
+            return rule._GatedDeltaRule.backward(ctx, do, dfinal)
 
 
 def _without_om(*args, **more):
-    with mock.patch.object(sys.modules[__name__], "_GatedDeltaRule", _WithoutOm):
-        return gated_delta_rule_triton(*args, **more)
+    with mock.patch.object(rule, "_GatedDeltaRule", _WithoutOm):
+        return rule.gated_delta_rule_triton(*args, **more)
 
 
 MUTANTS = {
     "no reset at a document's start": _one_document,
     "decay after the write": _decay_after_write,
-    "no beta": _without_beta,
     "state transposed": _transposed_state,
     "no scale on q": _without_query_scale,
-    "key heads tiled, not grouped": _tiled_heads,
     "no gradient of the decay through what a token writes": _without_om,
-}
+} | with_changes(rule.gated_delta_rule_triton, {
+    "no beta": lambda b, **_: {"b": torch.full_like(b, 100.0)},
+    "key heads tiled, not grouped": _tiled_heads,
+})  # fmt: skip
 
 
 def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, **_) -> Work:
@@ -165,36 +159,112 @@ def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 1
     )
 
 
-def compile_specs(dtype: torch.dtype = torch.bfloat16) -> list[CompileSpec]:
+def compile_specs() -> list[CompileSpec]:
     """The kernels as they are launched at 27B: 16 key heads, 48 value heads of 128."""
-    x = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    sizes = {"H": 48, "GROUP": 3, "DK": 128, "BT": CHUNK}
-    dot = {"PRECISION": "tf32" if dtype == torch.bfloat16 else "ieee"}
-    tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
+    sizes = {"H": 48, "GROUP": 3, "DK": 128, "DV": 128, "BT": CHUNK, "PRECISION": "tf32", "EPS": L2_EPS}
+    sizes["SEGMENT"] = forward.SEGMENT
     fp32 = ("p_gates", "p_norms", "p_initial", "p_final", "p_dfinal", "p_dinitial", "p_checkpoints", "p_dc", "p_A_log")
-    types = tables | dict.fromkeys((*fp32, "p_state"), "*fp32")
+    tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
 
-    def spec(name: str, fn, how: dict[str, int] | None = None, absent=(), spills: int = 0, why: str = "", **constexprs):
-        how = dict(how or {"num_warps": 4, "num_stages": 1})
-        warps, stages = how.pop("num_warps"), how.pop("num_stages")
-        constexprs = sizes | dot | constexprs | how | dict.fromkeys(absent)
-        constexprs = {n: value for n, value in constexprs.items() if n in fn.arg_names}
-        signature = {n: types.get(n, x if n[0] == "p" else "i32") for n in fn.arg_names if n not in constexprs}
-        # The 27B model's row strides are multiples of 16: Triton sees that at the launch.
-        aligned = tuple(signature)
-        return CompileSpec(f"delta rule {name}", fn, signature, constexprs, warps, stages, spills, why, aligned)
+    def spec(name: str, fn, launch: dict[str, int], *absent: str, spills: int = 0, why: str = "", **flags: bool):
+        types = {n: "i32:16" for n in fn.arg_names if not n.startswith("p_")} | tables | dict.fromkeys(fp32, "*fp32")
+        constants = sizes | launch | flags | dict.fromkeys(absent)
+        return compile_spec(f"delta rule {name}", fn, types, constants, spill_budget=spills, why=why)
 
-    launch = {name: forward.options(name, dtype, 128) for name in ("states", "recompute", "reverse", "gradients")}
+    names = ("states", "recompute", "reverse", "gradients")
+    launch = {name: forward.options(name, torch.bfloat16, 128) for name in names}
     return [
-        spec("prepare", forward._prepare_kernel, EPS=L2_EPS),
-        spec("states", forward._states_kernel, launch["states"], ("p_initial", "p_final"), DV=128,
-             HAS_INITIAL=False, STORE_FINAL=False, STORE_CHECKPOINTS=True, SEGMENT=forward.SEGMENT),
-        spec("states, prefill", forward._states_kernel, launch["states"], ("p_checkpoints",), DV=128,
-             HAS_INITIAL=True, STORE_FINAL=True, STORE_CHECKPOINTS=False, SEGMENT=forward.SEGMENT),
-        spec("recompute", backward._recompute_kernel, launch["recompute"], ("p_initial",), DV=128, HAS_INITIAL=False),
-        spec("reverse", backward._reverse_kernel, launch["reverse"], ("p_dfinal", "p_dinitial"), DV=128,
+        spec("prepare", forward._prepare_kernel, {"num_warps": 4, "num_stages": 1}),
+        spec("states", forward._states_kernel, launch["states"], "p_initial", "p_final",
+             HAS_INITIAL=False, STORE_FINAL=False, STORE_CHECKPOINTS=True),
+        spec("states, prefill", forward._states_kernel, launch["states"], "p_checkpoints",
+             HAS_INITIAL=True, STORE_FINAL=True, STORE_CHECKPOINTS=False),
+        spec("recompute", backward._recompute_kernel, launch["recompute"], "p_initial", HAS_INITIAL=False),
+        spec("reverse", backward._reverse_kernel, launch["reverse"], "p_dfinal", "p_dinitial",
              HAS_FINAL=False, STORE_INITIAL=False),
-        spec("gradients", backward._gradients_kernel, launch["gradients"], DV=128, spills=64,
+        spec("gradients", backward._gradients_kernel, launch["gradients"], spills=64,
              why="a few addresses of reductions, stored once and read once per head"),
-        spec("step", forward._step_kernel, DV=128, BV=32, EPS=L2_EPS),
     ]  # fmt: skip
+
+
+# Plain PyTorch that rounds where the kernels do, and other people's kernels
+
+
+class _RoundedDot(torch.autograd.Function):
+    """x @ y from operands rounded to `dtype`; backward its gradient is such an operand as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        x, y = (t.to(dtype).to(t.dtype) for t in (x, y))
+        ctx.save_for_backward(x, y)
+        ctx.dtype = dtype
+        return x @ y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, y = ctx.saved_tensors
+        g = g.to(ctx.dtype).to(g.dtype)
+        return g @ y.mT, x.mT @ g, None
+
+
+def rounded_delta_rule(
+    q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False
+) -> tuple[Tensor, Tensor | None]:
+    """gated_delta_rule by the equations of its Triton path (ops/gated_delta_rule.py), chunk by chunk through autograd.
+
+    Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
+    """
+    dtype, wide, group, dk = v.dtype, compute_dtype(v), v.shape[1] // k.shape[1], k.shape[2]
+    dot = lambda x, y: _RoundedDot.apply(x, y, dtype)  # noqa: E731
+    Q, K = (x.to(wide).repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))  # (H, T, dk)
+    V = v.to(wide).transpose(0, 1)
+    fq, fk = ((x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (Q, K))
+    fq, beta, g = fq * dk**-0.5, b.to(wide).sigmoid().T[..., None], rule.decay(a, A_log, dt_bias).T[..., None]
+    outs, finals = [], []
+    for i, (first, last) in enumerate(zip(documents.bounds, documents.bounds[1:], strict=False)):
+        S = V.new_zeros(len(V), dk, V.shape[2]) if initial_state is None else initial_state[i]
+        for begin in range(first, last, CHUNK):
+            rows = slice(begin, min(begin + CHUNK, last))
+            Qc, Kc, Vc, q_scale, k_scale, beta_c, g_c = (x[:, rows] for x in (Q, K, V, fq, fk, beta, g))
+            c = g_c.cumsum(1)
+            # Exponents that are always 0 are no differences of c (see gated_delta_rule_reference).
+            rest = F.pad(g_c[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+            eye = torch.eye(c.shape[1], device=c.device, dtype=wide)
+            below = torch.ones_like(eye, dtype=torch.bool).tril(-1)
+            D = (c - c.mT).masked_fill(~below, float("-inf")).exp() + eye
+            M = torch.linalg.inv(eye + (beta_c * k_scale * k_scale.mT * dot(Kc, Kc.mT) * D).tril(-1))
+            P = q_scale * k_scale.mT * dot(Qc, Kc.mT) * D
+            R = dot(M, beta_c * (Vc - c.exp() * k_scale * dot(Kc, S)))
+            outs.append(c.exp() * q_scale * dot(Qc, S) + dot(P, R))
+            S = c[:, -1:].exp() * S + dot(Kc.mT, rest.exp() * k_scale * R)
+        finals.append(S)
+    o = torch.cat(outs, 1).transpose(0, 1).to(dtype)
+    return o, torch.stack(finals) if output_final_state else None
+
+
+def _fla(size: dict, device: str):
+    fla_rule = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    cu = packed(size["lengths"], device).cu_seqlens.long()
+
+    def call(x: dict[str, Tensor]) -> Tensor:
+        a, b = x["ab"].chunk(2, dim=1)
+        o, _ = fla_rule(
+            *(x[name][None] for name in ("q", "k", "v")), g=a[None], beta=b[None], use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, A_log=x["A_log"], dt_bias=x["dt_bias"],
+            cu_seqlens=cu,
+        )  # fmt: skip
+        return o[0]
+
+    return call
+
+
+_27B = {"key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128}
+OP = Op(
+    "gated_delta_rule", rule.gated_delta_rule_reference, rule.gated_delta_rule_triton, CASES, make_case, MUTANTS, work,
+    compile_specs, plain=rounded_delta_rule, weights=("A_log", "dt_bias"), by_document=("initial_state", "final_state"),
+    permuted=(
+        {"lengths": (1, 63, 64, 65, 127, 128, 129, 650, 2048), **_27B},
+        {"lengths": (1, 3, 66), "key_heads": 1, "value_heads": 2},
+    ),
+    peers=(Peer("flash-linear-attention", "fla", _fla),),
+)  # fmt: skip

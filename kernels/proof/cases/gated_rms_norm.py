@@ -1,11 +1,14 @@
 """gated_rms_norm: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
-from kernels.ops.gated_rms_norm import _backward_kernel, _blocks, _forward_kernel, gated_rms_norm_triton
+from kernels.ops import gated_rms_norm as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
     {"T": 4096, "H": 48, "V": 128, "R": 0},
@@ -17,12 +20,8 @@ CASES = [
 
 def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """R rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    sizes = 10 ** (-3 * torch.rand(T, H, 1, generator=generator, device=device))
+    draw, uniform = random_on(device, seed)
+    sizes = 10 ** (-3 * uniform(T, H, 1))
     inputs = {"o": (draw(T, H, V) * sizes).to(dtype), "z": (2 * draw(T, H * V)).to(dtype), "weight": 1 + 0.1 * draw(V)}
     if R:
         inputs["lora_A"] = draw(R, H * V) / (H * V) ** 0.5
@@ -37,28 +36,15 @@ def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, se
     return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
 
 
-def _mutant(change):
-    def op(o, z, weight, eps, lora_A=None):
-        return gated_rms_norm_triton(**change(o=o, z=z, weight=weight, eps=eps, lora_A=lora_A))
-
-    return op
+def _norm_over_all_heads(o, weight, **_):
+    return {"o": o.flatten(1)[:, None], "weight": weight.repeat(o.shape[1])}
 
 
-def _without_u_gradient(o, z, weight, eps, lora_A=None):
-    x, u = gated_rms_norm_triton(o, z, weight, eps, lora_A)
-    return x, None if u is None else u.detach() + 0 * u
-
-
-def _norm_over_all_heads(o, z, weight, eps, lora_A=None):
-    return gated_rms_norm_triton(o.flatten(1)[:, None], z, weight.repeat(o.shape[1]), eps, lora_A)
-
-
-MUTANTS = {
-    "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
-    "1 + w instead of w": _mutant(lambda **x: x | {"weight": x["weight"] + 1}),
+MUTANTS = with_changes(ops.gated_rms_norm_triton, {
+    "eps ten times too large": lambda eps, **_: {"eps": 10 * eps},
+    "1 + w instead of w": lambda weight, **_: {"weight": weight + 1},
     "one norm over all heads": _norm_over_all_heads,
-    "gradient of u lost": _without_u_gradient,
-}
+}) | {"gradient of u lost": without_u_gradient(ops.gated_rms_norm_triton)}  # fmt: skip
 
 
 def work(T, H, V, R=0, strided=False) -> Work:
@@ -69,16 +55,24 @@ def work(T, H, V, R=0, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """48 heads of 128, with and without an adapter on the output layer."""
+    types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32", "T": "i32"}
+    types |= dict.fromkeys(("stride_o", "stride_z", "stride_dx"), "i32:16")
     specs = []
     for R in (0, 1):
         absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
-        forward = {"P": 6 if R else 2, **_blocks(48, 128)}
-        for kernel, sizes in ((_forward_kernel, forward), (_backward_kernel, _blocks(48, 128))):
-            constexprs = absent | {"H": 48, "V": 128, "R": R, "STAGES": 3} | sizes
-            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
-            types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32"}
-            types = {n: types.get(n, "*bf16" if n[:2] == "p_" else "i32") for n in kernel.arg_names}
-            signature = {n: t for n, t in types.items() if n not in constexprs}
-            name = f"gated_rms_norm{kernel.__name__} R {R}"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
+        forward = {"P": 6 if R else 2, **ops._blocks(48, 128)}
+        for kernel, sizes in ((ops._forward_kernel, forward), (ops._backward_kernel, ops._blocks(48, 128))):
+            constants = absent | {"H": 48, "V": 128, "R": R, "STAGES": 3} | sizes
+            specs.append(compile_spec(f"gated_rms_norm{kernel.__name__} R {R}", kernel, types, constants))
     return specs
+
+
+def _fla(size: dict, device: str):
+    norm = import_module("fla.modules.fused_norm_gate").rms_norm_gated
+    return lambda x: norm(x["o"], x["z"].view_as(x["o"]), x["weight"], None, activation="swish", eps=1e-6).flatten(1)
+
+
+OP = Op(
+    "gated_rms_norm", ops.gated_rms_norm_reference, ops.gated_rms_norm_triton, CASES, make_case, MUTANTS, work,
+    compile_specs, without_lora={"R": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
+)  # fmt: skip

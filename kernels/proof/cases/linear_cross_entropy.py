@@ -1,11 +1,14 @@
 """linear_cross_entropy: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
-from kernels.ops.linear_cross_entropy import BV, STAGES, WARPS, _cross_entropy_kernel, linear_cross_entropy_triton
+from kernels.ops import linear_cross_entropy as ops
+from kernels.proof.cases._shared import compile_spec, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
     {"N": 2048, "D": 5120, "V": 248320},
@@ -30,14 +33,15 @@ def make_case(N, D, V, device="cpu", dtype=torch.float32, seed=0) -> Case:
     return Case(f"N {N}, D {D}, V {V}", inputs, call, ("x",))
 
 
-MUTANTS = {
-    "labels shifted by one": lambda x, weight, labels: linear_cross_entropy_triton(x, weight, labels.roll(1)),
-    "last word dropped": lambda x, weight, labels: linear_cross_entropy_triton(
-        x, weight[:-1], labels.clamp(max=len(weight) - 2)
-    ),
-    "mean instead of sum": lambda x, weight, labels: linear_cross_entropy_triton(x, weight, labels) / len(x),
-    "gradient lost": lambda x, weight, labels: linear_cross_entropy_triton(x.detach(), weight, labels) + 0 * x.sum(),
-}
+MUTANTS = with_changes(ops.linear_cross_entropy_triton, {
+    "labels shifted by one": lambda labels, **_: {"labels": labels.roll(1)},
+    "last word dropped": lambda weight, labels, **_: {
+        "weight": weight[:-1], "labels": labels.clamp(max=len(weight) - 2),
+    },
+}) | {
+    "mean instead of sum": lambda x, weight, labels: ops.linear_cross_entropy_triton(x, weight, labels) / len(x),
+    "gradient lost": lambda x, *rest: ops.linear_cross_entropy_triton(x.detach(), *rest) + 0 * x.sum(),
+}  # fmt: skip
 
 
 def work(N, D, V) -> Work:
@@ -47,11 +51,22 @@ def work(N, D, V) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """V = 248,320 with gradient (training) and without (validation)."""
-    signature = {"p_z": "*bf16", "p_label": "*i64", "p_loss": "*fp32"}
-    return [
-        CompileSpec(
-            f"cross_entropy_kernel{' with gradient' * gradient}", _cross_entropy_kernel, signature,
-            {"V": 248320, "GRAD": gradient, "BV": BV, "STAGES": STAGES}, num_warps=WARPS, aligned=("p_z",),
-        )
-        for gradient in (True, False)
-    ]  # fmt: skip
+    types = {"p_label": "*i64", "p_loss": "*fp32"}
+    specs = []
+    for gradient in (True, False):
+        constants = {"V": 248320, "GRAD": gradient, "BV": ops.BV, "STAGES": ops.STAGES, "num_warps": ops.WARPS}
+        name = f"cross_entropy_kernel{' with gradient' * gradient}"
+        specs.append(compile_spec(name, ops._cross_entropy_kernel, types, constants, unaligned=("p_label", "p_loss")))
+    return specs
+
+
+def _liger(size: dict, device: str):
+    function = import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    options = (None, None, -100, 0.0, 0.0, "sum")  # bias, class weights, ignore_index, z loss, smoothing, reduction
+    return lambda x: function.apply(x["x"], x["weight"], x["labels"], *options)[0]
+
+
+OP = Op(
+    "linear_cross_entropy", ops.linear_cross_entropy_reference, ops.linear_cross_entropy_triton, CASES, make_case,
+    MUTANTS, work, compile_specs, peers=(Peer("Liger", "liger_kernel", _liger),),
+)  # fmt: skip

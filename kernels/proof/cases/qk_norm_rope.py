@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels.lora_term import LoRATerm
-from kernels.ops.qk_norm_rope import _CONSTANTS, _backward_kernel, _forward_kernel, qk_norm_rope_triton
+from kernels.ops import qk_norm_rope as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 CASES = [
     {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32},
@@ -18,13 +19,9 @@ CASES = [
 
 def make_case(T, H, G, K, RD, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """RD rotated pairs a head; rank 0: no adapter. Heads from 1 down to 0.001, so that eps counts."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
+    draw, uniform = random_on(device, seed)
     N = 2 * (H + G) * K
-    sizes = 10 ** (-3 * torch.rand(T, 2 * (H + G), 1, generator=generator, device=device))
+    sizes = 10 ** (-3 * uniform(T, 2 * (H + G), 1))
     angles = torch.arange(T, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, RD, device=device)
     inputs = {
         "qgkv": (draw(T, 2 * (H + G), K) * sizes).reshape(T, N).to(dtype),
@@ -47,23 +44,19 @@ def make_case(T, H, G, K, RD, rank=1, strided=False, device="cpu", dtype=torch.f
     return Case(name, inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
 
 
-def _mutant(change):
-    def op(qgkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads, eps, lora=None):
-        x = {"qgkv": qgkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "eps": eps, "lora": lora}
-        return qk_norm_rope_triton(**x | change(**x), num_heads=num_heads, num_kv_heads=num_kv_heads)
-
-    return op
+def _u_changed(change):
+    return lambda lora, **_: {"lora": lora and lora._replace(u=change(lora.u))}
 
 
-MUTANTS = {
-    "adapter term dropped": _mutant(lambda lora, **x: {"lora": None}),
-    "u of k and v exchanged": _mutant(lambda lora, **x: {"lora": lora and lora._replace(u=lora.u.flip(1))}),
-    "rotated the other way": _mutant(lambda sin, **x: {"sin": -sin}),
-    "positions off by one": _mutant(lambda cos, sin, **x: {"cos": cos.roll(1, 0), "sin": sin.roll(1, 0)}),
-    "eps ten times too large": _mutant(lambda eps, **x: {"eps": 10 * eps}),
-    "norm weights exchanged": _mutant(lambda q_weight, k_weight, **x: {"q_weight": k_weight, "k_weight": q_weight}),
-    "gradient of u lost": _mutant(lambda lora, **x: {"lora": lora and lora._replace(u=lora.u.detach() + 0 * lora.u)}),
-}
+MUTANTS = with_changes(ops.qk_norm_rope_triton, {
+    "adapter term dropped": lambda **_: {"lora": None},
+    "u of k and v exchanged": _u_changed(lambda u: u.flip(1)),
+    "rotated the other way": lambda sin, **_: {"sin": -sin},
+    "positions off by one": lambda cos, sin, **_: {"cos": cos.roll(1, 0), "sin": sin.roll(1, 0)},
+    "eps ten times too large": lambda eps, **_: {"eps": 10 * eps},
+    "norm weights exchanged": lambda q_weight, k_weight, **_: {"q_weight": k_weight, "k_weight": q_weight},
+    "gradient of u lost": _u_changed(lambda u: u.detach() + 0 * u),
+})  # fmt: skip
 
 
 def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
@@ -75,15 +68,19 @@ def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """24/4 heads of 256, 64 dims rotated, with and without adapters."""
+    types = dict.fromkeys(("p_cos", "p_sin", "p_u", "p_B", "p_du", "p_partial"), "*fp32")
+    types |= {"T": "i32", "stride_in": "i32:16", "eps": "fp32", "scale": "fp32"}
     specs = []
     for adapted in (True, False):
         absent = {} if adapted else dict.fromkeys(("p_u", "p_B", "p_du", "p_partial"))
-        for kernel in (_forward_kernel, _backward_kernel):
-            constexprs = absent | {"H": 24, "G": 4, "K": 256, "RD": 32, "BK": 256, "STAGES": _CONSTANTS["STAGES"]}
-            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
-            types = dict.fromkeys(("p_cos", "p_sin", "p_u", "p_B", "p_du", "p_partial"), "*fp32")
-            types |= {"T": "i32", "stride_in": "i32", "eps": "fp32", "scale": "fp32"}
-            signature = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in constexprs}
+        constants = absent | {"H": 24, "G": 4, "K": 256, "RD": 32, "BK": 256} | ops._CONSTANTS
+        for kernel in (ops._forward_kernel, ops._backward_kernel):
             name = f"qk_norm_rope{kernel.__name__}{' rank 1' if adapted else ''}"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=1))
+            specs.append(compile_spec(name, kernel, types, constants))
     return specs
+
+
+OP = Op(
+    "qk_norm_rope", ops.qk_norm_rope_reference, ops.qk_norm_rope_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    without_lora={"rank": 0},
+)  # fmt: skip

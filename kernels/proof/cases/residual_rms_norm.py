@@ -1,12 +1,15 @@
 """residual_rms_norm: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from kernels.lora_term import LoRATerm, Pending
-from kernels.ops.residual_rms_norm import _backward_kernel, _forward_kernel, residual_rms_norm_triton
+from kernels.ops import residual_rms_norm as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
     {"T": 4096, "D": 5120, "R": 2},
@@ -20,13 +23,9 @@ CASES = [
 
 def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """Rows from 1 down to 0.001, so that eps counts. R rows of lora_A; rank of the pending adapter, 0 for none."""
-    generator = torch.Generator(device).manual_seed(seed)
+    draw, uniform = random_on(device, seed)
     rank = rank if pending else 0
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    sizes = 10 ** (-3 * torch.rand(T, 1, generator=generator, device=device))
+    sizes = 10 ** (-3 * uniform(T, 1))
     inputs = {"h": (draw(T, D) * sizes).to(dtype), "weight": (0.1 * draw(D)).to(dtype)}
     if pending:
         inputs["y"] = (draw(T, D) * sizes).to(dtype)
@@ -46,25 +45,12 @@ def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtyp
     return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
 
 
-def _mutant(change):
-    def op(h, pending, weight, eps, lora_A=None):
-        return residual_rms_norm_triton(**change(h=h, pending=pending, weight=weight, eps=eps, lora_A=lora_A))
-
-    return op
-
-
-def _without_u_gradient(h, pending, weight, eps, lora_A=None):
-    h, x, u = residual_rms_norm_triton(h, pending, weight, eps, lora_A)
-    return h, x, None if u is None else u.detach() + 0 * u
-
-
-MUTANTS = {
-    "adapter term dropped": _mutant(lambda **x: x | {"pending": x["pending"] and Pending(x["pending"].y, None)}),
-    "pending term dropped": _mutant(lambda **x: x | {"h": x["h"].clone(), "pending": None}),
-    "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
-    "w instead of 1 + w": _mutant(lambda **x: x | {"weight": x["weight"] - 1}),
-    "gradient of u lost": _without_u_gradient,
-}
+MUTANTS = with_changes(ops.residual_rms_norm_triton, {
+    "adapter term dropped": lambda pending, **_: {"pending": pending and Pending(pending.y, None)},
+    "pending term dropped": lambda h, **_: {"h": h.clone(), "pending": None},
+    "eps ten times too large": lambda eps, **_: {"eps": 10 * eps},
+    "w instead of 1 + w": lambda weight, **_: {"weight": weight - 1},
+}) | {"gradient of u lost": without_u_gradient(ops.residual_rms_norm_triton)}  # fmt: skip
 
 
 def work(T, D, R=0, rank=1, pending=True, strided=False) -> Work:
@@ -77,17 +63,25 @@ def work(T, D, R=0, rank=1, pending=True, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows behind a rank-1 or a plain output."""
-    bf16 = ("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy")
-    strides = ("stride_h", "stride_y", "stride_dh", "stride_dx")
-    scalars = {"T": "i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
+    types = {"T": "i32", "scale": "fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("stride_h", "stride_y", "stride_dh", "stride_dx"), "i32:16")
+    types |= dict.fromkeys(("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy"), "*bf16")
     specs = []
     for R, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
         absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if R else ("p_A", "p_u_out", "p_du_out"))
-        for kernel, extra in ((_forward_kernel, {}), (_backward_kernel, {"DA": R > 0})):
-            constexprs = dict.fromkeys(absent) | {"D": 5120, "R": R, "BD": 1024, "STAGES": 3} | extra
-            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
-            types = {n: scalars.get(n, "*bf16" if n in bf16 else "*fp32") for n in kernel.arg_names}
+        constants = dict.fromkeys(absent) | {"D": 5120, "R": R, "BD": 1024, "STAGES": 3, "DA": R > 0, "num_warps": 8}
+        for kernel in (ops._forward_kernel, ops._backward_kernel):
             name = f"residual_rms_norm{kernel.__name__} R {R}{' + B' if adapted else ''}"
-            signature = {n: t for n, t in types.items() if n not in constexprs}
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=8))
+            specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
     return specs
+
+
+def _liger(size: dict, device: str):
+    function = import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
+    return lambda x: function.apply(x["y"], x["h"], x["weight"], 1e-6, 1.0, "gemma", False)
+
+
+OP = Op(
+    "residual_rms_norm", ops.residual_rms_norm_reference, ops.residual_rms_norm_triton, CASES, make_case, MUTANTS, work,
+    compile_specs, without_lora={"R": 0, "rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
+)  # fmt: skip

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.ops.sigmoid_gate import _BACKWARD, _backward_kernel, _forward_kernel, sigmoid_gate_triton
+from kernels.ops import sigmoid_gate as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 CASES = [
     {"T": 4096, "N": 6144, "R": 1},
@@ -17,11 +18,7 @@ CASES = [
 
 def make_case(T, N, R=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """R rows of lora_A, 0 for none; strided: o and gate are slices of wider rows."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
+    draw, _ = random_on(device, seed)
     inputs = {"o": draw(T, N).to(dtype), "gate": (3 * draw(T, N)).to(dtype)}
     if R:
         inputs["lora_A"] = draw(R, N) / N**0.5
@@ -35,17 +32,11 @@ def make_case(T, N, R=1, strided=False, device="cpu", dtype=torch.float32, seed=
     return Case(f"T {T}, N {N}, R {R}{', strided' if strided else ''}", inputs, call, tuple(inputs))
 
 
-def _without_u_gradient(o, gate, lora_A=None):
-    x, u = sigmoid_gate_triton(o, gate, lora_A)
-    return x, None if u is None else u.detach() + 0 * u
-
-
-MUTANTS = {
-    "silu instead of sigmoid": lambda o, gate, lora_A=None: sigmoid_gate_triton(o * gate, gate, lora_A),
-    "o and gate exchanged": lambda o, gate, lora_A=None: sigmoid_gate_triton(gate, o, lora_A),
-    "gate's gradient lost": lambda o, gate, lora_A=None: sigmoid_gate_triton(o, gate.detach() + 0 * gate, lora_A),
-    "gradient of u lost": _without_u_gradient,
-}
+MUTANTS = with_changes(ops.sigmoid_gate_triton, {
+    "silu instead of sigmoid": lambda o, gate, **_: {"o": o * gate},
+    "o and gate exchanged": lambda o, gate, **_: {"o": gate, "gate": o},
+    "gate's gradient lost": lambda gate, **_: {"gate": gate.detach() + 0 * gate},
+}) | {"gradient of u lost": without_u_gradient(ops.sigmoid_gate_triton)}  # fmt: skip
 
 
 def work(T, N, R=1, strided=False) -> Work:
@@ -56,15 +47,18 @@ def work(T, N, R=1, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """N = 6144, with and without an adapter on the output layer."""
+    types = dict.fromkeys(("p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"T": "i32"}
+    types |= dict.fromkeys(("stride_o", "stride_gate", "stride_dx"), "i32:16")
     specs = []
     for R in (0, 1):
         absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
-        backward = {n: v for n, v in _BACKWARD.items() if n != "num_warps"}
-        for kernel, sizes in ((_forward_kernel, {"BN": 1024, "STAGES": 3}), (_backward_kernel, backward)):
-            constexprs = {n: v for n, v in (absent | {"N": 6144, "R": R} | sizes).items() if n in kernel.arg_names}
-            fp32 = ("p_A", "p_u", "p_du", "p_partial")
-            types = {n: "*fp32" if n in fp32 else "*bf16" if n[:2] == "p_" else "i32" for n in kernel.arg_names}
-            signature = {n: t for n, t in types.items() if n not in constexprs}
-            name = f"sigmoid_gate{kernel.__name__} R {R}"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
+        for kernel, sizes in ((ops._forward_kernel, {"BN": 1024, "STAGES": 3}), (ops._backward_kernel, ops._BACKWARD)):
+            constants = absent | {"N": 6144, "R": R} | sizes
+            specs.append(compile_spec(f"sigmoid_gate{kernel.__name__} R {R}", kernel, types, constants))
     return specs
+
+
+OP = Op(
+    "sigmoid_gate", ops.sigmoid_gate_reference, ops.sigmoid_gate_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    without_lora={"R": 0},
+)  # fmt: skip

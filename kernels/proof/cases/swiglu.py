@@ -1,12 +1,15 @@
 """swiglu: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from kernels.lora_term import LoRATerm
-from kernels.ops.swiglu import BACKWARD_BT, BI, FORWARD_BT, STAGES, _backward_kernel, _forward_kernel, swiglu_triton
+from kernels.ops import swiglu as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
     {"T": 4096, "I": 17408, "rank": 1},
@@ -18,11 +21,7 @@ CASES = [
 
 def make_case(T, I, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """Gate and up of unit size; adapters as after some training (B near 0.01)."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
+    draw, _ = random_on(device, seed)
     inputs = {"gate_up": draw(T, 2 * I).to(dtype)}
     if rank:
         inputs |= {"u": draw(T, 2 * rank), "B": 0.01 * draw(2 * I, rank), "lora_A": draw(rank, I) / I**0.5}
@@ -36,26 +35,15 @@ def make_case(T, I, rank=1, strided=False, device="cpu", dtype=torch.float32, se
     return Case(f"T {T}, I {I}, rank {rank}{', strided' if strided else ''}", inputs, call, tuple(inputs))
 
 
-def _mutant(change):
-    return lambda gate_up, lora=None, lora_A=None: swiglu_triton(**change(gate_up=gate_up, lora=lora, lora_A=lora_A))
+def _swap_halves(lora, **_):
+    return {"lora": lora and lora._replace(u=lora.u.roll(lora.u.shape[1] // 2, 1))}
 
 
-def _swap_halves(gate_up, lora, lora_A):
-    swapped = lora and lora._replace(u=lora.u.roll(lora.u.shape[1] // 2, 1))
-    return {"gate_up": gate_up, "lora": swapped, "lora_A": lora_A}
-
-
-def _without_u_gradient(gate_up, lora=None, lora_A=None):
-    x, u = swiglu_triton(gate_up, lora, lora_A)
-    return x, None if u is None else u.detach() + 0 * u
-
-
-MUTANTS = {
-    "adapter term dropped": _mutant(lambda **x: x | {"lora": None}),
-    "u of gate and up swapped": _mutant(_swap_halves),
-    "gate and up swapped": _mutant(lambda **x: x | {"gate_up": x["gate_up"].roll(x["gate_up"].shape[1] // 2, 1)}),
-    "gradient of u lost": _without_u_gradient,
-}
+MUTANTS = with_changes(ops.swiglu_triton, {
+    "adapter term dropped": lambda **_: {"lora": None},
+    "u of gate and up swapped": _swap_halves,
+    "gate and up swapped": lambda gate_up, **_: {"gate_up": gate_up.roll(gate_up.shape[1] // 2, 1)},
+}) | {"gradient of u lost": without_u_gradient(ops.swiglu_triton)}  # fmt: skip
 
 
 def work(T, I, rank=1, strided=False) -> Work:
@@ -66,18 +54,25 @@ def work(T, I, rank=1, strided=False) -> Work:
 
 def compile_specs() -> list[CompileSpec]:
     """I = 17,408, with rank-1 adapters on all three and with none."""
-    bf16 = ("p_gate_up", "p_x", "p_dx", "p_dgate_up")
-    scalars = {"T": "i32", "stride": "i32", "stride_dx": "i32", "scale": "fp32"}
+    types = {"T": "i32", "stride": "i32:16", "stride_dx": "i32:16", "scale": "fp32"}
+    types |= dict.fromkeys(("p_gate_up", "p_x", "p_dx", "p_dgate_up"), "*bf16")
     specs = []
-    for kernel, BT in ((_forward_kernel, FORWARD_BT), (_backward_kernel, BACKWARD_BT)):
+    for kernel, BT in ((ops._forward_kernel, ops.FORWARD_BT), (ops._backward_kernel, ops.BACKWARD_BT)):
         for adapted in (True, False):
             absent = () if adapted else ("p_u", "p_B", "p_A", "p_u_parts", "p_du_out", "p_du_parts")
-            constexprs = dict.fromkeys(absent) | {
-                "I": 17408, "DA": adapted, "BT": BT, "BI": BI, "STAGES": STAGES
-            }  # fmt: skip
-            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
-            types = {n: scalars.get(n, "*bf16" if n in bf16 else "*fp32") for n in kernel.arg_names}
-            signature = {n: t for n, t in types.items() if n not in constexprs}
+            constants = dict.fromkeys(absent) | {"I": 17408, "DA": adapted, "BT": BT, "BI": ops.BI}
+            constants["STAGES"] = ops.STAGES
             name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=4))
+            specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
     return specs
+
+
+def _liger(size: dict, device: str):
+    function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    return lambda x: function.apply(*x["gate_up"].chunk(2, dim=1))
+
+
+OP = Op(
+    "swiglu", ops.swiglu_reference, ops.swiglu_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    without_lora={"rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
+)  # fmt: skip
