@@ -16,23 +16,22 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.lora_term import LoRATerm, Pending
-from kernels.ops import adamw_8bit as _adamw
-from kernels.ops import attention_decode as _decode_attention
-from kernels.ops import causal_attention as _attention
-from kernels.ops import causal_conv1d_silu as _conv1d
-from kernels.ops import causal_conv1d_silu_step as _conv1d_step
-from kernels.ops import gated_delta_rule as _delta_rule
-from kernels.ops import gated_rms_norm as _gated_norm
-from kernels.ops import linear_cross_entropy as _cross_entropy
-from kernels.ops import qk_norm_rope as _rope
-from kernels.ops import residual_rms_norm as _rms_norm
-from kernels.ops import sigmoid_gate as _output_gate
-from kernels.ops import swiglu as _glu
 from kernels.ops._triton import HAS_TRITON
+from kernels.ops.adamw_8bit import adamw_8bit_reference, adamw_8bit_triton
+from kernels.ops.attention_decode import attention_decode_reference, attention_decode_triton
+from kernels.ops.causal_attention import causal_attention_reference, causal_attention_triton, triton_supports
+from kernels.ops.causal_conv1d_silu import causal_conv1d_silu_reference, causal_conv1d_silu_triton
+from kernels.ops.causal_conv1d_silu_step import causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton
+from kernels.ops.gated_delta_rule import gated_delta_rule_reference, gated_delta_rule_triton
+from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference, gated_delta_rule_step_triton
+from kernels.ops.gated_rms_norm import gated_rms_norm_reference, gated_rms_norm_triton
+from kernels.ops.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
+from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
+from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
+from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from kernels.ops.swiglu import swiglu_reference, swiglu_triton
 
 CHOICES = ("auto", "triton", "reference")
-# Every switched operation: name -> (reference, Triton implementation or None while there is none).
-OPS: dict[str, tuple[Callable, Callable | None]] = {}
 
 
 def choice() -> str:
@@ -60,39 +59,47 @@ def describe(device: torch.device, head_dim: int) -> str:
     x = torch.empty(0, device=device)
     if not runs_triton(x):
         return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
-    plain = [name for name, (_, triton_op) in OPS.items() if triton_op is None]
-    if not _attention.triton_supports(head_dim):
-        plain += [f"{name} (head_dim {head_dim})" for name in ("causal_attention", "attention_decode")]
     line = "Triton" + ("" if x.is_cuda else "'s interpreter")
-    return line + (f"; reference for {', '.join(plain)}" if plain else "")
+    if triton_supports(head_dim):
+        return line
+    names = ("causal_attention", "attention_decode")
+    return f"{line}; reference for {', '.join(f'{name} (head_dim {head_dim})' for name in names)}"
 
 
-def _switch(name: str, module) -> Callable:
-    reference = getattr(module, f"{name}_reference")
-    OPS[name] = (reference, getattr(module, f"{name}_triton", None))
+def switch(reference: Callable, triton_op: Callable) -> Callable:
+    """The operation that runs one or the other by where its first argument lies. Both have the same signature.
+
+    They are its attributes `reference` and `triton`: a test puts a wrong version in the place of one of them.
+    """
 
     @functools.wraps(reference)
     def op(*args, **kwargs):
-        reference, triton_op = OPS[name]
         x = args[0] if args else next(iter(kwargs.values()))
-        return (triton_op if triton_op is not None and runs_triton(x) else reference)(*args, **kwargs)
+        return (op.triton if runs_triton(x) else op.reference)(*args, **kwargs)
 
-    op.__name__ = op.__qualname__ = name
+    op.reference, op.triton = reference, triton_op
     return op
 
 
-residual_rms_norm = _switch("residual_rms_norm", _rms_norm)
-qk_norm_rope = _switch("qk_norm_rope", _rope)
-causal_attention = _switch("causal_attention", _attention)
-attention_decode = _switch("attention_decode", _decode_attention)
-sigmoid_gate = _switch("sigmoid_gate", _output_gate)
-causal_conv1d_silu = _switch("causal_conv1d_silu", _conv1d)
-causal_conv1d_silu_step = _switch("causal_conv1d_silu_step", _conv1d_step)
-gated_delta_rule = _switch("gated_delta_rule", _delta_rule)
-gated_delta_rule_step = _switch("gated_delta_rule_step", _delta_rule)
-gated_rms_norm = _switch("gated_rms_norm", _gated_norm)
-swiglu = _switch("swiglu", _glu)
-linear_cross_entropy = _switch("linear_cross_entropy", _cross_entropy)
-adamw_8bit = _switch("adamw_8bit", _adamw)
+residual_rms_norm = switch(residual_rms_norm_reference, residual_rms_norm_triton)
+qk_norm_rope = switch(qk_norm_rope_reference, qk_norm_rope_triton)
+causal_attention = switch(causal_attention_reference, causal_attention_triton)
+attention_decode = switch(attention_decode_reference, attention_decode_triton)
+sigmoid_gate = switch(sigmoid_gate_reference, sigmoid_gate_triton)
+causal_conv1d_silu = switch(causal_conv1d_silu_reference, causal_conv1d_silu_triton)
+causal_conv1d_silu_step = switch(causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton)
+gated_delta_rule = switch(gated_delta_rule_reference, gated_delta_rule_triton)
+gated_delta_rule_step = switch(gated_delta_rule_step_reference, gated_delta_rule_step_triton)
+gated_rms_norm = switch(gated_rms_norm_reference, gated_rms_norm_triton)
+swiglu = switch(swiglu_reference, swiglu_triton)
+linear_cross_entropy = switch(linear_cross_entropy_reference, linear_cross_entropy_triton)
+adamw_8bit = switch(adamw_8bit_reference, adamw_8bit_triton)
 
-__all__ = ["OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]
+# The names of all operations.
+OPS = (
+    "residual_rms_norm", "qk_norm_rope", "causal_attention", "attention_decode", "sigmoid_gate", "causal_conv1d_silu",
+    "causal_conv1d_silu_step", "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "swiglu",
+    "linear_cross_entropy", "adamw_8bit",
+)  # fmt: skip
+
+__all__ = ["HAS_TRITON", "OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]

@@ -23,7 +23,6 @@ MICRO = ARCHITECTURE.with_name("micro.json")
 CONFIG = ModelConfig.from_dict(json.loads(ARCHITECTURE.read_text()))
 FIXED = 2 * 26_895_998_464 + 11 * 4_980_736
 LENGTHS = (2100, 65, 700, 1, 1230)
-TRITON = all(triton is not None for _, triton in kernels.OPS.values())
 
 
 def plan(limit=H100_MEMORY - RESERVE, fixed=FIXED, config=CONFIG) -> Plan:
@@ -104,8 +103,10 @@ def compare_micro(monkeypatch, **choices):
     compare_with(monkeypatch, model, (24, 9), 4, rows=13, **choices)
 
 
-needs_triton = pytest.mark.skipif(not TRITON, reason="some operation has no Triton kernels yet")
-interpreted = pytest.mark.skipif(not TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
+interpreted = pytest.mark.skipif(
+    not kernels.HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
 
 
 @interpreted

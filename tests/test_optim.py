@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from kernels.ops import adamw_8bit as adamw
+from kernels.proof.cases import adamw_8bit as adamw
 from psysafe.model.lora import Segment
 from psysafe.training import optim
 from psysafe.training.optim import AdamW, cosine_schedule

@@ -20,8 +20,6 @@ from psysafe.training.watchdog import Watchdog
 from tests.test_memory import CONFIG, FIXED
 from tests.test_train import setup
 
-TRITON = all(triton is not None for _, triton in kernels.OPS.values())
-
 
 def step_without_a_device(monkeypatch, limit=84 * 10**9):
     """A whole step of the 27B, memory plan and optimiser included, on tensors without memory and without launches:
@@ -51,7 +49,7 @@ def step_without_a_device(monkeypatch, limit=84 * 10**9):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not TRITON, reason="some operation has no Triton kernels yet")
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("limit", [84, 68])
 def test_no_value_of_the_device_is_asked_for(monkeypatch, limit):
     """Also where backward makes everything again."""
@@ -59,7 +57,7 @@ def test_no_value_of_the_device_is_asked_for(monkeypatch, limit):
     assert result.loss.is_meta and result.skipped.is_meta and result.fields["tokens"] == 2705
 
 
-@pytest.mark.skipif(not TRITON, reason="some operation has no Triton kernels yet")
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
     "wait",
     [

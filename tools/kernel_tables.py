@@ -3,7 +3,8 @@
     python tools/kernel_tables.py            counts bytes and compiles every kernel for sm_90 (minutes, no GPU)
     python tools/kernel_tables.py --bytes    the byte tables only
 
-Bytes come from the kernel files' own `work`; the traffic of PEFT and Unsloth is counted by hand below, pass by pass.
+Bytes come from every operation's own `work` (kernels/proof/cases/); the traffic of PEFT and Unsloth is counted by hand
+below, pass by pass.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernels.compile_check import collect, compile_all, table  # noqa: E402
-from kernels.proof.registry import offer  # noqa: E402
+from kernels.proof.compile import compile_all, table  # noqa: E402
+from kernels.proof.registry import OPERATIONS, operations  # noqa: E402
 
 DOCS = ROOT / "docs"
 T = 4096  # tokens a micro-batch: A, B and the norm's weights are read once for all of them
@@ -67,8 +68,8 @@ DELTA_BLOCK = (
 
 def per_token(launch: Launch) -> tuple[float, float, float, float]:
     """Bytes a token: forward, backward, and the adapters' part of each."""
-    work = offer(launch.op).work
-    on, off = work(**launch.size), work(**launch.off)
+    (op,) = operations([launch.op])
+    on, off = op.work(**launch.size), op.work(**launch.off)
     numbers = on.forward_bytes, on.backward_bytes
     return *(n / T for n in numbers), (numbers[0] - off.forward_bytes) / T, (numbers[1] - off.backward_bytes) / T
 
@@ -140,7 +141,7 @@ def traffic_table() -> str:
 
 
 def compile_table(target: str = "sm_90") -> str:
-    specs = collect()
+    specs = [spec for op in OPERATIONS for spec in op.compile_specs()]
     return table(specs, compile_all(specs, target), target)
 
 

@@ -24,18 +24,14 @@ formed in fp64 (1 - b2 has only 4 digits in fp32) from the lr of that dtype. Byt
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from functools import partial
-from unittest import mock
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.lora_term import compute_dtype
 from kernels.ops._triton import tl, triton
-from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
 
 ROW = 256
 
@@ -356,142 +352,3 @@ def adamw_8bit_triton(
 def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
     log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
     return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
-
-
-# Rank 1 at 27B: A and B of gate, up, down in 64 layers, of q|gate, k, v, o in 16. 512 segments, 4,980,736 elements.
-RECIPE_27B = [5120, 17408, 5120, 17408, 17408, 5120] * 64 + [5120, 12288, 5120, 1024, 5120, 1024, 6144, 5120] * 16
-HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 1.0}
-CASES = [
-    {"sizes": RECIPE_27B},
-    {"sizes": [1, 255, 256, 257, 4096, 5000]},
-    {"sizes": [1, 255, 256, 257, 600], "min_8bit_size": 1},
-    {"sizes": [4095, 4096]},
-    {"sizes": [300, 20], "min_8bit_size": math.inf},
-]
-
-
-def make_case(
-    sizes: list[int],
-    min_8bit_size: float = 4096,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
-    """Step 4 of segments of these sizes with 256 foreign elements between them; half of the gradient's norm is clipped.
-
-    The hyper-parameters let every term weigh: eps and decay are seen at 1e-5.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    random = partial(torch.randn, generator=generator, dtype=torch.float64)
-    stops = (torch.tensor(sizes) + ROW).cumsum(0).tolist()
-    segments = [(stop - ROW - size, stop - ROW) for stop, size in zip(stops, sizes, strict=True)]
-    state = AdamWState.zeros(segments, min_8bit_size, torch.device("cpu"), dtype)
-    # Elements of a row differ by two decades; every 37th is new and so small that its v needs the rule against code 0.
-    scale = 10 ** (-2 * torch.rand(stops[-1], generator=generator, dtype=torch.float64))
-    scale[::37] *= 1e-3
-    param, grad = 0.02 * random(stops[-1]), (scale * random(stops[-1])).to(dtype)
-    for rows in row_groups(state):
-        index, inside = elements(state, rows)
-        m, v = 0.5 * scale[index] * random(index.shape), scale[index].square() * (0.5 + random(index.shape).square())
-        known = inside & (scale[index] > 1e-2)
-        store_moments(state, rows, m * known, v * known, torch.tensor(True))
-    state.counters[0] = 3
-    max_grad_norm = grad_norm(grad, state).item() / 2
-    _avoid_ties(grad, state, max_grad_norm)
-    inputs = {"param": param.to(dtype), "grad": grad, **state.kept()}
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in AdamWState.KEPT}
-
-    def call(op: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        param = inputs["param"].clone()
-        now = AdamWState(**fixed, **{name: inputs[name].clone() for name in AdamWState.KEPT})
-        norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
-        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.kept()}
-
-    return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
-
-
-def _avoid_ties(grad: Tensor, state: AdamWState, max_grad_norm: float) -> None:
-    """Changes old codes until no new value lies so near a border of two codes that fp32 and fp64 could disagree."""
-    clip = min(1.0, max_grad_norm / (grad_norm(grad, state).item() + 1e-6))
-    for rows in [rows for rows in row_groups(state) if rows.start < state.n_8bit]:
-        index, inside = elements(state, rows)
-        g = torch.where(inside, grad[index].double(), 0) * clip
-        for _ in range(20):
-            near = 0
-            old = [x.double() for x in load_moments(state, rows, inside)]
-            for code, x, beta, new, borders in (
-                (state.code_m, old[0], HYPER["betas"][0], g, state.borders[0].double()),
-                (state.code_v, old[1], HYPER["betas"][1], g * g, state.borders[1].double()),
-            ):
-                x, size = beta * x + (1 - beta) * new, beta * x.abs() + (1 - beta) * new.abs()
-                absmax = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
-                above = torch.bucketize(x / absmax, borders).clamp(max=ROW - 2)
-                gap = torch.stack([borders[above], borders[(above - 1).clamp(min=0)]]).sub(x / absmax).abs().amin(0)
-                tie = inside & (gap < 1e-5 * size / absmax)
-                near += tie.sum().item()
-                code[rows] = torch.where(tie, torch.where(code[rows] < 200, code[rows] + 1, code[rows] - 1), code[rows])
-            if not near:
-                break
-        assert not near, f"{near} ties are left"
-
-
-def _mutant(**replaced: Callable) -> Callable:
-    """The reference with some of its parts replaced."""
-
-    def wrong(*args, **kwargs) -> tuple[Tensor, Tensor]:
-        with mock.patch.dict(globals(), replaced):
-            return adamw_8bit_reference(*args, **kwargs)
-
-    return wrong
-
-
-def _decay_coupled(param, grad, state, lr, betas, eps, weight_decay, max_grad_norm):
-    return adamw_8bit_reference(param, grad + weight_decay * param, state, lr, betas, eps, 0.0, max_grad_norm)
-
-
-def _move_by_rounded(p, m, v, *rest, right=move):
-    rounded = []
-    for x, absmax, values in ((m, m.abs().amax(1), dynamic_map(True)), (v, v.amax(1), dynamic_map(False))):
-        values = values.to(x)
-        code = nearest_code(x, absmax, (values[:-1] + values[1:]) / 2)
-        rounded.append(values[code] * absmax[:, None])
-    return right(p, *rounded, *rest)
-
-
-MUTANTS = {
-    "eps without bias correction": _mutant(step_scalars=lambda *args, right=step_scalars: (right(*args)[0], args[3])),
-    "bias correction of the next step": _mutant(step_scalars=lambda t, *rest, right=step_scalars: right(t + 1, *rest)),
-    "weight decay coupled to the gradient": _decay_coupled,
-    "no clipping": lambda *args, **settings: adamw_8bit_reference(*args, **settings | {"max_grad_norm": math.inf}),
-    "moved by the rounded m and v": _mutant(move=_move_by_rounded),
-    "v > 0 rounds to code 0": _mutant(spare_zero=lambda code, v: code),
-}
-
-
-def work(sizes: list[int], min_8bit_size: float = 4096) -> Work:
-    """Gradient twice (norm, update), parameter and states read and written. There is no backward."""
-    total = 0
-    for size in sizes:
-        rows = -(-size // ROW)
-        total += 16 * size + rows * (2 * 2 * (ROW + 4) if size >= min_8bit_size else 2 * 2 * 4 * ROW) + 2 * 12 * rows
-    return Work(forward_bytes=total, backward_bytes=0)
-
-
-def compile_specs() -> list[CompileSpec]:
-    """The three kernels as launched; the shape of the model enters none of their constants."""
-    types = {"p_start": "*i64", "p_code_m": "*u8", "p_code_v": "*u8"}
-    types |= dict.fromkeys(("p_length", "p_counters", "p_skipped"), "*i32")
-    types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
-    types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
-    rows, betas = {"BR": BR, "ROW": ROW}, HYPER["betas"]
-
-    def spec(name: str, fn: Callable, constants: dict) -> CompileSpec:
-        signature = {arg: types.get(arg, "*fp32") for arg in fn.arg_names if arg not in constants}
-        return CompileSpec(f"adamw_8bit {name}", fn, signature, constants, NUM_WARPS)
-
-    return [
-        spec("norm", _norm_partials_kernel, rows),
-        spec("step", _step_kernel, _step_constants(betas, HYPER["eps"])),
-        spec("update", _update_kernel, {"BETA1": betas[0], "BETA2": betas[1]} | rows),
-    ]

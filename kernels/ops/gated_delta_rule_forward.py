@@ -1,4 +1,4 @@
-"""The two forward kernels of the gated delta rule, the one-token kernel, and the schedule that all its kernels share.
+"""The two forward kernels of the gated delta rule, and the schedule that all its kernels share.
 
     prepare   one program per chunk and value head: gates, norms, M and P
     states    one program per document, value head and block of dv: walks the chunks with the state in registers
@@ -76,7 +76,7 @@ def _log1p_exp(b_x):
 
 
 @triton.jit
-def _log_decay(b_a, A_log, dt_bias):
+def log_decay(b_a, A_log, dt_bias):
     return -tl.exp(A_log.to(tl.float32)) * _log1p_exp(b_a.to(tl.float32) + dt_bias.to(tl.float32))
 
 
@@ -197,7 +197,7 @@ def _prepare_kernel(
     # c = cumsum(g) reaches -1e3 under strong decay, where fp32 resolves 1e-4: too coarse for e^(c_t - c_s). So g is cut
     # into a multiple of 2^-8, summed without any rounding, and a remainder whose sum stays small.
     b_a = tl.load(p_a + o_row * s_a + i_h, mask=m_t, other=0.0)
-    b_g = tl.where(m_t, _log_decay(b_a, tl.load(p_A_log + i_h), tl.load(p_dt_bias + i_h)), 0.0)
+    b_g = tl.where(m_t, log_decay(b_a, tl.load(p_A_log + i_h), tl.load(p_dt_bias + i_h)), 0.0)
     b_coarse = tl.floor(b_g * 256.0) * 0.00390625
     b_c, b_fine = tl.cumsum(b_coarse, 0), tl.cumsum(b_g - b_coarse, 0)
     b_b = tl.load(p_b + o_row * s_b + i_h, mask=m_t, other=0.0).to(tl.float32)
@@ -297,48 +297,6 @@ def _states_kernel(
         tl.store(tile(p_final, i_document * H + i_h, DK, DV, o_k, o_v), b_S)
 
 
-@triton.jit
-def _step_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_a,
-    p_b,
-    p_A_log,
-    p_dt_bias,
-    p_state,
-    p_o,
-    s_q,
-    s_k,
-    s_v,
-    s_a,
-    s_b,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BV: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    i_v, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_k, o_v = tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
-    i_hk = i_h // GROUP
-    b_q = tl.load(p_q + i_b * s_q + i_hk * DK + o_k).to(tl.float32)
-    b_k = tl.load(p_k + i_b * s_k + i_hk * DK + o_k).to(tl.float32)
-    b_v = tl.load(p_v + i_b * s_v + i_h * DV + o_v).to(tl.float32)
-    b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + EPS) * DK**-0.5
-    b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + EPS)
-    beta = tl.sigmoid(tl.load(p_b + i_b * s_b + i_h).to(tl.float32))
-    g = _log_decay(tl.load(p_a + i_b * s_a + i_h), tl.load(p_A_log + i_h), tl.load(p_dt_bias + i_h))
-    p_tile = tile(p_state, i_b * H + i_h, DK, DV, o_k, o_v)
-    b_S = tl.load(p_tile) * tl.exp(g)
-    b_e = beta * (b_v - tl.sum(b_S * b_k[:, None], 0))
-    b_S += b_k[:, None] * b_e[None, :]
-    tl.store(p_tile, b_S)
-    b_o = tl.sum(b_S * b_q[:, None], 0)
-    tl.store(p_o + (i_b * H + i_h) * DV + o_v, b_o.to(p_o.dtype.element_ty))
-
-
 def precision(x: Tensor) -> str:
     """fp32 inputs are multiplied in fp32; beside bf16 operands, TF32 in the inverse is no coarser than rounding M."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
@@ -390,18 +348,3 @@ def states(
         SEGMENT=SEGMENT, H=H, GROUP=H // Hk, DK=dk, DV=dv, BT=CHUNK, PRECISION=precision(v), **how,
     )  # fmt: skip
     return o, S_final, checkpoints
-
-
-def step(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
-) -> Tensor:
-    """One token a sequence; updates `state` in place."""
-    (B, H, dv), (Hk, dk) = v.shape, k.shape[1:]
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    BV = min(dv, 32)
-    _step_kernel[(dv // BV, H, B)](
-        *(q, k, v, a, b, A_log, dt_bias, state, o),
-        *(x.stride(0) for x in (q, k, v, a, b)),
-        H=H, GROUP=H // Hk, DK=dk, DV=dv, BV=BV, EPS=L2_EPS, num_warps=4,
-    )  # fmt: skip
-    return o

@@ -20,11 +20,9 @@ rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero
 import torch
 from torch import Tensor
 
-from kernels.lora_term import LoRATerm, Pending, add_lora, compute_dtype, project
+from kernels.lora_term import Pending, add_lora, compute_dtype, project
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
-from kernels.proof.closeness import Case
-from kernels.proof.protocol import CompileSpec, Work
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -229,88 +227,3 @@ def residual_rms_norm_triton(
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     h_out, x, u_out = _ResidualRMSNorm.apply(h, y, u, B, A, weight, eps, scale)
     return h_out, x, u_out if A is not None else project(x, lora_A)
-
-
-CASES = [
-    {"T": 4096, "D": 5120, "R": 2},
-    {"T": 4096, "D": 5120, "R": 3},
-    {"T": 4096, "D": 5120, "R": 0, "rank": 0},
-    {"T": 4095, "D": 5120, "R": 3, "rank": 0, "pending": False},
-    {"T": 65, "D": 2560, "R": 2, "rank": 4},
-    {"T": 63, "D": 1000, "R": 4, "strided": True},
-]
-
-
-def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
-    """Rows from 1 down to 0.001, so that eps counts. R rows of lora_A; rank of the pending adapter, 0 for none."""
-    generator = torch.Generator(device).manual_seed(seed)
-    rank = rank if pending else 0
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    sizes = 10 ** (-3 * torch.rand(T, 1, generator=generator, device=device))
-    inputs = {"h": (draw(T, D) * sizes).to(dtype), "weight": (0.1 * draw(D)).to(dtype)}
-    if pending:
-        inputs["y"] = (draw(T, D) * sizes).to(dtype)
-    if rank:
-        inputs |= {"u": draw(T, rank) * sizes, "B": 0.01 * draw(D, rank)}
-    if R:
-        inputs["lora_A"] = draw(R, D) / D**0.5
-
-    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        # A slice of a wider row, as a fused GEMM's output is; cloning inputs would make it dense, so it is cut here.
-        h, y = ((torch.cat([t, t], dim=1)[:, :D] if strided else t) for t in (x["h"], x.get("y", x["h"])))
-        lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
-        h, y, u = op(h, Pending(y, lora) if pending else None, x["weight"], 1e-6, x.get("lora_A"))
-        return {"h_out": h, "x": y, "u_out": u}
-
-    name = f"T {T}, D {D}, R {R}, rank {rank}{'' if pending else ', nothing pending'}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
-
-
-def _mutant(change):
-    def op(h, pending, weight, eps, lora_A=None):
-        return residual_rms_norm_triton(**change(h=h, pending=pending, weight=weight, eps=eps, lora_A=lora_A))
-
-    return op
-
-
-def _without_u_gradient(h, pending, weight, eps, lora_A=None):
-    h, x, u = residual_rms_norm_triton(h, pending, weight, eps, lora_A)
-    return h, x, None if u is None else u.detach() + 0 * u
-
-
-MUTANTS = {
-    "adapter term dropped": _mutant(lambda **x: x | {"pending": x["pending"] and Pending(x["pending"].y, None)}),
-    "pending term dropped": _mutant(lambda **x: x | {"h": x["h"].clone(), "pending": None}),
-    "eps ten times too large": _mutant(lambda **x: x | {"eps": 10 * x["eps"]}),
-    "w instead of 1 + w": _mutant(lambda **x: x | {"weight": x["weight"] - 1}),
-    "gradient of u lost": _without_u_gradient,
-}
-
-
-def work(T, D, R=0, rank=1, pending=True, strided=False) -> Work:
-    """In bf16. Forward: h, y in, h', x out (h in, x out where nothing is pending); backward: dh', dx, h' in, dh out."""
-    rank = rank if pending else 0
-    row, adapter = 2 * T * D, 4 * (R + rank) * (T + D)
-    flops = 2 * T * D * (R + rank)
-    return Work((4 if pending else 2) * row + adapter, 4 * row + 2 * adapter, flops, 2 * flops)
-
-
-def compile_specs() -> list[CompileSpec]:
-    """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows behind a rank-1 or a plain output."""
-    bf16 = ("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy")
-    strides = ("stride_h", "stride_y", "stride_dh", "stride_dx")
-    scalars = {"T": "i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
-    specs = []
-    for R, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
-        absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if R else ("p_A", "p_u_out", "p_du_out"))
-        for kernel, extra in ((_forward_kernel, {}), (_backward_kernel, {"DA": R > 0})):
-            constexprs = dict.fromkeys(absent) | {"D": 5120, "R": R, "BD": 1024, "STAGES": 3} | extra
-            constexprs = {n: v for n, v in constexprs.items() if n in kernel.arg_names}
-            types = {n: scalars.get(n, "*bf16" if n in bf16 else "*fp32") for n in kernel.arg_names}
-            name = f"residual_rms_norm{kernel.__name__} R {R}{' + B' if adapted else ''}"
-            signature = {n: t for n, t in types.items() if n not in constexprs}
-            specs.append(CompileSpec(name, kernel, signature, constexprs, num_warps=8))
-    return specs

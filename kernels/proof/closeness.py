@@ -55,10 +55,10 @@ def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expec
             ("max", 2.0, lambda e: e.abs().max().item()),
             ("RMS", 1.5, lambda e: e.square().mean().sqrt().item()),
         ):
-            mine, yours = error(ours), error(theirs)
+            size, plain_size = error(ours), error(theirs)
             noise = 1e-5 * b.square().mean().sqrt().item() if actual[name].dtype == torch.float32 else 0.0
-            message = f"{name}: {what} error {mine:.3e}, plain PyTorch {yours:.3e}, limit {limit}x"
-            assert mine <= max(limit * yours, noise), message
+            message = f"{name}: {what} error {size:.3e}, plain PyTorch {plain_size:.3e}, limit {limit}x"
+            assert size <= max(limit * plain_size, noise), message
 
 
 def _same_names(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,33 +78,39 @@ class Case:
 
 
 def outputs_and_gradients(
-    case: Case, op: Callable, dtype: torch.dtype | None = None, seed: int = 0
+    case: Case, op: Callable, dtype: torch.dtype | None = None, cotangents: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Runs `case.call(op, inputs)` forward and backward; returns outputs and gradients ("d" + name) by name.
 
-    dtype: floating inputs are cast to it (fp64 for the oracle; None leaves them). The outputs are weighted with fixed
-    random numbers, the same for every dtype, so that every output contributes to every gradient.
+    dtype: floating inputs are cast to it (fp64 for the oracle; None leaves them). cotangents: the outputs' weights by
+    name; None draws them, so that every output contributes to every gradient.
     """
     inputs = {}
     for name, x in case.inputs.items():
-        x = x.detach().clone()
-        inputs[name] = x.to(dtype) if dtype is not None and x.is_floating_point() else x
-        if name in case.grads:
-            inputs[name].requires_grad_()
+        inputs[name] = x.detach().to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True)
+        inputs[name].requires_grad_(name in case.grads)
     outputs = {name: y for name, y in case.call(op, inputs).items() if y is not None}
     results = {name: y.detach() for name, y in outputs.items()}
     if case.grads:
-        generator = torch.Generator().manual_seed(seed)
-        cotangents = []
-        for y in outputs.values():
-            weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-            # Rounded to what the lowest precision can hold, so that every run weighs with the same numbers.
-            cotangents.append(weight.to(torch.bfloat16).to(y))
+        cotangents = cotangents or draw_cotangents(results)
+        weights = [cotangents[name].to(y) for name, y in outputs.items()]
         wanted = [inputs[name] for name in case.grads]
-        grads = torch.autograd.grad(list(outputs.values()), wanted, cotangents, allow_unused=True)
+        grads = torch.autograd.grad(list(outputs.values()), wanted, weights, allow_unused=True)
         for name, x, g in zip(case.grads, wanted, grads, strict=True):
             results["d" + name] = torch.zeros_like(x) if g is None else g
     return results
+
+
+def draw_cotangents(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Normal weights for the outputs, the same for every dtype: bf16 holds them exactly.
+
+    They are drawn on the outputs' device, because at the 27B sizes drawing on the host takes most of a check's time.
+    """
+    generator = torch.Generator(next(iter(outputs.values())).device).manual_seed(0)
+    return {
+        name: torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float64).bfloat16()
+        for name, y in outputs.items()
+    }
 
 
 @contextlib.contextmanager

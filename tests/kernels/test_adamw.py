@@ -12,10 +12,11 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 
 from kernels.ops import adamw_8bit as adamw
-from kernels.ops.adamw_8bit import AdamWState, adamw_8bit_reference, adamw_8bit_triton, make_case
+from kernels.ops.adamw_8bit import AdamWState, adamw_8bit_reference, adamw_8bit_triton
+from kernels.proof.cases.adamw_8bit import CASES, HYPER, MUTANTS, RECIPE_27B, make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 
-SMALL_CASES = adamw.CASES[1:]
+SMALL_CASES = CASES[1:]
 OPS = [adamw_8bit_reference, adamw_8bit_triton]
 EIGHT_BIT = {"sizes": [1, 255, 256, 257, 600], "min_8bit_size": 1}
 CPU = torch.device("cpu")
@@ -39,18 +40,18 @@ def test_close_to_fp64(op, size, seed):
 
 @pytest.mark.slow
 def test_the_recipe_of_27b_is_close_to_fp64():
-    assert len(adamw.RECIPE_27B) == 512 and sum(adamw.RECIPE_27B) == 4_980_736
-    case = make_case(**adamw.CASES[0])
+    assert len(RECIPE_27B) == 512 and sum(RECIPE_27B) == 4_980_736
+    case = make_case(**CASES[0])
     expected = outputs_and_gradients(case, adamw_8bit_reference, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, adamw_8bit_reference), expected)
 
 
-@pytest.mark.parametrize("name", adamw.MUTANTS)
+@pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_not_close(name):
     case = make_case(**EIGHT_BIT)
     expected = outputs_and_gradients(case, adamw_8bit_reference, torch.float64)
     with pytest.raises(AssertionError, match="out of tolerance"):
-        assert_close_fp32(outputs_and_gradients(case, adamw.MUTANTS[name]), expected)
+        assert_close_fp32(outputs_and_gradients(case, MUTANTS[name]), expected)
 
 
 @pytest.mark.parametrize("size", SMALL_CASES, ids=str)
@@ -99,7 +100,7 @@ def test_skipped_steps_are_counted_in_a_row(op):
     param, good = torch.randn(300), torch.randn(300)
     reports = []
     for grad in (good, good * math.nan, good * math.inf, good, good * math.nan):
-        reports.append(op(param, grad, state, **adamw.HYPER, max_grad_norm=1.0)[1])
+        reports.append(op(param, grad, state, **HYPER, max_grad_norm=1.0)[1])
     # Read afterwards: a report does not change when later steps run.
     assert [int(skipped) for skipped in reports] == [0, 1, 2, 0, 1]
     assert state.counters.tolist() == [2, 1]
@@ -113,8 +114,8 @@ def test_elements_of_no_segment_do_not_exist(op):
     param, grad = torch.randn(size + 10), torch.randn(size + 10)
     wild, wild_grad = param.clone(), grad.clone()
     wild_grad[:5], wild_grad[-5:] = math.nan, 1e9
-    norm, _ = op(param, grad, states[0], **adamw.HYPER, max_grad_norm=1.0)
-    wild_norm, _ = op(wild, wild_grad, states[1], **adamw.HYPER, max_grad_norm=1.0)
+    norm, _ = op(param, grad, states[0], **HYPER, max_grad_norm=1.0)
+    wild_norm, _ = op(wild, wild_grad, states[1], **HYPER, max_grad_norm=1.0)
     assert torch.equal(param, wild) and torch.equal(norm, wild_norm)
     assert norm.item() == pytest.approx(grad[5:-5].norm().item(), rel=1e-6)
 
@@ -222,10 +223,10 @@ def test_a_step_equals_bitsandbytes(op):
 
 
 # Code 0 concerns elements that this comparison leaves out; it has its own test below.
-@pytest.mark.parametrize("name", sorted(adamw.MUTANTS.keys() - {"v > 0 rounds to code 0"}))
+@pytest.mark.parametrize("name", sorted(MUTANTS.keys() - {"v > 0 rounds to code 0"}))
 def test_bitsandbytes_rejects_mutants(name):
     with pytest.raises(AssertionError, match=r"parameters differ|codes equal|farther"):
-        compare_with_bitsandbytes(adamw.MUTANTS[name])
+        compare_with_bitsandbytes(MUTANTS[name])
 
 
 def test_bitsandbytes_rejects_rows_across_tensors():
@@ -254,7 +255,7 @@ def test_a_small_second_moment_never_rounds_to_zero(op):
 
 
 def test_without_the_rule_steps_explode():
-    length = longest_step(adamw.MUTANTS["v > 0 rounds to code 0"])
+    length = longest_step(MUTANTS["v > 0 rounds to code 0"])
     print(f"longest step without the rule: {length:.0f} lr")
     assert length > 40
 
@@ -263,4 +264,4 @@ def test_triton_refuses_fp64():
     state = AdamWState.zeros([(0, 4)], 1, CPU, torch.float64)
     x = torch.zeros(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"takes fp32, not torch.float64; set PSYSAFE_KERNELS=reference"):
-        adamw_8bit_triton(x, x, state, **adamw.HYPER, max_grad_norm=1.0)
+        adamw_8bit_triton(x, x, state, **HYPER, max_grad_norm=1.0)

@@ -3,37 +3,28 @@
 The oracle below shares nothing with the kernels: one document, one query head, one matrix of scores at a time.
 """
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
 from kernels.documents import Documents
+from kernels.ops import attention_decode as decode
 from kernels.ops import attention_schedule
 from kernels.ops import causal_attention as attention
 from kernels.ops._triton import HAS_TRITON
+from kernels.ops.attention_decode import attention_decode_reference, attention_decode_triton
 from kernels.ops.attention_schedule import head_parts, tile_items
-from kernels.ops.causal_attention import (
-    CASES,
-    MUTANTS,
-    TILES,
-    causal_attention_reference,
-    causal_attention_triton,
-    make_case,
-)
+from kernels.ops.causal_attention import TILES, causal_attention_reference, causal_attention_triton
+from kernels.proof.cases import attention_decode as decode_cases
+from kernels.proof.cases import causal_attention as cases
+from kernels.proof.cases._shared import packed
+from kernels.proof.cases.causal_attention import CASES, MUTANTS, make_case
 from kernels.proof.closeness import Case, assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
 
-# By name from sys.modules: the package's attribute of an op's name is the op.
-decode = importlib.import_module("kernels.ops.attention_decode")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 SMALL = [case for case in CASES if sum(case["lengths"]) < 1000]
-SMALL_DECODE = [case for case in decode.CASES if sum(case["lengths"]) < 1000]
-
-
-def packed(lengths: list[int]) -> Documents:
-    return Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32))
+SMALL_DECODE = [case for case in decode_cases.CASES if sum(case["lengths"]) < 1000]
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, documents: Documents, key_documents: Documents | None = None) -> Tensor:
@@ -53,10 +44,7 @@ def naive_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -
     """The last row of the definition, one sequence after the other."""
     one = packed([1])
     return torch.cat(
-        [
-            naive(q[i : i + 1], k_cache[i, :n], v_cache[i, :n], one, packed([n]))
-            for i, n in enumerate(lengths.tolist())
-        ]
+        [naive(q[i : i + 1], k_cache[i, :n], v_cache[i, :n], one, packed([n])) for i, n in enumerate(lengths.tolist())]
     )
 
 
@@ -262,19 +250,19 @@ def test_other_head_sizes_run_the_reference():
 # Decode
 
 
-@pytest.mark.parametrize("size", SMALL_DECODE, ids=lambda size: decode.make_case(**size).name)
+@pytest.mark.parametrize("size", SMALL_DECODE, ids=lambda size: decode_cases.make_case(**size).name)
 def test_decode_equals_the_definition(size):
-    case = decode.make_case(**size)
-    assert_close_fp32(outputs_and_gradients(case, decode.attention_decode_reference), expected(case, naive_decode))
+    case = decode_cases.make_case(**size)
+    assert_close_fp32(outputs_and_gradients(case, attention_decode_reference), expected(case, naive_decode))
     if HAS_TRITON:
-        assert_close_fp32(run_triton(case, decode.attention_decode_triton), expected(case, naive_decode))
+        assert_close_fp32(run_triton(case, attention_decode_triton), expected(case, naive_decode))
 
 
-@pytest.mark.parametrize("name", decode.MUTANTS)
+@pytest.mark.parametrize("name", decode_cases.MUTANTS)
 def test_decode_mutants_are_rejected(name):
-    case = decode.make_case(**SMALL_DECODE[0])
+    case = decode_cases.make_case(**SMALL_DECODE[0])
     with pytest.raises(AssertionError, match="out of tolerance"):
-        assert_close_fp32(outputs_and_gradients(case, decode.MUTANTS[name]), expected(case, naive_decode))
+        assert_close_fp32(outputs_and_gradients(case, decode_cases.MUTANTS[name]), expected(case, naive_decode))
 
 
 @needs_triton
@@ -282,45 +270,46 @@ def test_decode_of_long_sequences(monkeypatch):
     """More keys than MIN_KEYS in every piece, some pieces empty: the cut of a long cache at a small size."""
     monkeypatch.setattr(decode, "SPLITS", 4)
     monkeypatch.setattr(decode, "MIN_KEYS", 32)
-    case = decode.make_case([300, 97, 33], heads=6, kv_heads=2, head_dim=64)
-    assert_close_fp32(run_triton(case, decode.attention_decode_triton), expected(case, naive_decode))
+    case = decode_cases.make_case([300, 97, 33], heads=6, kv_heads=2, head_dim=64)
+    assert_close_fp32(run_triton(case, attention_decode_triton), expected(case, naive_decode))
 
 
 @needs_triton
 def test_decode_does_not_depend_on_the_batch():
     """Alone or in a batch, in a larger cache, with int32 lengths, with NaN behind the length: the same bits."""
-    case = decode.make_case([1, 63, 130], heads=4, kv_heads=2, head_dim=64)
+    case = decode_cases.make_case([1, 63, 130], heads=4, kv_heads=2, head_dim=64)
     x = case.inputs
-    batch = decode.attention_decode_triton(x["q"], x["k_cache"], x["v_cache"], x["lengths"])
+    batch = attention_decode_triton(x["q"], x["k_cache"], x["v_cache"], x["lengths"])
     alone = [t[1:2].clone() for t in (x["q"], x["k_cache"][:, :70], x["v_cache"][:, :70])]
     for cache in alone[1:]:
         cache[:, 63:] = float("nan")
-    assert torch.equal(decode.attention_decode_triton(*alone, x["lengths"][1:2].int()), batch[1:2])
+    assert torch.equal(attention_decode_triton(*alone, x["lengths"][1:2].int()), batch[1:2])
 
 
 @needs_triton
 def test_decode_says_what_cannot_run():
-    q, k, v, n = (decode.make_case([4], 2, 1, 64).inputs[name] for name in ("q", "k_cache", "v_cache", "lengths"))
+    q, k, v, n = (decode_cases.make_case([4], 2, 1, 64).inputs[name] for name in ("q", "k_cache", "v_cache", "lengths"))
     with pytest.raises(ValueError, match="one dtype"):
-        decode.attention_decode_triton(q.double(), k, v, n)
+        attention_decode_triton(q.double(), k, v, n)
     with pytest.raises(ValueError, match="no gradient"):
-        decode.attention_decode_triton(q.clone().requires_grad_(), k, v, n)
+        attention_decode_triton(q.clone().requires_grad_(), k, v, n)
 
 
 @needs_triton
 def test_the_switch_knows_both_ops():
-    assert kernels.OPS["causal_attention"] == (causal_attention_reference, causal_attention_triton)
-    assert kernels.OPS["attention_decode"] == (decode.attention_decode_reference, decode.attention_decode_triton)
+    switched = kernels.causal_attention, kernels.attention_decode
+    assert [op.reference for op in switched] == [causal_attention_reference, attention_decode_reference]
+    assert [op.triton for op in switched] == [causal_attention_triton, attention_decode_triton]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_compiles_for_hopper_without_transposed_accumulators():
     """No spills, no serialised wgmma, and no dot that takes an accumulator's transpose (wrong numbers on Hopper)."""
-    from kernels.compile_check import compile_all, complaints, ttgir_of
+    from kernels.proof.compile import compile_all, complaints, ttgir_of
     from tests.kernels.ttgir import transposed_accumulators
 
-    specs = attention.compile_specs() + decode.compile_specs()
+    specs = cases.compile_specs() + decode_cases.compile_specs()
     for spec, used in zip(specs, compile_all(specs), strict=True):
         assert complaints(spec, used, "sm_90") == [] and not used.serialised, (spec.name, used)
         assert transposed_accumulators(ttgir_of(spec)) == []

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import kernels
-from kernels import bench
-from kernels.bench import Ceilings, Timing, bench_case, calls_of, without_adapter
-from kernels.proof.peers import PEERS, Peer
-from kernels.proof.registry import offer, offers
+from kernels.proof import bench
+from kernels.proof.bench import Ceilings, Timing, bench_case, calls_of, without_adapter
+from kernels.proof.cases import adamw_8bit, swiglu
+from kernels.proof.contract import Op, Peer
+from kernels.proof.registry import OPERATIONS
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 
@@ -38,24 +39,23 @@ def clock(monkeypatch):
     return seen
 
 
-def in_fp32(op: str, **changes):
-    return dataclasses.replace(offer(op), dtypes=(torch.float32,), **changes)
+def swiglu_in_fp32(**changes) -> Op:
+    return dataclasses.replace(swiglu.OP, dtypes=(torch.float32,), **changes)
 
 
-def test_every_version_is_timed_both_ways(clock, monkeypatch):
-    found = in_fp32("swiglu")
-    right = Peer("right", "torch", lambda size, device: lambda x: offer("swiglu").reference(x["gate_up"])[0])
-    wrong = Peer("wrong", "torch", lambda size, device: lambda x: offer("swiglu").reference(x["gate_up"])[0] * 1.1)
+def test_every_version_is_timed_both_ways(clock):
+    right = Peer("right", "torch", lambda size, device: lambda x: swiglu.OP.reference(x["gate_up"])[0])
+    wrong = Peer("wrong", "torch", lambda size, device: lambda x: swiglu.OP.reference(x["gate_up"])[0] * 1.1)
     absent = Peer("absent", "no_such_package", None)
-    monkeypatch.setitem(bench.PEERS, "swiglu", (right, wrong, absent))
-    rows = list(bench_case(found, SIZE, CEILINGS))
+    op = swiglu_in_fp32(peers=(right, wrong, absent))
+    rows = list(bench_case(op, SIZE, CEILINGS))
     measured = {(row.version, row.direction) for row in rows if row.ms is not None}
     versions = ("Triton", "Triton, LoRA off", "torch", "torch.compile", "right")
     assert measured == {(version, way) for version in versions for way in ("forward", "backward")}
     remarks = {row.version: row.remark for row in rows if row.ms is None}
     assert remarks.keys() == {"wrong", "absent"}
     assert "not the op's" in remarks["wrong"] and "not installed" in remarks["absent"]
-    work, first = found.work(**SIZE), rows[0]
+    work, first = op.work(**SIZE), rows[0]
     assert first.gb_s == pytest.approx(work.forward_bytes / 2e-3 / 1e9)
     assert first.tflop_s == pytest.approx(work.forward_flops / 2e-3 / 1e12)
     assert first.roofline == pytest.approx(work.forward_bytes / 4e12 / 2e-3)
@@ -69,40 +69,33 @@ def test_the_roofline_is_the_larger_of_the_two():
 
 
 def test_an_op_whose_check_fails_is_refused(clock):
-    found = in_fp32("swiglu", triton=offer("swiglu").mutants["adapter term dropped"])
-    (row,) = bench_case(found, SIZE, CEILINGS)
+    wrong = swiglu_in_fp32(triton=swiglu.OP.mutants["adapter term dropped"])
+    (row,) = bench_case(wrong, SIZE, CEILINGS)
     assert row.ms is None and row.remark.startswith("REFUSED") and not clock
 
 
 def test_calls_time_the_op_alone():
     """The optimiser's case copies its state before each call: not part of the op. Backward yields every gradient."""
-    found = offer("adamw_8bit")
-    case = found.make_case([300, 20], min_8bit_size=1)
-    forward, backward = calls_of([case], found.reference)
+    case = adamw_8bit.OP.make_case([300, 20], min_8bit_size=1)
+    forward, backward = calls_of([case], adamw_8bit.OP.reference)
     assert not backward
     (call,) = forward
     assert call.args[0].data_ptr() != case.inputs["param"].data_ptr()
-    found = offer("swiglu")
-    case = found.make_case(**SIZE, strided=True)
-    forward, (backward,) = calls_of([case], found.reference)
+    case = swiglu.OP.make_case(**SIZE, strided=True)
+    forward, (backward,) = calls_of([case], swiglu.OP.reference)
     assert forward[0].args[0].stride() == (160, 1), "the strided view itself"
     assert [tuple(g.shape) for g in backward()] == [(5, 80), (5, 2), (80, 1), (1, 40)]
 
 
 def test_without_adapter():
-    sizes = {found.op: without_adapter(found, found.cases[0]) for found in offers()}
+    sizes = {op.name: without_adapter(op, op.cases[0]) for op in OPERATIONS}
     assert sizes["residual_rms_norm"] | {"T": 0} == {"T": 0, "D": 5120, "R": 0, "rank": 0}
     assert sizes["swiglu"]["rank"] == sizes["qk_norm_rope"]["rank"] == sizes["sigmoid_gate"]["R"] == 0
     assert sizes["causal_attention"] is sizes["causal_conv1d_silu"] is sizes["linear_cross_entropy"] is None
 
 
 def test_every_op_has_a_case_worth_timing():
-    for found in offers():
-        assert any(found.work(**size).forward_bytes >= bench.MIN_BYTES for size in found.cases), found.op
-
-
-def test_peers_belong_to_ops():
-    assert PEERS.keys() <= kernels.OPS.keys()
+    assert all(bench.worth_timing(op) for op in OPERATIONS)
 
 
 def made_up_rows():

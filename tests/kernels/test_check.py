@@ -15,10 +15,15 @@ import pytest
 import torch
 
 import kernels
-from kernels import check
-from kernels.check import closeness_of, mutant_rejected, permuted_documents, run, tasks
-from kernels.ops.gated_delta_rule import make_case
-from kernels.proof.registry import offer, offers, plain_peer, rounded_delta_rule, sdpa_decode, torch_flash_attention
+from kernels.proof import check
+from kernels.proof.cases._shared import packed
+from kernels.proof.cases.attention_decode import sdpa_decode
+from kernels.proof.cases.causal_attention import torch_flash_attention
+from kernels.proof.cases.gated_delta_rule import make_case, rounded_delta_rule
+from kernels.proof.check import closeness_of, mutant_rejected, permuted_documents, tasks
+from kernels.proof.closeness import outputs_and_gradients
+from kernels.proof.contract import Op
+from kernels.proof.registry import OPERATIONS, operations
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
 
@@ -26,14 +31,18 @@ BF16, FP32 = torch.bfloat16, torch.float32
 DOCUMENTS = {"lengths": (5, 1, 66), "key_heads": 1, "value_heads": 2, "state": True}
 
 
-def standing_in(op: str, implementation) -> check.Offer:
-    """An op whose Triton kernels are `implementation`."""
-    return dataclasses.replace(offer(op), triton=implementation)
+def record(name: str) -> Op:
+    return operations([name])[0]
+
+
+def standing_in(name: str) -> Op:
+    """An op whose reference stands in the place of its Triton kernels."""
+    return dataclasses.replace(record(name), triton=record(name).reference)
 
 
 @pytest.fixture
 def gate():
-    return standing_in("sigmoid_gate", offer("sigmoid_gate").reference), {"T": 9, "N": 40, "R": 1}
+    return standing_in("sigmoid_gate"), {"T": 9, "N": 40, "R": 1}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -63,31 +72,30 @@ def nudged(op):
     ids=["two percent off", "unwritten memory", "not deterministic"],
 )
 def test_wrong_kernels_are_rejected(gate, dtype, wrong, message):
-    found, size = gate
+    op, size = gate
     with pytest.raises(AssertionError, match=message):
-        closeness_of(dataclasses.replace(found, triton=wrong(found.reference)), size, dtype, 1, "cpu")
+        closeness_of(dataclasses.replace(op, triton=wrong(op.reference)), size, dtype, 1, "cpu")
 
 
 def test_a_mutant_that_is_right_is_no_mutant(gate):
-    found, size = gate
-    right = found.reference
-    found = dataclasses.replace(found, mutants={"right": right, "wrong": lambda o, g, A: right(g, o, A)})
-    assert mutant_rejected(found, "wrong", [size], "cpu")
+    op, size = gate
+    right = op.reference
+    op = dataclasses.replace(op, mutants={"right": right, "wrong": lambda o, g, A: right(g, o, A)})
+    assert mutant_rejected(op, "wrong", [size], "cpu")
     with pytest.raises(AssertionError, match="accepted by all 1 cases"):
-        mutant_rejected(found, "right", [size], "cpu")
+        mutant_rejected(op, "right", [size], "cpu")
 
 
 def test_documents_that_see_each_other_are_caught():
     size = {"lengths": (5, 1, 66), "splits": (8, 8, 16)}
-    found = standing_in("causal_conv1d_silu", offer("causal_conv1d_silu").reference)
-    permuted_documents(found, size, FP32, "cpu")
+    op = standing_in("causal_conv1d_silu")
+    permuted_documents(op, size, FP32, "cpu")
 
     def leaking(x, weight, documents, splits, initial_state=None):
-        one = kernels.Documents(torch.tensor([0, len(x)], dtype=torch.int32))
-        return found.reference(x, weight, one, splits)
+        return op.reference(x, weight, packed([len(x)]), splits)
 
     with pytest.raises(AssertionError, match="two runs differ in c0, c1, c2, dx"):
-        permuted_documents(dataclasses.replace(found, triton=leaking), size, FP32, "cpu")
+        permuted_documents(dataclasses.replace(op, triton=leaking), size, FP32, "cpu")
 
 
 # The plain PyTorch that bf16 is measured by
@@ -96,8 +104,8 @@ def test_documents_that_see_each_other_are_caught():
 @pytest.mark.parametrize("shift", [0.0, 20.0, -20.0])
 def test_the_rounded_delta_rule_is_the_delta_rule(shift):
     case = make_case(**DOCUMENTS, shift=shift)
-    expected = run(case, offer("gated_delta_rule").reference, torch.float64)
-    actual = run(case, rounded_delta_rule, torch.float64)
+    expected = outputs_and_gradients(case, record("gated_delta_rule").reference, torch.float64)
+    actual = outputs_and_gradients(case, rounded_delta_rule, torch.float64)
     for name, x in expected.items():
         torch.testing.assert_close(actual[name], x, rtol=1e-11, atol=1e-12, msg=name)
 
@@ -106,10 +114,10 @@ def test_the_rounded_delta_rule_rounds_its_dots():
     """In bf16 twice the error of the reference, which rounds nothing but o: that is why it takes its place."""
     case = make_case((130,), 1, 2, 64, 64, dtype=BF16)
     expected, rounded, reference = (
-        run(case, op, dtype)["o"].double()
+        outputs_and_gradients(case, op, dtype)["o"].double()
         for op, dtype in (
-            (offer("gated_delta_rule").reference, torch.float64), (rounded_delta_rule, None),
-            (offer("gated_delta_rule").reference, None),
+            (record("gated_delta_rule").reference, torch.float64), (rounded_delta_rule, None),
+            (record("gated_delta_rule").reference, None),
         )
     )  # fmt: skip
     size = expected.norm()
@@ -125,10 +133,10 @@ def test_the_rounded_delta_rule_rounds_its_dots():
     ],
 )
 def test_plain_peers_compute_the_op(op, peer, size):
-    found = offer(op)
-    case = found.make_case(**size)
-    expected = run(case, found.reference, torch.float64)
-    for name, x in run(case, peer).items():
+    op = record(op)
+    case = op.make_case(**size)
+    expected = outputs_and_gradients(case, op.reference, torch.float64)
+    for name, x in outputs_and_gradients(case, peer).items():
         torch.testing.assert_close(x.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
@@ -136,23 +144,23 @@ def test_plain_peers_compute_the_op(op, peer, size):
 
 
 def test_every_op_offers_what_the_check_needs():
-    assert {found.op for found in offers()} == set(kernels.OPS)
-    for found in offers():
-        assert found.cases and found.mutants and callable(found.reference) and callable(plain_peer(found))
-        assert any(check.is_small(found, size) for size in found.cases), f"{found.op} has no case for the interpreter"
-        assert found.work(**found.cases[0]).forward_bytes > 1e6, f"{found.op}: its first case is not the 27B size"
+    assert [op.name for op in OPERATIONS] == list(kernels.OPS)
+    for op in OPERATIONS:
+        assert op.cases and op.mutants and callable(op.reference) and callable(op.triton)
+        assert any(check.is_small(op, size) for size in op.cases), f"{op.name} has no case for the interpreter"
+        assert op.work(**op.cases[0]).forward_bytes > 1e6, f"{op.name}: its first case is not the 27B size"
 
 
 def test_on_a_gpu_everything_is_checked():
-    for found in offers():
-        todo = list(tasks(found, 3, "cuda"))
+    for op in OPERATIONS:
+        todo = list(tasks(op, 3, "cuda"))
         in_bf16 = [case for case, dtype, _ in todo if dtype == "bfloat16"]
-        if BF16 in found.dtypes:
-            assert {check.shown(size) for size in found.cases} <= set(in_bf16), found.op
-        assert sum(case.startswith("mutant") for case, _, _ in todo) == len(found.mutants)
-        assert any(dtype == "float32" and not case.startswith("mutant") for case, dtype, _ in todo), found.op
-    attention = [case for case, _, _ in tasks(offer("causal_attention"), 3, "cuda")]
-    assert sum("against torch's flash" in case for case in attention) == 2 * len(check.ATTENTION_LENGTHS)
+        if BF16 in op.dtypes:
+            assert {check.shown(size) for size in op.cases} <= set(in_bf16), op.name
+        assert sum(case.startswith("mutant") for case, _, _ in todo) == len(op.mutants)
+        assert any(dtype == "float32" and not case.startswith("mutant") for case, dtype, _ in todo), op.name
+    attention = [case for case, _, _ in tasks(record("causal_attention"), 3, "cuda")]
+    assert sum("against torch's flash" in case for case in attention) == 18
     assert any(case.startswith("documents permuted") for case in attention)
 
 
@@ -176,7 +184,7 @@ def test_the_command_checks_in_the_interpreter(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--op", "flash"), "--op flash: no Triton operation of that name"),
+        (("--op", "flash"), "--op flash: no operation of that name"),
         (("--seeds", "0"), "--seeds 0: expected 1 or more"),
         (("--json", "/no/such/folder/x.json"), "does not exist"),
     ],
@@ -191,7 +199,7 @@ def test_a_crash_is_a_failed_row(gate):
     def broken(*_):
         raise RuntimeError("out of memory\nmore")
 
-    found = dataclasses.replace(gate[0], triton=broken, cases=(gate[1],))
-    rows = list(check.check_op(found, 1, "cpu"))
+    op = dataclasses.replace(gate[0], triton=broken, cases=(gate[1],))
+    rows = list(check.check_op(op, 1, "cpu"))
     assert rows[0].result == "RuntimeError: out of memory" and not rows[0].ok
     assert "FAILED sigmoid_gate" in check.table(rows)

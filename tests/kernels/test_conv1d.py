@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.ops._triton import HAS_TRITON
-from kernels.ops.causal_conv1d_silu import MUTANTS, causal_conv1d_silu_reference, causal_conv1d_silu_triton, make_case
+from kernels.ops.causal_conv1d_silu import causal_conv1d_silu_reference, causal_conv1d_silu_triton
+from kernels.proof.cases.causal_conv1d_silu import MUTANTS, make_case
 from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

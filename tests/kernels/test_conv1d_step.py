@@ -6,13 +6,12 @@ import torch
 
 import kernels
 from kernels.documents import Documents
-from kernels.ops import causal_conv1d_silu_step as conv1d_step
 from kernels.ops.causal_conv1d_silu import causal_conv1d_silu_reference
 from kernels.ops.causal_conv1d_silu_step import causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton
+from kernels.proof.cases.causal_conv1d_silu_step import OP
 from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
-NAME = "causal_conv1d_silu_step"
 SIZES = [
     {"batch": 1, "channels": 64},
     {"batch": 3, "channels": 300, "strided": True},  # two blocks, the second one masked
@@ -43,14 +42,14 @@ class TestTriton:
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_equals_the_reference(self, size):
-        checks.check_against_fp64(conv1d_step, NAME, size)
+        checks.check_against_fp64(OP, size)
 
-    @pytest.mark.parametrize("mutant", conv1d_step.MUTANTS)
+    @pytest.mark.parametrize("mutant", OP.mutants)
     def test_mutant_is_rejected(self, mutant):
-        checks.check_mutant_is_rejected(conv1d_step, NAME, mutant, {"batch": 2, "channels": 40})
+        checks.check_mutant_is_rejected(OP, mutant, {"batch": 2, "channels": 40})
 
     def test_rounding_points(self):
-        checks.check_rounding_points(conv1d_step, NAME, {"batch": 3, "channels": 300})
+        checks.check_rounding_points(OP, {"batch": 3, "channels": 300})
 
     def test_errors_name_the_culprit(self):
         x, weight, tail = torch.randn(2, 8), torch.randn(8, 4), torch.zeros(2, 3, 8)

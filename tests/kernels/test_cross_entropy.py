@@ -6,12 +6,8 @@ import torch.nn.functional as F
 
 from kernels.ops import linear_cross_entropy as cross_entropy
 from kernels.ops._triton import HAS_TRITON
-from kernels.ops.linear_cross_entropy import (
-    MUTANTS,
-    linear_cross_entropy_reference,
-    linear_cross_entropy_triton,
-    make_case,
-)
+from kernels.ops.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
+from kernels.proof.cases.linear_cross_entropy import MUTANTS, make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

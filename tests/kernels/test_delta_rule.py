@@ -9,11 +9,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_d
 
 import kernels
 from kernels.documents import Documents
-from kernels.ops.gated_delta_rule import (
-    gated_delta_rule_recurrent,
-    gated_delta_rule_reference,
-    gated_delta_rule_step_reference,
-)
+from kernels.ops.gated_delta_rule import gated_delta_rule_recurrent, gated_delta_rule_reference
+from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference
 from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients
 
 

@@ -5,21 +5,15 @@ states, every gradient) and, tensor by tensor, against the chunk equations.
 import pytest
 import torch
 
-from kernels.compile_check import ttgir_of
 from kernels.documents import Documents
 from kernels.ops import gated_delta_rule_backward as backward
 from kernels.ops import gated_delta_rule_forward as forward
-from kernels.ops.gated_delta_rule import (
-    CASES,
-    MUTANTS,
-    compile_specs,
-    gated_delta_rule_recurrent,
-    gated_delta_rule_step_reference,
-    gated_delta_rule_step_triton,
-    gated_delta_rule_triton,
-    make_case,
-)
+from kernels.ops.gated_delta_rule import gated_delta_rule_recurrent, gated_delta_rule_triton
+from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference, gated_delta_rule_step_triton
+from kernels.proof.cases import gated_delta_rule_step
+from kernels.proof.cases.gated_delta_rule import CASES, MUTANTS, compile_specs, make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
+from kernels.proof.compile import ttgir_of
 from tests.kernels import delta_rule_equations as equations
 from tests.kernels.ttgir import transposed_accumulators
 
@@ -42,11 +36,7 @@ def test_equals_the_recurrence(size):
 
 
 # Two documents, two key heads with two value heads each, states: every mutant has something to get wrong.
-MUTANT_SIZE = {"lengths": (4, 3), "key_heads": 2, "value_heads": 4, "state": True}
-
-
-def test_the_mutants_size_is_sound():
-    check(MUTANT_SIZE)
+MUTANT_SIZE = CASES[-1]
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -211,7 +201,7 @@ def test_no_checkpoint_for_short_documents():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", compile_specs(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", compile_specs() + gated_delta_rule_step.compile_specs(), ids=lambda spec: spec.name)
 def test_no_transposed_accumulator_is_a_dot_operand(spec):
     """Some Triton versions get such a dot wrong on Hopper; the interpreter cannot show it, the compiled form can."""
     assert transposed_accumulators(ttgir_of(spec)) == []

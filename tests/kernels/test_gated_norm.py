@@ -4,12 +4,11 @@ import pytest
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
-from kernels.ops import gated_rms_norm as gated_norm
 from kernels.ops.gated_rms_norm import gated_rms_norm_reference, gated_rms_norm_triton
+from kernels.proof.cases.gated_rms_norm import OP
 from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
-NAME = "gated_rms_norm"
 SIZES = [
     {"T": 1, "H": 2, "V": 32, "R": 1},
     {"T": 63, "H": 2, "V": 32},
@@ -23,7 +22,7 @@ SIZES = [
 
 def test_reference_equals_transformers():
     """Qwen3_5RMSNormGated computes in fp32 whatever it is given."""
-    x = gated_norm.make_case(T=7, H=3, V=24, R=2).inputs
+    x = OP.make_case(T=7, H=3, V=24, R=2).inputs
     norm = Qwen3_5RMSNormGated(24, eps=1e-6)
     norm.weight.data = x["weight"]
     theirs = norm(x["o"].reshape(-1, 24), x["z"].reshape(-1, 24)).reshape(7, 72)
@@ -34,16 +33,16 @@ def test_reference_equals_transformers():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_equals_the_reference(size):
-    checks.check_against_fp64(gated_norm, NAME, size)
+    checks.check_against_fp64(OP, size)
 
 
-@pytest.mark.parametrize("mutant", gated_norm.MUTANTS)
+@pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(gated_norm, NAME, mutant, {"T": 5, "H": 3, "V": 24, "R": 1})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 3, "V": 24, "R": 1})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(gated_norm, NAME, {"T": 33, "H": 2, "V": 32, "R": 1})
+    checks.check_rounding_points(OP, {"T": 33, "H": 2, "V": 32, "R": 1})
 
 
 def test_errors_name_the_culprit():

@@ -5,7 +5,8 @@ import torch
 
 from kernels.lora_term import LoRATerm
 from kernels.ops._triton import HAS_TRITON
-from kernels.ops.swiglu import MUTANTS, make_case, swiglu_reference, swiglu_triton
+from kernels.ops.swiglu import swiglu_reference, swiglu_triton
+from kernels.proof.cases.swiglu import MUTANTS, make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

@@ -4,7 +4,6 @@ The ops are proven one by one elsewhere; this shows that they fit together: dtyp
 seams, gradients through the whole stack, the optimiser behind them. configs/micro.json: four layers, two documents.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import kernels
 from kernels.proof.closeness import relative_error
+from kernels.proof.registry import OPERATIONS
 from psysafe import load_model
 from psysafe.model.lora import attach
 from psysafe.training.optim import AdamW
@@ -92,8 +92,8 @@ def test_two_steps_equal_the_reference(monkeypatch, expected):
 
         return call
 
-    for name, (reference, op) in kernels.OPS.items():
-        monkeypatch.setitem(kernels.OPS, name, (reference, counted(name, op)))
+    for op in OPERATIONS:
+        monkeypatch.setattr(getattr(kernels, op.name), "triton", counted(op.name, op.triton))
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
     compare(train(), expected)
     assert calls == TRAINING
@@ -110,9 +110,9 @@ def test_two_steps_equal_the_reference(monkeypatch, expected):
 )
 def test_one_wrong_op_is_caught(monkeypatch, expected, op, mutant):
     """All other ops run their references: what the comparison finds is the mutant."""
-    for name, (reference, _) in kernels.OPS.items():
-        wrong = sys.modules[reference.__module__].MUTANTS[mutant] if name == op else reference
-        monkeypatch.setitem(kernels.OPS, name, (reference, wrong))
+    for other in OPERATIONS:
+        wrong = other.mutants[mutant] if other.name == op else other.reference
+        monkeypatch.setattr(getattr(kernels, other.name), "triton", wrong)
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
     with pytest.raises(AssertionError, match="limit"):
         compare(train(), expected)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from kernels.ops import sigmoid_gate as output_gate
 from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from kernels.proof.cases.sigmoid_gate import OP
 from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
-NAME = "sigmoid_gate"
 SIZES = [
     {"T": 1, "N": 64, "R": 1},
     {"T": 63, "N": 64, "R": 0},
@@ -20,7 +19,7 @@ SIZES = [
 
 
 def test_reference_equals_the_formula():
-    x = {name: t.double() for name, t in output_gate.make_case(T=7, N=24, R=2).inputs.items()}
+    x = {name: t.double() for name, t in OP.make_case(T=7, N=24, R=2).inputs.items()}
     expected = x["o"] / (1 + (-x["gate"]).exp())
     y, u = sigmoid_gate_reference(**x)
     assert_close_fp32({"x": y, "u": u}, {"x": expected, "u": torch.einsum("tn,rn->tr", expected, x["lora_A"])})
@@ -28,16 +27,16 @@ def test_reference_equals_the_formula():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_equals_the_reference(size):
-    checks.check_against_fp64(output_gate, NAME, size)
+    checks.check_against_fp64(OP, size)
 
 
-@pytest.mark.parametrize("mutant", output_gate.MUTANTS)
+@pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(output_gate, NAME, mutant, {"T": 5, "N": 40, "R": 1})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "N": 40, "R": 1})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(output_gate, NAME, {"T": 33, "N": 64, "R": 1})
+    checks.check_rounding_points(OP, {"T": 33, "N": 64, "R": 1})
 
 
 def test_errors_name_the_culprit():

@@ -5,12 +5,11 @@ import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from kernels.lora_term import LoRATerm, Pending
-from kernels.ops import residual_rms_norm as rms_norm
 from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
+from kernels.proof.cases.residual_rms_norm import OP
 from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
-NAME = "residual_rms_norm"
 SIZES = [
     {"T": 1, "D": 64, "R": 1},
     {"T": 63, "D": 64, "R": 2},
@@ -27,7 +26,7 @@ SIZES = [
 
 def test_reference_equals_transformers():
     """h + (y + s u B^T) through Qwen3_5RMSNorm, which computes in fp32 whatever it is given."""
-    case = rms_norm.make_case(T=7, D=96, R=2)
+    case = OP.make_case(T=7, D=96, R=2)
     x = case.inputs
     norm = Qwen3_5RMSNorm(96, eps=1e-6)
     norm.weight.data = x["weight"]
@@ -40,21 +39,21 @@ def test_reference_equals_transformers():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_equals_the_reference(size):
-    checks.check_against_fp64(rms_norm, NAME, size)
+    checks.check_against_fp64(OP, size)
 
 
-@pytest.mark.parametrize("mutant", rms_norm.MUTANTS)
+@pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(rms_norm, NAME, mutant, {"T": 5, "D": 40, "R": 2})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "D": 40, "R": 2})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(rms_norm, NAME, {"T": 33, "D": 64, "R": 2})
+    checks.check_rounding_points(OP, {"T": 33, "D": 64, "R": 2})
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_adapter_term_alone(rank):
-    checks.check_adapter_alone(rms_norm, NAME, {"T": 9, "D": 64, "R": 1, "rank": rank}, ("h_out",))
+    checks.check_adapter_alone(OP, {"T": 9, "D": 64, "R": 1, "rank": rank}, ("h_out",))
 
 
 def test_one_gradient_serves_h_and_y():

@@ -6,12 +6,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, apply_r
 
 from kernels.documents import Documents
 from kernels.lora_term import LoRATerm
-from kernels.ops import qk_norm_rope as rope
 from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
+from kernels.proof.cases.qk_norm_rope import OP
 from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
-NAME = "qk_norm_rope"
 SIZES = [
     {"T": 1, "H": 2, "G": 1, "K": 32, "RD": 4},
     {"T": 63, "H": 2, "G": 1, "K": 32, "RD": 4},
@@ -26,7 +25,7 @@ SIZES = [
 def test_reference_equals_transformers():
     """Two documents, so that positions start afresh; the adapter as three separate projections."""
     T, H, G, K, RD = 7, 4, 2, 16, 3
-    case = rope.make_case(T, H, G, K, RD, rank=2)
+    case = OP.make_case(T, H, G, K, RD, rank=2)
     x = {name: t.double() for name, t in case.inputs.items()}
     positions = Documents(torch.tensor([0, 3, T], dtype=torch.int32)).positions
     angles = positions[:, None] * 1e4 ** -torch.linspace(0, 1, RD, dtype=torch.float64)
@@ -50,32 +49,32 @@ def test_reference_equals_transformers():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_equals_the_reference(size):
-    checks.check_against_fp64(rope, NAME, size)
+    checks.check_against_fp64(OP, size)
 
 
-@pytest.mark.parametrize("mutant", rope.MUTANTS)
+@pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(rope, NAME, mutant, {"T": 5, "H": 2, "G": 1, "K": 24, "RD": 3})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 2, "G": 1, "K": 24, "RD": 3})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(rope, NAME, {"T": 17, "H": 2, "G": 1, "K": 32, "RD": 4})
+    checks.check_rounding_points(OP, {"T": 17, "H": 2, "G": 1, "K": 32, "RD": 4})
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_adapter_term_alone(rank):
-    checks.check_adapter_alone(rope, NAME, {"T": 9, "H": 2, "G": 1, "K": 32, "RD": 4, "rank": rank}, ("gate", "v"))
+    checks.check_adapter_alone(OP, {"T": 9, "H": 2, "G": 1, "K": 32, "RD": 4, "rank": rank}, ("gate", "v"))
 
 
 def test_outputs_are_tensors_of_their_own():
     """Attention reads q, k and v as contiguous tensors, also when the GEMM's row is a slice."""
-    case = rope.make_case(T=3, H=2, G=1, K=16, RD=4, strided=True)
+    case = OP.make_case(T=3, H=2, G=1, K=16, RD=4, strided=True)
     for y in case.call(qk_norm_rope_triton, case.inputs).values():
         assert y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
 
 
 def test_errors_name_the_culprit():
-    x = rope.make_case(T=3, H=2, G=1, K=16, RD=4, rank=0).inputs
+    x = OP.make_case(T=3, H=2, G=1, K=16, RD=4, rank=0).inputs
     with pytest.raises(ValueError, match=r"qgkv is torch.float64"):
         qk_norm_rope_triton(**x | {"qgkv": x["qgkv"].double()}, num_heads=2, num_kv_heads=1, eps=1e-6)
     with pytest.raises(ValueError, match="96 columns; 3/1 heads of 16 with gates make 128"):

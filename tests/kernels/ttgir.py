@@ -1,4 +1,4 @@
-"""Questions to a compiled kernel's TTGIR (`kernels.compile_check.ttgir_of`) that a test can assert.
+"""Questions to a compiled kernel's TTGIR (`kernels.proof.compile.ttgir_of`) that a test can assert.
 
 Hopper, Triton 3.4 to 3.7.0: `tl.dot(tl.trans(x), y)` with x from another dot gives wrong numbers at block width 64
 (flash-linear-attention #640 and #984). Loaded tiles may be transposed, accumulators may not.

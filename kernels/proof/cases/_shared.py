@@ -1,0 +1,57 @@
+"""What the case files share: documents of given lengths, mutants of a kind, a compile spec from types by name."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.documents import Documents
+from kernels.proof.contract import CompileSpec
+
+
+def packed(lengths: list[int] | tuple[int, ...], device: torch.device | str = "cpu") -> Documents:
+    """Documents of these lengths, one after the other."""
+    return Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), device)
+
+
+def random_on(device: torch.device | str, seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(normal, uniform): functions from a shape to fp32 numbers on the device, from one generator."""
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    return functools.partial(torch.randn, **options), functools.partial(torch.rand, **options)
+
+
+def with_changes(op: Callable, changes: dict[str, Callable[..., dict]]) -> dict[str, Callable]:
+    """Mutants: op with some arguments changed. A change takes all arguments by name and returns the changed ones."""
+    signature = inspect.signature(op)
+
+    def mutant(change: Callable[..., dict], *args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return op(**bound.arguments | change(**bound.arguments))
+
+    return {name: functools.partial(mutant, change) for name, change in changes.items()}
+
+
+def without_u_gradient(op: Callable) -> Callable:
+    """A mutant: op whose last output, u = x A^T, passes no gradient back."""
+
+    def mutant(*args, **kwargs):
+        *outputs, u = op(*args, **kwargs)
+        return *outputs, None if u is None else u.detach() + 0 * u
+
+    return mutant
+
+
+def compile_spec(
+    name: str, kernel: Callable, types: dict[str, str], constants: dict[str, object], pointers: str = "*bf16", **more
+) -> CompileSpec:
+    """The spec of a kernel from its arguments' types and its launch's constants (num_warps and num_stages among them).
+
+    Of both it takes what the kernel has. An argument in neither is a pointer to `pointers`.
+    """
+    constexprs = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    signature = {n: types.get(n, pointers) for n in kernel.arg_names if n not in constexprs}
+    options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}
+    return CompileSpec(name, kernel, signature, constexprs, **options, **more)

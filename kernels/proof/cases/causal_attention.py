@@ -1,0 +1,165 @@
+"""causal_attention: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.documents import Documents
+from kernels.ops import causal_attention as ops
+from kernels.proof.cases._shared import compile_spec, packed
+from kernels.proof.closeness import Case
+from kernels.proof.contract import Baseline, CompileSpec, Op, Peer, Work
+
+
+def make_case(
+    lengths: list[int], heads: int, kv_heads: int, head_dim: int,
+    device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, logits: float = 1.0,
+) -> Case:  # fmt: skip
+    """Documents of these lengths with normal q, k, v; `logits` multiplies q, so that the softmax gets sharp."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)  # noqa: E731
+    documents = packed(lengths, device)
+    inputs = {"q": draw(heads) * logits, "k": draw(kv_heads), "v": draw(kv_heads)}
+    # A lone token's dq and dk are zero: what is computed of them is rounding, which has no relative error.
+    grads = ("v",) if max(lengths) == 1 else ("q", "k", "v")
+    name = f"{lengths if len(lengths) < 9 else len(lengths)} {heads}/{kv_heads} x {head_dim}"
+    return Case(name, inputs, lambda op, x: {"o": op(x["q"], x["k"], x["v"], documents)}, grads)
+
+
+_27B = {"heads": 24, "kv_heads": 4, "head_dim": 256}
+CASES = [
+    {"lengths": [4096], **_27B},
+    {"lengths": [650] * 6 + [196], **_27B},
+    {"lengths": [1], "heads": 2, "kv_heads": 1, "head_dim": 64},
+    {"lengths": [63, 64, 65], "heads": 4, "kv_heads": 2, "head_dim": 64},
+    {"lengths": [1, 2, 3, 1, 1, 5, 8, 31, 1, 33], "heads": 3, "kv_heads": 1, "head_dim": 128},
+    {"lengths": [40, 1, 37], "heads": 6, "kv_heads": 1, "head_dim": 256},
+    {"lengths": [70, 30], "heads": 2, "kv_heads": 2, "head_dim": 64, "logits": 8.0},
+]
+
+
+def _mutant(change: str):
+    """The op by its definition, with one mistake."""
+
+    def op(q: Tensor, k: Tensor, v: Tensor, documents: Documents, key_documents: Documents | None = None) -> Tensor:
+        (T, H, K), G = q.shape, k.shape[1]
+        heads = torch.arange(H, device=q.device)
+        heads = heads % G if change == "tiled heads" else heads // (H // G)
+        k, v = k[:, heads], v[:, heads]
+        if change == "missing group sum":
+            first = (torch.arange(H, device=q.device) % (H // G) == 0)[:, None]
+            k, v = torch.where(first, k, k.detach()), torch.where(first, v, v.detach())
+        t = torch.arange(T, device=q.device)
+        hidden = t[:, None] < t
+        if change == "strictly causal":  # a document's first token must see something: itself
+            hidden |= (t[:, None] == t) & (documents.positions > 0)
+        if change != "no document boundaries":
+            hidden |= documents.index[:, None] != documents.index
+        s = torch.einsum("qhk,shk->hqs", q, k) * K**-0.5 * (1.01 if change == "wrong scale" else 1)
+        return torch.einsum("hqs,shk->qhk", s.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+    return op
+
+
+_MISTAKES = "strictly causal", "missing group sum", "no document boundaries", "wrong scale", "tiled heads"
+MUTANTS = {change: _mutant(change) for change in _MISTAKES}
+
+
+def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: object) -> Work:
+    """bf16. Forward: two dots over the causal half, q, k, v, o, lse once. Backward: five, do, dq, dk, dv and these."""
+    T, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    queries, keys, lse = 2 * T * heads * head_dim, 2 * T * kv_heads * head_dim, 4 * T * heads
+    dot = 2 * pairs * heads * head_dim
+    return Work(2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse, 2 * dot, 5 * dot)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Every kernel at the 27B sizes; dK and dV also with the fp32 output of several parts."""
+    s = ops._Sizes(24, 6, 256, ops.TILES[2, 256], "tf32")
+    block = s.tiles.block
+    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
+    types |= dict.fromkeys(("T", "inner", "parts", "n"), "i32") | {"stride_do": "i32:16", "p_parts": "*fp32"}
+
+    def spec(name: str, fn, queries: int, keys: int, **out: str) -> CompileSpec:
+        boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
+        descriptors = {name: f"tensordesc<bf16[{rows},256]>" for name, rows in boxes.items()}
+        return compile_spec(f"attention {name}", fn, types | descriptors | out, s.options(queries, keys))
+
+    return [
+        spec("forward", ops._forward_kernel, block, s.tiles.forward),
+        spec("dv", ops._backward_dv_kernel, s.tiles.dv, block),
+        spec("dv parts", ops._backward_dv_kernel, s.tiles.dv, block, p_dv="*fp32"),
+        spec("dk", ops._backward_dk_kernel, s.tiles.dk, block),
+        spec("dk parts", ops._backward_dk_kernel, s.tiles.dk, block, p_dk="*fp32"),
+        spec("dq", ops._backward_dq_kernel, block, s.tiles.dq),
+        compile_spec("attention delta", ops._delta_kernel, types, {"H": 24, "K": 256, "BT": 32}),
+        compile_spec("attention add parts", ops._add_parts_kernel, types, {"BLOCK": 2048}),
+    ]
+
+
+# Other versions in plain PyTorch, and other people's kernels
+
+
+def _sdpa(backend: SDPBackend) -> Callable:
+    """torch's attention through one of its backends, one call a document."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        with sdpa_kernel(backend):
+            return ops.causal_attention_reference(q, k, v, documents)
+
+    return attend
+
+
+torch_flash_attention = _sdpa(SDPBackend.FLASH_ATTENTION)
+
+
+def _sdpa_peer(backend: SDPBackend) -> Callable:
+    def prepare(size: dict, device: str):
+        documents = packed(size["lengths"], device)
+        return lambda x: _sdpa(backend)(x["q"], x["k"], x["v"], documents)
+
+    return prepare
+
+
+def _varlen(size: dict, device: str):
+    attend = import_module("torch.nn.attention.varlen").varlen_attn
+    cu, longest = packed(size["lengths"], device).cu_seqlens, max(size["lengths"])
+    return lambda x: attend(x["q"], x["k"], x["v"], cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+
+
+def _flex(size: dict, device: str):
+    flex = import_module("torch.nn.attention.flex_attention")
+    documents, T = packed(size["lengths"], device), sum(size["lengths"])
+    index = documents.index
+    mask = flex.create_block_mask(lambda b, h, q, k: (q >= k) & (index[q] == index[k]), None, None, T, T, device)
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+
+    def call(x: dict[str, Tensor]) -> Tensor:
+        q, k, v = (x[name].transpose(0, 1)[None] for name in ("q", "k", "v"))
+        return attend(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return call
+
+
+OP = Op(
+    "causal_attention", ops.causal_attention_reference, ops.causal_attention_triton, CASES, make_case, MUTANTS, work,
+    compile_specs,
+    permuted=(
+        {"lengths": [1, 63, 64, 65, 127, 128, 129, 650, 2048], **_27B},
+        {"lengths": [1, 3, 66], "heads": 2, "kv_heads": 1, "head_dim": 64},
+    ),
+    baselines=tuple(
+        Baseline("torch's flash", {"lengths": [length], **_27B, "logits": logits}, torch_flash_attention)
+        for length in (1, 63, 64, 65, 127, 128, 129, 650, 4096)
+        for logits in (1.0, 8.0)
+    ),
+    peers=(
+        Peer("SDPA flash", "torch", _sdpa_peer(SDPBackend.FLASH_ATTENTION)),
+        Peer("SDPA cuDNN", "torch", _sdpa_peer(SDPBackend.CUDNN_ATTENTION)),
+        Peer("torch varlen", "torch", _varlen),
+        Peer("FlexAttention", "torch", _flex),
+    ),
+)  # fmt: skip

@@ -1,0 +1,78 @@
+"""gated_rms_norm: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from kernels.ops import gated_rms_norm as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.closeness import Case
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
+
+CASES = [
+    {"T": 4096, "H": 48, "V": 128, "R": 0},
+    {"T": 4096, "H": 48, "V": 128, "R": 1},
+    {"T": 65, "H": 16, "V": 128, "R": 4},
+    {"T": 63, "H": 5, "V": 96, "R": 1, "strided": True},
+]
+
+
+def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """R rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
+    draw, uniform = random_on(device, seed)
+    sizes = 10 ** (-3 * uniform(T, H, 1))
+    inputs = {"o": (draw(T, H, V) * sizes).to(dtype), "z": (2 * draw(T, H * V)).to(dtype), "weight": 1 + 0.1 * draw(V)}
+    if R:
+        inputs["lora_A"] = draw(R, H * V) / (H * V) ** 0.5
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        # Cut here, because cloning an input makes it dense.
+        o, z = ((torch.cat([t, t], dim=1)[:, t.shape[1] :] if strided else t) for t in (x["o"], x["z"]))
+        y, u = op(o, z, x["weight"], 1e-6, x.get("lora_A"))
+        return {"x": y, "u": u}
+
+    name = f"T {T}, H {H}, V {V}, R {R}{', strided' if strided else ''}"
+    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+
+
+def _norm_over_all_heads(o, weight, **_):
+    return {"o": o.flatten(1)[:, None], "weight": weight.repeat(o.shape[1])}
+
+
+MUTANTS = with_changes(ops.gated_rms_norm_triton, {
+    "eps ten times too large": lambda eps, **_: {"eps": 10 * eps},
+    "1 + w instead of w": lambda weight, **_: {"weight": weight + 1},
+    "one norm over all heads": _norm_over_all_heads,
+}) | {"gradient of u lost": without_u_gradient(ops.gated_rms_norm_triton)}  # fmt: skip
+
+
+def work(T, H, V, R=0, strided=False) -> Work:
+    """In bf16. Forward: o, z in, x out; backward: dx, o, z in, do, dz out."""
+    row, adapter = 2 * T * H * V, 4 * R * (T + H * V)
+    return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * R * T * H * V, 4 * R * T * H * V)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """48 heads of 128, with and without an adapter on the output layer."""
+    types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32", "T": "i32"}
+    types |= dict.fromkeys(("stride_o", "stride_z", "stride_dx"), "i32:16")
+    specs = []
+    for R in (0, 1):
+        absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
+        forward = {"P": 6 if R else 2, **ops._blocks(48, 128)}
+        for kernel, sizes in ((ops._forward_kernel, forward), (ops._backward_kernel, ops._blocks(48, 128))):
+            constants = absent | {"H": 48, "V": 128, "R": R, "STAGES": 3} | sizes
+            specs.append(compile_spec(f"gated_rms_norm{kernel.__name__} R {R}", kernel, types, constants))
+    return specs
+
+
+def _fla(size: dict, device: str):
+    norm = import_module("fla.modules.fused_norm_gate").rms_norm_gated
+    return lambda x: norm(x["o"], x["z"].view_as(x["o"]), x["weight"], None, activation="swish", eps=1e-6).flatten(1)
+
+
+OP = Op(
+    "gated_rms_norm", ops.gated_rms_norm_reference, ops.gated_rms_norm_triton, CASES, make_case, MUTANTS, work,
+    compile_specs, without_lora={"R": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
+)  # fmt: skip

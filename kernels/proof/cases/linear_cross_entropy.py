@@ -1,0 +1,72 @@
+"""linear_cross_entropy: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from kernels.ops import linear_cross_entropy as ops
+from kernels.proof.cases._shared import compile_spec, with_changes
+from kernels.proof.closeness import Case
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
+
+CASES = [
+    {"N": 2048, "D": 5120, "V": 248320},
+    {"N": 65, "D": 64, "V": 8209},
+    {"N": 1, "D": 16, "V": 100},
+]
+
+
+def make_case(N, D, V, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """Logits of size one around a few large ones; labels include the first and the last word."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(N, D, generator=generator, device=device)
+    weight = torch.randn(V, D, generator=generator, device=device) / D**0.5
+    weight[:: max(1, V // 7)] *= 10
+    labels = torch.randint(V, (N,), generator=generator, device=device)
+    labels[:2] = torch.tensor([V - 1, 0], device=device)[:N]
+
+    def call(op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": op(inputs["x"], inputs["weight"], inputs["labels"])}
+
+    inputs = {"x": x.to(dtype), "weight": weight.to(dtype), "labels": labels}
+    return Case(f"N {N}, D {D}, V {V}", inputs, call, ("x",))
+
+
+MUTANTS = with_changes(ops.linear_cross_entropy_triton, {
+    "labels shifted by one": lambda labels, **_: {"labels": labels.roll(1)},
+    "last word dropped": lambda weight, labels, **_: {
+        "weight": weight[:-1], "labels": labels.clamp(max=len(weight) - 2),
+    },
+}) | {
+    "mean instead of sum": lambda x, weight, labels: ops.linear_cross_entropy_triton(x, weight, labels) / len(x),
+    "gradient lost": lambda x, *rest: ops.linear_cross_entropy_triton(x.detach(), *rest) + 0 * x.sum(),
+}  # fmt: skip
+
+
+def work(N, D, V) -> Work:
+    """In bf16: x, W and dx, and the logits written, read, overwritten and read again; the gradient is made forward."""
+    return Work(2 * (2 * N * D + 2 * V * D + 4 * N * V), 2 * (2 * N * D), 4 * N * D * V, N * D)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """V = 248,320 with gradient (training) and without (validation)."""
+    types = {"p_label": "*i64", "p_loss": "*fp32"}
+    specs = []
+    for gradient in (True, False):
+        constants = {"V": 248320, "GRAD": gradient, "BV": ops.BV, "STAGES": ops.STAGES, "num_warps": ops.WARPS}
+        name = f"cross_entropy_kernel{' with gradient' * gradient}"
+        specs.append(compile_spec(name, ops._cross_entropy_kernel, types, constants, unaligned=("p_label", "p_loss")))
+    return specs
+
+
+def _liger(size: dict, device: str):
+    function = import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    options = (None, None, -100, 0.0, 0.0, "sum")  # bias, class weights, ignore_index, z loss, smoothing, reduction
+    return lambda x: function.apply(x["x"], x["weight"], x["labels"], *options)[0]
+
+
+OP = Op(
+    "linear_cross_entropy", ops.linear_cross_entropy_reference, ops.linear_cross_entropy_triton, CASES, make_case,
+    MUTANTS, work, compile_specs, peers=(Peer("Liger", "liger_kernel", _liger),),
+)  # fmt: skip

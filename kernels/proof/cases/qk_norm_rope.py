@@ -1,0 +1,86 @@
+"""qk_norm_rope: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
+
+import torch
+from torch import Tensor
+
+from kernels.lora_term import LoRATerm
+from kernels.ops import qk_norm_rope as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.closeness import Case
+from kernels.proof.contract import CompileSpec, Op, Work
+
+CASES = [
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32},
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32, "rank": 0},
+    {"T": 65, "H": 8, "G": 2, "K": 256, "RD": 32, "rank": 4},
+    {"T": 63, "H": 3, "G": 1, "K": 96, "RD": 12, "strided": True},
+]
+
+
+def make_case(T, H, G, K, RD, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """RD rotated pairs a head; rank 0: no adapter. Heads from 1 down to 0.001, so that eps counts."""
+    draw, uniform = random_on(device, seed)
+    N = 2 * (H + G) * K
+    sizes = 10 ** (-3 * uniform(T, 2 * (H + G), 1))
+    angles = torch.arange(T, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, RD, device=device)
+    inputs = {
+        "qgkv": (draw(T, 2 * (H + G), K) * sizes).reshape(T, N).to(dtype),
+        "q_weight": (0.1 * draw(K)).to(dtype),
+        "k_weight": (0.1 * draw(K)).to(dtype),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+    }
+    if rank:
+        inputs |= {"u": 0.1 * draw(T, 3 * rank), "B": 0.01 * draw(N, rank)}
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Cut here, because cloning an input makes it dense.
+        row = torch.cat([x["qgkv"], x["qgkv"]], dim=1)[:, :N] if strided else x["qgkv"]
+        lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
+        outputs = op(row, x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
+        return dict(zip(("q", "gate", "k", "v"), outputs, strict=True))
+
+    name = f"T {T}, heads {H}/{G} of {K}, rotated {2 * RD}, rank {rank}{', strided' if strided else ''}"
+    return Case(name, inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
+
+
+def _u_changed(change):
+    return lambda lora, **_: {"lora": lora and lora._replace(u=change(lora.u))}
+
+
+MUTANTS = with_changes(ops.qk_norm_rope_triton, {
+    "adapter term dropped": lambda **_: {"lora": None},
+    "u of k and v exchanged": _u_changed(lambda u: u.flip(1)),
+    "rotated the other way": lambda sin, **_: {"sin": -sin},
+    "positions off by one": lambda cos, sin, **_: {"cos": cos.roll(1, 0), "sin": sin.roll(1, 0)},
+    "eps ten times too large": lambda eps, **_: {"eps": 10 * eps},
+    "norm weights exchanged": lambda q_weight, k_weight, **_: {"q_weight": k_weight, "k_weight": q_weight},
+    "gradient of u lost": _u_changed(lambda u: u.detach() + 0 * u),
+})  # fmt: skip
+
+
+def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
+    """In bf16. Forward: the row in, q, gate, k, v out; backward: their gradients, q and k in, the row's out."""
+    N = 2 * (H + G) * K
+    adapter, angles, flops = 4 * rank * (3 * T + N), 8 * T * RD, 2 * rank * T * N
+    return Work(4 * T * N + adapter + angles, 5 * T * N + 2 * adapter + angles, flops, 2 * flops)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """24/4 heads of 256, 64 dims rotated, with and without adapters."""
+    types = dict.fromkeys(("p_cos", "p_sin", "p_u", "p_B", "p_du", "p_partial"), "*fp32")
+    types |= {"T": "i32", "stride_in": "i32:16", "eps": "fp32", "scale": "fp32"}
+    specs = []
+    for adapted in (True, False):
+        absent = {} if adapted else dict.fromkeys(("p_u", "p_B", "p_du", "p_partial"))
+        constants = absent | {"H": 24, "G": 4, "K": 256, "RD": 32, "BK": 256} | ops._CONSTANTS
+        for kernel in (ops._forward_kernel, ops._backward_kernel):
+            name = f"qk_norm_rope{kernel.__name__}{' rank 1' if adapted else ''}"
+            specs.append(compile_spec(name, kernel, types, constants))
+    return specs
+
+
+OP = Op(
+    "qk_norm_rope", ops.qk_norm_rope_reference, ops.qk_norm_rope_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    without_lora={"rank": 0},
+)  # fmt: skip

@@ -1,0 +1,78 @@
+"""swiglu: the sizes it is tried at, wrong versions, its work, and its kernels as launched."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from kernels.lora_term import LoRATerm
+from kernels.ops import swiglu as ops
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.closeness import Case
+from kernels.proof.contract import CompileSpec, Op, Peer, Work
+
+CASES = [
+    {"T": 4096, "I": 17408, "rank": 1},
+    {"T": 4095, "I": 17408, "rank": 0},
+    {"T": 65, "I": 1100, "rank": 1, "strided": True},
+    {"T": 63, "I": 40, "rank": 4},
+]
+
+
+def make_case(T, I, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """Gate and up of unit size; adapters as after some training (B near 0.01)."""
+    draw, _ = random_on(device, seed)
+    inputs = {"gate_up": draw(T, 2 * I).to(dtype)}
+    if rank:
+        inputs |= {"u": draw(T, 2 * rank), "B": 0.01 * draw(2 * I, rank), "lora_A": draw(rank, I) / I**0.5}
+
+    def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        # A slice of a wider row, as a fused GEMM's output is; cloning inputs would make it dense, so it is cut here.
+        gate_up = torch.cat([x["gate_up"]] * 2, 1)[:, : 2 * I] if strided else x["gate_up"]
+        out, u = op(gate_up, LoRATerm(x["u"], x["B"], 32.0) if rank else None, x.get("lora_A"))
+        return {"x": out, "u_out": u}
+
+    return Case(f"T {T}, I {I}, rank {rank}{', strided' if strided else ''}", inputs, call, tuple(inputs))
+
+
+def _swap_halves(lora, **_):
+    return {"lora": lora and lora._replace(u=lora.u.roll(lora.u.shape[1] // 2, 1))}
+
+
+MUTANTS = with_changes(ops.swiglu_triton, {
+    "adapter term dropped": lambda **_: {"lora": None},
+    "u of gate and up swapped": _swap_halves,
+    "gate and up swapped": lambda gate_up, **_: {"gate_up": gate_up.roll(gate_up.shape[1] // 2, 1)},
+}) | {"gradient of u lost": without_u_gradient(ops.swiglu_triton)}  # fmt: skip
+
+
+def work(T, I, rank=1, strided=False) -> Work:
+    """In bf16: gate_up in, x out; backward dx and gate_up in, dgate_up out; the adapter's u, B, A and gradients."""
+    adapter = 4 * rank * (3 * T + 3 * I)
+    return Work(6 * T * I + adapter, 10 * T * I + 2 * adapter, 6 * rank * T * I, 14 * rank * T * I)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """I = 17,408, with rank-1 adapters on all three and with none."""
+    types = {"T": "i32", "stride": "i32:16", "stride_dx": "i32:16", "scale": "fp32"}
+    types |= dict.fromkeys(("p_gate_up", "p_x", "p_dx", "p_dgate_up"), "*bf16")
+    specs = []
+    for kernel, BT in ((ops._forward_kernel, ops.FORWARD_BT), (ops._backward_kernel, ops.BACKWARD_BT)):
+        for adapted in (True, False):
+            absent = () if adapted else ("p_u", "p_B", "p_A", "p_u_parts", "p_du_out", "p_du_parts")
+            constants = dict.fromkeys(absent) | {"I": 17408, "DA": adapted, "BT": BT, "BI": ops.BI}
+            constants["STAGES"] = ops.STAGES
+            name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
+            specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
+    return specs
+
+
+def _liger(size: dict, device: str):
+    function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    return lambda x: function.apply(*x["gate_up"].chunk(2, dim=1))
+
+
+OP = Op(
+    "swiglu", ops.swiglu_reference, ops.swiglu_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    without_lora={"rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
+)  # fmt: skip
