@@ -23,7 +23,7 @@ from psysafe.files import write_atomic
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, save_adapter
 from psysafe.program import StopRequest, UserError, main_guard
-from psysafe.runtime import Moment, Runtime, start, versions
+from psysafe.runtime import DeviceTime, Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve, to_toml
 from psysafe.training.facts import Rows, adapted, attach_adapters, dry_run, facts, load_data, make_optimizer, make_plan
 from psysafe.training.memory_plan import Plan, Sizes
@@ -183,10 +183,10 @@ def train(run: Run, log: RunLog, stop: StopRequest, rows_digest: str) -> int:
 class StepResult:
     """A step's numbers on their way to the host: copied without waiting, read when they are there."""
 
-    def __init__(self, began: "Moment", fields: dict, **scalars: torch.Tensor):
+    def __init__(self, began: DeviceTime, fields: dict, **scalars: torch.Tensor):
         self.fields, self.names = fields, tuple(scalars)
         self.values = torch.stack([x.detach().double() for x in scalars.values()]).to("cpu", non_blocking=True)
-        self.began, self.ended = began, Moment(began.device)
+        self.began, self.ended = began, DeviceTime(began.device)
 
     def read(self) -> dict:
         seconds = self.ended.since(self.began)
@@ -200,20 +200,20 @@ def train_step(run: Run) -> StepResult:
     are cut changes memory, never the result.
     """
     config, runtime, adapters = run.config, run.runtime, run.adapters
-    began = Moment(runtime.device)
+    began = DeviceTime(runtime.device)
     chosen = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
     documents = [run.train_set.documents[i] for i in chosen]
     targets = sum(document.n_targets for document in documents)
     run.optimizer.zero_grad()
     loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
     for batch in pack_share(documents, config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.beat(run.step + 1)
+        run.watch.progress(run.step + 1)
         if run.plan is not None:
             run.plan.apply(run.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
         part = batch_loss(run.model, batch, runtime) / targets
         part.backward()
         loss += part.detach()
-    run.watch.beat(run.step + 1)
+    run.watch.progress(run.step + 1)
     if runtime.world_size > 1:
         dist.all_reduce(adapters.grad)
         dist.all_reduce(loss)
@@ -244,7 +244,7 @@ def validate(run: Run) -> float:
     """The mean cross-entropy over all trained tokens of the validation rows."""
     runtime, documents, total = run.runtime, run.val_set.documents, torch.zeros((), dtype=torch.float64)
     for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.beat(max(1, run.step))
+        run.watch.progress(max(1, run.step))
         total += batch_loss(run.model, batch, runtime).cpu()
     if runtime.world_size > 1:
         dist.all_reduce(total)

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 import kernels
 from benchmarks.arms import ARMS, CAP, Arm, architecture
 from psysafe.model.config import ModelConfig
-from psysafe.runtime import PEAKS, Moment, memory_peak
+from psysafe.runtime import PEAKS, DeviceTime, memory_peak
 from psysafe.training.roofline import SPEEDS, context, elementwise_bytes, flops_per_token, step_seconds
 
 TURN_OVER = "turn over"
@@ -100,9 +100,9 @@ def timed(arm: Arm, task: Task, device: torch.device) -> dict[str, float]:
     wall, cpu = [], []
     for _ in range(task.steps):
         with turn(task):
-            start, busy = Moment(device), time.process_time()
+            start, busy = DeviceTime(device), time.process_time()
             arm.step()
-            wall.append(Moment(device).since(start))
+            wall.append(DeviceTime(device).since(start))
             cpu.append(time.process_time() - busy)
     result = {}
     for name, x in (("seconds", wall), ("cpu_seconds", cpu)):
