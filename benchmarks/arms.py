@@ -26,8 +26,8 @@ from psysafe.files import read_json
 from psysafe.model.config import ModelConfig
 from psysafe.model.recompute import STAGES
 from psysafe.training.config import TrainConfig
-from psysafe.training.facts import attach_adapters, make_optimizer, nbytes
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
+from psysafe.training.setup import attach_adapters, make_optimizer, nbytes
 
 CAP = 85_000_000_000  # bytes of an 80 GB GPU, also where the GPU at hand has more
 RECIPE = TrainConfig()
