@@ -26,8 +26,8 @@ from psysafe.files import read_json
 from psysafe.model.config import ModelConfig
 from psysafe.model.recompute import STAGES
 from psysafe.training.config import TrainConfig
-from psysafe.training.facts import attach_adapters, make_optimizer, nbytes
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
+from psysafe.training.setup import attach_adapters, make_optimizer, nbytes
 
 MAX_GPU_BYTES = 85_000_000_000  # the memory of an 80 GB GPU; also the limit on a GPU that has more
 RECIPE = TrainConfig()

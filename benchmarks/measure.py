@@ -23,7 +23,7 @@ from torch.profiler import record_function
 import kernels
 from benchmarks.baselines import CONTENDERS, MAX_GPU_BYTES, Contender, architecture
 from psysafe.model.config import ModelConfig
-from psysafe.runtime import PEAKS, Moment, memory_peak
+from psysafe.runtime import PEAKS, DeviceTime, memory_peak
 from psysafe.training.roofline import SPEEDS, context, elementwise_bytes, flops_per_token, step_seconds
 
 TURN_OVER = "turn over"
@@ -102,9 +102,9 @@ def timed(contender: Contender, task: Task, device: torch.device) -> dict[str, f
     wall_seconds, cpu_seconds = [], []
     for _ in range(task.steps):
         with turn(task):
-            start, cpu_start = Moment(device), time.process_time()
+            start, cpu_start = DeviceTime(device), time.process_time()
             contender.step()
-            wall_seconds.append(Moment(device).since(start))
+            wall_seconds.append(DeviceTime(device).since(start))
             cpu_seconds.append(time.process_time() - cpu_start)
     result = {}
     for name, seconds in (("seconds", wall_seconds), ("cpu_seconds", cpu_seconds)):

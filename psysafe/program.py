@@ -1,4 +1,10 @@
-"""How a program ends: the user's mistakes, signals, exit codes."""
+"""How a program ends: the user's mistakes, signals, exit codes.
+
+    sys.exit(main_guard(main))
+
+    0 done · 1 a bug of ours (with its traceback), or a last save that failed · 2 a mistake of the user (one line)
+    130, 143 stopped by Ctrl-C, SIGTERM · 141 nobody reads the output any more
+"""
 
 import os
 import signal
@@ -7,19 +13,19 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-LONGEST_ERROR = 1500  # characters of an error line, whatever somebody put in place of a name
+MAX_ERROR = 1500  # characters of an error line: a name in it can be of any length
 
 
 class UserError(ValueError):
     """A mistake of the user: what was found, where, what was expected, what to do. Shown as one line, exit code 2.
 
-    Raised as such and never guessed: a plain ValueError, out of torch, numpy or the standard library, is one that we
-    failed to foresee, and shown as the user's it would hide a bug.
+    Only what is raised as a UserError counts as one. A plain ValueError, also out of torch, numpy or the standard
+    library, is a case that we did not foresee: shown as the user's mistake it would hide a bug of ours.
     """
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and leave.
+    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and end.
 
         with StopRequest() as stop:
             for step in ...:
@@ -47,16 +53,16 @@ class StopRequest:
 
 
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a script's main and return its exit code: `sys.exit(main_guard(main))`. One of several ranks ends in here.
+    """Run a script's main and return its exit code. One of several ranks never returns: its process ends in here.
 
     A UserError, and an OSError that names a file, end as `error: one line` on stderr and code 2; Ctrl-C as 130; output
     that nobody reads any more as 141. Anything else is a bug of ours and keeps its traceback.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a text that this terminal cannot show is escaped, and ends no run
+    if hasattr(sys.stdout, "reconfigure"):  # else a character that this terminal cannot show would end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _guarded(main, sys.argv[1:] if argv is None else argv)
     if dist.is_available() and dist.is_initialized():
-        # Not through the interpreter's end: of ranks that leave one after the other, gloo's threads abort now and then.
+        # Not by returning: where ranks end one after the other, gloo's threads sometimes abort at exit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -70,7 +76,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # as with `| head`
         print("stopped: nobody reads this output any more", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 128 + signal.SIGPIPE
@@ -86,6 +92,6 @@ def _report(text: str) -> int:
     """Prints a user's mistake as one line and returns its exit code."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     line = " ".join(text.split())
-    line = line if len(line) <= LONGEST_ERROR else f"{line[: LONGEST_ERROR - 300]} ... {line[-300:]}"
+    line = line if len(line) <= MAX_ERROR else f"{line[: MAX_ERROR - 300]} ... {line[-300:]}"
     print(f"error{rank}: {line}", file=sys.stderr, flush=True)
     return 2

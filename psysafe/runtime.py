@@ -1,4 +1,4 @@
-"""Where a run runs: device, ranks, seed, and what the hardware can do."""
+"""Device and ranks: what this process runs on, how ranks meet and agree, versions, memory, and time on the device."""
 
 import datetime
 import functools
@@ -50,7 +50,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    store: dist.Store | None = None  # in which several ranks met
+    store: dist.Store | None = None  # through which several ranks met
 
     @property
     def is_main(self) -> bool:
@@ -68,25 +68,22 @@ class Runtime:
         return PEAKS.get(self.device_name)
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' values, known to all: how they agree to stop after the same step.
-
-        Goes through gloo on the CPU, so that a GPU is not waited for.
-        """
+        """The largest of all ranks' values, on every rank: how they agree to stop after the same step."""
         if self.world_size == 1:
             return value
-        box = torch.tensor(value)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
-        return int(box)
+        on_cpu = torch.tensor(value)  # goes through gloo; through NCCL the host would have to wait for the GPU
+        dist.all_reduce(on_cpu, dist.ReduceOp.MAX)
+        return int(on_cpu)
 
-    def agree(self, **facts: object) -> None:
+    def agree(self, **settings: object) -> None:
         """Raises UserError on every rank when one of them was given something else than rank 0."""
         if self.world_size == 1:
             return
-        found: list[dict] = [{}] * self.world_size
-        dist.all_gather_object(found, facts)
-        for rank, others in enumerate(found):
-            for name in facts:
-                first, other = found[0][name], others[name]
+        by_rank: list[dict] = [{}] * self.world_size
+        dist.all_gather_object(by_rank, settings)
+        for rank, others in enumerate(by_rank):
+            for name in settings:
+                first, other = by_rank[0][name], others[name]
                 if other != first:
                     remedy = "start every rank with the same command, files and run directory (a shared file system)"
                     raise UserError(f"{name}: {other!r} on rank {rank}, {first!r} on rank 0; {remedy}")
@@ -95,44 +92,47 @@ class Runtime:
 def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: float = 600) -> Runtime:
     """Find this rank's device, join the other ranks, seed, and ask for deterministic arithmetic.
 
-    Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. A collective that takes a minute longer than timeout_s
-    raises: until then the watchdog can tell it better. Raises UserError when the device asked for is not there.
+    Ranks come from torchrun's RANK, LOCAL_RANK and WORLD_SIZE. Raises UserError when the device asked for is not
+    there, or PSYSAFE_KERNELS asks for kernels that cannot run on it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in _TORCHRUN.items())
-    where = torch.device("cpu")
+    this_device = torch.device("cpu")
     if device == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= count:
             remedy = "start at most that many ranks a machine, or take --device cpu"
             raise UserError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
-        where = torch.device("cuda", local_rank)
-        torch.cuda.set_device(where)
-    try:  # kernels know nothing of psysafe: what a user can have set wrong there is looked at here, before the weights
-        kernels.runs_triton(torch.empty(0, device=where))
+        this_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(this_device)
+    try:  # kernels/ may not import psysafe, so it raises ValueError; asked here once, before the weights are read
+        kernels.runs_triton(torch.empty(0, device=this_device))
     except ValueError as error:
         raise UserError(str(error)) from None
     _be_deterministic(seed)
+    # A collective fails a minute after the watchdog, which ends the run at timeout_s with a better message.
     store = _meet("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s + 60) if world_size > 1 else None
-    kind = {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype == "auto" else getattr(torch, dtype)
-    return Runtime(where, kind, rank, local_rank, world_size, store)
+    if dtype == "auto":
+        dtype = {"cuda": "bfloat16", "cpu": "float32"}[device]
+    return Runtime(this_device, getattr(torch, dtype), rank, local_rank, world_size, store)
 
 
 @functools.cache
 def _meet(backend: str, timeout_s: float) -> dist.Store:
-    """Join the other ranks, once a process. Returns the store in which they meet."""
+    """Join the other ranks, once a process. Returns the store through which they meet."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    # torchrun keeps its store over a restart, and in it the addresses of the dead. The count is one machine's own: on
-    # several they can differ, and then the ranks would wait for each other in vain.
+    # torchrun's store outlives a restart, and still holds the addresses of the ranks that died: hence a name for each
+    # attempt. Every machine counts its own restarts. Where the counts differ, ranks wait for each other in vain
+    # (docs/operations.md: --max-restarts 0 on several machines).
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return store
 
 
 def _be_deterministic(seed: int) -> None:
-    """A resumed run must repeat its bits. An op that cannot warns by name; it does not end an overnight run."""
+    """A resumed run must repeat its bits. An operation that cannot only warns: it must not end an overnight run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler, a second
@@ -141,16 +141,16 @@ def _be_deterministic(seed: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What a saved state or a benchmark must name about the software it ran on. "" for what is not installed."""
+    """Versions of the software, for saved states and benchmarks. "" for what is not installed."""
     from psysafe import __version__  # which imports this file
 
-    found = {"psysafe": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    numbers = {"psysafe": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "safetensors", "tokenizers"):
         try:
-            found[name] = importlib.metadata.version(name)
+            numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+            numbers[name] = ""
+    return numbers
 
 
 def memory_total(device: torch.device) -> int:
@@ -161,7 +161,7 @@ def memory_total(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
-    """Most bytes this process has held so far: torch's allocations on a GPU, resident memory on a CPU."""
+    """The largest number of bytes held by this process: torch's allocations on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # not getrusage: Linux lets a child start with the peak of the process that spawned it
@@ -173,8 +173,8 @@ def memory_peak(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Moment:
-    """A point in the device's work: a CUDA event, or simply the time."""
+class DeviceTime:
+    """A point in the device's work: on a GPU an event in its queue, on a CPU the clock."""
 
     def __init__(self, device: torch.device):
         self.device, self.time, self.event = device, time.perf_counter(), None
@@ -182,8 +182,8 @@ class Moment:
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
-    def since(self, earlier: "Moment") -> float:
-        """Seconds; waits until the device has come that far."""
+    def since(self, earlier: "DeviceTime") -> float:
+        """Seconds from the earlier point to this one; waits until the device has come to this one."""
         if self.event is None:
             return self.time - earlier.time
         self.event.synchronize()

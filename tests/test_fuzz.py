@@ -160,7 +160,7 @@ TARGETS = {
         ("generate --adapter {box}/adapter x", "train --adapter-init {box}/adapter", "merge"),
     ),
     "state": Target("run/state/step-00000001/state.safetensors", TENSORS, RESUME),
-    "state's facts": Target("run/state/step-00000001/state.json", JSON, RESUME),
+    "state's entries": Target("run/state/step-00000001/state.json", JSON, RESUME),
     "metrics": Target("run/metrics.jsonl", LINES, RESUME),
     "system prompt": Target(
         "system/system.txt", (damage.bytes_damaged,), ("train --max-tokens 400 --system {box}/system/system.txt",)
@@ -198,7 +198,7 @@ TARGETS = {
 }
 
 # A checksum that holds: then the state is not damaged but wrong, and nothing else stands between it and the run.
-SIGNED = ("state", "state's facts")
+SIGNED = ("state", "state's entries")
 
 
 def write_good_files(folder: Path) -> None:
@@ -415,7 +415,7 @@ MUTANTS = {
     "sizes of any kind": ("architecture", psysafe.model.config, "_number", lambda source, key, *_: source[key]),
     "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint.base, "is_plain_name", lambda name: True),
     "an adapter of any rank": ("adapter config", psysafe.checkpoint.adapter, "read_adapter_config", unchecked),
-    "a state of any kind": ("state's facts", State, "fact", lambda state, name, *_: state.meta[name]),
+    "a state of any kind": ("state's entries", State, "entry", lambda state, name, *_: state.meta[name]),
     "a file outside --out": ("weights, other numbers", train, "prepare_run_dir", stray),
     "a program that hangs": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", forever),
     "memory that a file claims": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", lambda _: [0] * 2**28),

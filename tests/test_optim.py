@@ -80,9 +80,9 @@ def test_state_bits_and_size_choose_the_storage(bits, minimum):
     ours, _ = optimizer(state_bits=bits, min_8bit_size=minimum)
     rows = {size: -(-size // 256) for size in SIZES}
     in_8_bits = sum(rows[size] for size in SIZES if bits == 8 and size >= minimum)
-    kept = ours.state_tensors()
-    assert kept["code_m"].shape == kept["code_v"].shape == (in_8_bits, 256) and kept["code_m"].dtype == torch.uint8
-    assert kept["m"].shape == kept["v"].shape == (sum(rows.values()) - in_8_bits, 256)
+    tensors = ours.state_tensors()
+    assert tensors["code_m"].shape == tensors["code_v"].shape == (in_8_bits, 256) and tensors["code_m"].dtype == torch.uint8
+    assert tensors["m"].shape == tensors["v"].shape == (sum(rows.values()) - in_8_bits, 256)
 
 
 @pytest.mark.parametrize("settings", [{"state_bits": 8}, {"state_bits": 32}, {"state_bits": 8, "min_8bit_size": 1}])

@@ -60,7 +60,7 @@ def alone(workspace):  # noqa: F811
 
 @pytest.mark.slow
 def test_rank_count_and_sharding_change_nothing(workspace, alone):  # noqa: F811
-    """Two ranks, and three with batches of two (one has spare micro-batches only); ragged documents, a last short
+    """Two ranks, and three with batches of two (one has padding micro-batches only); ragged documents, a last short
     batch in every epoch. Sharded runs repeat the bits of the unsharded run on as many ranks."""
     for ranks in (2, 3):
         for out, flags in ((f"ranks{ranks}", ()), (f"sharded{ranks}", ("--shard",))):
@@ -71,10 +71,13 @@ def test_rank_count_and_sharding_change_nothing(workspace, alone):  # noqa: F811
 
 MUTANTS = {
     "a rank divides by its own tokens": (
-        "targets = sum(document.n_targets for document in documents)",
-        "targets = sum(d.n_targets for d in documents[runtime.rank :: runtime.world_size]) or 1",
+        "n_targets = count_targets(documents)",
+        "n_targets = count_targets(documents[runtime.rank :: runtime.world_size]) or 1",
     ),
-    "a spare document counts": ("return batch.weight * ", "return "),
+    "a padding micro-batch counts": (
+        "part = batch_loss(run.model, batch, ",
+        "part = batch_loss(run.model, replace(batch, weight=1.0), ",
+    ),
     "gradients stay on their rank": ("dist.all_reduce(adapters.grad)", "pass"),
 }
 

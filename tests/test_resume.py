@@ -240,7 +240,7 @@ def test_a_bad_out_or_resume_is_found_before_the_weights(workspace, uninterrupte
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    ("meta", "expected"),
     [
         ({}, []),
         ({"torch": "2.11.0"}, ["saved with torch 2.11.0, continued with torch 2.13.0: no longer bit for bit"]),
@@ -248,14 +248,14 @@ def test_a_bad_out_or_resume_is_found_before_the_weights(workspace, uninterrupte
         ({"psysafe": None}, ["saved with psysafe unknown, continued with psysafe 0.1.0"]),
     ],
 )
-def test_other_software_is_said(meta, said, tmp_path):
+def test_other_software_is_a_warning(meta, expected, tmp_path):
     from psysafe.training.run_state import State
 
     now = {"psysafe": "0.1.0", "python": "3.11", "torch": "2.13.0", "triton": "3.7.1", "ranks": 1}
     saved = now | meta
     ranks = saved.pop("ranks")
     lines = State(1, {}, {"versions": saved, "world_size": ranks}, tmp_path).changed(now)
-    assert len(lines) == len(said) and all(text in line for text, line in zip(said, lines, strict=True))
+    assert len(lines) == len(expected) and all(text in line for text, line in zip(expected, lines, strict=True))
 
 
 def test_the_version_is_that_of_the_package():
@@ -271,17 +271,17 @@ def run_here(workspace, out, monkeypatch, failing) -> int:
     import errno
 
     import train
-    from psysafe.training.run_state import StateNotSaved
+    from psysafe.training import run_state
 
-    calls, save_state = [0], train.save_state
+    calls, save_state = [0], run_state.save_state
 
     def save(*args, **kwargs):
         calls[0] += 1
         if failing(calls[0]):
-            raise StateNotSaved(errno.ENOSPC, "No space left on device")
+            raise run_state.StateNotSaved(errno.ENOSPC, "No space left on device")
         return save_state(*args, **kwargs)
 
-    monkeypatch.setattr(train, "save_state", save)
+    monkeypatch.setattr(run_state, "save_state", save)
     return train.main(command(workspace, out, "--max-steps", "6")[4:])
 
 
@@ -298,7 +298,7 @@ def test_a_disk_that_stays_full_is_no_success(workspace, capsys, monkeypatch):
     assert "make room and finish with --resume auto" in capsys.readouterr().err
 
 
-def test_a_flipped_byte_in_the_newest_state_is_said_aloud_and_the_older_one_used(workspace, capsys):
+def test_a_flipped_byte_in_the_newest_state_is_a_warning_and_the_older_one_used(workspace, capsys):
     import train
 
     argv = command(workspace, "flipped", "--max-steps", "4")[2:]

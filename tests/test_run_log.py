@@ -12,10 +12,20 @@ import types
 import pytest
 import torch
 
-from psysafe.runtime import Peak, Runtime
+from psysafe.program import UserError
+from psysafe.runtime import DeviceTime, Peak, Runtime
 from psysafe.training import run_log
 from psysafe.training.config import KEYS, TrainConfig
-from psysafe.training.run_log import RunLog, check_optional, cut_metrics, plot_loss, print_run, read_metrics
+from psysafe.training.run_log import (
+    MAX_SKIPPED,
+    RunLog,
+    StepResult,
+    check_packages,
+    cut_metrics,
+    plot_loss,
+    print_run,
+    read_metrics,
+)
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -34,6 +44,54 @@ def test_numbers_read_back_bit_for_bit(tmp_path):
     assert bits == [struct.pack("<dd", 1 / step, 1e-4 / 3) for step in (1, 2, 3)]
     assert rows[3] == {"step": 3, "val_loss": 0.1 + 0.2}
     assert rows[0]["trained_tokens"] == 40 and rows[0]["tokens_per_s"] == 200 and rows[0]["memory"] > 1e6
+
+
+def result(step: int, skipped: int = 0, loss: float = 0.5) -> StepResult:
+    scalars = {"loss": loss, "grad_norm": math.nan if skipped else 0.25, "skipped": skipped}
+    fields = {"step": step, "lr": 1e-4, "tokens": 100, "trained_tokens": 40, "documents": [f"row {step}"]}
+    return StepResult(DeviceTime(CPU.device), fields, **{name: torch.tensor(x) for name, x in scalars.items()})
+
+
+def logged_steps(run_dir) -> list[int]:
+    return [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_step_is_logged_one_step_late_and_before_a_save(tmp_path):
+    with RunLog(tmp_path, TrainConfig(), CPU, 3) as log:
+        log.later(result(1))
+        assert logged_steps(tmp_path) == []
+        log.later(result(2))
+        assert logged_steps(tmp_path) == [1]
+        log.catch_up()
+        log.catch_up()  # nothing is logged twice
+        assert logged_steps(tmp_path) == [1, 2]
+        log.later(result(3))
+        log.sync()
+        assert logged_steps(tmp_path) == [1, 2, 3]
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert row["loss"] == 0.5 and row["seconds"] >= 0 and not {"skipped", "documents"} & row.keys()
+
+
+def test_a_skipped_step_names_its_rows_and_the_third_in_a_row_ends_the_run_on_every_rank(tmp_path, capsys):
+    for rank in (0, 1):
+        runtime = Runtime(torch.device("cpu"), torch.float32, rank=rank, world_size=2)
+        with RunLog(tmp_path, TrainConfig(), runtime, 9) as log:
+            for skipped in range(1, MAX_SKIPPED + 1):
+                log.later(result(skipped, skipped))
+            with pytest.raises(UserError, match="step 3: gradient norm not finite 3 times in a row, the last good"):
+                log.later(result(4))
+    assert read_metrics(tmp_path / "metrics.jsonl")[1]["documents"] == ["row 2"]
+    assert "warning: step 2: gradient norm nan, nothing updated: ['row 2']" in capsys.readouterr().out
+
+
+def test_an_error_is_not_hidden_by_a_step_that_never_arrives(tmp_path):
+    class NeverArrives:
+        def read(self):
+            raise RuntimeError("CUDA error")
+
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path, TrainConfig(), CPU, 3) as log:
+        log.later(NeverArrives())
+        raise ZeroDivisionError
 
 
 def test_lines_stand_in_columns_and_mfu_needs_a_known_peak(tmp_path, capsys, monkeypatch):
@@ -107,7 +165,7 @@ def test_a_full_disk_costs_a_warning_and_no_row_once_there_is_room(tmp_path, cap
     assert out.count("No space left on device; training goes on") == 1 and "lacks" not in out
 
 
-def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, capsys):
+def test_a_disk_that_stays_full_is_reported_at_the_end(tmp_path, capsys):
     with RunLog(tmp_path, TrainConfig(), CPU, 2) as log:
         log.file = FullDisk(log.file, 0)
         log.validation(1, 0.5)
@@ -137,10 +195,10 @@ def test_the_resolved_run_names_every_setting_and_its_source(capsys):
 def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--report trackio: trackio is not installed; pip install trackio"):
-        check_optional(TrainConfig(report="trackio"))
+        check_packages(TrainConfig(report="trackio"))
     with pytest.raises(ValueError, match="--plot: matplotlib is not installed; pip install matplotlib"):
-        check_optional(TrainConfig(plot=True))
-    check_optional(TrainConfig())
+        check_packages(TrainConfig(plot=True))
+    check_packages(TrainConfig())
 
 
 def test_a_tracker_gets_every_row(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from psysafe import runtime
-from psysafe.program import StopRequest, main_guard
+from psysafe.program import StopRequest, UserError, main_guard
 from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
 
@@ -87,6 +87,12 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(capsys, monkeypatch, 
     assert capsys.readouterr().err == f"error: {tmp_path}/none.toml: No such file or directory\n"
     assert main_guard(config.resolve, ["--config", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+    def mistaken(argv):
+        raise UserError("rows.jsonl row 3:\n  no answer")
+
+    assert main_guard(mistaken, []) == 2
+    assert capsys.readouterr().err == "error: rows.jsonl row 3: no answer\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main_guard(config.resolve, ["x"]) == 2
@@ -106,8 +112,17 @@ def test_a_mistake_of_ours_keeps_its_traceback():
     def ours_that_asserts(argv):
         raise AssertionError
 
-    cases = ((in_c, ValueError), (in_torch, ValueError), (ours, ValueError), (ours_that_asserts, AssertionError))
-    for main, kind in cases:
+    def about_no_file(argv):
+        raise OSError(28, "No space left on device")
+
+    cases = {
+        in_c: ValueError,
+        in_torch: ValueError,
+        ours: ValueError,
+        ours_that_asserts: AssertionError,
+        about_no_file: OSError,
+    }
+    for main, kind in cases.items():
         with pytest.raises(kind):
             main_guard(main, [])
 
@@ -153,6 +168,17 @@ def test_one_process_is_one_rank_on_the_cpu(monkeypatch):
 def test_a_gpu_that_is_not_there_is_one_line():
     with pytest.raises(ValueError, match="--device cuda: rank 0 needs GPU 0, torch finds 0 here"):
         runtime.start("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_kernels_that_cannot_run_are_one_line_before_anything_is_read(capsys, monkeypatch):
+    """kernels/ raises a plain ValueError; `start` turns it into the user's mistake."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for choice, expected in (("trition", "expected one of auto, triton, reference"), ("triton", "TRITON_INTERPRET=1")):
+        monkeypatch.setenv("PSYSAFE_KERNELS", choice)
+        assert main_guard(lambda argv: runtime.start("cpu"), []) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"error: PSYSAFE_KERNELS={choice}") and expected in lines[0]
 
 
 def test_two_ranks_agree_on_a_stop():

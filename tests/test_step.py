@@ -14,8 +14,8 @@ from psysafe.data.documents import Dataset, Document
 from psysafe.model.lora import attach
 from psysafe.runtime import Runtime
 from psysafe.training.config import TrainConfig
-from psysafe.training.facts import make_optimizer
 from psysafe.training.memory_plan import Plan
+from psysafe.training.setup import make_optimizer
 from psysafe.training.watchdog import Watchdog
 from tests.test_memory import CONFIG, FIXED
 from tests.test_train import setup

@@ -1,5 +1,6 @@
 """The training loop: its curve against PEFT + torch's AdamW, the freedom to cut batches, and what bad steps do."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from psysafe.data.documents import Dataset, Document, step_documents
 from psysafe.model.lora import TARGETS, attach
 from psysafe.runtime import Runtime
 from psysafe.training.config import TrainConfig
+from psysafe.training.run_log import RunLog, read_metrics
 from psysafe.training.watchdog import Watchdog
 from tests.oracles import both_models
 from tests.test_lora import peft_model, peft_tensors
@@ -133,8 +135,8 @@ def test_micro_batches_in_fp32(tmp_path):
 def test_a_loss_averaged_per_micro_batch_is_caught(tmp_path, monkeypatch):
     original = train.batch_loss
 
-    def wrong(model, batch, runtime):
-        return original(model, batch, runtime) / len(batch.labels)
+    def wrong(model, batch, device):
+        return original(model, batch, device) / len(batch.labels)
 
     monkeypatch.setattr(train, "batch_loss", wrong)
     with pytest.raises(AssertionError):
@@ -166,3 +168,39 @@ def test_eight_bit_state_trains(tmp_path):
     assert torch.uint8 in {x.dtype for x in run.optimizer.state_tensors().values()}
     run, _ = setup(tmp_path / "32", torch.float32)
     assert relative_error(torch.tensor(eight), torch.tensor(curve(run))) <= 0.02
+
+
+class StopAfter:
+    """A SIGTERM that comes during the step that makes `steps` of them."""
+
+    def __init__(self, run, steps: int):
+        self.run, self.steps = run, steps
+
+    @property
+    def received(self) -> int:
+        return signal.SIGTERM if self.run.step >= self.steps else 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "stopped_at", "validations", "saves"),
+    [
+        (6, 99, [0, 4, 6], [0, 3, 4, 6]),  # an epoch is 4 steps; a save every 3; after step 6 one save, not two
+        (6, 2, [0], [0, 2]),
+        (6, 3, [0], [0, 3]),  # a stop at a save of --save-every: one save
+        (6, 4, [0], [0, 3, 4]),  # at an epoch's end: a validation takes minutes, torchrun kills after 30 s
+        (6, 6, [0, 4], [0, 3, 4, 6]),  # during the last step: the validation is left to the resumed run
+    ],
+)
+def test_when_the_loop_validates_saves_and_stops(steps, stopped_at, validations, saves, tmp_path, monkeypatch):
+    run, _ = setup(tmp_path / "model", torch.float32, save_every=3)
+    run.total_steps, run.val_set = steps, run.train_set
+    validated, saved = [], []
+    monkeypatch.setattr(train, "validate", lambda run: validated.append(run.step) or 1.0)
+    monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append((run.step, run.validation_due))))
+    with RunLog(tmp_path, run.config, run.runtime, steps) as log:
+        code = train.train(run, log, StopAfter(run, stopped_at))
+    assert code == (128 + signal.SIGTERM if stopped_at <= steps else 0)
+    assert validated == validations and [step for step, _ in saved] == saves
+    assert all(due == (step in (4, 6) and step not in validations) for step, due in saved)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, run.step + 1))

@@ -24,12 +24,12 @@ LOOP = """
         with Watchdog(runtime, timeout=TIMEOUT) as watch:
             runtime.largest(0)
             for step in range(1, 6):
-                watch.beat(step)
+                watch.progress(step)
                 if (runtime.rank, step) == (1, 3):
                     TROUBLE
                 if (runtime.rank, step) == (0, 3):
                     MEANWHILE
-                watch.beat(step)
+                watch.progress(step)
                 runtime.largest(0)
             if runtime.rank == 0:
                 AFTER
@@ -51,8 +51,8 @@ def assert_one_line(ranks: list[subprocess.Popen], message: str, frozen: bool = 
     if frozen:
         ranks[1].kill()
     lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
-    said = [line for line in lines if line.startswith("error")]
-    assert len(said) == 1 and message in said[0], lines
+    errors = [line for line in lines if line.startswith("error")]
+    assert len(errors) == 1 and message in errors[0], lines
     assert ranks[0].returncode == 1 and out == ""
 
 
@@ -71,7 +71,7 @@ def test_one_line_names_the_rank_and_the_step(trouble, message):
 
 
 @pytest.mark.slow
-def test_an_error_is_told_to_who_waits_where_nothing_returns():
+def test_an_error_reaches_a_rank_that_waits_where_nothing_returns():
     """As in a collective of NCCL, which does not fail when a rank is gone."""
     ranks = loop("raise AssertionError", meanwhile="time.sleep(60)", timeout=30)
     assert_one_line(ranks, "error (rank 0): rank 1 ended in step 3 by an error of its own; all ranks")
@@ -85,8 +85,8 @@ def test_a_failure_here_is_not_hidden_by_a_silence_there():
 
 
 @pytest.mark.slow
-def test_ranks_that_are_well_say_nothing():
-    """Also when the rank that holds the store is through before the other one, or long after it."""
+def test_ranks_that_are_well_print_nothing():
+    """Also when the rank that holds the store ends before the other one, or long after it."""
     for ranks in (loop(), loop("time.sleep(3)"), loop(after="time.sleep(3)")):
         assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
         assert [rank.returncode for rank in ranks] == [0, 0]

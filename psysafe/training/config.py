@@ -48,7 +48,7 @@ class TrainConfig:
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
     max_tokens: int = 4096
-    """Longest row in tokens; a longer one is cut at its end and counted aloud."""
+    """Longest row in tokens; a longer one is cut at its end, and their number is printed."""
 
     # Where the run lives
     out: str = "runs/psysafe"
@@ -62,7 +62,7 @@ class TrainConfig:
     batch_size: int = 4
     """Documents of one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
-    """Most tokens in one forward and backward pass; changes memory, not the result."""
+    """Tokens in one forward and backward pass, at most; changes memory, not the result."""
     epochs: int = 5
     """Passes over the training rows, reshuffled each time."""
     max_steps: int = 0
@@ -136,25 +136,30 @@ class TrainConfig:
 KEYS = {f.name: f.type for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(TrainConfig)}
 
-_RANGES = {  # what a value must be: (the test, the keys)
-    "0 or more": (
-        lambda x: x >= 0, "save_every max_steps warmup_steps min_8bit_size weight_decay lr seed memory_limit threads"
-    ),
-    "1 or more": (lambda x: x >= 1, "max_tokens batch_size micro_batch_tokens epochs lora_rank"),
-    "above 0": (lambda x: x > 0, "lora_alpha eps max_grad_norm timeout"),
-    "0 or more and below 1": (lambda x: 0 <= x < 1, "val_fraction beta1 beta2"),
-    "not empty": (bool, "model out system project"),
-    "at least one": (lambda x: x and all(x), "lora_targets"),
-    "none of them empty": (all, "data val_data"),
-}
-_RANGE_OF = {key: (text, test) for text, (test, keys) in _RANGES.items() for key in keys.split()}
+_RANGES = [  # (what a value must be, its test, the keys)
+    ("0 or more", lambda x: x >= 0, ["save_every", "max_steps", "warmup_steps", "min_8bit_size", "threads"]),
+    ("0 or more", lambda x: x >= 0, ["weight_decay", "lr", "seed", "memory_limit"]),
+    ("1 or more", lambda x: x >= 1, ["max_tokens", "batch_size", "micro_batch_tokens", "epochs", "lora_rank"]),
+    ("above 0", lambda x: x > 0, ["lora_alpha", "eps", "max_grad_norm", "timeout"]),
+    ("0 or more and below 1", lambda x: 0 <= x < 1, ["val_fraction", "beta1", "beta2"]),
+    ("not empty", bool, ["model", "out", "system", "project"]),
+    ("at least one", lambda x: x and all(x), ["lora_targets"]),
+    ("none of them empty", all, ["data", "val_data"]),
+]
+_RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
 
 _OTHER_NAMES = {  # what other trainers call it, too far from ours for a spelling match
-    **{"learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
-    **{"r": "lora_rank", "rank": "lora_rank", "target_modules": "lora_targets"},
-    **{"max_seq_length": "max_tokens", "output_dir": "out", "resume_from_checkpoint": "resume"},
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "target_modules": "lora_targets",
+    "max_seq_length": "max_tokens",
+    "output_dir": "out",
+    "resume_from_checkpoint": "resume",
 }
 
 
@@ -168,8 +173,8 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
         if word.startswith("--"):
-            meant = nearest(key, [*KEYS, "config"]).replace("_", "-")
-            raise UserError(f"unknown flag {_shown(word)}; did you mean --{meant}?")
+            likely = nearest(key, [*KEYS, "config"]).replace("_", "-")
+            raise UserError(f"unknown flag {_shown(word)}; did you mean --{likely}?")
         raise UserError(f"unexpected argument {_shown(word)}; settings are given as --key value (see --help)")
 
     flags = vars(flags)
@@ -219,8 +224,9 @@ A flag wins over the file, and the file over the default.""",
     parser.add_argument("--config", default=file, metavar="FILE", help=f"TOML file of the keys below ({file})")
     for key, sentence in sentences().items():
         kind, default = KEYS[key], DEFAULTS[key]
-        told = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
-        options = {"help": (sentence + told).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
+        shown = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
+        # No default of argparse's own: a flag that was not given must not overrule the file.
+        options = {"help": (sentence + shown).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -233,6 +239,8 @@ A flag wins over the file, and the file over the default.""",
 
 def sentences() -> dict[str, str]:
     """The sentence under each field of TrainConfig: one text for the reader of this file and for --help."""
+    # Python keeps no docstring of a field, so the class's own source is read. The other way, field(metadata={"help":
+    # ...}), would wrap each of the settings in a call, and a reader would have to look for the default inside it.
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
     return {a.target.id: b.value.value for a, b in itertools.pairwise(body) if isinstance(a, ast.AnnAssign)}
 
@@ -288,6 +296,6 @@ def _toml_value(value) -> str:
 
 
 def _shown(value) -> str:
-    """A value for an error message: on one line, not endless."""
+    """A value for an error message: on one line, of 80 characters at most."""
     text = ascii(value) if not (isinstance(value, str) and value.isprintable()) else repr(value)
     return text if len(text) <= 80 else text[:60] + "..." + text[-15:]

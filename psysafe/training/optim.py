@@ -22,7 +22,7 @@ class AdamW:
     """AdamW with decoupled weight decay, clipping by the global norm, and the rule that such a norm must be finite.
 
     flat_param (P,), flat_grad (P,): the two buffers, fp32 (or fp64, for which the moments are fp64 too).
-    segments: the tensors in them; what lies outside all segments is never touched, nor does its gradient count.
+    segments: the tensors in them. Elements outside all segments are never changed, and the norm leaves them out.
     betas: decay rates of the moments, in [0, 1). eps: added to the root of the corrected second moment.
     weight_decay: each step multiplies the parameters by 1 - lr * weight_decay.
     max_grad_norm: a longer gradient is scaled down to it; math.inf turns clipping off.
@@ -72,27 +72,28 @@ class AdamW:
         self.flat_grad.zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by name: codes, scales, full moments, counters. Not copies: write them before the
-        next step.
+        """All that a resumed run needs, by name: codes, scales, full moments, counters.
+
+        These are the tensors themselves, not copies: the next step overwrites them.
         """
         return self.state.kept()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continues from saved `state_tensors`. ValueError, and nothing changed, if they are not of this optimiser."""
-        kept = self.state.kept()
-        if tensors.keys() != kept.keys():
-            raise UserError(
-                f"optimiser state holds {', '.join(sorted(tensors)) or 'nothing'}; expected {', '.join(sorted(kept))}"
-            )
-        for name, x in kept.items():
-            found, expected = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensors[name], x))
-            if found != expected:
+        """Continues from saved `state_tensors`. UserError, and nothing changed, if they are not of this optimiser."""
+        current = self.state_tensors()
+        if tensors.keys() != current.keys():
+            saved, expected = (", ".join(sorted(names)) or "nothing" for names in (tensors, current))
+            raise UserError(f"optimiser state holds {saved}; expected {expected}")
+        for name, x in current.items():
+            saved, expected = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensors[name], x))
+            if saved != expected:
                 raise UserError(
-                    f"optimiser state: {name} is {found}, this run needs {expected}; "
+                    f"optimiser state: {name} is {saved}, this run needs {expected}; "
                     "resume with the model, adapter and state_bits that it was saved with"
                 )
-        for name, x in kept.items():
+        for name, x in current.items():
             x.copy_(tensors[name])
+        # A new tensor, as after every step: the counter itself is overwritten by the next one.
         self.skipped = self.state.counters[1].clone()
 
 

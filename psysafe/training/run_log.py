@@ -1,13 +1,14 @@
-"""What a run says: the resolved settings, a line per step, metrics.jsonl, a tracker, a plot.
+"""What a run prints and writes: the resolved settings, a line per step, metrics.jsonl, a tracker, a plot.
 
     print_run(config, sources, {"model": "...", "batch": "...", "memory": "..."})
     with RunLog(run_dir, config, runtime, total_steps, first_step, flops_per_token) as log:
-        log.step(step, loss=..., lr=..., grad_norm=..., tokens=..., seconds=...)
+        log.later(StepResult(...))                  # logs the step before this one
+        log.catch_up()                              # logs this one, too
         log.validation(step, val_loss)
-        log.sync()                                  # before a state is saved: its rows must outlast it
+        log.sync()                                  # before a state is saved: its rows must be on the disk first
 
-Only the main rank writes; on the others every call does nothing, so the loop needs no branches. A full disk costs a
-warning: rows wait in memory until there is room, and training goes on.
+Only the main rank prints and writes, so the loop needs no branches. A full disk costs a warning: rows wait in memory
+until there is room, and training goes on.
 """
 
 import importlib
@@ -20,43 +21,64 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from psysafe.files import parse_json, write_atomic
 from psysafe.program import UserError
-from psysafe.runtime import Runtime, memory_peak
+from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
 
 METRICS, NEWLINE = "metrics.jsonl", b"\n"
+MAX_SKIPPED = 3  # steps in a row without a finite gradient norm that end the run
 HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'left':>8}"
 
 
-def check_optional(config: TrainConfig) -> None:
+def check_packages(config: TrainConfig) -> None:
     """Raise UserError at the start, not at the end, when the run asks for a package that is not installed."""
-    wanted = {"--plot": "matplotlib" if config.plot else "", f"--report {config.report}": config.report}
-    for flag, package in wanted.items():
+    packages = {"--plot": "matplotlib" if config.plot else "", f"--report {config.report}": config.report}
+    for flag, package in packages.items():
         if package not in ("", "none") and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag}: {package} is not installed; pip install {package}, or leave the flag out")
 
 
-def print_run(config: TrainConfig, sources: Mapping[str, str], facts: Mapping[str, object]) -> None:
+def print_run(config: TrainConfig, sources: Mapping[str, str], summary: Mapping[str, object]) -> None:
     """Print each setting with where it came from, then what follows from them: dtypes, kernels, arithmetic, estimates.
 
-    facts: label -> text, in the order in which they are to be read.
+    summary: label -> text, printed in this order.
     """
     values = {key: _plain(getattr(config, key)) for key in KEYS}
     width = min(40, max(map(len, values.values())))
     for key, value in values.items():
         print(f"  {key:<20}{value:<{width}}  {sources[key]}".rstrip())
     print()
-    for label, text in facts.items():
+    for label, text in summary.items():
         print(f"  {label:<20}{text}")
     print(flush=True)
+
+
+class StepResult:
+    """A step's numbers on their way to the host: the copy is queued on the device, and read when it has arrived.
+
+    fields: entries of the step's row that the host knows already. scalars: tensors () on the device.
+    """
+
+    def __init__(self, began: DeviceTime, fields: dict, **scalars: torch.Tensor):
+        self.fields, self.names = fields, tuple(scalars)
+        # One copy for all of them. In fp64, which holds every fp32 number and every count exactly.
+        self.values = torch.stack([x.detach().double() for x in scalars.values()]).to("cpu", non_blocking=True)
+        self.began, self.ended = began, DeviceTime(began.device)
+
+    def read(self) -> dict:
+        """The row of the step; waits until the device has finished it."""
+        seconds = self.ended.since(self.began)
+        return self.fields | dict(zip(self.names, self.values.tolist(), strict=True)) | {"seconds": seconds}
 
 
 class RunLog:
     """Metrics of a run, to the screen, to metrics.jsonl and to the tracker.
 
-    first_step: the last step that is already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
-    validated: whether the first step's validation is part of the resumed state.
+    first_step: steps that are already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
+    validated: whether the validation after first_step is part of the resumed state.
     flops_per_token: useful FLOP of a training token; without it, or on an unknown GPU, no MFU is shown.
     """
 
@@ -74,6 +96,7 @@ class RunLog:
         peak = runtime.peak
         self.flops_share = flops_per_token / (peak.flops * runtime.world_size) if peak else 0.0
         self.began, self.steps_seen = time.monotonic(), 0
+        self.unread: StepResult | None = None  # the newest step, not yet logged
         self.file = self.bar = self.tracker = None
         if not runtime.is_main:
             return
@@ -93,6 +116,30 @@ class RunLog:
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout)
         else:
             print(HEADER, flush=True)
+
+    def later(self, result: StepResult) -> None:
+        """Log the step before this one; this one with the next call. Raises UserError as `catch_up` does."""
+        self.catch_up()
+        self.unread = result
+
+    def catch_up(self) -> None:
+        """Log the step that `later` still holds; waits for the device.
+
+        Raises UserError, on every rank, when MAX_SKIPPED steps in a row had no finite gradient norm.
+        """
+        if self.unread is None:
+            return
+        row, self.unread = self.unread.read(), None
+        skipped, documents = int(row.pop("skipped")), row.pop("documents")
+        if skipped:
+            row |= {"skipped": skipped, "documents": documents}
+            self.say(f"warning: step {row['step']}: gradient norm {row['grad_norm']}, nothing updated: {documents}")
+        self.step(**row)
+        if skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"step {row['step']}: gradient norm not finite {skipped} times in a row, the last good state is kept; "
+                "look at the rows named above, or lower --lr and start again"
+            )
 
     def step(
         self, step: int, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, **more: object
@@ -136,13 +183,14 @@ class RunLog:
             print(text, flush=True)
 
     def sync(self) -> None:
-        """Bring the rows to the disk, if it takes them."""
+        """Log the newest step, and bring all rows to the disk if it takes them."""
+        self.catch_up()
         if self.file is not None:
             self._flush(os.fsync)
 
     def close(self) -> None:
         if self.file is not None:
-            self.sync()
+            self._flush(os.fsync)  # not sync: on the way out of an error the newest step may never arrive
             if self.unwritten:
                 lost = self.unwritten.count(NEWLINE)
                 self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
@@ -167,9 +215,8 @@ class RunLog:
         if self.tracker is not None:
             self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-
     def _flush(self, then: Callable[[int], object] = lambda descriptor: None) -> None:
-        """Writes what waits, unbuffered, so that a kill leaves at most one torn line; a refusal is said once."""
+        """Writes the rows that wait, unbuffered: a kill leaves at most one torn line. A refusal is printed once."""
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -206,12 +253,12 @@ def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
     """
     path = Path(path)
     rows = read_metrics(path) if path.exists() else []
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    rows = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot_loss(run_dir: str | Path) -> Path:
-    """Draw training and validation loss over the steps into RUN_DIR/loss.png. Needs matplotlib (`check_optional`)."""
+    """Draw training and validation loss over the steps into RUN_DIR/loss.png. Needs matplotlib (`check_packages`)."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(Path(run_dir) / METRICS)

@@ -17,14 +17,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from psysafe.checkpoint.adapter import save_adapter
+from psysafe.data.documents import Dataset
 from psysafe.files import parse_json, remove_leftovers, sync, temporary_for
 from psysafe.program import UserError
+from psysafe.runtime import versions
 from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.run_log import RunLog
+from psysafe.training.setup import Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
@@ -33,16 +39,16 @@ TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 # A second save at the same step (before and after a validation, say) gets a suffix: no valid state is ever overwritten.
 _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 
-# A resumed run may change these: they say where it runs and who is told, or leave the result the same. The rows are
-# compared by their content, so that a data file may move.
+# A resumed run may change these: they say where it runs and where it reports, or leave the result the same. The rows
+# are compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
-    *("data", "val_data", "out", "resume", "save_every", "micro_batch_tokens"),
-    *("device", "threads", "shard", "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run"),
-}
+    "data", "val_data", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard", "timeout",
+    "memory_limit", "embedding", "report", "project", "plot", "dry_run",
+}  # fmt: skip
 
 
 class StateNotSaved(OSError):
-    """A state could not be written, for want of space say. Those before it are whole: warn, and train on."""
+    """A state could not be written, for want of space say. Those before it are whole: warn, and go on training."""
 
 
 @dataclass
@@ -55,8 +61,8 @@ class State:
     path: Path
     warnings: list[str] = field(default_factory=list)
 
-    def fact(self, name: str, *kinds: type):
-        """meta[name]. Raises UserError when a state of another version, or of somebody else, has no such fact."""
+    def entry(self, name: str, *kinds: type):
+        """meta[name], of one of these types. Raises UserError where a state of another version has no such entry."""
         if not isinstance(self.meta.get(name, ...), kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{self.path / META}: {name} is {self.meta.get(name)!r:.60}, expected {expected}")
@@ -64,23 +70,23 @@ class State:
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
         """tensors[name] in the shape and type of `like`, else UserError."""
-        both = self.tensors.get(name), like
-        found, expected = ("nothing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in both)
-        if found != expected:
+        pair = self.tensors.get(name), like
+        saved, expected = ("nothing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in pair)
+        if saved != expected:
             file = self.path / TENSORS
-            raise UserError(f"{file}: {name} is {found}, this run needs {expected}; resume with the model it is of")
+            raise UserError(f"{file}: {name} is {saved}, this run needs {expected}; resume with the model it is of")
         return self.tensors[name]
 
     def changed(self, now: Mapping) -> list[str]:
-        """A warning when the run's software or number of ranks is not this one's: other sums, other roundings.
+        """One warning when software or number of ranks differ from the saved run's: other sums, other roundings.
 
         now: `runtime.versions()`, and `ranks`.
         """
-        before = self.fact("versions", dict) | {"ranks": self.fact("world_size", int)}
+        before = self.entry("versions", dict) | {"ranks": self.entry("world_size", int)}
         keys = [key for key in ("psysafe", "torch", "triton", "ranks") if before.get(key) != now[key]]
         if not keys:
             return []
-        old, new = (", ".join(f"{key} {found.get(key) or 'unknown'}" for key in keys) for found in (before, now))
+        old, new = (", ".join(f"{key} {state.get(key) or 'unknown'}" for key in keys) for state in (before, now))
         return [f"warning: saved with {old}, continued with {new}: no longer bit for bit the uninterrupted run"]
 
 
@@ -88,8 +94,8 @@ def save_state(run_dir: str | Path, step: int, tensors: Mapping[str, Tensor], me
     """Save a state and remove all but the last `keep` whole ones. Returns its folder.
 
     tensors: any device, shapes and dtypes; views of one buffer are saved one by one. meta: what JSON holds (floats
-    come back bit for bit). States later than this step are removed, too: they belong to a future that a resume from an
-    earlier state has cut off. Raises StateNotSaved, and leaves nothing behind, when the disk refuses.
+    come back bit for bit). States of later steps are removed, too: the run was resumed from before them, and they
+    are no longer part of it. Raises StateNotSaved, and leaves nothing behind, when the disk refuses.
     """
     folder = Path(run_dir) / "state"
     try:
@@ -128,13 +134,13 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
     if not resume:
         return None
     place = Path(place if resume == "auto" else resume)
-    found = [place] if _NAME.fullmatch(place.absolute().name) else _states(_run_dir_of(place) / "state")
-    if not found and resume == "auto":
+    paths = [place] if _NAME.fullmatch(place.absolute().name) else _states(_run_dir_of(place) / "state")
+    if not paths and resume == "auto":
         return None
-    if not found:
+    if not paths:
         raise UserError(f"--resume {resume}: no saved state there; give a run directory or one of its state/step-*")
     warnings = []
-    for path in found:
+    for path in paths:
         try:
             return State(*_read_state(path), path, warnings)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -144,16 +150,16 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
 
 
 def check_run_dir(out: str | Path) -> None:
-    """Raise UserError when `out` cannot become a writable folder. Makes nothing: a check before long loads."""
-    there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
-    if not os.path.isdir(there):
-        raise UserError(f"--out {out}: {there} is a file, not a folder; choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {there} cannot be written by this user; choose another folder")
+    """Raise UserError when `out` cannot become a writable folder. Creates nothing: a check before long loads."""
+    nearest = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(nearest):
+        raise UserError(f"--out {out}: {nearest} is a file, not a folder; choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {nearest} cannot be written by this user; choose another folder")
 
 
 def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
-    """Make the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
+    """Create the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
 
     A run that does not continue the one in `out` moves that one's files into RUN_DIR/earlier-N: nothing is lost, and
     the new run can never resume from the old one's state. Raises UserError when `out` cannot be a writable folder.
@@ -183,12 +189,65 @@ def recipe(config: TrainConfig) -> dict:
 
 def check_resume(state: State, config: TrainConfig) -> None:
     """Raise UserError that names each setting which differs from the saved run's `recipe`."""
-    saved, now = state.fact("recipe", dict), recipe(config)
+    saved, now = state.entry("recipe", dict), recipe(config)
     changed = [f"{key} (saved {saved.get(key)!r}, now {now[key]!r})" for key in now if saved.get(key) != now[key]]
     if changed:
         remedy = "set them back, or start another run with --out (--adapter-init DIR starts from this adapter)"
         differ = f"a resumed run keeps its recipe, but these settings differ: {', '.join(changed)}"
         raise UserError(f"{state.path}: {differ}; {remedy}")
+
+
+def digest_rows(*sets: Dataset | None) -> str:
+    """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows."""
+    sha = hashlib.sha256()
+    for document in (document for data in sets if data is not None for document in data.documents):
+        sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
+    return sha.hexdigest()
+
+
+def check_rows(state: State, rows_digest: str) -> None:
+    """Raise UserError when the state was saved with other rows, for then the steps to come are others."""
+    if state.entry("rows", str) != rows_digest:
+        raise UserError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+
+
+def save_run(run: Run, log: RunLog) -> None:
+    """Log what is not yet logged, then write the run's state, and the adapter as PEFT reads it.
+
+    A full disk costs a warning and sets run.save_error; training goes on.
+    """
+    log.sync()  # first: a state whose rows of metrics.jsonl were lost could never be completed
+    if not run.runtime.is_main:
+        return
+    config = run.config
+    meta = {
+        "recipe": recipe(config),
+        "rows": run.rows_digest,
+        "versions": versions(),
+        "best_val": run.best_val,
+        "epoch_open": not run.validation_due,
+        "world_size": run.runtime.world_size,
+    }
+    tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
+    multimodal, run.save_error = run.model.config.multimodal, ""
+    try:
+        save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
+        save_state(config.out, run.step, tensors, meta)
+    except OSError as error:  # StateNotSaved is one
+        run.save_error = f"step {run.step} was not saved: {error}"
+        log.say(f"warning: {run.save_error}; training goes on, what was saved before is kept")
+
+
+def restore_run(run: Run, state: State) -> None:
+    """Put a fresh run where a saved state stands. Raises UserError, and changes nothing, where they do not fit."""
+    best_val, epoch_open = state.entry("best_val", float, NoneType), state.entry("epoch_open", bool)
+    adapter = state.tensor("adapter", like=run.adapters.param)
+    try:
+        run.optimizer.load_state_tensors({name: x for name, x in state.tensors.items() if name != "adapter"})
+    except UserError as error:
+        raise UserError(f"{state.path}: {error}") from None
+    run.adapters.param.copy_(adapter)
+    run.step, run.best_val, run.validation_due = state.step, best_val, not epoch_open
 
 
 def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -235,8 +294,8 @@ def _sums(contents: Mapping[str, bytes]) -> bytes:
 
 def _states(folder: Path) -> list[Path]:
     """The saved states in a folder, newest first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=_order, reverse=True)
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=_order, reverse=True)
 
 
 def _run_dir_of(path: str | Path) -> Path:
@@ -253,9 +312,9 @@ def _order(path: Path) -> tuple[int, int]:
 
 def _discard(path: Path) -> None:
     """Take a state's name away first: a kill on the way leaves a temporary, not half a state."""
-    doomed = temporary_for(path)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    temporary = temporary_for(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _set_aside(run_dir: Path) -> None:

@@ -2,15 +2,15 @@
 
     with Watchdog(runtime, timeout=600) as watch:
         ...
-        watch.beat(step)        # before every micro-batch, and before waiting for the others
+        watch.progress(step)        # before every micro-batch, and before waiting for the other ranks
 
-A thread of every rank writes a sign of life into the store in which the ranks met, once a second, and reads those of
-the others. So a death is seen although the others wait inside a collective that will never return (NCCL's do not), and
-the message can say who is missing: the collective's own error cannot. Who is late is told by counting beats, which are
-as many on every rank.
+On every rank a thread writes a heartbeat, once a second, into the store in which the ranks met, and reads the others'.
+So a death is noticed although the other ranks wait in a collective that never returns (NCCL's do not), and the message
+can name the rank that is missing; the collective's own error cannot. A heartbeat carries the number of calls of
+`progress`, which are as many on every rank: the rank with the fewest is the one that hangs.
 
-Who is through with the block waits at its end for the others. What one rank does there after its last beat, a plot or
-an upload, is bounded by the timeout like any step.
+On leaving the block every rank waits for the others. What a rank does there after its last call of `progress`, a plot
+or an upload, may take as long as the timeout.
 """
 
 import contextlib
@@ -29,56 +29,56 @@ import torch.distributed as dist
 
 from psysafe.runtime import Runtime
 
-INTERVAL = 1.0  # seconds between two signs of life
-SILENCE = 20.0  # after so many without one a rank is dead; torchrun kills what is left 30 s after a death
-GRACE = 5.0  # after another's error: time to end by the same one, or to finish a save
-TOLD = "psysafe/told"  # the store's key for it
+INTERVAL = 1.0  # seconds between two heartbeats
+MAX_SILENCE = 20.0  # seconds without one after which a rank is dead; torchrun kills the others 30 s after a death
+GRACE = 5.0  # seconds after another rank's error: time to end by the same error, or to finish a save
+REPORTED = "psysafe/reported"  # the store's key: how many ranks wanted to print why the run ends
 REMEDY = "all ranks end here; see its own last lines, then continue with --resume auto"
 
 
-class Sign(NamedTuple):
-    """A rank's sign of life."""
+class Heartbeat(NamedTuple):
+    """What a rank writes into the store to show that it is alive."""
 
-    count: int
-    beats: int
+    number: int  # of this heartbeat: a rank that writes no new one is silent
+    progress: int  # calls of `Watchdog.progress` so far
     step: int  # 0 before the first
-    left: bool  # it ended by an error of its own
+    failed: bool  # the last one: the rank ended by an error of its own
 
     @property
     def place(self) -> str:
         return f"in step {self.step}" if self.step else "before the first step"
 
     @property
-    def farewell(self) -> str:
+    def last_message(self) -> str:
         return f"ended {self.place} by an error of its own; {REMEDY}"
 
 
 class Watchdog:
-    """Does nothing for a single rank. timeout: seconds without a beat after which the run has hung."""
+    """Does nothing for a single rank. timeout: seconds without progress after which the run has hung."""
 
     def __init__(self, runtime: Runtime, timeout: float):
         self.rank, self.ranks, self.timeout = runtime.rank, runtime.world_size, timeout
-        self.silence = min(SILENCE, timeout / 2)
-        self.mine = Sign(0, 0, 0, False)
-        self.beat_at = time.monotonic()
-        self.heard: dict[int, tuple[Sign, float]] = {}  # by rank: its newest sign, and when it came here
+        self.max_silence = min(MAX_SILENCE, timeout / 2)
+        self.heartbeat = Heartbeat(0, 0, 0, False)
+        self.progress_at = time.monotonic()
+        self.others: dict[int, tuple[Heartbeat, float]] = {}  # rank -> its newest heartbeat, and when it was read here
         self.lock, self.stop = threading.Lock(), threading.Event()
-        # A connection of its own: one that waits would hold up the others'.
+        # A connection of its own: on a shared one a call that waits would delay the thread's.
         self.store = runtime.store.clone() if self.ranks > 1 else None
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, step: int) -> None:
-        """This rank has come forward, and is in that step (from 1)."""
-        new_step = step != self.mine.step
+    def progress(self, step: int) -> None:
+        """This rank has made progress, and is in that step (from 1)."""
+        is_new_step = step != self.heartbeat.step
         with self.lock:
-            self.mine = self.mine._replace(beats=self.mine.beats + 1, step=step)
-            self.beat_at = time.monotonic()
-        if new_step and self.store is not None:  # at once, so that the others know in which step it was lost
-            self._sign()
+            self.heartbeat = self.heartbeat._replace(progress=self.heartbeat.progress + 1, step=step)
+            self.progress_at = time.monotonic()
+        if is_new_step and self.store is not None:
+            self._write()  # at once: should the rank die now, the others can still name the right step
 
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
-            self._sign()
+            self._write()
             self.thread.start()
         return self
 
@@ -86,92 +86,97 @@ class Watchdog:
         if self.store is None:
             return
         if error is None:
-            self.beat(self.mine.step)  # whoever is still at work has one less
+            self.progress(self.heartbeat.step)  # so that a rank that never comes here has the fewest calls
             try:
-                dist.barrier()  # until the last one is through all sign, for silence is death
-            except RuntimeError as lost:
-                self._explain(lost)
+                dist.barrier()  # the thread goes on until every rank is here: a rank without heartbeats counts as dead
+            except RuntimeError as collective_error:
+                self._explain(collective_error)
                 raise
         elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self._explain(error)
         self.stop.set()
         self.thread.join()
         if error is None:
-            dist.barrier()  # nobody leaves while somebody still watches: the store may go with the first one
+            # The store may live in the first rank that ends. So none ends while another's thread still reads it.
+            dist.barrier()
         else:
-            with contextlib.suppress(RuntimeError):  # without the store its own error is still to be shown
-                self.store.set(_key(self.rank), json.dumps(self.mine._replace(count=self.mine.count + 1, left=True)))
+            last = self.heartbeat._replace(number=self.heartbeat.number + 1, failed=True)
+            with contextlib.suppress(RuntimeError):  # without a store, too, its own error must still be printed
+                self.store.set(_key(self.rank), json.dumps(last))
 
     def _watch(self) -> None:
         while not self.stop.wait(INTERVAL):
-            self._sign()
-            self._listen()
-            if self._try(self.store.check, [TOLD]):
+            self._write()
+            self._read()
+            if self._try(self.store.check, [REPORTED]):
                 self._end("")
             now = time.monotonic()
-            for rank, (sign, since) in self.heard.items():
-                if sign.left and now - since > GRACE:
-                    self._end(f"rank {rank} {sign.farewell}")
-                # Before its first step a rank may read files for longer than that without a chance to sign.
-                if sign.step and now - since > self.silence:
-                    self._end(f"rank {rank} is dead or frozen {sign.place}: silent for {self.silence:.0f} s; {REMEDY}")
-            if self.mine.step and now - self.beat_at > self.timeout:
-                self._end(self._who_is_late())
+            for rank, (heartbeat, read_at) in self.others.items():
+                silence = now - read_at
+                if heartbeat.failed and silence > GRACE:
+                    self._end(f"rank {rank} {heartbeat.last_message}")
+                # Before its first step a rank may load weights for longer, and its thread then gets no turn.
+                if heartbeat.step and silence > self.max_silence:
+                    where = f"rank {rank} is dead or frozen {heartbeat.place}"
+                    self._end(f"{where}: silent for {self.max_silence:.0f} s; {REMEDY}")
+            if self.heartbeat.step and now - self.progress_at > self.timeout:
+                self._end(self._who_hangs())
 
     def _explain(self, error: RuntimeError) -> None:
-        """Was it a collective that failed because a rank is gone? Then ends the process, else returns."""
+        """If another rank's death can have caused this error, ends the process with a line that says so."""
         here = f"here {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as a rank is gone
-        self.timeout = self.silence = math.inf  # the thread only listens from here on
+        self.timeout = self.max_silence = math.inf  # from here on the thread reads heartbeats, and judges none
         began = time.monotonic()
         while time.monotonic() - began < 5 * INTERVAL:
-            for rank, (sign, since) in list(self.heard.items()):
-                if sign.left:
-                    self._end(f"rank {rank} {sign.farewell}; {here}")
-                if sign.step and time.monotonic() - since > 3 * INTERVAL:
-                    self._end(f"rank {rank} died {sign.place}; {REMEDY}; {here}")
+            for rank, (heartbeat, read_at) in list(self.others.items()):
+                if heartbeat.failed:
+                    self._end(f"rank {rank} {heartbeat.last_message}; {here}")
+                if heartbeat.step and time.monotonic() - read_at > 3 * INTERVAL:
+                    self._end(f"rank {rank} died {heartbeat.place}; {REMEDY}; {here}")
             time.sleep(INTERVAL / 4)
 
-    def _who_is_late(self) -> str:
-        signs = {self.rank: self.mine, **{rank: sign for rank, (sign, _) in self.heard.items()}}
-        fewest = min(sign.beats for sign in signs.values())
-        late = [rank for rank, sign in signs.items() if sign.beats == fewest]
+    def _who_hangs(self) -> str:
+        heartbeats = {self.rank: self.heartbeat, **{rank: heartbeat for rank, (heartbeat, _) in self.others.items()}}
+        min_progress = min(heartbeat.progress for heartbeat in heartbeats.values())
+        late = [rank for rank, heartbeat in heartbeats.items() if heartbeat.progress == min_progress]
         who = f"rank {late[0]} hangs" if len(late) == 1 else f"ranks {', '.join(map(str, late))} hang"
-        return f"{who} {signs[late[0]].place}: no progress for {self.timeout:.0f} s (--timeout); {REMEDY}"
+        return f"{who} {heartbeats[late[0]].place}: no progress for {self.timeout:.0f} s (--timeout); {REMEDY}"
 
-    def _sign(self) -> None:
+    def _write(self) -> None:
         with self.lock:
-            self.mine = self.mine._replace(count=self.mine.count + 1)
-        self._try(self.store.set, _key(self.rank), json.dumps(self.mine))
+            self.heartbeat = self.heartbeat._replace(number=self.heartbeat.number + 1)
+        self._try(self.store.set, _key(self.rank), json.dumps(self.heartbeat))
 
-    def _listen(self) -> None:
-        others = [rank for rank in range(self.ranks) if rank != self.rank]
-        there = [rank for rank in others if rank in self.heard or self._try(self.store.check, [_key(rank)])]
-        values = self._try(self.store.multi_get, [_key(rank) for rank in there]) if there else []
-        for rank, value in zip(there, values, strict=True):
-            sign = Sign(*json.loads(value))
-            if rank not in self.heard or sign.count != self.heard[rank][0].count:
-                self.heard[rank] = sign, time.monotonic()
+    def _read(self) -> None:
+        ranks = [rank for rank in range(self.ranks) if rank != self.rank]
+        # Reading a key that nobody has written yet would wait for it.
+        ranks = [rank for rank in ranks if rank in self.others or self._try(self.store.check, [_key(rank)])]
+        values = self._try(self.store.multi_get, [_key(rank) for rank in ranks]) if ranks else []
+        for rank, value in zip(ranks, values, strict=True):
+            heartbeat = Heartbeat(*json.loads(value))
+            if rank not in self.others or heartbeat.number != self.others[rank][0].number:
+                self.others[rank] = heartbeat, time.monotonic()
 
-    def _try(self, ask: Callable, *args):
+    def _try(self, call: Callable, *args):
         try:
-            return ask(*args)
+            return call(*args)
         except RuntimeError:
-            self._end(f"{self.mine.place}: the store in which the ranks met is gone, and with it rank 0; {REMEDY}")
+            self._end(f"{self.heartbeat.place}: the store in which the ranks met is gone, and with it rank 0; {REMEDY}")
 
     def _end(self, message: str) -> None:
-        """Ends this process, from whatever thread. The first rank to come here speaks for all; "": one has spoken."""
+        """Ends this process, from any thread. The first rank to come here prints for all; "": one already has."""
         try:
-            first = self.store.add(TOLD, 1) == 1
+            is_first = self.store.add(REPORTED, 1) == 1
         except RuntimeError:
-            first = bool(message)
-        if first:
+            is_first = bool(message)
+        if is_first:
             print(f"error (rank {self.rank}): {message}", file=sys.stderr, flush=True)
-            time.sleep(2 * INTERVAL)  # the store may be this process's: the others shall still see that it is told
+            time.sleep(2 * INTERVAL)  # the store may be in this process: time for the others to read that one printed
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 
 
 def _key(rank: int) -> str:
-    return f"psysafe/sign/{rank}"
+    return f"psysafe/heartbeat/{rank}"

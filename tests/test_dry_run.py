@@ -1,4 +1,4 @@
-"""What a run tells before its first step: the dry run without weights, rows or GPU, and the plan on its way in."""
+"""The summary of a run: a dry run without weights, rows or GPU. The memory plan in a step, and out of memory."""
 
 from dataclasses import replace
 
@@ -9,8 +9,9 @@ import train
 from psysafe import load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.model.lora import attach
-from psysafe.program import main_guard
+from psysafe.program import StopRequest, UserError, main_guard
 from psysafe.training.memory_plan import Plan
+from psysafe.training.run_log import RunLog, read_metrics
 from tests.oracles import reference_model, write_checkpoint
 from tests.test_train import setup
 
@@ -22,13 +23,13 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def told(capsys, *argv) -> str:
+def printed(capsys, *argv) -> str:
     assert main_guard(train.main, list(argv)) == 0
     return capsys.readouterr().out
 
 
 def test_the_27b_without_weights_rows_or_gpu(capsys):
-    text = told(capsys, *RECIPE)
+    text = printed(capsys, *RECIPE)
     for expected in (
         "26,895,998,464 frozen parameters, 53.79 GB",
         "4,980,736 parameters in 512 tensors",
@@ -43,20 +44,20 @@ def test_the_27b_without_weights_rows_or_gpu(capsys):
 
 
 def test_the_architecture_can_be_named(capsys):
-    text = told(capsys, *RECIPE, "--model", "random:configs/qwen3.5-27b-architecture.json", "--embedding", "cpu")
+    text = printed(capsys, *RECIPE, "--model", "random:configs/qwen3.5-27b-architecture.json", "--embedding", "cpu")
     assert "weights, adapter, optimiser 51.30" in text
 
 
-def test_the_bundled_model_is_told_for_the_machine_it_is_on(capsys, tmp_path):
-    text = told(capsys, "--dry-run", "--out", str(tmp_path / "run"))
+def test_the_bundled_model_is_planned_for_the_machine_it_is_on(capsys, tmp_path):
+    text = printed(capsys, "--dry-run", "--out", str(tmp_path / "run"))
     assert "CPU" in text and "predicted peak" not in text and not (tmp_path / "run").exists()
 
 
-def test_an_adapter_to_start_from_is_told_in_its_own_shape(capsys, tmp_path):
+def test_an_adapter_to_start_from_is_printed_in_its_own_shape(capsys, tmp_path):
     model = load_model("assets:tiny")
     adapters = attach(model, 4, 8, ["q_proj", "down_proj"])
     save_adapter(adapters, tmp_path / "adapter", "assets:tiny", multimodal=False)
-    text = told(capsys, "--dry-run", "--out", str(tmp_path / "run"), "--adapter-init", str(tmp_path / "adapter"))
+    text = printed(capsys, "--dry-run", "--out", str(tmp_path / "run"), "--adapter-init", str(tmp_path / "adapter"))
     assert f"{adapters.count:,} parameters in {len(adapters.segments)} tensors" in text
 
 
@@ -82,20 +83,21 @@ def test_mistakes_are_one_line(argv, message, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rank", "unsaved", "kept"),
+    ("rank", "save_error", "expected"),
     [
         (0, "", "the run is saved: continue with --out"),
         (0, "step 2 was not saved: disk full", "); continue from the last saved state with --out"),
         (1, "", "); continue from the last saved state with --out"),  # only rank 0 saves
     ],
 )
-def test_out_of_memory_is_one_line_and_loses_nothing(rank, unsaved, kept, tmp_path, monkeypatch):
+def test_out_of_memory_is_one_line_and_loses_nothing(rank, save_error, expected, tmp_path, monkeypatch):
     """The third step runs out of memory: its own numbers are lost, those before it are logged and the state saved."""
     run, _ = setup(tmp_path / "model", torch.float32)
     run.config = replace(run.config, out=str(tmp_path / "run"))
     run.plan = Plan(run.model.config, run.adapters.targets, 1, 84 * 10**9, 0)
-    run.unsaved = unsaved
-    logged, saved, original = [], [], train.train_step
+    run.save_error = save_error
+    saved, original = [], train.train_step
+    log = RunLog(tmp_path, run.config, run.runtime, run.total_steps)
 
     def step(run):
         if run.step == 2:
@@ -104,12 +106,13 @@ def test_out_of_memory_is_one_line_and_loses_nothing(rank, unsaved, kept, tmp_pa
         return original(run)
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "log_step", lambda run, log, result: result and logged.append(result.read()["step"]))
-    monkeypatch.setattr(train, "save", lambda run, log, digest: saved.append(run.step))
-    with pytest.raises(ValueError) as caught:
-        train.train(run, None, type("Stop", (), {"received": 0})(), "")
+    monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append(run.step)))
+    with log, pytest.raises(UserError) as caught:
+        train.train(run, log, StopRequest())
+    logged = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     text = str(caught.value)
-    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text and kept in text and "\n" not in text
+    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text
+    assert expected in text and "\n" not in text
     assert logged == [1, 2] and saved == [0, 2]  # before the first step, and now
 
 

@@ -1,0 +1,187 @@
+"""The summary of a run, printed before its first step; and the dry run, which prints it without reading weights.
+
+    train.py --config configs/qwen3.5-27b.toml --dry-run
+
+needs no GPU: the model has shapes but no memory (torch's meta device). Where there is no GPU, the plan is made for an
+80 GB H100; where the rows cannot be read, the recipe's own numbers are taken. Every assumption is printed.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import kernels
+from psysafe.checkpoint.base import build
+from psysafe.data.documents import steps_per_epoch
+from psysafe.files import expand, read_json
+from psysafe.hub import HubError, fetch_file
+from psysafe.model.config import ModelConfig
+from psysafe.model.decoder import Qwen3_5
+from psysafe.model.lora import Adapters, attach
+from psysafe.model.shard import check_ranks
+from psysafe.program import UserError
+from psysafe.runtime import Runtime
+from psysafe.training.config import TrainConfig
+from psysafe.training.memory_plan import RESERVE, Plan, Sizes
+from psysafe.training.optim import AdamW
+from psysafe.training.roofline import SPEEDS, flops_per_token, step_seconds
+from psysafe.training.setup import (
+    RowCounts,
+    Run,
+    assumes_gpu,
+    count_steps,
+    load_data,
+    make_optimizer,
+    make_plan,
+    nbytes,
+)
+
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "configs"
+NEXT_LINE = "\n" + " " * 22  # of a text of several lines, under its first (run_log.print_run)
+
+
+def run_summary(run: Run) -> dict[str, str]:
+    """Label -> text of a run that is about to start, for `print_run`."""
+    runtime, validation = run.runtime, run.val_set.summary() if run.val_set else "none"
+    return {
+        "device": f"{runtime.world_size} x {runtime.device_name}, {run.config.dtype}",
+        "kernels": kernels.describe(runtime.device, run.model.config.head_dim),
+        **_model_summary(run.model, run.adapters, run.optimizer),
+        **_rows_summary(run.config, RowCounts.of(run.train_set), validation),
+        **_memory_summary(run.config, RowCounts.of(run.train_set), run.plan),
+    }
+
+
+def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
+    """Label -> text of a run that is not started, for `print_run`: the same summary, without weights."""
+    if config.shard:
+        check_ranks(runtime.world_size)
+    architecture, file = read_architecture(config.model)
+    # The type does not matter yet: only parameters are counted. Which one the run would use follows from its device.
+    assumed = runtime.device.type != "cuda" and assumes_gpu(config, build(architecture, "meta", torch.bfloat16))
+    if config.dtype == "auto":
+        config = replace(config, dtype="bfloat16" if assumed else str(runtime.dtype).removeprefix("torch."))
+    model = build(architecture, "meta", getattr(torch, config.dtype))
+    adapters = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    optimizer = make_optimizer(adapters, config)
+    rows, validation = _readable_rows(config)
+    plan = make_plan(config, model, adapters, optimizer, runtime)
+    device = "H100 80GB (assumed: there is no GPU here)" if assumed else runtime.device_name
+    return {
+        "dry run": f"no weights are read; architecture from {_relative(file)}",
+        "device": f"{runtime.world_size} x {device}, {config.dtype}",
+        "kernels": "Triton (assumed)" if assumed else kernels.describe(runtime.device, architecture.head_dim),
+        **_model_summary(model, adapters, optimizer),
+        **_rows_summary(config, rows, validation),
+        **_memory_summary(config, rows, plan),
+    }
+
+
+def _model_summary(model: Qwen3_5, adapters: Adapters, optimizer: AdamW) -> dict[str, str]:
+    weights = [p for name, p in model.named_parameters() if ".adapter." not in name]
+    state = nbytes(*optimizer.state_tensors().values())
+    return {
+        "model": f"{sum(p.numel() for p in weights):,} frozen parameters, {_size(nbytes(*weights))}",
+        "adapter": f"{adapters.count:,} parameters in {len(adapters.segments)} tensors, "
+        f"{_size(nbytes(adapters.param))}; optimiser state {_size(state)}",
+    }
+
+
+def _rows_summary(config: TrainConfig, rows: RowCounts, validation: str) -> dict[str, str]:
+    steps, per_epoch = count_steps(config, rows.rows), steps_per_epoch(rows.rows, config.batch_size)
+    return {
+        "training rows": rows.summary,
+        "validation rows": validation,
+        "steps": f"{config.batch_size} documents, about {_step_tokens(config, rows):,.0f} tokens each; "
+        f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens",
+    }
+
+
+def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> dict[str, str]:
+    """The plan's peak for the largest and for the usual micro-batch, and the predicted time; nothing without a plan."""
+    if plan is None:
+        return {}
+    # A row longer than the limit stands alone; a micro-batch has no more than the documents of a step.
+    max_tokens = min(max(config.micro_batch_tokens, rows.longest), config.batch_size * rows.longest)
+    largest = Sizes.largest(max_tokens, config.batch_size)
+    usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), config.batch_size)
+    summary = {"memory": NEXT_LINE.join(plan.describe(largest))}
+    if usual.tokens < max_tokens:
+        summary["usual micro-batch"] = NEXT_LINE.join(plan.describe(usual))
+    return summary | _predictions(config, rows, plan, usual, largest)
+
+
+def _predictions(config: TrainConfig, rows: RowCounts, plan: Plan, usual: Sizes, largest: Sizes) -> dict[str, str]:
+    """The time of a step and of the run on the GPUs whose speed is known. Computed from the roofline, not measured."""
+    steps, tokens, trained = count_steps(config, rows.rows), _step_tokens(config, rows), rows.trained / rows.tokens
+    summary = {"useful work": f"{flops_per_token(plan.config, rows.context, trained) / 1e9:.1f} GFLOP a token"}
+    for name, speed in SPEEDS.items():
+        gpu_plan = plan if config.memory_limit else replace(plan, limit=speed.memory - RESERVE)
+        # Seconds a token that recomputation costs.
+        recompute, recompute_largest = (gpu_plan.choose(sizes).seconds / sizes.tokens for sizes in (usual, largest))
+        step = sum(step_seconds(plan.config, tokens, rows.context, trained, speed, recompute).values())
+        full_tokens = 4 * largest.tokens
+        full = sum(step_seconds(plan.config, full_tokens, largest.tokens, 1.0, speed, recompute_largest).values())
+        summary[f"on one {name}"] = (
+            f"at best {step:.2f} s a step, {step * steps / 3600:.1f} hours in all; 4 x {largest.tokens:,} tokens "
+            f"{full:.2f} s, {full_tokens / full:,.0f} tokens/s (computed from the roofline, not measured)"
+        )
+    return summary
+
+
+def _step_tokens(config: TrainConfig, rows: RowCounts) -> float:
+    """Tokens of a step on average."""
+    return rows.tokens / rows.rows * config.batch_size
+
+
+def read_architecture(source: str) -> tuple[ModelConfig, Path]:
+    """(architecture, its file) of a folder, of random:CONFIG.json, or of a hub id.
+
+    For a hub id the committed copy, configs/NAME-architecture.json, is taken if there is one, else the hub is asked.
+    """
+    path = Path(expand(source.removeprefix("random:"))).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    elif not source.startswith("random:"):
+        path = ARCHITECTURES / f"{source.rpartition('/')[2].lower()}-architecture.json"
+        if not path.is_file():
+            path = _from_hub(source)
+    return ModelConfig.from_dict(read_json(path), path), path
+
+
+def _from_hub(source: str) -> Path:
+    try:
+        return fetch_file(source, "config.json")
+    except HubError as error:
+        raise UserError(
+            f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
+            f"config.json: {error}"
+        ) from None
+
+
+def _readable_rows(config: TrainConfig) -> tuple[RowCounts, str]:
+    """(training rows, summary of the validation rows) if they and a tokenizer lie here; else the recipe's own."""
+    folder = Path(expand(config.model.removeprefix("random:"))).expanduser()
+    folder = folder.parent if config.model.startswith("random:") else folder
+    files = [Path(expand(path)) for path in (*config.data, *config.val_data)]
+    absent = [path for path in (*files, folder / "tokenizer.json") if not path.is_file()]
+    if config.data and not absent:
+        train_set, val_set = load_data(config, folder)
+        return RowCounts.of(train_set), val_set.summary() if val_set else "none"
+    return _recipe_rows(config.max_tokens, f"no file {absent[0]} here" if absent else "no --data"), "not read"
+
+
+def _recipe_rows(max_tokens: int, why: str) -> RowCounts:
+    """The recipe's own rows, which are not bundled: 7,019 of about 640 tokens, of which 80 are not trained."""
+    rows, length = 7_019, 640
+    summary = f"assumed: {rows:,} rows of {length} tokens, as the recipe describes its own ({why})"
+    return RowCounts(rows, rows * length, rows * (length - 80), max_tokens, length, summary)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.2f} MB"

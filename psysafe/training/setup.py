@@ -1,0 +1,182 @@
+"""What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from psysafe.checkpoint.adapter import adapter_shape, load_adapter
+from psysafe.data.documents import Dataset, MicroBatch, encode_rows, read_rows, split_rows, steps_per_epoch
+from psysafe.data.prompts import system_text
+from psysafe.data.tokenizer import load_tokenizer
+from psysafe.files import expand
+from psysafe.model.decoder import Qwen3_5
+from psysafe.model.lora import Adapters, attach
+from psysafe.model.shard import GATHERED
+from psysafe.program import UserError
+from psysafe.runtime import Runtime, memory_total
+from psysafe.training.config import TrainConfig
+from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes
+from psysafe.training.optim import AdamW
+from psysafe.training.roofline import context, flops_per_token
+from psysafe.training.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """Everything that a step needs, and how far the run has come."""
+
+    config: TrainConfig
+    runtime: Runtime
+    model: Qwen3_5
+    adapters: Adapters
+    optimizer: AdamW
+    train_set: Dataset
+    val_set: Dataset | None
+    total_steps: int
+    watch: Watchdog
+    plan: Plan | None = None  # on a GPU: what the backward pass recomputes
+    rows_digest: str = ""  # of both sets, for the saved state
+    step: int = 0  # steps done
+    validation_due: bool = True  # before the first step, and after an epoch's last one until it is done
+    save_due: bool = False  # a step of --save-every
+    best_val: float | None = None
+    save_error: str = ""  # why the last save failed, if it did
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.train_set), self.config.batch_size)
+
+    @property
+    def useful_flops_per_token(self) -> float:
+        """Useful FLOP of a training token, for the MFU."""
+        rows = RowCounts.of(self.train_set)
+        return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens)
+
+    def finish_step(self) -> None:
+        """Count a step as done, and note what has to follow it."""
+        self.step += 1
+        self.validation_due = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+        self.save_due = self.config.save_every > 0 and self.step % self.config.save_every == 0
+
+    def fit_into_memory(self, batch: MicroBatch) -> None:
+        """On a GPU: choose what the backward pass of this micro-batch recomputes. Changes no number."""
+        if self.plan is not None:
+            self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
+
+
+class RowCounts(NamedTuple):
+    """What the arithmetic of a run needs to know of its training rows."""
+
+    rows: int
+    tokens: int
+    trained: int  # tokens
+    longest: int  # tokens of the longest row
+    context: float  # mean length of the row that a token lies in
+    summary: str
+
+    @staticmethod
+    def of(data: Dataset) -> "RowCounts":
+        lengths = [len(document) for document in data.documents]
+        return RowCounts(len(data), data.n_tokens, data.n_targets, max(lengths), context(lengths), data.summary())
+
+
+def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
+    """Training and validation documents, encoded by the tokenizer in folder. None: nothing is validated.
+
+    Without validation files a share of the training rows is set apart.
+    """
+    if not config.data:
+        raise UserError("no training rows: give --data FILE, or data = [...] in the config file")
+    tokenizer, system = load_tokenizer(folder), system_text(config.system)
+    rows, val_rows = read_rows([expand(path) for path in config.data]), []
+    if config.val_data:
+        val_rows = read_rows([expand(path) for path in config.val_data])
+    elif config.val_fraction:
+        rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
+    train_set = encode_rows(rows, tokenizer, config.max_tokens, system)
+    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system) if val_rows else None
+
+
+def count_steps(config: TrainConfig, n_rows: int) -> int:
+    """Optimiser steps of the whole run."""
+    return config.max_steps or config.epochs * steps_per_epoch(n_rows, config.batch_size)
+
+
+def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None) -> None:
+    """Raise UserError when a token has no row in the embedding: the tokenizer belongs to another model."""
+    # On a GPU an index out of range is an illegal memory access, which names neither the token nor the file.
+    largest = max(int(document.tokens.max()) for data in sets if data is not None for document in data.documents)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"{config.model}: its tokenizer gives token {largest}, its config.json says vocab_size "
+            f"{model.config.vocab_size}; take both from the same model"
+        )
+
+
+def with_adapter_shape(config: TrainConfig) -> TrainConfig:
+    """The config with rank, alpha and targets of --adapter-init: those of the adapter count, and are recorded."""
+    if not config.adapter_init:
+        return config
+    rank, alpha, targets = adapter_shape(expand(config.adapter_init))
+    return replace(config, lora_rank=rank, lora_alpha=alpha, lora_targets=targets)
+
+
+def attach_adapters(model: Qwen3_5, config: TrainConfig) -> Adapters:
+    """Fresh adapters (B = 0, so that the model starts as the base), or those of --adapter-init."""
+    if config.adapter_init:
+        return load_adapter(model, expand(config.adapter_init))
+    return attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+
+
+def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:
+    return AdamW(
+        adapters.param,
+        adapters.grad,
+        adapters.segments,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        min_8bit_size=config.min_8bit_size,
+        state_bits=8 if config.optimizer == "adamw8bit" else 32,
+    )
+
+
+def make_plan(
+    config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, runtime: Runtime
+) -> Plan | None:
+    """The memory plan for a GPU, in a dry run without one for an H100; None on a CPU, where nothing is planned."""
+    device = runtime.device
+    if device.type == "cuda":
+        total = memory_total(device)
+    elif assumes_gpu(config, model):
+        total = H100_MEMORY
+    elif config.memory_limit:
+        raise UserError(f"--memory-limit plans a GPU's memory, this run is on {device.type}; leave the flag out")
+    else:
+        return None
+    if config.memory_limit:
+        total = min(total, round(config.memory_limit * 1e9))
+    fixed, element = fixed_bytes(config, model, adapters, optimizer, runtime.world_size), model.norm.element_size()
+    return Plan(model.config, adapters.targets, adapters.rank, total - RESERVE, fixed, element)
+
+
+def fixed_bytes(config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, ranks: int) -> int:
+    """Bytes on each GPU that stay there through every step: weights, adapter, its gradient, optimiser state."""
+    weights = [p for p in model.parameters() if p is not model.embed_tokens or config.embedding == "gpu"]
+    fixed = nbytes(*weights, adapters.grad, *optimizer.state_tensors().values())
+    if config.shard:  # of the blocks a rank holds its share, and whole ones while they are gathered
+        blocks = [nbytes(*(p for p in block.parameters() if not p.requires_grad)) for block in model.layers]
+        fixed -= sum(blocks) - sum(blocks) // ranks - GATHERED * max(blocks)
+    return fixed
+
+
+def assumes_gpu(config: TrainConfig, model: Qwen3_5) -> bool:
+    """Whether a dry run on a machine without a GPU plans for one: nobody trains a billion parameters on a CPU."""
+    return config.dry_run and config.device == "auto" and sum(p.numel() for p in model.parameters()) > 1e9
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
