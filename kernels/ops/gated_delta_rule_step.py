@@ -37,27 +37,9 @@ def gated_delta_rule_step_reference(
 
 @triton.jit
 def _step_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_a,
-    p_b,
-    p_A_log,
-    p_dt_bias,
-    p_state,
-    p_o,
-    s_q,
-    s_k,
-    s_v,
-    s_a,
-    s_b,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BV: tl.constexpr,
-    EPS: tl.constexpr,
-):
+    p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_o, s_q, s_k, s_v, s_a, s_b,
+    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
     i_v, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
     i_hk = i_h // GROUP

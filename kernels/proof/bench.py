@@ -167,13 +167,13 @@ def versions_of(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[str, d
         yield peer.name, bare, prepared
 
 
-def timing(op: Op, size: dict, direction: str, version: str, ms: float, work: Work, ceilings: Ceilings) -> Timing:
+def timing(op: Op, case: str, direction: str, version: str, ms: float, work: Work, ceilings: Ceilings) -> Timing:
     forward = direction == "forward"
     n_bytes = work.forward_bytes if forward else work.backward_bytes
     flops = work.forward_flops if forward else work.backward_flops
     seconds = ms / 1000
     share = ceilings.seconds(n_bytes, flops) / seconds
-    return Timing(op.name, shown(size), direction, version, ms, n_bytes / seconds / 1e9, flops / seconds / 1e12, share)
+    return Timing(op.name, case, direction, version, ms, n_bytes / seconds / 1e9, flops / seconds / 1e12, share)
 
 
 def bench_case(op: Op, size: dict, ceilings: Ceilings) -> Iterator[Timing]:
@@ -193,9 +193,8 @@ def bench_case(op: Op, size: dict, ceilings: Ceilings) -> Iterator[Timing]:
             yield Timing(op.name, case_name, "", version, remark=f"not measured: {_first_line(error)}")
             continue
         for direction, ms in results.items():
-            row = timing(op, of, direction, version, ms, op.work(**of), ceilings)
             # Filed under the case it is compared in, also without its adapter.
-            yield Timing(**asdict(row) | {"case": case_name})
+            yield timing(op, case_name, direction, version, ms, op.work(**of), ceilings)
 
 
 def _first_line(error: Exception) -> str:

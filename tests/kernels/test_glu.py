@@ -6,17 +6,18 @@ import torch
 from kernels.lora_term import LoRATerm
 from kernels.ops._triton import HAS_TRITON
 from kernels.ops.swiglu import swiglu_reference, swiglu_triton
-from kernels.proof.cases.swiglu import MUTANTS, make_case
+from kernels.proof.cases.swiglu import OP, make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
+from tests.kernels import triton_checks as checks
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
-CASES = [
-    make_case(T=1, I=40, rank=1),
-    make_case(T=63, I=40, rank=1, strided=True),
-    make_case(T=64, I=33, rank=0),
-    make_case(T=65, I=40, rank=4),
-    make_case(T=5, I=1100, rank=1),  # two column blocks: the row sums come in parts
+SIZES = [
+    {"T": 1, "I": 40, "rank": 1},
+    {"T": 63, "I": 40, "rank": 1, "strided": True},
+    {"T": 64, "I": 33, "rank": 0},
+    {"T": 65, "I": 40, "rank": 4},
+    {"T": 5, "I": 1100, "rank": 1},  # two column blocks: the row sums come in parts
 ]
 
 
@@ -34,21 +35,17 @@ def plain_swiglu(gate_up, lora=None, lora_A=None):
     return torch.stack(rows), None if lora_A is None else torch.stack(us)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_reference_equals_the_formula(case):
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_equals_the_formula(size):
+    case = make_case(**size)
     expected = outputs_and_gradients(case, plain_swiglu, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, swiglu_reference, torch.float64), expected)
 
 
 @needs_triton
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_triton_equals_reference(case):
-    expected = outputs_and_gradients(case, swiglu_reference, torch.float64)
-    with poisoned_empty():
-        actual = outputs_and_gradients(case, swiglu_triton)
-        again = outputs_and_gradients(case, swiglu_triton)
-    assert_close_fp32(actual, expected)
-    assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs, two results"
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_triton_equals_reference(size):
+    checks.check_against_fp64(OP, size)
 
 
 @needs_triton
@@ -64,12 +61,9 @@ def test_adapter_term_alone():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_rejected(name):
-    case = make_case(T=9, I=40, rank=1)
-    expected = outputs_and_gradients(case, swiglu_reference, torch.float64)
-    with pytest.raises(AssertionError):
-        assert_close_fp32(outputs_and_gradients(case, MUTANTS[name]), expected)
+@pytest.mark.parametrize("mutant", OP.mutants)
+def test_mutants_are_rejected(mutant):
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 9, "I": 40, "rank": 1})
 
 
 @needs_triton

@@ -27,12 +27,9 @@ CASES = [
 
 
 def make_case(
-    sizes: list[int],
-    min_8bit_size: float = 4096,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
+    sizes: list[int], min_8bit_size: float = 4096,
+    device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> Case:  # fmt: skip
     """Step 4 of segments of these sizes with 256 foreign elements between them; half of the gradient's norm is clipped.
 
     The hyper-parameters let every term weigh: eps and decay are seen at 1e-5.
@@ -149,16 +146,14 @@ def compile_specs() -> list[CompileSpec]:
     types |= dict.fromkeys(("p_length", "p_counters", "p_skipped"), "*i32")
     types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
     types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
-    rows, betas = {"BR": adamw.BR, "ROW": adamw.ROW, "num_warps": adamw.NUM_WARPS}, HYPER["betas"]
-    step = adamw._step_constants(betas, HYPER["eps"]) | {"num_warps": adamw.NUM_WARPS}
-    update = {"BETA1": betas[0], "BETA2": betas[1]} | rows
-    kernels = (
-        ("norm", adamw._norm_partials_kernel, rows),
-        ("step", adamw._step_kernel, step),
-        ("update", adamw._update_kernel, update),
-    )
+    warps = {"num_warps": adamw.NUM_WARPS}
+    rows, betas = warps | {"BR": adamw.BR, "ROW": adamw.ROW}, HYPER["betas"]
+    step = adamw._step_constants(betas, HYPER["eps"]) | warps
+    update = rows | {"BETA1": betas[0], "BETA2": betas[1]}
     return [
-        compile_spec(f"adamw_8bit {name}", kernel, types, constants, "*fp32") for name, kernel, constants in kernels
+        compile_spec("adamw_8bit norm", adamw._norm_partials_kernel, types, rows, "*fp32"),
+        compile_spec("adamw_8bit step", adamw._step_kernel, types, step, "*fp32"),
+        compile_spec("adamw_8bit update", adamw._update_kernel, types, update, "*fp32"),
     ]
 
 
