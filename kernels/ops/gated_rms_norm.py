@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.lora_term import compute_dtype, project
+from kernels.lora_term import compute_dtype, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.proof.closeness import Case
@@ -32,7 +32,7 @@ def gated_rms_norm_reference(
     o, z, weight = o.to(dtype), z.to(dtype).view(o.shape), weight.to(dtype)  # o and z (T, H, V)
     x = o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * weight * F.silu(z)
     x = x.flatten(1).to(out_dtype)  # (T, H*V)
-    return x, project(x, lora_A)
+    return x, lora_u(x, lora_A)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -168,7 +168,7 @@ def gated_rms_norm_triton(
         raise ValueError(f"gated_rms_norm: o has strides {o.stride()}; expected a token's heads side by side")
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     x, u = _GatedRMSNorm.apply(o, z, A, weight, eps)
-    return x, u if A is not None else project(x, lora_A)
+    return x, u if A is not None else lora_u(x, lora_A)
 
 
 CASES = [

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.lora_term import LoRATerm, add_lora, add_lora_apart
+from kernels.lora_term import LoRATerm, add_lora, add_lora_by_projection
 from kernels.ops._launch import check_inputs, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.ops.residual_rms_norm import rms_norm_reference
@@ -53,7 +53,7 @@ def qk_norm_rope_reference(
     lora u (T, 3r), B (H*2K + 2*G*K, r) -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K).
     """
     T, K, dtype = len(qgkv), q_weight.shape[0], qgkv.dtype
-    qg, k, v = add_lora_apart(qgkv, lora, (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K))
+    qg, k, v = add_lora_by_projection(qgkv, lora, (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K))
     q, gate = qg.view(T, num_heads, 2 * K).split(K, dim=-1)  # (T, H, K) each
     k, v = k.view(T, num_kv_heads, K), v.view(T, num_kv_heads, K)
     q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)

@@ -20,7 +20,7 @@ rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero
 import torch
 from torch import Tensor
 
-from kernels.lora_term import LoRATerm, Pending, add_lora, compute_dtype, project
+from kernels.lora_term import LoRATerm, Pending, add_lora, compute_dtype, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.proof.closeness import Case
@@ -44,7 +44,7 @@ def residual_rms_norm_reference(
     if pending is not None:
         h = (h + add_lora(pending.y, pending.lora, (h.shape[1],))).to(h.dtype)
     x = rms_norm_reference(h, weight, eps).to(h.dtype)
-    return h, x, project(x, lora_A)
+    return h, x, lora_u(x, lora_A)
 
 
 # Triton. A row is P = ceil(D / BD) pieces of BD elements, kept as a tuple: 5,120 = 5 x 1,024 wastes no lane, and one
@@ -228,7 +228,7 @@ def residual_rms_norm_triton(
     u, B, scale = (None, None, 0.0) if lora is None else (lora.u.contiguous(), lora.B.contiguous(), lora.scale)
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     h_out, x, u_out = _ResidualRMSNorm.apply(h, y, u, B, A, weight, eps, scale)
-    return h_out, x, u_out if A is not None else project(x, lora_A)
+    return h_out, x, u_out if A is not None else lora_u(x, lora_A)
 
 
 CASES = [

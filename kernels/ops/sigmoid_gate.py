@@ -13,7 +13,7 @@ Source: transformers `Qwen3_5Attention.forward` (the gate is not normed and acts
 import torch
 from torch import Tensor
 
-from kernels.lora_term import compute_dtype, project
+from kernels.lora_term import compute_dtype, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.proof.closeness import Case
@@ -24,7 +24,7 @@ def sigmoid_gate_reference(o: Tensor, gate: Tensor, lora_A: Tensor | None = None
     """o (T, N), gate (T, N), lora_A (r, N) fp32 -> x (T, N), u (T, r) fp32 or None."""
     dtype = compute_dtype(o)
     x = (o.to(dtype) * gate.to(dtype).sigmoid()).to(o.dtype)
-    return x, project(x, lora_A)
+    return x, lora_u(x, lora_A)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -130,7 +130,7 @@ def sigmoid_gate_triton(o: Tensor, gate: Tensor, lora_A: Tensor | None = None) -
     check_inputs("sigmoid_gate", {"o": o, "gate": gate}, {})
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     x, u = _SigmoidGate.apply(o, gate, A)
-    return x, u if A is not None else project(x, lora_A)
+    return x, u if A is not None else lora_u(x, lora_A)
 
 
 CASES = [

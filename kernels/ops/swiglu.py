@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.lora_term import LoRATerm, add_lora, add_lora_apart, project
+from kernels.lora_term import LoRATerm, add_lora, add_lora_by_projection, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.proof.closeness import Case
@@ -33,9 +33,9 @@ def swiglu_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """gate_up (T, 2I), lora u (T, 2r), B (2I, r), lora_A (r, I) fp32 -> x (T, I), u (T, r) fp32 or None."""
     size = gate_up.shape[1] // 2
-    gate, up = add_lora_apart(gate_up, lora, (size, size))
+    gate, up = add_lora_by_projection(gate_up, lora, (size, size))
     x = (F.silu(gate) * up).to(gate_up.dtype)
-    return x, project(x, lora_A)
+    return x, lora_u(x, lora_A)
 
 
 # Triton. Grid: (column blocks, segments). A segment's tiles of BT tokens lie `segments` tiles apart, and the loads of
@@ -200,7 +200,7 @@ def swiglu_triton(
     u, B, scale = (None, None, 0.0) if lora is None else (lora.u.contiguous(), lora.B.contiguous(), lora.scale)
     A = lora_A.contiguous() if fuses_A(lora_A) and len(lora_A) == 1 else None
     x, u_out = _SwiGLU.apply(gate_up, u, B, A, scale, dtype)
-    return x, u_out if A is not None else project(x, lora_A)
+    return x, u_out if A is not None else lora_u(x, lora_A)
 
 
 CASES = [
