@@ -38,8 +38,8 @@ Names in Triton kernels:
     o_t     offsets                            BT, BK  size of a block: so many of T, of K
     m_t     mask                               stride_x, s_x   elements from one row of x to the next
 
-`rstd` is 1 / sqrt(mean(x^2) + eps), the factor of an RMSNorm. `partial` holds sums that a second pass adds up in a fixed
-order: no kernel uses atomic additions, so that a run repeats bit for bit.
+`rstd` is 1 / sqrt(mean(x^2) + eps), the factor of an RMSNorm. `partial` holds the sums of single programs, which a
+second pass adds in a fixed order: no kernel uses atomic additions, so that a run repeats bit for bit.
 
 Every file has the same order: formulas, shapes, what is fused, rounding, bytes and saved tensors; the reference, which
 is the definition; forward kernel; backward kernel; launchers; the autograd.Function; and the public Triton version,
