@@ -1,4 +1,4 @@
-"""Where the documents of a packed row of tokens begin and end."""
+"""Where each document of a packed batch begins and ends."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class Documents:
-    """Where the documents of a packed row begin and end: `cu_seqlens (n+1,) int32`, 0 = first < ... < last = T.
+    """The boundaries of N documents in one row of T tokens: `cu_seqlens (N+1,) int32`, 0 = first < ... < last = T.
 
-    The lengths are also kept on the host, so that no op has to wait for the device to learn them; pass a CPU tensor
-    (one copy to `device`, asynchronous) or a device tensor (one synchronisation, here and nowhere else).
+    Document i is tokens cu_seqlens[i] to cu_seqlens[i+1] - 1. Raises ValueError for boundaries that do not rise from 0.
+    The boundaries are also stored as a list on the host, so that no operation has to wait for the device to read them.
+    Pass a CPU tensor, which is copied to `device` without waiting, or a tensor on the device, which is read once, here.
     """
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device | str | None = None):
@@ -21,16 +22,17 @@ class Documents:
             raise ValueError(f"cu_seqlens must rise from 0, one more entry than documents; got {bounds[:8]}")
         self.bounds: list[int] = bounds
         self.lengths: list[int] = [b - a for a, b in pairwise(bounds)]
-        self.total: int = bounds[-1]
+        self.total: int = bounds[-1]  # T
         self.device = device
         self.cu_seqlens = self.to_device(cu_seqlens.to(torch.int32))
         self._tables: dict[object, object] = {}
 
     def __len__(self) -> int:
+        """N, the number of documents."""
         return len(self.lengths)
 
     def table(self, key: object, build: Callable[["Documents"], object]) -> object:
-        """A value that depends on the boundaries alone (a kernel's schedule), built once and shared by all layers."""
+        """build(self), stored under `key`: what depends on the boundaries alone is built once for all layers."""
         if key not in self._tables:
             self._tables[key] = build(self)
         return self._tables[key]
@@ -48,8 +50,8 @@ class Documents:
         )
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Copies a tensor to where the documents are; from the host to a GPU through pinned memory, because a copy from
-        pageable memory may make the host wait."""
+        """Copies a tensor to the device of the documents, without waiting for the device."""
+        # Through pinned memory: a copy from pageable memory may make the host wait.
         if self.device.type == "cuda" and table.device.type == "cpu":
             table = table.pin_memory()
         return table.to(self.device, non_blocking=self.device.type == "cuda")

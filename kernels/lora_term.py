@@ -1,4 +1,7 @@
-"""The adapter's term on its way from the operation that makes u to the one that adds s u B^T."""
+"""LoRA's term s u B^T between two operations: one computes u = x A^T, a later one adds the term.
+
+The letters are explained in kernels/ops/__init__.py.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,10 +11,10 @@ from torch import Tensor
 
 
 class LoRATerm(NamedTuple):
-    """What an adapter still owes to a linear layer's output: `scale * u @ B.T`, in fp32.
+    """The term scale * u @ B.T of a linear layer, not yet added to the layer's output. All in fp32 (fp64 for fp64).
 
-    u (T, P*r): x @ A.T of the P projections fused in the layer. B (N, r): their B matrices, one above the other.
-    Which rows of B belong to which columns of u follows from the layer's layout, which the consuming op knows.
+    u (T, J) is x @ A.T. One layer may fuse several projections: then u holds r columns for each of them, and B (F, r)
+    the B matrix of each, one above the other. The operation that adds the term knows how many rows belong to which.
     """
 
     u: Tensor
@@ -20,35 +23,39 @@ class LoRATerm(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a GEMM wrote, y (T, D), and the adapter term that the next residual add will add to it."""
+    """The output y (T, D) of a GEMM, and its adapter's term, if any. The next residual addition adds both."""
 
     y: Tensor
     lora: LoRATerm | None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """fp32 for 16- and 32-bit tensors, fp64 for fp64: a hard `.float()` would fake an fp64 oracle."""
+    """The dtype to compute in: fp32 for 16- and 32-bit tensors, fp64 for fp64."""
+    # Not `.float()`: it would round an fp64 model to fp32, and the fp64 oracle of the tests would be one in name only.
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def project(x: Tensor, lora_A: Tensor | None) -> Tensor | None:
-    """u = x @ A.T in fp32 from the x that the GEMM sees (already rounded). x (T, D), A (r, D) -> (T, r)."""
+def lora_u(x: Tensor, lora_A: Tensor | None) -> Tensor | None:
+    """u = x @ A.T in A's dtype (fp32). x (T, D), lora_A (J, D) -> (T, J); None where there is no adapter.
+
+    x is the rounded tensor that the GEMM reads, so that both see the same input.
+    """
     return None if lora_A is None else x.to(lora_A.dtype) @ lora_A.T
 
 
 def add_lora(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Tensor:
-    """y + scale * u @ B.T in the compute dtype; `sizes` are the output features of the fused projections.
+    """y + scale * u @ B.T, in the compute dtype. `sizes`: the output features of each fused projection.
 
-    y (T, sum(sizes)), u (T, len(sizes) * r), B (sum(sizes), r).
+    y (T, sum(sizes)), u (T, len(sizes) * r), B (sum(sizes), r) -> (T, sum(sizes)).
     """
     if lora is None:
         return y.to(compute_dtype(y))
-    parts = add_lora_apart(y, lora, sizes)
+    parts = add_lora_by_projection(y, lora, sizes)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def add_lora_apart(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Sequence[Tensor]:
-    """add_lora, projection by projection: for callers that would take the result apart again."""
+def add_lora_by_projection(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, ...]) -> Sequence[Tensor]:
+    """As add_lora, but returns one tensor (T, size) for each projection."""
     parts = y.to(compute_dtype(y)).split_with_sizes(sizes, dim=1)
     if lora is None:
         return parts

@@ -1,21 +1,21 @@
 """Depthwise causal convolution over time + SiLU, restarting at every document.
 
-    a_t = sum_m w[:, m] x_{t-M+1+m}     c_t = round(silu(a_t))     M taps; rows before a document's start are zero (or
-                                                                   its initial state)
-    da_t = dc_t sigmoid(a_t) (1 + a_t (1 - sigmoid(a_t)))          dx_t = round(sum_m w[:, m] da_{t+M-1-m}), the same
-                                                                   document's tokens only
+    a_t = sum_m w[:, m] x_{t-M+1+m}     c_t = round(silu(a_t))
+    da_t = dc_t sigmoid(a_t) (1 + a_t (1 - sigmoid(a_t)))       dx_t = round(sum_m w[:, m] da_{t+M-1-m})
 
-fp32 accumulation, one rounding. The output is split by columns into q, k and v, so that no copy stands between the
-convolution and the delta rule. Source: transformers `Qwen3_5GatedDeltaNet` (conv1d without bias, silu).
+x, a, c (T, C); w (C, M), M taps. Both sums stay within the document of token t: rows of x before its start are zero (or
+its initial state), rows of da behind its end are zero.
 
-In Triton a program owns a block of columns of one split and walks over a segment of the tokens; the last M-1 rows of x,
-and backward the M-1 unfinished rows of dx, stay in registers, so a row is read once (and M-1 rows again at a segment's
-start, backward also M-1 at its end). A token's position in its document tells how many of the rows before it count.
+Rounding: sums in fp32; c and dx are rounded once. The output is split by columns into q, k and v, three tensors, so
+that the delta rule needs no copy. In Triton a program owns a block of columns of one split and walks over a segment of
+the tokens. The last M-1 rows of x stay in registers, and backward also the M-1 rows of dx whose sum is not complete. So
+a row is read once, except M-1 rows at a segment's start, and backward M-1 at its end, which two programs read. The
+position of a token in its document says how many rows before it belong to the document.
 
 Bytes a token at C = 10,240 in bf16: forward 40,960, backward 61,440 (x and dc in, dx out; dq, dk and dv are read where
-they are, dx is one dense (T, C)). Saved for backward: x alone; it is a view of the fused in-projection's output and so
-keeps that whole GEMM output alive. a is computed again. The weight is frozen; initial_state, which only generation
-gives, gets no gradient.
+they are, dx is one dense (T, C)). Saved for backward: only x, a view of the fused in-projection's output; so that whole
+GEMM output stays alive. a is recomputed. The weight and initial_state (used only in generation) get no gradient.
+Source: transformers `Qwen3_5GatedDeltaNet` (conv1d without bias, silu).
 """
 
 import torch
@@ -31,32 +31,33 @@ from kernels.ops._triton import tl, triton
 def causal_conv1d_silu_reference(
     x: Tensor, weight: Tensor, documents: Documents, splits: tuple[int, ...], initial_state: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """x (T, C), weight (C, M), splits summing to C, initial_state (n, M-1, C): the M-1 rows before each document's
-    first token -> one (T, size) tensor for every entry of `splits`.
+    """x (T, C), weight (C, M), splits summing to C, initial_state (N, M-1, C): the M-1 rows before the first token of
+    each document, zero if None -> one (T, size) tensor in x's dtype for each size in `splits`.
     """
     M, C, dtype = weight.shape[1], x.shape[1], compute_dtype(x)
     w = weight.to(dtype)
-    a = []  # by document, (n, C) each
-    for i, rows in enumerate(x.to(dtype).split(documents.lengths)):  # (n, C)
-        # Every document starts afresh, with rows of its own before its first token.
+    a = []  # one (length, C) for each document
+    for i, rows in enumerate(x.to(dtype).split(documents.lengths)):  # (length, C)
+        # A document must not see the rows of the one before it: it has rows of its own in front.
         before = rows.new_zeros(M - 1, C) if initial_state is None else initial_state[i].to(dtype)
-        padded = torch.cat([before, rows])  # (M-1+n, C): padded[t+m] is x_{t-M+1+m}
+        padded = torch.cat([before, rows])  # (M-1+length, C): padded[t+m] is x_{t-M+1+m}
         a.append(sum(w[:, m] * padded[m : m + len(rows)] for m in range(M)))
     c = F.silu(torch.cat(a)).to(x.dtype)
     return c.split(splits, dim=1)
 
 
-# Triton. Grid: (column blocks, segments). Up to three splits of sizes S0, S1, S2 (0 = absent); no block spans two.
+# Triton. Grid: (column blocks, segments). Up to three splits of S0, S1 and S2 channels (0: absent); no block lies in
+# two. `lag` counts rows backwards: lag 0 is token t with the last tap, w[:, M-1].
 
 
 @triton.jit
 def _columns(S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, BC: tl.constexpr):
-    """This program's split, its columns within the split and within x, and which of them exist."""
+    """This program's split and its size; its columns in the split, and in x; a mask of those that exist."""
     i_b = tl.program_id(0)
-    N0: tl.constexpr = (S0 + BC - 1) // BC
-    N1: tl.constexpr = (S1 + BC - 1) // BC
-    split = (i_b >= N0).to(tl.int32) + (i_b >= N0 + N1).to(tl.int32)
-    first = tl.where(split == 0, 0, tl.where(split == 1, N0, N0 + N1))
+    BLOCKS0: tl.constexpr = (S0 + BC - 1) // BC
+    BLOCKS1: tl.constexpr = (S1 + BC - 1) // BC
+    split = (i_b >= BLOCKS0).to(tl.int32) + (i_b >= BLOCKS0 + BLOCKS1).to(tl.int32)
+    first = tl.where(split == 0, 0, tl.where(split == 1, BLOCKS0, BLOCKS0 + BLOCKS1))
     start = tl.where(split == 0, 0, tl.where(split == 1, S0, S0 + S1))
     size = tl.where(split == 0, S0, tl.where(split == 1, S1, S2))
     o_s = (i_b - first) * BC + tl.arange(0, BC)
@@ -65,7 +66,7 @@ def _columns(S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, BC: tl.conste
 
 @triton.jit
 def _before(p_x, p_index, p_state, i_t, pos, lag: tl.constexpr, o_c, m_c, stride, C: tl.constexpr, M: tl.constexpr):
-    """x_{t-lag} of the same document, its initial state or zero, in fp32. pos: t's position in its document."""
+    """x_{t-lag} in fp32; before the document's start its initial state or zero. pos: t's position in its document."""
     b_x = tl.load(p_x + tl.cast(i_t - lag, tl.int64) * stride + o_c, m_c & (pos >= lag), other=0).to(tl.float32)
     if p_state is not None:
         o_r = tl.load(p_index + i_t) * (M - 1) + (M - 1 - lag + pos)
@@ -75,10 +76,12 @@ def _before(p_x, p_index, p_state, i_t, pos, lag: tl.constexpr, o_c, m_c, stride
 
 @triton.jit
 def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C: tl.constexpr, M: tl.constexpr):
-    """a_t, and the rows that the next token has behind it. A document's first token forgets what came before."""
+    """a_t, and the M-1 rows before token t+1. b_past: the M-1 rows before token t, the newest first."""
     b_a = b_x * b_w[0]
     b_next = (b_x,)
     for lag in tl.static_range(1, M):
+        # At a document's first token all rows in registers are another document's. Later tokens need no test: zeros (or
+        # the initial state) then stand there and move on with the rows.
         b_row = tl.where(pos == 0, 0.0, b_past[lag - 1])
         if p_state is not None:
             o_r = tl.load(p_index + i_t, pos == 0, other=0) * (M - 1) + (M - 1 - lag)
@@ -94,8 +97,10 @@ def _forward_kernel(
     p_x, p_w, p_pos, p_index, p_state, p_c0, p_c1, p_c2, T, length, stride,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Program (column block, i) takes tokens i * length to (i + 1) * length - 1."""
     C: tl.constexpr = S0 + S1 + S2
     split, size, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
+    # S1 > 0 is a constant: without a second split its pointer is None and must not be compiled in.
     p_c = p_c0
     if S1 > 0 and split == 1:
         p_c = p_c1
@@ -103,6 +108,7 @@ def _forward_kernel(
         p_c = p_c2
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, T)
+    # The rows before the segment belong to the program before this one; they are read a second time.
     pos = tl.load(p_pos + begin, begin < T, other=0).to(tl.int32)
     b_w, b_past = (tl.load(p_w + o_c * M + M - 1, m_c, other=0).to(tl.float32),), ()
     for lag in tl.static_range(1, M):
@@ -121,6 +127,7 @@ def _backward_kernel(
     p_dc0, p_dc1, p_dc2, p_x, p_w, p_pos, p_index, p_state, p_dx, T, length, stride_dc0, stride_dc1, stride_dc2, stride,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """As the forward kernel. dx_t is complete at token t + M-1: b_open holds the incomplete sums, the oldest last."""
     C: tl.constexpr = S0 + S1 + S2
     split, _, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
     p_dc, stride_dc = p_dc0, stride_dc0
@@ -136,7 +143,7 @@ def _backward_kernel(
         b_w += (tl.load(p_w + o_c * M + M - 1 - lag, m_c, other=0).to(tl.float32),)
         b_past += (_before(p_x, p_index, p_state, begin, pos, lag, o_c, m_c & (begin < T), stride, C, M),)
         b_open += (tl.zeros([BC], tl.float32),)
-    # M-1 tokens beyond the segment still add to its last rows; beyond T, dc is zero.
+    # M-1 tokens behind the segment still add to dx of its last rows. Behind T, dc is read as zero.
     for i_t in tl.range(begin, end + M - 1, num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         m = m_c & (i_t < T)
@@ -148,20 +155,23 @@ def _backward_kernel(
         b_da = b_dc * b_sigmoid * (1 + b_a * (1 - b_sigmoid))
         b_next = (b_da * b_w[0],)
         for lag in tl.static_range(1, M):
+            # pos < lag: token t - lag belongs to the document before, and a_t does not depend on it.
             b_next += (b_open[lag - 1] + tl.where(pos >= lag, b_da * b_w[lag], 0.0),)
         b_done = b_next[M - 1]
         b_open = b_next[: M - 1]
+        # Before that, the complete sums are those of rows of the segment before, which its own program stores.
         m_done = m_c & (i_t >= begin + M - 1)
         tl.store(p_dx + (o_t - (M - 1)) * C + o_c, b_done.to(p_dx.dtype.element_ty), m_done)
 
 
 BC = 1024  # q, k and v of the 27B model are 2, 2 and 6 blocks
-FORWARD_STAGES, BACKWARD_STAGES = 6, 4  # rows of 2 KB (backward two at a time) in flight: 40 and 48 KB with the next
+# Rows of 2 KB, backward two of them a stage: 40 and 48 KB in flight on a multiprocessor.
+FORWARD_STAGES, BACKWARD_STAGES = 6, 4
 PER_SM = 4  # programs of four warps; 10 blocks x 52 segments on 132 multiprocessors
 
 
 def _launch(x: Tensor, splits: tuple[int, ...], stages: int) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, tokens a segment, constants."""
+    """The grid (column blocks, segments), the tokens of a segment, and the constants."""
     T, sizes = len(x), (*splits, 0, 0)[:3]
     block = min(BC, triton.next_power_of_2(max(splits)))
     blocks = sum(triton.cdiv(size, block) for size in splits)
@@ -171,6 +181,7 @@ def _launch(x: Tensor, splits: tuple[int, ...], stages: int) -> tuple[tuple[int,
 
 
 def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Padded with None to the three that the kernels take."""
     return (*tensors, None, None)[:3]
 
 
@@ -204,8 +215,8 @@ class _CausalConv1dSiLU(torch.autograd.Function):
 def causal_conv1d_silu_triton(
     x: Tensor, weight: Tensor, documents: Documents, splits: tuple[int, ...], initial_state: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """causal_conv1d_silu_reference in Triton. x may be strided by row; at most three splits, at least two taps; weight
-    and initial_state get no gradient.
+    """causal_conv1d_silu_reference in Triton. x may have any row stride. ValueError for more than three splits, for one
+    tap, and if weight or initial_state requires a gradient, which they do not get.
     """
     frozen = {"weight": weight} if initial_state is None else {"weight": weight, "initial_state": initial_state}
     check_inputs("causal_conv1d_silu", {"x": x}, frozen)

@@ -1,19 +1,23 @@
 """Per-head RMSNorm of q and k, rotary embedding, and the adapter terms of q, gate, k and v: everything between the
 fused q|gate|k|v GEMM and attention.
 
-    row   = [q_0 gate_0 q_1 gate_1 ... | k_0 ... | v_0 ...] + s u B^T      (q_proj interleaves query and gate by head)
-    q, k  = rope(N(q; w_q)), rope(N(k; w_k))      N(x; w) = x rsqrt(mean(x^2) + eps) (1 + w) over the head
-    rope  : x1' = x1 cos - x2 sin,  x2' = x2 cos + x1 sin   on the first 2 R dims (halves), the rest passes
+    qgkv += s u B^T         each row is [q_0 gate_0 q_1 gate_1 ... | k_0 k_1 ... | v_0 v_1 ...]
+    q = rope(norm(q; w_q))      k = rope(norm(k; w_k))      norm(x; w) = x rstd (1 + w), over each head
+    rope: x1' = x1 cos - x2 sin,  x2' = x2 cos + x1 sin     x1, x2: dims 0 .. P-1 and P .. 2P-1; the others are copied
 
-fp32 from load to store, one rounding at each of the four outputs. Backward rotates dq, dk by the transpose, goes
-through the norm as in rms_norm.py, and yields du = s dy B, dB = s dy^T u from the same registers.
+    dx1 = dx1' cos + dx2' sin,  dx2 = dx2' cos - dx1' sin   the transposed rotation
+    dn = dx (1 + w)     dx = rstd (dn - n mean(dn n))       n = x rstd
+    du = s dqgkv B      dB = s dqgkv^T u                    for each of the q|gate, k and v projections
 
-A program owns a head and walks over the tokens: a query head is the pair (q, gate), a key/value head the pair (k, v);
-the first of a pair is normed and rotated, the second passes. So a head's 2K rows of dB stay in registers (fp32, summed
-over programs in a second pass), and no program sees a whole row of 14,336 features: du, which sums over it, is written
-as one partial per token and head, (T, 3, H) fp32, and a second pass adds these in a fixed order. That is 288 B a token
-against 72 KB; the other mapping, a program per token, would have to keep dB in memory. Bytes a token at 24/4 heads of
-256 in bf16: forward 57,344 B, backward 71,680 B, cos and sin 256 B. Saved for backward: the GEMM's row, u, cos, sin.
+qgkv (T, F), F = 2 (H + G) K; u (T, 3r), B (F, r); q (T, H, K), gate (T, H*K), k, v (T, G, K); cos, sin (T, P).
+
+Rounding: fp32 from load to store; each of the four outputs and dqgkv is rounded once. A program owns a head and walks
+over the tokens. A query head is the pair (q, gate), a key/value head the pair (k, v): the first of a pair gets norm and
+rotation, the second only its adapter term. So the 2K rows of dB of a head stay in registers. No program sees a whole
+row of 14,336 features, over which du sums: each writes one partial sum a token, (T, 3, H) fp32, and a second pass adds
+them. That is 288 B a token, against 72 KB of traffic. (With a program per token, dB would have to stay in memory.)
+Bytes a token at 24/4 heads of 256 in bf16: forward 57,344 B, backward 71,680 B, cos and sin 256 B. Saved for backward:
+qgkv, the GEMM's own output, and u, cos, sin.
 Source: transformers `Qwen3_5Attention`, `apply_rotary_pos_emb` (partial rotary, half-split pairing).
 """
 
@@ -22,51 +26,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.lora_term import LoRATerm, add_lora, add_lora_apart
+from kernels.lora_term import LoRATerm, add_lora, add_lora_by_projection
 from kernels.ops._launch import check_inputs, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
 from kernels.ops.residual_rms_norm import rms_norm_reference
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, H, K), cos and sin (T, R): rotates dims [0, 2R) of every head, in x's dtype."""
-    R, K = cos.shape[1], x.shape[2]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, R): every head turns by the same angles
-    x1, x2, passing = x.split((R, R, K - 2 * R), dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, passing], dim=-1)
+    """x (T, H, K), cos and sin (T, P): rotates dims [0, 2P) of every head, in x's dtype."""
+    P, K = cos.shape[1], x.shape[2]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, P): every head turns by the same angles
+    x1, x2, unrotated = x.split((P, P, K - 2 * P), dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, unrotated], dim=-1)
 
 
 def qk_norm_rope_reference(
-    qgkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-    lora: LoRATerm | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qgkv (T, H*2K + 2*G*K), q_weight and k_weight (K,), cos and sin (T, R) fp32 of every token's position,
-    lora u (T, 3r), B (H*2K + 2*G*K, r) -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K).
+    qgkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    num_heads: int, num_kv_heads: int, eps: float, lora: LoRATerm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """qgkv (T, F) with F = H*2K + 2*G*K, q_weight and k_weight (K,), cos and sin (T, P) fp32 of each token's position,
+    lora u (T, 3r), B (F, r) -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K).
     """
-    T, K, dtype = len(qgkv), q_weight.shape[0], qgkv.dtype
-    qg, k, v = add_lora_apart(qgkv, lora, (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K))
-    q, gate = qg.view(T, num_heads, 2 * K).split(K, dim=-1)  # (T, H, K) each
-    k, v = k.view(T, num_kv_heads, K), v.view(T, num_kv_heads, K)
+    T, H, G, K, dtype = len(qgkv), num_heads, num_kv_heads, q_weight.shape[0], qgkv.dtype
+    qg, k, v = add_lora_by_projection(qgkv, lora, (H * 2 * K, G * K, G * K))
+    q, gate = qg.view(T, H, 2 * K).split(K, dim=-1)  # (T, H, K) each: q_proj puts a head's gate behind its query
+    k, v = k.view(T, G, K), v.view(T, G, K)
     q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)
     k = rotate(rms_norm_reference(k, k_weight, eps), cos, sin)
     return q.to(dtype), gate.flatten(1).to(dtype), k.to(dtype), v.to(dtype)
 
 
+# Triton. Of each pair, `x` is the half with norm and rotation (q or k), `pass` the half that only gets its adapter term
+# (gate or v). i_x and i_pass are their first columns in a row of qgkv. RD is P.
+
+
 @triton.jit
 def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr):
-    """What a head keeps in registers: 1 + w and B for its own dims, for their rotary partners, and B of what passes."""
+    """What a head keeps in registers: offsets, masks, 1 + w and B of its dims and of their partners, B of `pass`."""
     o_k = tl.arange(0, BK)
     m_k, m_rot = o_k < K, o_k < 2 * RD
+    # Dim i is rotated with dim i + RD, its partner, which lies in another lane. So each lane loads both values.
     o_p = tl.where(o_k < RD, o_k + RD, o_k - RD)
     b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
-    # x1' takes -x2, x2' takes +x1: the sign goes into the partner's weight.
+    # x1' has -x2 and x2' has +x1: the sign goes into the partner's weight.
     b_wp = 1 + tl.load(p_w + o_p, mask=m_rot, other=0).to(tl.float32)
     b_wp = tl.where(o_k < RD, -b_wp, b_wp)
     b_B, b_Bp, b_Bpass = 0.0, 0.0, 0.0
@@ -83,6 +85,7 @@ def _forward_head(
     COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
     K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One pair over this program's tokens. COLUMN_X, COLUMN_PASS: their columns in u; STRIDE: of the two outputs."""
     o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
@@ -95,10 +98,12 @@ def _forward_head(
             b_x += b_u * b_B
             b_p += b_u * b_Bp
             b_pass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_Bpass
+        # cos = 1 and sin = 0 leave the dims beyond 2 RD as they are.
         b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
         b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
-        b_r = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
-        b_x = b_x * b_r * b_w * b_cos + b_p * b_r * b_wp * b_sin
+        # The norm's mean needs the adapter's term in x, so it is taken here and not before.
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
+        b_x = b_x * b_rstd * b_w * b_cos + b_p * b_rstd * b_wp * b_sin
         o_out = o_t * STRIDE + i_head * K + o_k
         tl.store(p_x + o_out, b_x.to(p_x.dtype.element_ty), mask=m_k)
         tl.store(p_pass + o_out, b_pass.to(p_pass.dtype.element_ty), mask=m_k)
@@ -109,7 +114,7 @@ def _forward_kernel(
     p_in, p_q, p_gate, p_k, p_v, p_wq, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, i) takes every i-th token; the first H heads are queries."""
+    """Program (head, i) takes tokens i, i + programs, ...; heads 0 .. H-1 are queries, the next G are keys/values."""
     i_h = tl.program_id(0)
     if i_h < H:
         _forward_head(
@@ -130,6 +135,7 @@ def _backward_head(
     i_x, i_pass, i_head, COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
     H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One pair over this program's tokens: din, its part of du, and its rows of dB in registers. N is F."""
     o_k, m_k, o_p, m_rot, b_w, _, b_B, _, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
     b_sign = tl.where(o_k < RD, 1.0, -1.0)
     b_dB = tl.zeros([BK], tl.float32)
@@ -144,18 +150,21 @@ def _backward_head(
         b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
         b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
         if p_B is not None:
+            # x with its term again, as forward normed it; saved is only the GEMM's output.
             b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
             b_x += b_u * b_B
-        b_r = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
-        b_n = b_x * b_r
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
+        b_n = b_x * b_rstd
+        # Rotated back (the sign is that of the transposed rotation), then through the weight and the norm.
         b_dn = (b_d * b_cos + b_sign * b_dp * b_sin) * b_w
-        b_d = b_r * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
+        b_d = b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
         tl.store(p_din + o_t * N + i_x + o_k, b_d.to(p_din.dtype.element_ty), mask=m_k)
         tl.store(p_din + o_t * N + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
         if p_B is not None:
             b_dB += b_u * b_d
             b_dBpass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_dpass
             p_slot = p_du + o_t * 3 * H + i_head
+            # q and gate belong to one projection and share a column of u; k and v have one each.
             if COLUMN_X == COLUMN_PASS:
                 tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B + b_dpass * b_Bpass))
             else:
@@ -173,7 +182,9 @@ def _backward_kernel(
     T, stride_in, eps, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel. p_du (T, 3, H), zero where k and v have fewer heads; p_partial (programs, N)."""
+    """Programs as in the forward kernel. p_du (T, 3, H): columns G .. H-1 of k and v stay zero, as they have only G
+    heads. p_partial (programs, F).
+    """
     N: tl.constexpr = 2 * (H + G) * K
     i_h = tl.program_id(0)
     if i_h < H:
@@ -189,14 +200,14 @@ def _backward_kernel(
         )  # fmt: skip
 
 
-# One warp a program: a head of 256 is eight elements a lane, so that its sums need no barrier. Twelve programs a
-# multiprocessor: what its shared memory holds of three stages.
+# One warp a program: a head of 256 is eight elements a lane, and a sum within a warp needs no barrier. Twelve programs
+# a multiprocessor: its shared memory holds three stages of loads for so many.
 _CONSTANTS = {"STAGES": 3, "num_warps": 1}
 _PER_SM = 12
 
 
 class _Heads(NamedTuple):
-    """The sizes and constants of a call."""
+    """The sizes of one call. dtype: that of the outputs."""
 
     H: int
     G: int
@@ -219,8 +230,8 @@ class _QKNormRope(torch.autograd.Function):
     def forward(ctx, qgkv, u, B, q_weight, k_weight, cos, sin, heads):
         T = len(qgkv)
         q, gate, k, v = (
-            torch.empty(T, n, heads.K, dtype=heads.dtype, device=qgkv.device)
-            for n in (heads.H, heads.H, heads.G, heads.G)
+            torch.empty(T, count, heads.K, dtype=heads.dtype, device=qgkv.device)
+            for count in (heads.H, heads.H, heads.G, heads.G)
         )
         _forward_kernel[heads.grid(qgkv)](
             qgkv, q, gate, k, v, q_weight, k_weight, cos, sin, u, B, T, qgkv.stride(0), heads.eps, heads.scale,
@@ -234,13 +245,13 @@ class _QKNormRope(torch.autograd.Function):
     def backward(ctx, dq, dgate, dk, dv):
         qgkv, u, B, q_weight, k_weight, cos, sin = ctx.saved_tensors
         heads = ctx.heads
-        T, N = qgkv.shape
+        T, F = qgkv.shape
         grid = heads.grid(qgkv)
-        dqgkv = torch.empty(T, N, dtype=qgkv.dtype, device=qgkv.device)
+        dqgkv = torch.empty(T, F, dtype=qgkv.dtype, device=qgkv.device)
         du = partial = None
         if B is not None:
             du = torch.zeros(T, 3, heads.H, dtype=torch.float32, device=qgkv.device)
-            partial = torch.empty(grid[1], N, dtype=torch.float32, device=qgkv.device)
+            partial = torch.empty(grid[1], F, dtype=torch.float32, device=qgkv.device)
         _backward_kernel[grid](
             dq.contiguous(), dgate.contiguous(), dk.contiguous(), dv.contiguous(), qgkv, q_weight, k_weight, cos, sin,
             u, B, dqgkv, du, partial, T, qgkv.stride(0), heads.eps, heads.scale, **heads.constants(cos),
@@ -251,17 +262,12 @@ class _QKNormRope(torch.autograd.Function):
 
 
 def qk_norm_rope_triton(
-    qgkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-    lora: LoRATerm | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qk_norm_rope_reference in Triton: rank 1 fused, other ranks added before it. qgkv may be strided by row."""
+    qgkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    num_heads: int, num_kv_heads: int, eps: float, lora: LoRATerm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """qk_norm_rope_reference in Triton. A term of rank 1 is fused; other ranks are added by a plain matmul before the
+    kernel. qgkv may have any row stride. ValueError for another number of columns, and if a weight requires a gradient.
+    """
     K = q_weight.shape[0]
     sizes = (num_heads * 2 * K, num_kv_heads * K, num_kv_heads * K)
     check_inputs("qk_norm_rope", {"qgkv": qgkv}, {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin})

@@ -1,33 +1,35 @@
 """Residual add + RMSNorm, with the adapter term of the layer before and the A projections of the layers after.
 
     h' = round(h + y + s u B^T)            the residual stream, in the activation dtype
-    x  = round(h' rsqrt(mean(h'^2) + eps) (1 + w))
-    u' = x A^T                             fp32, one number a token and adapter row
+    x  = round(h' rstd (1 + w))            rstd = rsqrt(mean(h'^2) + eps)
+    u' = x A^T                             fp32, J numbers a token
 
-Backward, with r = rsqrt(mean(h'^2) + eps), n = h' r and gradients dh' (from the residual path), dx, du':
+Backward, with n = h' rstd and the gradients dh' (from the residual path), dx and du':
 
-    dx += du' A          dn = dx (1 + w)         dh = dh' + r (dn - n mean(dn n))
+    dx += du' A          dn = dx (1 + w)         dh = dh' + rstd (dn - n mean(dn n))
     dA = du'^T x         dy = dh                 du = s dh B            dB = s dh^T u
 
-Everything between loads and stores is fp32; the two roundings are those above. Bytes a token at D = 5120 in bf16:
-forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx, h' and writes dh (40,960 B); the adapter
-adds u, A and B once, and in backward the fp32 partial sums of dA and dB: one row of D for each multiprocessor and sum,
-which a second pass adds in a fixed order. Saved for backward: h' (the residual stream itself) and 4 B a token for
-rsqrt(...); x is rebuilt from them. dh and dy are one tensor. The weight is zero-centred (transformers
-`Qwen3_5RMSNorm`).
+h, y, h', x (T, D); w (D,); u (T, r), B (D, r); A (J, D), u' (T, J).
+
+Rounding: everything between loads and stores is fp32; only h' and x are rounded. u' reads the rounded x, as the GEMM
+does. Bytes a token at D = 5,120 in bf16: forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx
+and h' and writes dh (40,960 B). The adapter adds u, A and B once, and in backward the fp32 partial sums of dA and dB:
+for each sum one row of D from every multiprocessor. Saved for backward: h', which is the residual stream itself, and
+rstd, 4 B a token; x is recomputed from them. dh and dy are one tensor.
+Source: transformers `Qwen3_5RMSNorm`, whose weight is zero-centred: it multiplies by 1 + w.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.lora_term import Pending, add_lora, compute_dtype, project
+from kernels.lora_term import Pending, add_lora, compute_dtype, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, fuses_B, persistent_programs
 from kernels.ops._triton import tl, triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x rsqrt(mean(x^2) + eps) (1 + w) over the last dimension, not yet rounded."""
-    # Widened before 1 is added: in bf16, 1 + w has a resolution of 1/128 and most of a small w would be lost.
+    # To fp32 before 1 is added: in bf16, 1 + w has a resolution of 1/128 and most of a small w would be lost.
     x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + weight)
 
@@ -35,19 +37,20 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def residual_rms_norm_reference(
     h: Tensor, pending: Pending | None, weight: Tensor, eps: float, lora_A: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h (T, D), pending.y (T, D), weight (D,), lora_A (R, D) fp32 -> h' (T, D), x (T, D), u (T, R) fp32 or None.
+    """h (T, D), pending.y (T, D), weight (D,), lora_A (J, D) fp32 -> h' (T, D), x (T, D), u (T, J) fp32 or None.
 
-    `pending` None (the first layer) leaves h as it is.
+    With `pending` None, as in the first layer, h' is h.
     """
     if pending is not None:
         h = (h + add_lora(pending.y, pending.lora, (h.shape[1],))).to(h.dtype)
     x = rms_norm_reference(h, weight, eps).to(h.dtype)
-    return h, x, project(x, lora_A)
+    return h, x, lora_u(x, lora_A)
 
 
-# Triton. A row is P = ceil(D / BD) pieces of BD elements, kept as a tuple: 5,120 = 5 x 1,024 wastes no lane, and one
-# power-of-two block of 8,192 spills. Programs are persistent: weights, A and B stay in registers, and the loads of the
-# next rows are in flight (`num_stages`) while one is reduced.
+# Triton. A block has a power of two of elements, and 5,120 is none: one block of 8,192 spills registers. So a row is
+# a tuple of ceil(D / BD) pieces; 5 x 1,024 leaves no lane idle. Programs are persistent: each walks over many rows with
+# w, A and B in registers, and the loads of its next rows are in flight (`num_stages`) while one row is summed.
+# A tuple cannot be changed in place, so a running sum is built anew for each row (`b_new`). R is J, the rows of A.
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -55,10 +58,12 @@ def _forward_kernel(
     p_h, p_y, p_u, p_B, p_w, p_A, p_h_out, p_x, p_u_out, p_r, T, stride_h, stride_y, eps, scale,
     D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = (D + BD - 1) // BD
+    """Program i takes rows i, i + programs, ... p_y None: nothing pending; p_B None: no adapter term in it."""
+    PIECES: tl.constexpr = (D + BD - 1) // BD
     o_d = tl.arange(0, BD)
+    # Loaded once a program; piece k of row j of A is b_A[k * R + j].
     b_w, b_B, b_A = (), (), ()
-    for k in tl.static_range(P):
+    for k in tl.static_range(PIECES):
         m_d = k * BD + o_d < D
         b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
         if p_B is not None:
@@ -66,33 +71,35 @@ def _forward_kernel(
         for j in tl.static_range(R):
             b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
-        o_t = tl.cast(i_t, tl.int64)
+        o_t = tl.cast(i_t, tl.int64)  # T * D can pass 2^31
         b_rows = ()
         b_square = tl.zeros([BD], tl.float32)
-        for k in tl.static_range(P):
+        for k in tl.static_range(PIECES):
             m_d = k * BD + o_d < D
             b_h = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
             if p_y is not None:
                 b_h += tl.load(p_y + o_t * stride_y + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
                 if p_B is not None:
                     b_h += tl.load(p_u + o_t) * b_B[k]
+                # The norm reads the rounded h', because backward will find only that.
                 b_out = b_h.to(p_h_out.dtype.element_ty)
                 tl.store(p_h_out + o_t * D + k * BD + o_d, b_out, mask=m_d)
                 b_h = b_out.to(tl.float32)
             b_square += b_h * b_h
             b_rows += (b_h,)
-        b_r = tl.rsqrt(tl.sum(b_square) / D + eps)
-        tl.store(p_r + o_t, b_r)
+        b_rstd = tl.rsqrt(tl.sum(b_square) / D + eps)
+        tl.store(p_r + o_t, b_rstd)
         b_dots = ()
         for _ in tl.static_range(R):
             b_dots += (tl.zeros([BD], tl.float32),)
-        for k in tl.static_range(P):
-            b_x = (b_rows[k] * b_r * b_w[k]).to(p_x.dtype.element_ty)
+        for k in tl.static_range(PIECES):
+            b_x = (b_rows[k] * b_rstd * b_w[k]).to(p_x.dtype.element_ty)
             tl.store(p_x + o_t * D + k * BD + o_d, b_x, mask=k * BD + o_d < D)
             b_new = ()
             for j in tl.static_range(R):
                 b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
             b_dots = b_new
+        # One reduction for each row of A at the end, instead of one for each piece.
         for j in tl.static_range(R):
             tl.store(p_u_out + o_t * R + j, tl.sum(b_dots[j]))
 
@@ -102,13 +109,16 @@ def _backward_kernel(
     p_dh, p_dx, p_du_out, p_h, p_r, p_u, p_B, p_w, p_A, p_dy, p_du, p_partial, T, stride_dh, stride_dx, stride_h, scale,
     D: tl.constexpr, R: tl.constexpr, DA: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """p_dy None: only dA is wanted. Sums per program: R rows of dA (if DA), then one of dB (if p_B)."""
-    P: tl.constexpr = (D + BD - 1) // BD
-    RA: tl.constexpr = R if DA else 0
-    SUMS: tl.constexpr = RA + (p_B is not None)
+    """DA: dA is wanted. p_B None: neither du nor dB is wanted. p_dy None: dA alone is wanted.
+
+    p_partial (programs, SUMS, D): R rows of dA if DA, then one row of dB if p_B is given.
+    """
+    PIECES: tl.constexpr = (D + BD - 1) // BD
+    DA_ROWS: tl.constexpr = R if DA else 0
+    SUMS: tl.constexpr = DA_ROWS + (p_B is not None)
     o_d = tl.arange(0, BD)
     b_w, b_B, b_A, b_sums = (), (), (), ()
-    for k in tl.static_range(P):
+    for k in tl.static_range(PIECES):
         m_d = k * BD + o_d < D
         b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
         if p_B is not None:
@@ -119,20 +129,22 @@ def _backward_kernel(
             b_sums += (tl.zeros([BD], tl.float32),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
-        b_r = tl.load(p_r + o_t)
+        b_rstd = tl.load(p_r + o_t)
         b_dus = ()
         for j in tl.static_range(R):
             b_dus += (tl.load(p_du_out + o_t * R + j),)
+        # First sweep over the row: n, dn, the sum of dn n, and the row's part of dA.
         b_n, b_dn, b_new = (), (), ()
         b_dot = tl.zeros([BD], tl.float32)
-        for k in tl.static_range(P):
+        for k in tl.static_range(PIECES):
             m_d = k * BD + o_d < D
-            b_nk = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32) * b_r
-            for j in tl.static_range(RA):
+            b_nk = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32) * b_rstd
+            for j in tl.static_range(DA_ROWS):
+                # x as forward rounded it: dA is the gradient of a product with the rounded x.
                 b_x = (b_nk * b_w[k]).to(p_h.dtype.element_ty).to(tl.float32)
                 b_new += (b_sums[k * SUMS + j] + b_dus[j] * b_x,)
             if p_B is not None:
-                b_new += (b_sums[k * SUMS + RA],)
+                b_new += (b_sums[k * SUMS + DA_ROWS],)  # dB's sum waits for dh, in the second sweep
             if p_dy is not None:
                 b_dx = tl.load(p_dx + o_t * stride_dx + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
                 for j in tl.static_range(R):
@@ -142,31 +154,33 @@ def _backward_kernel(
                 b_dot += b_dx * b_w[k] * b_nk
         b_sums = b_new
         if p_dy is not None:
+            # Second sweep: dh needs the mean over the whole row; dB and du need dh before it is rounded.
             b_mean = tl.sum(b_dot) / D
             b_dot = tl.zeros([BD], tl.float32)
             b_new = ()
-            for k in tl.static_range(P):
+            for k in tl.static_range(PIECES):
                 m_d = k * BD + o_d < D
                 b_dh = tl.load(p_dh + o_t * stride_dh + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-                b_dh += b_r * (b_dn[k] - b_n[k] * b_mean)
+                b_dh += b_rstd * (b_dn[k] - b_n[k] * b_mean)
                 tl.store(p_dy + o_t * D + k * BD + o_d, b_dh.to(p_dy.dtype.element_ty), mask=m_d)
-                for j in tl.static_range(RA):
+                for j in tl.static_range(DA_ROWS):
                     b_new += (b_sums[k * SUMS + j],)
                 if p_B is not None:
-                    b_new += (b_sums[k * SUMS + RA] + scale * tl.load(p_u + o_t) * b_dh,)
+                    b_new += (b_sums[k * SUMS + DA_ROWS] + scale * tl.load(p_u + o_t) * b_dh,)
                     b_dot += b_dh * b_B[k]
             b_sums = b_new
             if p_B is not None:
                 tl.store(p_du + o_t, scale * tl.sum(b_dot))
     p_partial += tl.program_id(0).to(tl.int64) * SUMS * D
-    for k in tl.static_range(P):
+    for k in tl.static_range(PIECES):
         for j in tl.static_range(SUMS):
             tl.store(p_partial + j * D + k * BD + o_d, b_sums[k * SUMS + j], mask=k * BD + o_d < D)
 
 
 def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and constants for rows like x's: eight warps on a multiprocessor, all their values in registers."""
+    """Grid and constants for rows of x's length."""
     T, D = x.shape
+    # Eight warps a multiprocessor and no more: with three rows of A, a thread needs up to 250 of its 255 registers.
     BD = min(1024, triton.next_power_of_2(D))
     num_warps = 8 if D > 2048 else 4 if D > 512 else 1
     return (persistent_programs(x, T, per_sm=8 / num_warps),), {"BD": BD, "STAGES": 3, "num_warps": num_warps}
@@ -176,39 +190,39 @@ class _ResidualRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, y, u, B, lora_A, weight, eps, scale):
         T, D = h.shape
-        R = 0 if lora_A is None else len(lora_A)
+        J = 0 if lora_A is None else len(lora_A)
         h_out = h if y is None else torch.empty(T, D, dtype=h.dtype, device=h.device)
         x = torch.empty(T, D, dtype=h.dtype, device=h.device)
-        u_out = torch.empty(T, R, dtype=torch.float32, device=h.device) if R else None
-        r = torch.empty(T, dtype=torch.float32, device=h.device)
+        u_out = torch.empty(T, J, dtype=torch.float32, device=h.device) if J else None
+        rstd = torch.empty(T, dtype=torch.float32, device=h.device)
         grid, constants = _launch(h)
         _forward_kernel[grid](
-            h, y, u, B, weight, lora_A, h_out, x, u_out, r, T, h.stride(0), 0 if y is None else y.stride(0), eps, scale,
-            D=D, R=R, **constants,
+            h, y, u, B, weight, lora_A, h_out, x, u_out, rstd, T, h.stride(0), 0 if y is None else y.stride(0), eps,
+            scale, D=D, R=J, **constants,
         )  # fmt: skip
-        ctx.save_for_backward(h_out, r, u, B, lora_A, weight)
+        ctx.save_for_backward(h_out, rstd, u, B, lora_A, weight)
         ctx.scale = scale
         return h_out, x, u_out
 
     @staticmethod
     def backward(ctx, dh_out, dx, du_out):
-        h, r, u, B, lora_A, weight = ctx.saved_tensors
+        h, rstd, u, B, lora_A, weight = ctx.saved_tensors
         needs_h, needs_y, needs_u, needs_B, needs_A = ctx.needs_input_grad[:5]
         T, D = h.shape
-        R = 0 if lora_A is None else len(lora_A)
+        J = 0 if lora_A is None else len(lora_A)
         if not (needs_u or needs_B):
             u = B = None
         grid, constants = _launch(h)
         dh = torch.empty(T, D, dtype=h.dtype, device=h.device) if needs_h or needs_y or B is not None else None
         du = None if B is None else torch.empty_like(u)
-        partial = h.new_empty(*grid, R * needs_A + (B is not None), D, dtype=torch.float32)
+        partial = h.new_empty(*grid, J * needs_A + (B is not None), D, dtype=torch.float32)
         dh_out, dx = adjacent(dh_out), adjacent(dx)
         _backward_kernel[grid](
-            dh_out, dx, du_out.contiguous() if R else None, h, r, u, B, weight, lora_A, dh, du, partial,
-            T, dh_out.stride(0), dx.stride(0), h.stride(0), ctx.scale, D=D, R=R, DA=needs_A, **constants,
+            dh_out, dx, du_out.contiguous() if J else None, h, rstd, u, B, weight, lora_A, dh, du, partial,
+            T, dh_out.stride(0), dx.stride(0), h.stride(0), ctx.scale, D=D, R=J, DA=needs_A, **constants,
         )  # fmt: skip
         sums = partial.sum(0)
-        dA = sums[:R] if needs_A else None
+        dA = sums[:J] if needs_A else None
         dB = None if B is None else sums[-1:].T
         return dh, dh if needs_y else None, du, dB, dA, None, None, None
 
@@ -216,8 +230,9 @@ class _ResidualRMSNorm(torch.autograd.Function):
 def residual_rms_norm_triton(
     h: Tensor, pending: Pending | None, weight: Tensor, eps: float, lora_A: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """residual_rms_norm_reference in Triton: rank-1 terms fused; other ranks, or A of more than three rows, take the
-    plain matmuls around it. Weight frozen; h and pending.y may be strided by row.
+    """residual_rms_norm_reference in Triton. A pending term of rank 1 and up to three rows of A are fused; for others
+    plain matmuls run before and after the kernel. h and pending.y may have any row stride. The weight gets no gradient:
+    ValueError if it requires one.
     """
     y, lora = (None, None) if pending is None else pending
     check_inputs("residual_rms_norm", {"h": h, "pending.y": y}, {"weight": weight})
@@ -226,4 +241,4 @@ def residual_rms_norm_triton(
     u, B, scale = (None, None, 0.0) if lora is None else (lora.u.contiguous(), lora.B.contiguous(), lora.scale)
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     h_out, x, u_out = _ResidualRMSNorm.apply(h, y, u, B, A, weight, eps, scale)
-    return h_out, x, u_out if A is not None else project(x, lora_A)
+    return h_out, x, u_out if A is not None else lora_u(x, lora_A)

@@ -3,26 +3,29 @@
     x = round(o sigmoid(gate))      u = x A^T (fp32)
     dx += du A     do = dx sigmoid(gate)     dgate = dx o sigmoid(gate) (1 - sigmoid(gate))     dA = du^T x
 
-One rounding, at x; u reads the rounded x. Bytes a token at N = 6144 in bf16: forward reads o and gate and writes x
-(36,864 B), backward reads dx, o, gate and writes do, dgate (61,440 B); the adapter adds u, A and the partial sums of
-dA. Saved for backward: o and gate, which exist anyway. Forward programs own rows, because u sums over a row; backward
-has no row sum, so its programs own 1,024 columns and walk over the tokens with their slice of dA in registers.
+o, gate, x (T, F) with F = H K, the joined heads; A (J, F), u (T, J).
+
+Rounding: fp32 from load to store; x, do and dgate are rounded once, and u reads the rounded x. Bytes a token at
+F = 6,144 in bf16: forward reads o and gate and writes x (36,864 B), backward reads dx, o, gate and writes do, dgate
+(61,440 B). The adapter adds u, A and the partial sums of dA. Saved for backward: o and gate, which exist anyway.
+A forward program owns whole rows, because u sums over a row. Backward sums over no row, so a program owns 1,024 columns
+and walks over the tokens, with its columns of dA in registers.
 Source: transformers `Qwen3_5Attention.forward` (the gate is not normed and acts after the heads are joined).
 """
 
 import torch
 from torch import Tensor
 
-from kernels.lora_term import compute_dtype, project
+from kernels.lora_term import compute_dtype, lora_u
 from kernels.ops._launch import adjacent, check_inputs, fuses_A, persistent_programs
 from kernels.ops._triton import tl, triton
 
 
 def sigmoid_gate_reference(o: Tensor, gate: Tensor, lora_A: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """o (T, N), gate (T, N), lora_A (r, N) fp32 -> x (T, N), u (T, r) fp32 or None."""
+    """o (T, F), gate (T, F), lora_A (J, F) fp32 -> x (T, F), u (T, J) fp32 or None."""
     dtype = compute_dtype(o)
     x = (o.to(dtype) * gate.to(dtype).sigmoid()).to(o.dtype)
-    return x, project(x, lora_A)
+    return x, lora_u(x, lora_A)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -30,24 +33,28 @@ def _forward_kernel(
     p_o, p_gate, p_A, p_x, p_u, T, stride_o, stride_gate,
     N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over rows; a row is P pieces of BN elements, A stays in registers."""
-    P: tl.constexpr = (N + BN - 1) // BN
+    """Program i takes rows i, i + programs, ... N is F and R is J. A row is a tuple of pieces of BN elements, because
+    6,144 is no power of two; piece k of row j of A is b_A[k * R + j] and stays in registers.
+    """
+    PIECES: tl.constexpr = (N + BN - 1) // BN
     o_n = tl.arange(0, BN)
     b_A = ()
-    for k in tl.static_range(P):
+    for k in tl.static_range(PIECES):
         for j in tl.static_range(R):
             b_A += (tl.load(p_A + j * N + k * BN + o_n, mask=k * BN + o_n < N, other=0),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
-        o_t = tl.cast(i_t, tl.int64)
+        o_t = tl.cast(i_t, tl.int64)  # T * F can pass 2^31
+        # One sum for every lane; they are added up once, after the last piece of the row.
         b_dots = ()
         for _ in tl.static_range(R):
             b_dots += (tl.zeros([BN], tl.float32),)
-        for k in tl.static_range(P):
+        for k in tl.static_range(PIECES):
             m_n = k * BN + o_n < N
             b_o = tl.load(p_o + o_t * stride_o + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
             b_gate = tl.load(p_gate + o_t * stride_gate + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
             b_x = (b_o * tl.sigmoid(b_gate)).to(p_x.dtype.element_ty)
             tl.store(p_x + o_t * N + k * BN + o_n, b_x, mask=m_n)
+            # u reads the rounded x, as the GEMM does. A tuple cannot be changed in place, so the sums are built anew.
             b_new = ()
             for j in tl.static_range(R):
                 b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
@@ -61,7 +68,7 @@ def _backward_kernel(
     p_dx, p_du, p_o, p_gate, p_A, p_do, p_dgate, p_partial, T, stride_dx, stride_o, stride_gate,
     N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (column block, i) takes every i-th token; p_partial (programs, R, N)."""
+    """Program (column block, i) takes tokens i, i + programs, ...; p_partial (programs, R, N)."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < N
     b_A, b_dA = (), ()
@@ -72,34 +79,38 @@ def _backward_kernel(
         o_t = tl.cast(i_t, tl.int64)
         b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m_n, other=0).to(tl.float32)
         b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m_n, other=0).to(tl.float32)
-        b_s = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m_n, other=0).to(tl.float32))
+        b_sigmoid = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m_n, other=0).to(tl.float32))
         b_new = ()
         for j in tl.static_range(R):
             b_du = tl.load(p_du + o_t * R + j)
             b_dx += b_du * b_A[j]
-            b_new += (b_dA[j] + b_du * (b_o * b_s).to(p_o.dtype.element_ty).to(tl.float32),)
+            # x as forward rounded it: dA is the gradient of a product with the rounded x.
+            b_new += (b_dA[j] + b_du * (b_o * b_sigmoid).to(p_o.dtype.element_ty).to(tl.float32),)
         b_dA = b_new
-        tl.store(p_do + o_t * N + o_n, (b_dx * b_s).to(p_do.dtype.element_ty), mask=m_n)
-        tl.store(p_dgate + o_t * N + o_n, (b_dx * b_o * b_s * (1 - b_s)).to(p_dgate.dtype.element_ty), mask=m_n)
+        # From here on b_dx holds dx + du A.
+        tl.store(p_do + o_t * N + o_n, (b_dx * b_sigmoid).to(p_do.dtype.element_ty), mask=m_n)
+        b_dgate = b_dx * b_o * b_sigmoid * (1 - b_sigmoid)
+        tl.store(p_dgate + o_t * N + o_n, b_dgate.to(p_dgate.dtype.element_ty), mask=m_n)
     for j in tl.static_range(R):
         p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * N
         tl.store(p_row + o_n, b_dA[j], mask=m_n)
 
 
-# Columns a program, 6 KB of loads a stage; four programs a multiprocessor keep 72 KB in flight.
+# 1,024 columns of three bf16 tensors are 6 KB of loads a stage. With three stages in flight while the fourth is in use,
+# the four programs of a multiprocessor keep 72 KB in flight.
 _BACKWARD = {"BN": 1024, "STAGES": 4, "num_warps": 4}
 
 
 class _SigmoidGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, gate, lora_A):
-        T, N = o.shape
-        R = 0 if lora_A is None else len(lora_A)
-        x = torch.empty(T, N, dtype=o.dtype, device=o.device)
-        u = torch.empty(T, R, dtype=torch.float32, device=o.device) if R else None
+        T, F = o.shape
+        J = 0 if lora_A is None else len(lora_A)
+        x = torch.empty(T, F, dtype=o.dtype, device=o.device)
+        u = torch.empty(T, J, dtype=torch.float32, device=o.device) if J else None
         _forward_kernel[(persistent_programs(o, T, per_sm=2),)](
             o, gate, lora_A, x, u, T, o.stride(0), gate.stride(0),
-            N=N, R=R, BN=min(1024, triton.next_power_of_2(N)), STAGES=3, num_warps=4,
+            N=F, R=J, BN=min(1024, triton.next_power_of_2(F)), STAGES=3, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(o, gate, lora_A)
         return x, u
@@ -107,25 +118,25 @@ class _SigmoidGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, du):
         o, gate, lora_A = ctx.saved_tensors
-        T, N = o.shape
-        R = 0 if lora_A is None else len(lora_A)
-        do, dgate = (torch.empty(T, N, dtype=t.dtype, device=t.device) for t in (o, gate))
-        columns = triton.cdiv(N, _BACKWARD["BN"])
+        T, F = o.shape
+        J = 0 if lora_A is None else len(lora_A)
+        do, dgate = (torch.empty(T, F, dtype=t.dtype, device=t.device) for t in (o, gate))
+        columns = triton.cdiv(F, _BACKWARD["BN"])
         programs = persistent_programs(o, T, per_sm=4 / columns)
-        partial = o.new_empty(programs, R, N, dtype=torch.float32)
+        partial = o.new_empty(programs, J, F, dtype=torch.float32)
         dx = adjacent(dx)
         _backward_kernel[(columns, programs)](
-            dx, du.contiguous() if R else None, o, gate, lora_A, do, dgate, partial, T,
-            dx.stride(0), o.stride(0), gate.stride(0), N=N, R=R, **_BACKWARD,
+            dx, du.contiguous() if J else None, o, gate, lora_A, do, dgate, partial, T,
+            dx.stride(0), o.stride(0), gate.stride(0), N=F, R=J, **_BACKWARD,
         )  # fmt: skip
-        return do, dgate, partial.sum(0) if R else None
+        return do, dgate, partial.sum(0) if J else None
 
 
 def sigmoid_gate_triton(o: Tensor, gate: Tensor, lora_A: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """sigmoid_gate_reference in Triton; up to three fp32 rows of A are fused, others are a plain matmul after it.
-    o and gate may be strided by row.
+    """sigmoid_gate_reference in Triton. Up to three fp32 rows of A are fused; for more a plain matmul runs after the
+    kernel. o and gate may have any row stride.
     """
     check_inputs("sigmoid_gate", {"o": o, "gate": gate}, {})
     A = lora_A.contiguous() if fuses_A(lora_A) else None
     x, u = _SigmoidGate.apply(o, gate, A)
-    return x, u if A is not None else project(x, lora_A)
+    return x, u if A is not None else lora_u(x, lora_A)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import Pending
-from kernels.lora_term import add_lora_apart
+from kernels.lora_term import add_lora_by_projection
 from psysafe.model.config import ModelConfig
 from psysafe.model.layers import Batch, FusedLinear, frozen
 
@@ -70,7 +70,7 @@ class GatedDeltaNet(nn.Module):
         y = self.in_proj(x)
         if self.in_proj.adapter is None:
             return y.split(sizes, dim=1)
-        return tuple(part.to(y.dtype) for part in add_lora_apart(y, self.in_proj.lora_term(u), sizes))
+        return tuple(part.to(y.dtype) for part in add_lora_by_projection(y, self.in_proj.lora_term(u), sizes))
 
 
 class _SplitLinear(torch.autograd.Function):

@@ -18,7 +18,7 @@ rest. So no file has "the LoRA forward". Who does what:
     ----------------------  --------------------------------  ------------------------------------------
     q_proj k_proj v_proj    residual_rms_norm (input)         qk_norm_rope
     o_proj                  sigmoid_gate                      residual_rms_norm (post_attention)
-    in_proj_qkv z b a       residual_rms_norm (input)         add_lora_apart (plain products, autograd)
+    in_proj_qkv z b a       residual_rms_norm (input)         add_lora_by_projection (plain products)
     out_proj                gated_rms_norm                    residual_rms_norm (post_attention)
     gate_proj up_proj       residual_rms_norm (post_attn.)    swiglu
     down_proj               swiglu                            residual_rms_norm (next block, or final norm)
