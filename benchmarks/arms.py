@@ -24,7 +24,7 @@ from psysafe.checkpoint.base import build, random_tensor, randomise
 from psysafe.data.documents import Document, MicroBatch, pack
 from psysafe.files import read_json
 from psysafe.model.config import ModelConfig
-from psysafe.model.recompute import STAGES
+from psysafe.model.recompute import STAGES, recompute
 from psysafe.training.config import TrainConfig
 from psysafe.training.facts import attach_adapters, make_optimizer, nbytes
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
@@ -115,7 +115,7 @@ class Ours(Arm):
         self.plan = None
         if self.checkpointing:
             for block in self.model.layers:
-                block.recompute = frozenset(STAGES)
+                recompute(block, STAGES)
         elif self.device.type == "cuda":
             fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
             self.plan = Plan(self.model.config, self.adapters.targets, self.adapters.rank, CAP - RESERVE, fixed)
