@@ -24,7 +24,7 @@ from psysafe.checkpoint.base import build, random_tensor, randomise
 from psysafe.data.documents import Document, MicroBatch, pack
 from psysafe.files import read_json
 from psysafe.model.config import ModelConfig
-from psysafe.model.recompute import STAGES
+from psysafe.model.recompute import STAGES, recompute
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
 from psysafe.training.setup import attach_adapters, make_optimizer, nbytes
@@ -127,7 +127,7 @@ class Ours(Contender):
         self.plan = None
         if self.checkpointing:
             for block in self.model.layers:
-                block.recompute = frozenset(STAGES)
+                recompute(block, STAGES)
         elif self.device.type == "cuda":
             fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
             limit = MAX_GPU_BYTES - RESERVE

@@ -17,7 +17,7 @@ from psysafe import load_model
 from psysafe.checkpoint.adapter import load_adapter, save_adapter
 from psysafe.model import lora
 from psysafe.model.cache import Cache
-from psysafe.model.layers import Batch, FusedLinear
+from psysafe.model.layers import FusedLinear
 from psysafe.model.lora import (
     TARGETS,
     attach,
@@ -74,7 +74,7 @@ def test_the_written_gradients_are_the_formula_s():
 def fused_mlp(block, h):
     """norm, MLP and the residual addition behind it, as the model runs them."""
     h, x, u = kernels.residual_rms_norm(h, None, block.post_attention_layernorm, block.eps, block.mlp.in_proj.lora_A)
-    return kernels.residual_rms_norm(h, block.mlp(x, u, Batch(None, None, None)), block.input_layernorm, block.eps)[0]
+    return kernels.residual_rms_norm(h, block.mlp(x, u), block.input_layernorm, block.eps)[0]
 
 
 def mlp_by_the_formula(block, h):

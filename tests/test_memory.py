@@ -12,9 +12,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import kernels
 from psysafe.checkpoint.base import build, load_model
+from psysafe.model import recompute as recomputation
 from psysafe.model.config import ModelConfig
 from psysafe.model.lora import ALL_LINEAR, TARGETS, attach
-from psysafe.model.recompute import STAGES, Remake
+from psysafe.model.recompute import STAGES, recompute, recomputed_stages
 from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
 from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds
 
@@ -36,15 +37,14 @@ class Counted:
         self.bytes: Counter = Counter()
         self.alive, self.layer = [], -1
         self.known = {p.untyped_storage()._cdata for p in model.parameters()}
-        monkeypatch.setattr(Remake, "keep", staticmethod(self.keep))
-        monkeypatch.setattr(Remake, "_source", lambda *args, _original=Remake._source: self.source(_original, *args))
+        monkeypatch.setattr(recomputation._RecomputedForward, "save", staticmethod(self.count))
         # Rotary angles belong to no layer.
-        monkeypatch.setattr(model, "rotary", lambda *args, _original=model.rotary: [*map(self.keep, _original(*args))])
+        monkeypatch.setattr(model, "rotary", lambda *args, _original=model.rotary: [*map(self.count, _original(*args))])
         for i, block in enumerate(model.layers):
             block.register_forward_pre_hook(lambda *_, i=i: setattr(self, "layer", i))
         model.layers[-1].register_forward_hook(lambda *_: setattr(self, "layer", -1))
 
-    def keep(self, x):
+    def count(self, x):
         storage = x.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
@@ -52,31 +52,22 @@ class Counted:
         self.alive.append(x)
         return x
 
-    def source(self, original, remake, fn, args):
-        """A call to be made again holds what its function refers to: the rotary angles, u."""
-        for cell in getattr(fn, "__closure__", None) or ():
-            for x in cell.cell_contents if isinstance(cell.cell_contents, tuple) else ():
-                for tensor in x if isinstance(x, tuple) else (x,):
-                    if isinstance(tensor, torch.Tensor):
-                        self.keep(tensor)
-        return original(remake, fn, args)
-
 
 def counted(monkeypatch, model, lengths, targets, rank, dropped, rows) -> Counter:
     """Bytes saved by layer in a forward pass through the Triton operations."""
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
     attach(model, rank, 1, targets)
     for block in model.layers:
-        block.recompute = frozenset(dropped)
+        recompute(block, dropped)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     tokens = torch.arange(sum(lengths), device=model.norm.device) % model.config.vocab_size
-    count = Counted(model, monkeypatch)
-    with saved_tensors_hooks(count.keep, lambda x: x):
+    counter = Counted(model, monkeypatch)
+    with saved_tensors_hooks(counter.count, lambda x: x):
         rows = None if rows is None else torch.arange(rows, device=tokens.device)
         hidden = model(tokens, kernels.Documents(bounds, tokens.device), rows=rows)
         loss = kernels.linear_cross_entropy(hidden, model.head, tokens[: len(hidden)])
     assert loss.requires_grad
-    return count.bytes
+    return counter.bytes
 
 
 def compare_with(monkeypatch, model, lengths, element, targets=TARGETS, rank=1, dropped=(), rows=None):
@@ -203,7 +194,7 @@ def test_the_plan_reaches_the_model():
     model = build(CONFIG, "meta", torch.bfloat16)
     attach(model, 1, 32)
     choice = plan().apply(model, Sizes.largest(4096, 4))
-    assert tuple(block.recompute for block in model.layers) == choice.dropped and any(choice.dropped)
+    assert tuple(recomputed_stages(block) for block in model.layers) == choice.dropped and any(choice.dropped)
 
 
 def test_useful_flops_of_the_published_model():

@@ -25,7 +25,7 @@ from psysafe.checkpoint import base as checkpoint
 from psysafe.data.documents import SPARE, Dataset, Document, pack, pack_share
 from psysafe.model import shard
 from psysafe.model.lora import attach
-from psysafe.model.recompute import STAGES
+from psysafe.model.recompute import STAGES, recompute
 from psysafe.runtime import Runtime, memory_peak, start
 from psysafe.training.config import TrainConfig
 from psysafe.training.watchdog import Watchdog
@@ -185,7 +185,7 @@ def first_step(folder, runtime: Runtime, sharded: bool) -> dict[str, torch.Tenso
 
     FSDPState._root_pre_forward = watched  # where inputs go to the GPU, if there is one
     for i, block in enumerate(model.layers):
-        block.recompute = frozenset(STAGES) if i % 2 and sharded else frozenset()
+        recompute(block, STAGES if i % 2 and sharded else ())
         block.mlp.register_forward_pre_hook(lambda mlp, args: gathered.append(mlp.in_proj.weight))
     config = TrainConfig(batch_size=4, micro_batch_tokens=70, optimizer="adamw", warmup_steps=0)
     data = Dataset(documents((60, 33, 41, 1 + 3)), 60, 0, 0)

@@ -5,24 +5,31 @@ A block maps (h, pending) to (h, pending): `pending` is what its last GEMM wrote
 added; the next residual + RMSNorm adds both. Every fused operation comes from `kernels`; the GEMMs in between are plain
 `F.linear` on frozen, fused weights. Equations: transformers' `modeling_qwen3_5.py`.
 
-Shapes: T tokens, D hidden, H query heads, G key/value heads, K head size, R half the rotary dims, V vocabulary.
+Shapes: T tokens, D hidden, H query heads, G key/value heads, K head size, P rotary half, I intermediate, r rank, V
+vocabulary.
 """
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import Documents, Pending
+from kernels import Documents, LoRATerm, Pending
+from psysafe.model.cache import CacheView, StepView
 from psysafe.model.config import ModelConfig
 from psysafe.model.gated_delta_net import GatedDeltaNet
-from psysafe.model.layers import Batch, FusedLinear, frozen
-from psysafe.model.recompute import Remake
+from psysafe.model.layers import FusedLinear, frozen
 
-if TYPE_CHECKING:
-    from psysafe.model.cache import CacheView
+
+class Batch(NamedTuple):
+    """What all blocks of a forward pass share. cos and sin (T, P) in fp32 or wider."""
+
+    documents: Documents
+    cos: Tensor
+    sin: Tensor
+    cache: CacheView | StepView | None
 
 
 class Attention(nn.Module):
@@ -37,17 +44,20 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = frozen(config.head_dim), frozen(config.head_dim)
 
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
-        config = self.config
-        y = batch.remake("in_proj", self.in_proj, x)
-        sizes = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-        others = self.q_norm, self.k_norm, batch.cos, batch.sin, *sizes, self.in_proj.lora_term(u)
-        q, gate, k, v = batch.remake("rope", lambda y: kernels.qk_norm_rope(y, *others), y)
+        """x (T, D), u (T, 3r) of in_proj's adapter -> y (T, D) of o_proj, its adapter's term pending."""
+        qgkv = self.in_proj(x)  # (T, 2*H*K + 2*G*K): q and gate head by head, then k, then v
+        q, gate, k, v = self.rope(qgkv, self.in_proj.lora_term(u), batch.cos, batch.sin)
         if batch.cache is None:
-            o = kernels.causal_attention(q, k, v, batch.documents)
+            o = kernels.causal_attention(q, k, v, batch.documents)  # (T, H, K)
         else:
             o = batch.cache.attend(layer, q, k, v, batch.documents)
-        x, u = kernels.sigmoid_gate(o.flatten(1), gate, self.out_proj.lora_A)
+        x, u = kernels.sigmoid_gate(o.flatten(1), gate, self.out_proj.lora_A)  # (T, H*K), (T, r)
         return Pending(self.out_proj(x), self.out_proj.lora_term(u))
+
+    def rope(self, qgkv: Tensor, lora_term: LoRATerm | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Norms of q and k, then rotary embedding -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K)."""
+        H, G, eps = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.rms_norm_eps
+        return kernels.qk_norm_rope(qgkv, self.q_norm, self.k_norm, cos, sin, H, G, eps, lora_term)
 
 
 class MLP(nn.Module):
@@ -59,49 +69,53 @@ class MLP(nn.Module):
         self.in_proj = FusedLinear(D, {"gate_proj": size, "up_proj": size})
         self.out_proj = FusedLinear(size, {"down_proj": D})
 
-    def forward(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
-        gate_up = batch.remake("gate_up", self.in_proj, x)
-        x, u = kernels.swiglu(gate_up, self.in_proj.lora_term(u), self.out_proj.lora_A)
+    def forward(self, x: Tensor, u: Tensor | None) -> Pending:
+        """x (T, D), u (T, 2r) of in_proj's adapter -> y (T, D) of down_proj, its adapter's term pending."""
+        gate_up = self.in_proj(x)  # (T, 2*I)
+        x, u = kernels.swiglu(gate_up, self.in_proj.lora_term(u), self.out_proj.lora_A)  # (T, I), (T, r)
         return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)), with both additions left to the next norm."""
+    """h += mixer(norm(h)); h += mlp(norm(h)), with both additions left to the next norm."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.eps = layer, config.rms_norm_eps
         self.input_layernorm = frozen(config.hidden_size)
-        if config.layer_types[layer] == "full_attention":
+        self.is_attention = config.layer_types[layer] == "full_attention"
+        if self.is_attention:
             self.self_attn = Attention(config)
         else:
             self.linear_attn = GatedDeltaNet(config)
         self.post_attention_layernorm = frozen(config.hidden_size)
         self.mlp = MLP(config)
-        self.recompute: frozenset[str] = frozenset()  # what backward makes again (psysafe.training.memory_plan decides)
 
     @property
-    def mixer(self) -> nn.Module:
-        return self.self_attn if hasattr(self, "self_attn") else self.linear_attn
+    def mixer(self) -> Attention | GatedDeltaNet:
+        return self.self_attn if self.is_attention else self.linear_attn
 
     def forward(
         self, h: Tensor, pending: Pending | None, batch: Batch, rows: Tensor | None = None
     ) -> tuple[Tensor, Pending]:
-        """h (T, D) -> (T, D); with `rows` (N,) the MLP runs on those rows only: (N, D)."""
-        with Remake(self.recompute) as remake:
-            batch = batch._replace(remake=remake)
-            h, x, u = self.add_and_norm(h, pending, self.input_layernorm, self.mixer.in_proj.lora_A, remake)
-            pending = self.mixer(x, u, batch, self.layer)
-            if rows is not None:
-                h, pending = h.index_select(0, rows), _select(pending, rows)
-            h, x, u = self.add_and_norm(h, pending, self.post_attention_layernorm, self.mlp.in_proj.lora_A, remake)
-            return h, self.mlp(x, u, batch)
+        """h (T, D), pending.y (T, D) -> the same; with `rows` (N,) the MLP runs on those rows only: (N, D)."""
+        h, x, u = self.add_and_norm(h, pending, self.input_layernorm, self.mixer.in_proj.lora_A)
+        pending = self.mix(x, u, batch)
+        if rows is not None:
+            h, pending = h.index_select(0, rows), _select(pending, rows)
+        h, x, u = self.add_and_norm(h, pending, self.post_attention_layernorm, self.mlp.in_proj.lora_A)
+        return h, self.mlp(x, u)
 
-    def add_and_norm(self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None, remake: Remake):
-        """(h, x, u); x is never saved, because it can be made again from h."""
-        h, x, u = kernels.residual_rms_norm(h, pending, weight, self.eps, lora_A)
-        remake.derive(x, lambda h: kernels.residual_rms_norm(h, None, weight, self.eps)[1], h)
-        return h, x, u
+    def add_and_norm(
+        self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h' = h + y + s u B^T (T, D), x = rms_norm(h') (T, D), and u = x A^T (T, P*r) for the P projections of x."""
+        return kernels.residual_rms_norm(h, pending, weight, self.eps, lora_A)
+
+    def mix(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
+        if self.is_attention:
+            return self.self_attn(x, u, batch, self.layer)
+        return self.linear_attn(x, u, batch.documents, batch.cache, self.layer)
 
 
 class Qwen3_5(nn.Module):
@@ -124,7 +138,7 @@ class Qwen3_5(nn.Module):
         self,
         tokens: Tensor,
         cu_seqlens: Tensor | Documents,
-        cache: "CacheView | None" = None,
+        cache: CacheView | StepView | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """tokens (T,) int64, cu_seqlens (n+1,) int32 -> hidden (T, D), final norm applied.
@@ -135,12 +149,12 @@ class Qwen3_5(nn.Module):
         documents = cu_seqlens if isinstance(cu_seqlens, Documents) else Documents(cu_seqlens, tokens.device)
         if tokens.shape != (documents.total,):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, cu_seqlens end at {documents.total}")
-        positions = documents.positions if cache is None else cache.positions(documents)
+        positions = documents.positions if cache is None else cache.positions(documents)  # (T,)
         batch = Batch(documents, *self.rotary(positions), cache)
-        h, pending = self.embed(tokens), None
+        h, pending = self.embed(tokens), None  # (T, D)
         for layer in self.layers:
             h, pending = layer(h, pending, batch, rows if layer is self.layers[-1] else None)
-        _, x, _ = kernels.residual_rms_norm(h, pending, self.norm, self.config.rms_norm_eps)
+        _, x, _ = kernels.residual_rms_norm(h, pending, self.norm, self.config.rms_norm_eps)  # (T or N, D)
         if cache is not None:
             cache.advance(documents)
         return x
@@ -149,6 +163,7 @@ class Qwen3_5(nn.Module):
         """tokens (T,) -> (T, D). An embedding in host memory wants its tokens there, too: that costs no wait."""
         h = self.embed_tokens.index_select(0, tokens.to(self.embed_tokens.device))
         if h.device != self.norm.device:
+            # Only from pinned memory is a copy to a GPU asynchronous.
             h = (h.pin_memory() if self.norm.is_cuda else h).to(self.norm.device, non_blocking=True)
         return h
 
@@ -157,7 +172,7 @@ class Qwen3_5(nn.Module):
         return F.linear(hidden, self.head)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (T, R) in fp32, as the reference computes them (fp64 in an fp64 model)."""
+        """positions (T,) -> cos, sin (T, P) in fp32, as the reference computes them (fp64 in an fp64 model)."""
         config = self.config
         dtype = torch.promote_types(self.norm.dtype, torch.float32)
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=dtype, device=positions.device) / config.rotary_dim
@@ -166,6 +181,7 @@ class Qwen3_5(nn.Module):
 
 
 def _select(pending: Pending, rows: Tensor) -> Pending:
+    """The rows (N,) of y and of u: B has none, it belongs to all tokens."""
     lora = pending.lora
     if lora is not None:
         lora = lora._replace(u=lora.u.index_select(0, rows))

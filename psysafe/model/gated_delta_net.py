@@ -5,8 +5,8 @@
     o              = gated delta rule(q, k, v, a, b)
     y              = out_proj(rms_norm(o) * w * silu(z))
 
-Convolution and state start afresh at every document. Shapes: T tokens, Hk key heads of dk, H value heads of dv,
-C = 2 Hk dk + H dv convolved channels, M taps.
+Convolution and state start afresh at every document. Shapes: T tokens, D hidden, Hk key heads of dk, H value heads of
+dv, C = 2 Hk dk + H dv convolved channels, M taps, r rank.
 """
 
 import torch
@@ -14,81 +14,91 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import Pending
+from kernels import Documents, LoRATerm, Pending
 from kernels.lora_term import add_lora_by_projection
+from psysafe.model.cache import CacheView, StepView
 from psysafe.model.config import ModelConfig
-from psysafe.model.layers import Batch, FusedLinear, frozen
+from psysafe.model.layers import FusedLinear, frozen
 
 
 class GatedDeltaNet(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.key_shape = (config.linear_num_key_heads, config.linear_key_head_dim)
-        self.value_shape = (config.linear_num_value_heads, config.linear_value_head_dim)
+        self.key_shape = config.linear_num_key_heads, config.linear_key_head_dim
+        self.value_shape = config.linear_num_value_heads, config.linear_value_head_dim
+        self.qkv_sizes = config.delta_key, config.delta_key, config.delta_out
         heads = config.linear_num_value_heads
-        self.splits = (config.delta_key, config.delta_key, config.delta_out)
         parts = {"in_proj_qkv": config.conv_channels, "in_proj_z": config.delta_out}
         self.in_proj = FusedLinear(config.hidden_size, parts | {"in_proj_b": heads, "in_proj_a": heads})
         self.conv1d = frozen(config.conv_channels, config.linear_conv_kernel_dim)
-        # The published checkpoints keep these two in fp32: the decay is exponentiated twice.
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.A_log = frozen(heads, dtype=wide)
+        # The published checkpoints keep A_log in fp32, because the decay is exponentiated twice, and this norm, too.
+        fp32_or_wider = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = frozen(heads, dtype=fp32_or_wider)
         self.dt_bias = frozen(heads)
-        self.norm = frozen(config.linear_value_head_dim, dtype=wide)
+        self.norm = frozen(config.linear_value_head_dim, dtype=fp32_or_wider)
         self.out_proj = FusedLinear(config.delta_out, {"out_proj": config.hidden_size})
 
-    def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
-        documents, cache, remake = batch.documents, batch.cache, batch.remake
-        qkv, z, b, a = remake("in_proj", self.project, x, u)
+    def forward(
+        self, x: Tensor, u: Tensor | None, documents: Documents, cache: CacheView | StepView | None, layer: int
+    ) -> Pending:
+        """x (T, D), u (T, 4r) of in_proj's adapter -> y (T, D) of out_proj, its adapter's term pending."""
+        qkv, z, b, a = self.project(x, self.in_proj.lora_term(u))  # (T, C), (T, H*dv), (T, H), (T, H)
         if cache is None:
-            q, k, v = remake("conv", lambda x: kernels.causal_conv1d_silu(x, self.conv1d, documents, self.splits), qkv)
+            q, k, v = self.heads(*self.conv(qkv, documents))  # (T, Hk, dk), (T, Hk, dk), (T, H, dv)
+            o = self.delta_rule(q, k, v, a, b, documents)  # (T, H, dv)
         else:
-            q, k, v = cache.convolve(layer, qkv, self.conv1d, documents, self.splits)
-        q, k, v = (part.view(len(x), *shape) for part, shape in zip((q, k, v), self.shapes, strict=True))
-        if cache is None:
-            frozen = self.A_log, self.dt_bias, documents
-            o, _ = remake("delta_rule", lambda *x: kernels.gated_delta_rule(*x, *frozen), q, k, v, a, b)
-        else:
+            q, k, v = self.heads(*cache.convolve(layer, qkv, self.conv1d, documents, self.qkv_sizes))
             o = cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, documents)
-        x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)
+        x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)  # (T, H*dv), (T, r)
         return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        return self.key_shape, self.key_shape, self.value_shape
-
-    def project(self, x: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
-        """x (T, D) -> q|k|v (T, C), z (T, H*dv), b (T, H), a (T, H): column slices of one GEMM's output.
-
-        These projections have no elementwise neighbour, so an adapter on them (not in the paper's recipe) is added
-        plainly.
-        """
+    def project(self, x: Tensor, lora_term: LoRATerm | None) -> tuple[Tensor, ...]:
+        """x (T, D) -> q|k|v (T, C), z (T, H*dv), b (T, H), a (T, H): column slices of one GEMM's output."""
         sizes = tuple(self.in_proj.parts.values())
-        if self.in_proj.adapter is None and torch.is_grad_enabled():
+        if lora_term is not None:
+            # No operation behind this GEMM takes the term. An adapter here, which the paper's recipe does not have, is
+            # added in a pass of its own.
+            y = self.in_proj(x)
+            return tuple(part.to(y.dtype) for part in add_lora_by_projection(y, lora_term, sizes))
+        if torch.is_grad_enabled():
             return _SplitLinear.apply(x, self.in_proj.weight, sizes)
-        y = self.in_proj(x)
-        if self.in_proj.adapter is None:
-            return y.split(sizes, dim=1)
-        return tuple(part.to(y.dtype) for part in add_lora_by_projection(y, self.in_proj.lora_term(u), sizes))
+        return self.in_proj(x).split(sizes, dim=1)
+
+    def conv(self, qkv: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+        """q|k|v (T, C) -> silu(causal convolution): q (T, Hk*dk), k (T, Hk*dk), v (T, H*dv)."""
+        return kernels.causal_conv1d_silu(qkv, self.conv1d, documents, self.qkv_sizes)
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views with an axis of heads."""
+        T = len(q)
+        return q.view(T, *self.key_shape), k.view(T, *self.key_shape), v.view(T, *self.value_shape)
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, documents: Documents) -> Tensor:
+        """q, k (T, Hk, dk), v (T, H, dv), decay input a (T, H), write strength b (T, H) -> o (T, H, dv)."""
+        o, _ = kernels.gated_delta_rule(q, k, v, a, b, self.A_log, self.dt_bias, documents)
+        return o
 
 
 class _SplitLinear(torch.autograd.Function):
-    """x W^T split by columns. Backward accumulates dx over the parts' own GEMMs: concatenating their gradients first,
-    as autograd would for one GEMM, costs another pass over the widest tensor of the layer."""
+    """x W^T split by columns, as one GEMM whose backward takes the parts' gradients as they come.
+
+    Autograd's own backward of F.linear and split would first concatenate the gradients of q|k|v, z, b and a: one more
+    pass over the widest tensor of the layer. Here every part multiplies its own rows of W and accumulates into dx.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a part without gradient arrives as None, not as a tensor of zeros
         return F.linear(x, weight).split(sizes, dim=1)
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None):
         (weight,) = ctx.saved_tensors
         dx = None
-        for dy, part in zip(dys, weight.split(ctx.sizes), strict=True):
+        for dy, rows in zip(dys, weight.split(ctx.sizes), strict=True):
             if dy is not None:
-                dx = dy @ part if dx is None else dx.addmm_(dy, part)
+                dx = dy @ rows if dx is None else dx.addmm_(dy, rows)
         return dx, None, None

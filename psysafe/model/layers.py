@@ -1,33 +1,18 @@
-"""The pieces that both mixers and the MLP are made of: the fused frozen linear layer, and what a batch shares."""
-
-from typing import TYPE_CHECKING, NamedTuple
+"""The pieces that both mixers and the MLP are made of: a fused frozen linear layer, and frozen weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Documents, LoRATerm
-from psysafe.model.recompute import Remake
-
-if TYPE_CHECKING:
-    from psysafe.model.cache import CacheView
-
-
-class Batch(NamedTuple):
-    """What all layers of a forward pass share. cos and sin (T, R), fp32 or wider; `remake` is each block's own."""
-
-    documents: Documents
-    cos: Tensor
-    sin: Tensor
-    cache: "CacheView | None" = None
-    remake: Remake = Remake()
+from kernels import LoRATerm
 
 
 class FusedLinear(nn.Module):
-    """One frozen GEMM for all projections that read the same x; weight (sum of the parts' features, in_features).
+    """One frozen GEMM for all projections that read the same x: x (T, in) -> x W^T (T, sum of the parts' features).
 
-    `parts` names the projections as the published checkpoint does, with their output features, in row order.
-    `adapter` is attached from outside (lora.py).
+    `parts` names the projections as the published checkpoint does, with their output features, in the order of their
+    rows in W. `adapter` is attached from outside (lora.py). The GEMM itself knows nothing of it: the operations around
+    it are given `lora_A` and `lora_term`.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int]):
@@ -38,10 +23,11 @@ class FusedLinear(nn.Module):
 
     @property
     def lora_A(self) -> Tensor | None:
+        """(P*r, in) of the P parts, for the operation before this GEMM: it returns u = x A^T."""
         return None if self.adapter is None else self.adapter.A
 
     def lora_term(self, u: Tensor | None) -> LoRATerm | None:
-        """The adapter term that the op behind this GEMM has to add."""
+        """s u B^T, u (T, P*r), for the operation behind this GEMM: it adds the term to the output."""
         return None if self.adapter is None else LoRATerm(u, self.adapter.B, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:

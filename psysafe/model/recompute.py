@@ -1,152 +1,226 @@
-"""Saved tensors that backward makes again instead of keeping. Which ones is the memory plan's choice (memory.py).
+"""Recomputation: stages of a block whose tensors are dropped after forward and computed once more in backward.
 
-    with Remake({"conv", "gate_up"}) as remake:          # one block's forward pass
-        y = remake("gate_up", self.in_proj, x)           # in_proj(x)
+    recompute(block, {"conv", "gate_up"})      # from the next forward pass on
+    recompute(block, ())                       # saves everything again
 
-Where the name was chosen, nothing that the call leaves for backward outlives the block: neither what autograd saves
-inside it nor its outputs where later operations save them. Each is replaced by a ticket. The first ticket that backward
-presents makes the call again, with the same inputs and kernels and so the same bits; the last one frees the results.
-An input that was dropped itself is a ticket, too, so chains of calls resolve by themselves.
+It is applied from outside. A stage is a method of one of the block's modules (`_stage_methods`). A wrapper takes the
+method's place on the instance, so the decoder knows nothing of it. The memory plan chooses the stages.
 
-`torch.utils.checkpoint` drops a whole stretch of the forward pass. This drops a stretch's widest tensors and keeps the
-dearest: attention's q, k and v, say, but not its output.
+Of a recomputed stage nothing stays in memory for backward: neither the tensors that autograd saves inside it, nor its
+outputs where later operations save them. A small handle stands for each of them. The first handle that backward reads
+runs the stage once more, with the same inputs and kernels and so to the same bits. The last one frees the results. An
+input that is itself the output of a recomputed stage is a handle, too, so chains of stages resolve by themselves.
+
+Why not torch.utils.checkpoint? It drops everything between two points of the forward pass and computes all of it again.
+Here the widest tensors of a stretch are dropped and the most expensive ones saved: attention's output, for example, but
+not its q, k and v.
+
+Why not selective activation checkpointing (create_selective_checkpoint_contexts in torch.utils.checkpoint)? It makes
+such a choice, but by operator, as the dispatcher sees them. Our fused operations are autograd functions that launch
+kernels: each would first have to be registered as a torch.library operator.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from kernels import LoRATerm
+from psysafe.model.decoder import Block
 
 STAGES = ("conv", "rope", "delta_rule", "in_proj", "gate_up")
 
 
-class Remake:
-    """One block's forward pass. `dropped` names the calls to make again; without names nothing happens here."""
+def recompute(block: Block, stages: Collection[str]) -> None:
+    """From the next forward pass on, backward recomputes these stages of the block and saves all others.
 
-    def __init__(self, dropped: Collection[str] = ()):
-        assert set(dropped) <= set(STAGES), dropped
-        self.dropped = dropped
-        self.hooks = saved_tensors_hooks(self.pack, _redeem)
-        self.sources: dict[int, tuple[_Source, int]] = {}  # by the address of an output's storage
-        # An output that was freed within the block could leave its address to a tensor that must be kept.
-        self.alive: list[Tensor] = []
+    stages: names out of STAGES. Those of the other kind of mixer change nothing.
+    """
+    assert set(stages) <= set(STAGES), stages
+    if isinstance(block.forward, _RecomputedForward):
+        block.forward.remove()
+    if stages:
+        _RecomputedForward(block, frozenset(stages))
 
-    def __enter__(self) -> "Remake":
-        if self.dropped:
-            self.hooks.__enter__()
-        return self
 
-    def __exit__(self, *error) -> None:
-        if self.dropped:
-            self.hooks.__exit__(*error)
-        self.sources.clear()
-        self.alive.clear()
+def recomputed_stages(block: Block) -> frozenset[str]:
+    """What `recompute` was last called with."""
+    return getattr(block.forward, "stages", frozenset())
 
-    def __call__(self, name: str, fn: Callable, *args: Tensor | None):
-        """fn(*args), a tensor or a tuple. Whatever else fn reads (parameters, u) has to outlive the forward pass."""
-        assert name in STAGES, name
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
-        if name not in self.dropped or not needs_grad:
-            return fn(*args)
-        source = self._source(fn, args)
-        with saved_tensors_hooks(source.inner_ticket, _redeem):
-            outputs = fn(*args)
-        self._register(source, outputs)
+
+def _stage_methods(block: Block) -> dict[str, tuple[nn.Module, str]]:
+    """Stage -> the module and the name of its method that computes it."""
+    if block.is_attention:
+        mixer = {"in_proj": (block.self_attn.in_proj, "forward"), "rope": (block.self_attn, "rope")}
+    else:
+        methods = {"in_proj": "project", "conv": "conv", "delta_rule": "delta_rule"}
+        mixer = {stage: (block.linear_attn, name) for stage, name in methods.items()}
+    return mixer | {"gate_up": (block.mlp.in_proj, "forward")}
+
+
+class _RecomputedForward:
+    """Takes the place of a block's `forward`: runs it with hooks that drop what the chosen stages leave behind."""
+
+    def __init__(self, block: Block, stages: frozenset[str]):
+        self.stages = stages
+        self.replaced: list[tuple[nn.Module, str]] = []
+        self.calls: dict[int, tuple[_StageCall, int]] = {}  # storage of an output -> the call and the output's number
+        # An output that was freed within the block could leave its address to a tensor that must be saved.
+        self.outputs: list[Tensor] = []
+        self.block_forward = block.forward
+        self.replace(block, "forward", self)
+        self.replace(block, "add_and_norm", functools.partial(self.run_norm, block.add_and_norm))
+        for stage, (module, name) in _stage_methods(block).items():
+            if stage in stages:
+                self.replace(module, name, functools.partial(self.run_stage, getattr(module, name)))
+
+    def replace(self, module: nn.Module, name: str, wrapper: Callable) -> None:
+        assert name not in vars(module), f"{name} is replaced already"
+        setattr(module, name, wrapper)
+        self.replaced.append((module, name))
+
+    def remove(self) -> None:
+        """Without an attribute of its own an instance has the method of its class again."""
+        for module, name in self.replaced:
+            delattr(module, name)
+
+    def __call__(self, *args, **kwargs):
+        try:
+            with saved_tensors_hooks(self.pack, _unpack):
+                return self.block_forward(*args, **kwargs)
+        finally:
+            self.calls.clear()
+            self.outputs.clear()
+
+    def run_stage(self, stage: Callable, *args):
+        """stage(*args), its tensors dropped. All that depends on a gradient has to be an argument; weights need not."""
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args))):
+            return stage(*args)
+        call = self.drop(stage, args)
+        with saved_tensors_hooks(call.pack_inside, _unpack):
+            outputs = stage(*args)
+        self.register(call, outputs)
         return outputs
 
-    def derive(self, x: Tensor, fn: Callable, *args: Tensor) -> None:
-        """Tells that x, which no operation saves, equals fn(*args): what dropped calls on x need to be made again."""
-        if self.dropped and x.requires_grad:
-            self._register(self._source(fn, args), x)
+    def run_norm(self, add_and_norm: Callable, h: Tensor, pending, weight: Tensor, lora_A: Tensor | None):
+        """The norm is run as always. Its x, which no operation saves, is recomputed from h' where a dropped stage needs
+        its input."""
+        h, x, u = add_and_norm(h, pending, weight, lora_A)
+        if x.requires_grad:
+            self.register(self.drop(lambda h: add_and_norm(h, None, weight, None)[1], (h,)), x)
+        return h, x, u
 
-    def pack(self, x: Tensor) -> "Tensor | _Ticket":
-        """What stands for x until backward: a ticket where x lies in the output of a dropped call, else x itself."""
-        source, i = self.sources.get(_address(x), (None, 0))
-        if source is None:
-            return self.keep(x)
-        # A view of an output lies at the same place of the new one.
+    def pack(self, x: Tensor) -> "Tensor | _Handle":
+        """What autograd saves in place of x: a handle where x lies in the output of a dropped call, else x itself."""
+        call, i = self.calls.get(_storage(x), (None, 0))
+        if call is None:
+            return self.save(x)
+        # A view of an output lies at the same place of the recomputed one.
         size, stride, offset = x.shape, x.stride(), x.storage_offset()
-        return source.ticket(lambda made: made.outputs[i].as_strided(size, stride, offset))
+        return call.handle(lambda results: results.outputs[i].as_strided(size, stride, offset))
 
     @staticmethod
-    def keep(x: Tensor) -> Tensor:
+    def save(x: Tensor) -> Tensor:
         """Every tensor that is not dropped passes here (what the tests count)."""
         return x
 
-    def _source(self, fn: Callable, args: tuple) -> "_Source":
-        needs_grad = [x is not None and x.requires_grad for x in args]
-        return _Source(fn, [None if x is None else self.pack(x.detach()) for x in args], needs_grad)
+    def drop(self, stage: Callable, args: tuple) -> "_StageCall":
+        return _StageCall(stage, _map(Tensor, lambda x: _Input(self.pack(x.detach()), x.requires_grad), args))
 
-    def _register(self, source: "_Source", outputs: Tensor | tuple) -> None:
+    def register(self, call: "_StageCall", outputs: Tensor | tuple) -> None:
         for i, x in enumerate(_tuple(outputs)):
             if x is not None and x.numel():
-                self.sources.setdefault(_address(x), (source, i))
-                self.alive.append(x)
+                self.calls.setdefault(_storage(x), (call, i))
+                self.outputs.append(x)
 
 
-class _Made(NamedTuple):
-    """The results of a call made again: its outputs, and what autograd saved inside it, in order."""
+@dataclass(frozen=True)
+class _Input:
+    """A tensor argument of a dropped call."""
+
+    x: "Tensor | _Handle"
+    requires_grad: bool
+
+
+class _Results(NamedTuple):
+    """Of a recomputed call: its outputs, and what autograd saved inside it, in order."""
 
     outputs: list[Tensor | None]
     saved: list[Tensor]
 
 
-class _Ticket(NamedTuple):
-    source: "_Source"
-    find: Callable[[_Made], Tensor]
+class _Handle(NamedTuple):
+    """Stands for a dropped tensor: the call that computes it, and which of the results it is."""
+
+    call: "_StageCall"
+    pick: Callable[[_Results], Tensor]
 
 
 @dataclass(eq=False)
-class _Source:
-    """A dropped call: how to make it again, and its results for as long as backward still asks for some."""
+class _StageCall:
+    """A dropped call of a stage: how to run it again, and its results for as long as backward still needs some."""
 
-    fn: Callable
-    args: "list[Tensor | _Ticket | None]"
-    needs_grad: list[bool]
-    inside: int = 0
-    issued: int = 0
-    redeemed: int = 0
-    made: _Made | None = field(default=None, repr=False)
+    stage: Callable
+    args: tuple
+    n_inside: int = 0  # tensors that autograd saved inside the call
+    n_handles: int = 0
+    n_read: int = 0  # handles read since the results were computed
+    results: _Results | None = field(default=None, repr=False)
 
-    def ticket(self, find: Callable[[_Made], Tensor]) -> _Ticket:
-        self.issued += 1
-        return _Ticket(self, find)
+    def handle(self, pick: Callable[[_Results], Tensor]) -> _Handle:
+        self.n_handles += 1
+        return _Handle(self, pick)
 
-    def inner_ticket(self, x: Tensor) -> _Ticket:
-        i, self.inside = self.inside, self.inside + 1
-        return self.ticket(lambda made: made.saved[i])
+    def pack_inside(self, x: Tensor) -> _Handle:
+        i, self.n_inside = self.n_inside, self.n_inside + 1
+        return self.handle(lambda results: results.saved[i])
 
-    def redeem(self, find: Callable[[_Made], Tensor]) -> Tensor:
-        if self.made is None:
-            self.made = self._make()
-        x = find(self.made)
-        self.redeemed += 1
-        if self.redeemed == self.issued:
-            self.made, self.redeemed = None, 0
+    def read(self, pick: Callable[[_Results], Tensor]) -> Tensor:
+        if self.results is None:
+            self.results = self.run()
+        x = pick(self.results)
+        self.n_read += 1
+        if self.n_read == self.n_handles:  # a graph that is walked a second time computes them anew
+            self.results, self.n_read = None, 0
         return x
 
-    def _make(self) -> _Made:
+    def run(self) -> _Results:
         saved: list[Tensor] = []
-        args = [
-            None if x is None else _redeem(x).detach().requires_grad_(needs)
-            for x, needs in zip(self.args, self.needs_grad, strict=True)
-        ]
+        args = _map(_Input, lambda i: _unpack(i.x).detach().requires_grad_(i.requires_grad), self.args)
         # With gradients enabled, because only then do the operations inside save what their backward needs.
-        with torch.enable_grad(), saved_tensors_hooks(lambda x: saved.append(x.detach()), _redeem):
-            outputs = _tuple(self.fn(*args))
-        return _Made([None if x is None else x.detach() for x in outputs], saved)
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: saved.append(x.detach()), _unpack):
+            outputs = _tuple(self.stage(*args))
+        return _Results([None if x is None else x.detach() for x in outputs], saved)
 
 
-def _redeem(x: "Tensor | _Ticket") -> Tensor:
-    return x.source.redeem(x.find) if isinstance(x, _Ticket) else x
+def _unpack(x: "Tensor | _Handle") -> Tensor:
+    return x.call.read(x.pick) if isinstance(x, _Handle) else x
+
+
+def _map(kind: type, fn: Callable, args: tuple) -> tuple:
+    """args with fn applied to those of a kind, also inside an adapter term."""
+
+    def apply(x):
+        if isinstance(x, LoRATerm):
+            return x._replace(u=fn(x.u), B=fn(x.B))
+        return fn(x) if isinstance(x, kind) else x
+
+    return tuple(map(apply, args))
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    _map(Tensor, tensors.append, args)
+    return tensors
 
 
 def _tuple(outputs: Tensor | tuple) -> tuple:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _address(x: Tensor) -> int:
-    return x.untyped_storage()._cdata  # of the storage object, which tensors without memory (meta) have, too
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # address of the storage object, which tensors without memory (meta) have, too

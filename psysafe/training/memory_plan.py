@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from psysafe.model.config import DELTA_CHUNK, ModelConfig
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.recompute import STAGES
+from psysafe.model.recompute import STAGES, recompute
 from psysafe.program import UserError
 from psysafe.training.roofline import DELTA_RULE, SPEEDS
 
@@ -205,10 +205,10 @@ class Plan:
         return self.element * max(logits, mlp, *(kinds[kind] for kind in set(config.layer_types)))
 
     def apply(self, model: Qwen3_5, sizes: Sizes) -> Choice:
-        """Tells every block of the model what to make again in the next forward pass."""
+        """Sets for every block of the model what backward recomputes, from the next forward pass on."""
         choice = self.choose(sizes)
         for block, dropped in zip(model.layers, choice.dropped, strict=True):
-            block.recompute = dropped
+            recompute(block, dropped)
         return choice
 
     def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> str:
