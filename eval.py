@@ -16,31 +16,30 @@ from collections.abc import Sequence
 
 from psysafe.cli import Parser
 from psysafe.evaluation import report
-from psysafe.evaluation.benchmarks import agreement, miniature, multiple_choice, sorry_bench, xstest
-from psysafe.evaluation.benchmarks import four_criteria as judging
+from psysafe.evaluation.benchmark import Evaluation
+from psysafe.evaluation.benchmarks import miniature
+from psysafe.evaluation.benchmarks.agreement import Agreement
+from psysafe.evaluation.benchmarks.four_criteria import FourCriteria
+from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
+from psysafe.evaluation.benchmarks.mmlu import MMLU
+from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
+from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.result import say
 from psysafe.program import main_guard
 
-COMMANDS = {
-    "judge": (judging, "answers scored on four criteria by a judge"),
-    "agreement": (agreement, "a judge's scores against people's: Cohen's kappa"),
-    "xstest": (xstest, "over-refusal and safety on XSTest"),
-    "sorry-bench": (sorry_bench, "compliance on SORRY-Bench and its mutations"),
-    "mmlu": (multiple_choice.MMLU, "accuracy on MMLU, as lm-eval"),
-    "hellaswag": (multiple_choice.HELLASWAG, "accuracy on HellaSwag, as lm-eval"),
-}
+EVALUATIONS: list[Evaluation] = [FourCriteria(), Agreement(), XSTest(), SorryBench(), MMLU(), HellaSwag()]
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     if args.command is None:
-        result = miniature.run()
-        print(result.as_text())
+        print(miniature.run().as_text())
         return 0
     if args.command == "report":
         report.run(args)
         return 0
-    result = COMMANDS[args.command][0].run(args)
+    evaluation = next(evaluation for evaluation in EVALUATIONS if evaluation.name == args.command)
+    result = evaluation.run(args)
     path = result.save(args.out)
     print(result.as_text())
     say(f"saved in {path.parent}; one page of it: python eval.py report {path.parent} --out DIR")
@@ -49,22 +48,15 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
-    parser = Parser(prog="eval.py", allow_abbrev=False, formatter_class=formatter, description=__doc__)
+    look = {"allow_abbrev": False, "formatter_class": formatter}
+    parser = Parser(prog="eval.py", description=__doc__, **look)
     commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="COMMAND")
-    for name, (part, sentence) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=sentence, allow_abbrev=False, formatter_class=formatter, description=part.__doc__
-        )
-        part.arguments(command)
+    for evaluation in EVALUATIONS:
+        command = commands.add_parser(evaluation.name, help=evaluation.help, description=evaluation.description, **look)
+        evaluation.arguments(command)
         command.add_argument("--out", required=True, metavar="DIR", help="folder of results; a killed run goes on")
-    command = commands.add_parser(
-        "report",
-        help="Markdown, HTML and JSON over finished evaluations",
-        allow_abbrev=False,
-        formatter_class=formatter,
-        description=report.__doc__,
-    )
-    report.arguments(command)
+    sentence = "Markdown, HTML and JSON over finished evaluations"
+    report.arguments(commands.add_parser("report", help=sentence, description=report.__doc__, **look))
     return parser.parse_args(argv)
 
 

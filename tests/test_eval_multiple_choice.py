@@ -12,9 +12,10 @@ import torch
 
 from psysafe import load_model
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.evaluation.benchmarks import log_likelihood as scoring
-from psysafe.evaluation.benchmarks import multiple_choice
-from psysafe.evaluation.benchmarks.multiple_choice import correct, hellaswag_item, mean, mmlu_item, pooled, request
+from psysafe.evaluation.benchmarks import hellaswag, log_likelihood, mmlu, multiple_choice
+from psysafe.evaluation.benchmarks.hellaswag import HellaSwag, hellaswag_item
+from psysafe.evaluation.benchmarks.mmlu import mmlu_item
+from psysafe.evaluation.benchmarks.multiple_choice import correct, mean, pooled, request
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))
@@ -38,8 +39,8 @@ def tokenizer():
 def items_and_samples(task: str, variant: str):
     golden = GOLDENS[variant][task]
     if task == "hellaswag":
-        return [multiple_choice.hellaswag_item(row) for row in rows(task)], golden["samples"]
-    items = sorted((multiple_choice.mmlu_item(row) for row in rows(task)), key=lambda item: item.subject)
+        return [hellaswag.hellaswag_item(row) for row in rows(task)], golden["samples"]
+    items = sorted((mmlu.mmlu_item(row) for row in rows(task)), key=lambda item: item.subject)
     return items, [sample for _, part in sorted(golden["subjects"].items()) for sample in part["samples"]]
 
 
@@ -54,11 +55,11 @@ def check(task: str, variant: str, model, tokenizer) -> None:
     assert len(items) == len(samples) >= 30
     asked = [ask(item, variant, tokenizer) for item in items]
     assert [[[c, k] for k in ks] for c, ks in asked] == [sample["arguments"] for sample in samples]
-    encoded = [scoring.encode(tokenizer, *one, GOLDENS["max_length"]) for one in asked]
-    found: dict[int, list[float]] = {}
-    for batch in scoring.batches(model, encoded):
-        found |= dict(zip(batch, scoring.score(model, [encoded[i] for i in batch]), strict=True))
-    ours = torch.tensor([found[i] for i in range(len(items))])
+    encoded = [log_likelihood.encode(tokenizer, *one, GOLDENS["max_length"]) for one in asked]
+    by_item: dict[int, list[float]] = {}
+    for batch in log_likelihood.batches(model, encoded):
+        by_item |= dict(zip(batch, log_likelihood.score(model, [encoded[i] for i in batch]), strict=True))
+    ours = torch.tensor([by_item[i] for i in range(len(items))])
     theirs = torch.tensor([sample["log_likelihoods"] for sample in samples])
     error = (ours - theirs).abs().max().item()
     print(f"{task}, {variant}: log-likelihoods differ by {error:.1e} at most")
@@ -72,11 +73,11 @@ def check(task: str, variant: str, model, tokenizer) -> None:
             whole = multiple_choice.mean([one[metric] for one in scored])
             assert (whole.value, whole.stderr) == pytest.approx((golden[metric], golden[f"{metric}_stderr"]), abs=1e-12)
     else:
-        leaves = multiple_choice.mmlu_leaves(items, scored)
-        for subject, leaf in leaves.items():
+        by_subject = mmlu.subject_accuracy(items, scored)
+        for subject, metric in by_subject.items():
             expected = golden["subjects"][subject]
-            assert (leaf.value, leaf.stderr) == pytest.approx((expected["acc"], expected["acc_stderr"]), abs=1e-12)
-        whole = multiple_choice.pooled(list(leaves.values()))
+            assert (metric.value, metric.stderr) == pytest.approx((expected["acc"], expected["acc_stderr"]), abs=1e-12)
+        whole = multiple_choice.pooled(list(by_subject.values()))
         assert (whole.value, whole.stderr) == pytest.approx((golden["acc"], golden["acc_stderr"]), abs=1e-12)
 
 
@@ -93,7 +94,7 @@ def test_the_fixture_holds_what_it_is_for(tokenizer):
         items, samples = items_and_samples(task, "chat")
         for item, sample in zip(items, samples, strict=True):
             context, choices = ask(item, "chat", tokenizer)
-            branches = scoring.encode(tokenizer, context, choices, GOLDENS["max_length"])
+            branches = log_likelihood.encode(tokenizer, context, choices, GOLDENS["max_length"])
             cut += any(len(b.prefix) < len(tokenizer.encode(context.rstrip())) for b in branches)
             ties += len(set(sample["log_likelihoods"])) < 4
     assert cut >= 3 and ties >= 3
@@ -105,16 +106,16 @@ def _break_without_moved_space(monkeypatch):
         head = tokenizer.encode(context)
         tails = [tokenizer.encode(context + k)[len(head) :] for k in continuations]
         return [
-            scoring.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
+            log_likelihood.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
             for i, tail in enumerate(tails)
         ]
 
-    monkeypatch.setattr(scoring, "encode", encode)
+    monkeypatch.setattr(log_likelihood, "encode", encode)
 
 
 def _break_cut_by_one(monkeypatch):
-    right = scoring.encode
-    monkeypatch.setattr(scoring, "encode", lambda t, c, k, most: right(t, c, k, most - 1))
+    right = log_likelihood.encode
+    monkeypatch.setattr(log_likelihood, "encode", lambda t, c, k, most: right(t, c, k, most - 1))
 
 
 def _break_bytes_for_characters(monkeypatch):
@@ -127,7 +128,7 @@ def _break_bytes_for_characters(monkeypatch):
 
 def _break_field_ctx(monkeypatch):
     monkeypatch.setattr(
-        multiple_choice, "hellaswag_item", lambda row: hellaswag_item(row | {"ctx_a": row["ctx"], "ctx_b": ""})
+        hellaswag, "hellaswag_item", lambda row: hellaswag_item(row | {"ctx_a": row["ctx"], "ctx_b": ""})
     )
 
 
@@ -184,11 +185,14 @@ def test_a_deliberate_error_is_caught(deliberate, task, variant, model, tokenize
 def test_grouping_changes_nothing(model, tokenizer):
     """One item at a time, all at once, or every choice on its own: the same log-likelihoods."""
     items = [hellaswag_item(row) for row in rows("hellaswag")[:8]] + [mmlu_item(row) for row in rows("mmlu")[:8]]
-    encoded = [scoring.encode(tokenizer, *ask(item, "plain", tokenizer), 512) for item in items]
-    together = torch.tensor(scoring.score(model, encoded))
-    alone = torch.tensor([scoring.score(model, [item])[0] for item in encoded])
-    single = [[[scoring.Branches(b.prefix, [k], [0])] for b in item for k in b.continuations] for item in encoded]
-    apart = torch.tensor([[scoring.score(model, [one])[0][0] for one in choices] for choices in single])
+    encoded = [log_likelihood.encode(tokenizer, *ask(item, "plain", tokenizer), 512) for item in items]
+    together = torch.tensor(log_likelihood.score(model, encoded))
+    alone = torch.tensor([log_likelihood.score(model, [item])[0] for item in encoded])
+    single = [
+        [[log_likelihood.Branches(b.prefix, [tail], [0])] for b in item for tail in b.continuations]
+        for item in encoded
+    ]
+    apart = torch.tensor([[log_likelihood.score(model, [one])[0][0] for one in choices] for choices in single])
     assert (together - alone).abs().max() < 1e-4 and (together - apart).abs().max() < 1e-4
 
 
@@ -197,15 +201,15 @@ def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch):
 
     def run(folder):
         parser = argparse.ArgumentParser()
-        multiple_choice.HELLASWAG.arguments(parser)
+        HellaSwag().arguments(parser)
         parser.add_argument("--out")
         args = ["--data", str(FIXTURES / "hellaswag.jsonl"), "--model", f"random:{FIXTURES / 'model' / 'config.json'}"]
         args += ["--out", str(folder), "--batch-tokens", "300", "--device", "cpu"]
-        return multiple_choice.HELLASWAG.run(parser.parse_args(args))
+        return HellaSwag().run(parser.parse_args(args))
 
     whole = run(tmp_path / "whole")
     calls = []
-    right = scoring.score
+    right = log_likelihood.score
 
     def dies(model, items):
         if len(calls) == 4:
@@ -214,7 +218,7 @@ def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch):
         return right(model, items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "score", dies)
+        patch.setattr(log_likelihood, "score", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed")
     file = tmp_path / "killed" / "items.jsonl"

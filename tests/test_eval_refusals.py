@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psysafe.evaluation.benchmarks import ciphers, sorry_bench, xstest
-from psysafe.evaluation.models_under_test import Setting, Subject
+from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
+from psysafe.evaluation.benchmarks.xstest import XSTest
+from psysafe.evaluation.models_under_test import ModelUnderTest, Variant
 from psysafe.evaluation.overlap import overlap, training_prompts
 from tests.stub_endpoint import Handler, StubEndpoint
 
@@ -19,25 +21,25 @@ FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 
 @pytest.fixture
 def answering(monkeypatch):
-    """Makes every setting answer by a function of (setting, prompt) instead of a model."""
+    """Makes every variant answer by a function of (variant, prompt) instead of a model."""
 
     def use(answer):
-        def answers(self, settings, questions, out):
-            def row(setting, q):
-                text = answer(setting, q.prompt)
-                return {"prompt": q.prompt, "answer": text, "response": text, "stuck": False}
+        def answers(self, variants, questions, out):
+            def row(variant, q):
+                text = answer(variant, q.prompt)
+                return {"prompt": q.prompt, "answer": text, "response": text, "unfinished_thinking": False}
 
-            return {s: {q.number: row(s, q) for q in questions} for s in settings}
+            return {v: {q.number: row(v, q) for q in questions} for v in variants}
 
-        monkeypatch.setattr(Subject, "answers", answers)
-        monkeypatch.setattr(Subject, "facts", lambda self: {"model": "stub"})
+        monkeypatch.setattr(ModelUnderTest, "answers", answers)
+        monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {"model": "stub"})
 
     return use
 
 
-def arguments(part, *words: str) -> argparse.Namespace:
+def arguments(benchmark, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    part.arguments(parser)
+    benchmark.arguments(parser)
     parser.add_argument("--out")
     return parser.parse_args(words)
 
@@ -60,9 +62,9 @@ ANSWERS = [  # to the nine prompts of the fixture, in order: five safe ones, fou
 def test_xstest_by_string_match(answering, tmp_path):
     rows = xstest.read_rows(FIXTURES / "xstest.csv")
     by_prompt = {row["prompt"]: answer for row, answer in zip(rows, ANSWERS, strict=True)}
-    answering(lambda setting, prompt: by_prompt[prompt])
-    args = arguments(xstest, "--data", str(FIXTURES / "xstest.csv"), "--judge", "rules", "--out", str(tmp_path))
-    whole, per_type = xstest.run(args).tables
+    answering(lambda variant, prompt: by_prompt[prompt])
+    args = arguments(XSTest(), "--data", str(FIXTURES / "xstest.csv"), "--judge", "rules", "--out", str(tmp_path))
+    whole, per_type = XSTest().run(args).tables
     # Official: one of five safe ones refused, two of four unsafe ones. Normalised: two, and three.
     assert whole.rows == [
         ["base, none", "official string match", 5, 20.0, 4, 50.0, 0],
@@ -79,7 +81,7 @@ def test_xstest_by_a_judge(answering, tmp_path, monkeypatch):
     verdicts = safe + unsafe
     rows = xstest.read_rows(FIXTURES / "xstest.csv")
     by_prompt = {row["prompt"]: verdict for row, verdict in zip(rows, verdicts, strict=True)}
-    answering(lambda setting, prompt: "x" * 7000)
+    answering(lambda variant, prompt: "x" * 7000)
 
     def judge(self, body):
         asked = body["messages"][-1]["content"]
@@ -88,9 +90,9 @@ def test_xstest_by_a_judge(answering, tmp_path, monkeypatch):
         self.answer(None if verdict == "FAIL" else verdict)
 
     with judged_by(judge, monkeypatch) as url:
-        args = arguments(xstest, "--data", str(FIXTURES / "xstest.csv"), "--judge-url", url, "--judge-model", "j",
+        args = arguments(XSTest(), "--data", str(FIXTURES / "xstest.csv"), "--judge-url", url, "--judge-model", "j",
                          "--out", str(tmp_path))  # fmt: skip
-        result = xstest.run(args)
+        result = XSTest().run(args)
     # Safe: 2 of 4 judged are refused, 1 unknown among them. Unsafe: 2 of 4, 1 unknown.
     assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 2]
     assert list(result.failed) == ["base, none: prompt v2-5"]
@@ -146,7 +148,7 @@ def test_a_label_that_contradicts_its_type_is_an_error(tmp_path):
     ("10", -1), ("0.5", -1), ("", -1), ("maybe", -1), ("2", -1), ("UNSAFE", 1),
 ])  # fmt: skip
 def test_reading_the_score(reply, score):
-    assert sorry_bench.parse(reply) == score
+    assert SorryBench().parse(reply) == score
 
 
 def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
@@ -155,9 +157,9 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
     """
     seen = []
 
-    def answer(setting: Setting, prompt: str) -> str:
+    def answer(variant: Variant, prompt: str) -> str:
         number = int("".join(c for c in prompt if c.isdigit()))
-        complies = setting.system == "none" and number <= (3 if prompt.startswith("Please") else 1)
+        complies = variant.system == "none" and number <= (3 if prompt.startswith("Please") else 1)
         text = "Here is the plan." if complies else "No, but I can listen."
         return ciphers.encode_caesar(text) if prompt.startswith("caesar") else text
 
@@ -170,8 +172,8 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
     with judged_by(judge, monkeypatch) as url:
         words = ["--data", str(FIXTURES / "sorry"), "--mutations", "base,question,caesar,translate-fr"]
         words += ["--system", "none,v0", "--judge-url", url, "--judge-model", "j", "--out", str(tmp_path)]
-        args = arguments(sorry_bench, *words)
-        result = sorry_bench.run(args)
+        args = arguments(SorryBench(), *words)
+        result = SorryBench().run(args)
     whole, per_file, per_category = result.tables
     # Of six, the sixth has no readable score: 3 of 5, and 1 of 5 in both mutations.
     assert whole.rows == [["base, none", 5, 60.0, 2, 20.0], ["base, v0", 5, 0.0, 2, 0.0]]
@@ -205,10 +207,10 @@ def test_a_row_without_a_question_is_left_out_by_name(answering, tmp_path, monke
     lines = (data / "question_question.jsonl").read_text().splitlines()
     broken = json.loads(lines[2]) | {"turns": [None]}
     (data / "question_question.jsonl").write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]) + "\n")
-    answering(lambda setting, prompt: "Here is the plan.")
+    answering(lambda variant, prompt: "Here is the plan.")
     with judged_by(lambda self, body: self.answer("1"), monkeypatch) as url:
         words = ["--data", str(data), "--mutations", "base,question", "--judge-url", url, "--judge-model", "j"]
-        result = sorry_bench.run(arguments(sorry_bench, *words, "--out", str(tmp_path)))
+        result = SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
     assert result.tables[0].rows == [["base, none", 6, 100.0, 1, 100.0]]
     assert result.tables[1].rows[1] == ["question", "base, none", 5, 100.0]
     assert "left out, for the files hold no text there: question 3" in result.notes
@@ -219,12 +221,12 @@ def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypa
     whole = {1: ("A plan I must not give.\n</think>\n\nNo.", "No."), 2: ("A plan, then", "")}
     seen = []
 
-    def answers(self, settings, questions, out):
-        made = {q.number: whole[1 + (q.number > 1)] for q in questions}
-        return {s: {n: {"response": r, "answer": a} for n, (r, a) in made.items()} for s in settings}
+    def answers(self, variants, questions, out):
+        texts = {q.number: whole[1 + (q.number > 1)] for q in questions}
+        return {v: {n: {"response": r, "answer": a} for n, (r, a) in texts.items()} for v in variants}
 
-    monkeypatch.setattr(Subject, "answers", answers)
-    monkeypatch.setattr(Subject, "facts", lambda self: {})
+    monkeypatch.setattr(ModelUnderTest, "answers", answers)
+    monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {})
 
     def judge(self, body):
         seen.append(body["messages"][-1]["content"].split("[Response]\n")[1].split("\n\n[Score]")[0])
@@ -232,7 +234,7 @@ def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypa
 
     with judged_by(judge, monkeypatch) as url:
         words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", url, "--judge-model", "j"]
-        sorry_bench.run(arguments(sorry_bench, *words, "--out", str(tmp_path)))
+        SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
     assert sorted(seen) == ["A plan, then", "No."]
 
 

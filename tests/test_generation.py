@@ -443,7 +443,7 @@ def say(monkeypatch, model, text, **options):
 
 def test_reasoning_and_answer(text_model, monkeypatch):
     answer = say(monkeypatch, text_model, f"I wonder.\n{THINK_END}\n\nYes, ö.")
-    assert (answer.reasoning, answer.answer, answer.stuck) == ("I wonder.", "Yes, ö.", False)
+    assert (answer.reasoning, answer.answer, answer.unfinished_thinking) == ("I wonder.", "Yes, ö.", False)
     assert answer.response == f"I wonder.\n{THINK_END}\n\nYes, ö."
     assert (answer.finish_reason, answer.new_tokens) == ("stop", len(tokenizer().encode(answer.response)) + 1)
 
@@ -451,10 +451,10 @@ def test_reasoning_and_answer(text_model, monkeypatch):
 def test_a_think_block_that_never_closes_is_stuck(text_model, monkeypatch):
     for options, reason in ((dict(max_new_tokens=5), "length"), ({}, "stop")):
         answer = say(monkeypatch, text_model, "I wonder", **options)
-        assert (answer.stuck, answer.answer, answer.finish_reason) == (True, "", reason)
+        assert (answer.unfinished_thinking, answer.answer, answer.finish_reason) == (True, "", reason)
         assert "I wonder".startswith(answer.reasoning)
     answer = say(monkeypatch, text_model, "Yes.", thinking=False)
-    assert (answer.stuck, answer.reasoning, answer.answer) == (False, "", "Yes.")
+    assert (answer.unfinished_thinking, answer.reasoning, answer.answer) == (False, "", "Yes.")
 
 
 @pytest.mark.parametrize("budget", [1, 3, 8])
@@ -466,7 +466,7 @@ def test_the_think_budget_closes_the_block(budget, text_model, monkeypatch):
     rest = text[budget + len(tokenizer().encode(closing)) :]
     assert answer.response == (text[:budget] + closing + rest)[: len(answer.response)]
     assert answer.new_tokens == 20
-    assert not answer.stuck
+    assert not answer.unfinished_thinking
 
 
 @pytest.mark.parametrize("text", [f"ab{THINK_END}cdefghijkl", f"abc{THINK_END}defghijk"])

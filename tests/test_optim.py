@@ -81,7 +81,8 @@ def test_state_bits_and_size_choose_the_storage(bits, minimum):
     rows = {size: -(-size // 256) for size in SIZES}
     in_8_bits = sum(rows[size] for size in SIZES if bits == 8 and size >= minimum)
     tensors = ours.state_tensors()
-    assert tensors["code_m"].shape == tensors["code_v"].shape == (in_8_bits, 256) and tensors["code_m"].dtype == torch.uint8
+    assert tensors["code_m"].shape == tensors["code_v"].shape == (in_8_bits, 256)
+    assert tensors["code_m"].dtype == torch.uint8
     assert tensors["m"].shape == tensors["v"].shape == (sum(rows.values()) - in_8_bits, 256)
 
 

@@ -51,7 +51,7 @@ def impute(
             raise ItemFailed("the reply holds no text beside its own thoughts")
         return {"reasoning": text}
 
-    outcome = run_items(items, call, journal, workers, say)
+    outcome = run_items(items, call, journal, workers, "traces")
     filled, failed = [], {}
     for row in rows:
         key = keys.get(row.where)

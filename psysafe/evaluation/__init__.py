@@ -1,12 +1,16 @@
-"""What fine-tuning did to the model: every table of the model card, from generations to the report.
+"""What fine-tuning did to the model: every table of the model card, from answers to the report.
 
-Every part writes one JSONL line per item as soon as it exists (`journal`), so that a kill loses nothing and a second
-start continues, and ends in a `result.json` of tables (`results`), which `report` puts on one page.
+Every evaluation writes one JSONL line per item as soon as it exists (`psysafe.journal`), so that a kill loses nothing
+and a second start continues. It ends in a `result.json` of tables, and `report` puts several of them on one page.
 
-    rules            refusal judge by word lists, for tests and the miniature table
-    judge, scores    the four-criterion judge: its prompt and parser; its table
-    agreement        judge against people: Cohen's kappa
-    xstest, sorry_bench   refusal benchmarks
-    multiple_choice, scoring   MMLU and HellaSwag, numerically equal to lm-eval
-    transport        chat completions with deadlines and retries, and many items at once
+    benchmark           what a command of eval.py is, and the run that all benchmarks with a judge share
+    models_under_test   the base and adapters, each with each system prompt (a variant), and what they answer
+    judge_models        judges that are models, and the loop that asks them
+    word_list_judge     the rule-based judge, for tests and the miniature table
+    criteria            the four criteria: the judge's prompt, its parser, the summary of many scores
+    datasets            the rows of a benchmark, from a file or from the hub
+    overlap             prompts of a benchmark that stand in training rows
+    result, report      tables with how they came about; several results on one page
+    published_results   the paper's figures
+    benchmarks/         one file each: four_criteria, agreement, xstest, sorry_bench, mmlu, hellaswag, miniature
 """

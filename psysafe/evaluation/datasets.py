@@ -1,11 +1,10 @@
 """Where the rows of a benchmark come from: the user's --data, else the data set's repository on the Hugging Face hub.
 
-What is fetched belongs to one commit, which stands in the result; --data-revision COMMIT takes the same rows again. The
+What is fetched belongs to one commit, which stands in the result. --data-revision COMMIT takes the same rows again. The
 hub's cache keeps them, so that a second start needs no network.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,32 +19,26 @@ class Repository(NamedTuple):
     files: tuple[str, ...]
 
 
-REPOSITORIES = {
-    "xstest": Repository("Paul/XSTest", ("xstest_prompts.csv",)),
-    "sorry-bench": Repository("sorry-bench/sorry-bench-202503", ("question.jsonl",)),
-    "mmlu": Repository("cais/mmlu", ("all/test-00000-of-00001.parquet",)),
-    "hellaswag": Repository("Rowan/hellaswag", ("data/validation-00000-of-00001.parquet",)),
-}
+def add_arguments(parser: argparse.ArgumentParser, repository: Repository | None, metavar: str, meaning: str) -> None:
+    """--data, and --data-revision where a repository stands in for it. metavar, meaning: of --data, for --help."""
+    where = f"default: fetched from the hub, {repository.name}" if repository else "not on the hub"
+    parser.add_argument("--data", metavar=metavar, required=repository is None, help=f"{meaning} ({where})")
+    if repository:
+        help_text = "commit or branch of the hub's data set"
+        parser.add_argument("--data-revision", default="", metavar="COMMIT", help=help_text)
 
 
-def add_arguments(parser: argparse.ArgumentParser, benchmark: str, metavar: str, meaning: str) -> None:
-    where = f"default: fetched from the hub, {REPOSITORIES[benchmark].name}"
-    parser.add_argument("--data", metavar=metavar, help=f"{meaning} ({where})")
-    parser.add_argument("--data-revision", default="", metavar="COMMIT", help="commit or branch of the hub's data set")
-
-
-def locate(benchmark: str, args: argparse.Namespace, files: Sequence[str] = ()) -> tuple[Path, dict[str, str]]:
+def locate(repository: Repository | None, args: argparse.Namespace) -> tuple[Path, dict[str, str]]:
     """(path of the first file, what the result says of it). With --data that path is taken as it is.
 
-    files: which of the repository's files, where they are not the usual ones; all come from one commit. Raises
-    UserError of one line, which names --data, where the hub gives nothing.
+    All files of the repository come from one commit. Raises UserError of one line, which names --data, where the hub
+    gives nothing.
     """
     if args.data:
-        if args.data_revision:
+        if repository and args.data_revision:
             raise UserError(f"--data-revision is of the hub's data set, but --data {args.data} is given; drop one")
         return Path(args.data), {"data": args.data}
-    repository = REPOSITORIES[benchmark]
-    names, revision = list(files or repository.files), args.data_revision
+    names, revision = repository.files, args.data_revision
     paths = []
     for name in names:
         paths.append(_fetch(repository.name, name, revision))
@@ -66,5 +59,5 @@ def _fetch(repository: str, file: str, revision: str) -> Path:
 
 
 def _commit(path: Path, file: str) -> str:
-    """Of a file in the hub's cache: .../snapshots/COMMIT/FILE."""
+    """The commit in the path of a file in the hub's cache: .../snapshots/COMMIT/FILE."""
     return path.parents[len(Path(file).parts) - 1].name

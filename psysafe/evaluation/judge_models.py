@@ -1,23 +1,27 @@
-"""Who judges: a model behind an endpoint, or one that runs here. Both take conversations and give texts."""
+"""The judges that are models, and the one loop that asks them: `ask_all`.
+
+A judge is a model behind an endpoint, or one that runs here. Both take conversations and give texts.
+"""
 
 import argparse
-import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from psysafe.cli import progress
 from psysafe.endpoint import Endpoint, Outcome, Patience, key_from, run_items
-from psysafe.evaluation.models_under_test import Subject
-from psysafe.evaluation.result import say
-from psysafe.generation.engine import Generator, Options
+from psysafe.evaluation.models_under_test import ModelUnderTest
+from psysafe.generation.engine import Answer, Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.program import UserError
 
 KEY_VARIABLE = "PSYSAFE_JUDGE_KEY"
+Key = TypeVar("Key", bound=Hashable)
 
 
 class EndpointJudge:
-    """An OpenAI-compatible endpoint, asked for many items at once."""
+    """A model behind an OpenAI-compatible endpoint, asked for `workers` items at once."""
 
     def __init__(self, endpoint: Endpoint, workers: int = 8):
         self.endpoint, self.workers = endpoint, workers
@@ -25,53 +29,73 @@ class EndpointJudge:
         self.name = endpoint.model
         self.settings = {"judge": endpoint.model, "judge url": endpoint.url, **endpoint.options}
 
-    def ask(self, items: Mapping[str, list[dict]], out: str | Path) -> Outcome:
+    def ask(self, conversations: Mapping[str, list[dict]], out: str | Path) -> Outcome:
         """The reply to each conversation, {"text", "reasoning"}, by key; what `out` holds is not asked again."""
 
         def call(messages: list[dict]) -> dict:
             return self.endpoint.chat(messages)._asdict()
 
-        return run_items(items, call, out, self.workers, lambda text: say(f"{self.name}: {text}"))
+        return run_items(conversations, call, out, self.workers, self.name)
 
 
 class LocalJudge:
     """A model of this architecture that runs here."""
 
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.identity = ["local", *subject.identity]
-        self.name = Path(subject.model).name
-        options = subject.options.fingerprint_fields()
-        self.settings = {"judge": subject.model, **{f"judge {name}": value for name, value in options.items()}}
+    def __init__(self, model: ModelUnderTest):
+        self.model = model
+        self.identity = ["local", *model.identity]
+        self.name = Path(model.model).name
+        options = model.options.fingerprint_fields()
+        self.settings = {"judge": model.model, **{f"judge {name}": value for name, value in options.items()}}
 
-    def ask(self, items: Mapping[str, list[dict]], out: str | Path) -> Outcome:
+    def ask(self, conversations: Mapping[str, list[dict]], out: str | Path) -> Outcome:
         """As `EndpointJudge.ask`. A reply that was cut at the token limit, or never stopped reasoning, is failed."""
+        failed = {}
         with Journal(out) as journal:
-            missing = [key for key in items if key not in journal.rows]
-            failed, count, began, said = {}, 0, time.monotonic(), 0.0
+            missing = [key for key in conversations if key not in journal.rows]
             if missing:
-                generator = Generator(*self.subject.loaded(), self.subject.options)
-                # The key names the random numbers: a reply does not depend on which items are still missing.
-                rows = {int(key[:15], 16): key for key in missing}
-                for answer in generator.answers([items[key] for key in rows.values()], list(rows)):
-                    key = rows[answer.row]
-                    if answer.stuck or answer.finish_reason == "length":
-                        failed[key] = f"the reply was cut at {answer.new_tokens:,} tokens (--judge-tokens)"
-                    elif not answer.answer.strip():
-                        failed[key] = "the reply has no content"
-                    else:
-                        journal.append(key, {"text": answer.answer, "reasoning": answer.reasoning})
-                    count, now = count + 1, time.monotonic()
-                    if now - said > 2 or count == len(missing):
-                        left = (now - began) / count * (len(missing) - count)
-                        progress = f"{count:,} of {len(missing):,} items, {len(failed):,} failed"
-                        say(f"{self.name}: {progress}, {left:,.0f} s left")
-                        said = now
+                # The row number seeds the sampling. Taken from the key, it makes a reply independent of which items
+                # are still missing.
+                key_of_row = {int(key[:15], 16): key for key in missing}
+                generator = Generator(*self.model.load(), self.model.options)
+                answers = generator.answers([conversations[key] for key in missing], list(key_of_row))
+                with progress(len(missing), self.name, "items") as bar:
+                    for answer in answers:
+                        key = key_of_row[answer.row]
+                        if reason := _unusable(answer):
+                            failed[key] = reason
+                            bar.set_postfix(failed=len(failed), refresh=False)
+                        else:
+                            journal.append(key, {"text": answer.answer, "reasoning": answer.reasoning})
+                        bar.update()
             journal.sync()
-            return Outcome({key: journal.rows[key] for key in items if key in journal.rows}, failed)
+            return Outcome({key: journal.rows[key] for key in conversations if key in journal.rows}, failed)
+
+
+def _unusable(answer: Answer) -> str:
+    """Why an answer is no reply of a judge; "" for one that is."""
+    if answer.unfinished_thinking or answer.finish_reason == "length":
+        return f"the reply was cut at {answer.new_tokens:,} tokens (--judge-tokens)"
+    return "" if answer.answer.strip() else "the reply has no content"
 
 
 Judge = EndpointJudge | LocalJudge
+
+
+def ask_all(
+    judge: Judge, conversations: Mapping[Key, list[dict]], out: str | Path
+) -> tuple[dict[Key, str], dict[Key, str]]:
+    """(text of each reply, reason for each that failed), both by the caller's keys and in their order.
+
+    conversations: messages by (variant, item), or whatever the caller names a reply by. Replies are kept in `out`
+    (JSONL) by what they depend on: the judge and the conversation. So a second start asks only what is missing or has
+    changed, and of two equal conversations, as two variants with one answer make them, only one is asked.
+    """
+    journal_keys = {key: key_of("judge", judge.identity, messages) for key, messages in conversations.items()}
+    outcome = judge.ask({journal_keys[key]: messages for key, messages in conversations.items()}, out)
+    replies = {key: outcome.rows[saved]["text"] for key, saved in journal_keys.items() if saved in outcome.rows}
+    failed = {key: outcome.failed[saved] for key, saved in journal_keys.items() if saved in outcome.failed}
+    return replies, failed
 
 
 def add_arguments(parser: argparse.ArgumentParser, rules: str) -> None:
@@ -96,14 +120,10 @@ def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None
         return None
     if args.judge_local:
         options = Options(Sampling(temperature=temperature), max_new_tokens=args.judge_tokens)
-        return LocalJudge(Subject(args.judge_local, options=options))
+        return LocalJudge(ModelUnderTest(args.judge_local, options=options))
     if not args.judge_model:
         raise UserError("--judge-url needs --judge-model NAME, the model to ask for there")
     key = key_from(args.judge_key_env)
     patience = Patience(deadline_s=args.deadline)
     options = {"temperature": temperature, "max_tokens": args.judge_tokens}
     return EndpointJudge(Endpoint(args.judge_url, args.judge_model, key, patience, **options), args.workers)
-
-
-def item_key(judge: Judge, messages: list[dict]) -> str:
-    return key_of("judge", judge.identity, messages)

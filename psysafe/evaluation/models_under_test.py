@@ -2,8 +2,7 @@
 
 import argparse
 import hashlib
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +11,16 @@ import torch
 
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
+from psysafe.cli import progress
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
-from psysafe.data.tokenizer import load_tokenizer
+from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
-from psysafe.evaluation.result import say
 from psysafe.files import expand
 from psysafe.generation.engine import Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
+from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import detach
 from psysafe.program import UserError
 from psysafe.runtime import start
@@ -29,8 +29,8 @@ from psysafe.training.config import resolve
 BASE = "base"
 
 
-class Setting(NamedTuple):
-    """An adapter (or BASE) with a system prompt (none, v0, v1, or a file)."""
+class Variant(NamedTuple):
+    """What is compared: an adapter (or BASE) with a system prompt (none, v0, v1, or a file)."""
 
     adapter: str
     system: str
@@ -41,14 +41,14 @@ class Setting(NamedTuple):
 
 
 class Question(NamedTuple):
-    """number: names the question's random numbers, so it must not depend on what else is asked."""
+    """number: seeds the sampling of its answer, so it must not depend on what else is asked."""
 
     number: int
     prompt: str
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A base model, where it runs, and how it writes."""
 
     model: str
@@ -57,10 +57,11 @@ class Subject:
     dtype: str = "auto"
     options: Options = field(default_factory=Options)
 
-    def loaded(self):
-        """(model, tokenizer) on its device."""
+    def load(self) -> tuple[Qwen3_5, Tokenizer]:
+        """The model on its device, and its tokenizer."""
         runtime = start(self.device, self.dtype)
-        torch.set_deterministic_debug_mode("default")  # it would make index_put sort; ours writes no place twice
+        # `start` asks for determinism, for which index_put would sort. Nothing here writes one place twice.
+        torch.set_deterministic_debug_mode("default")
         folder, commit = resolve_model(self.model, self.revision)
         model = load_model(self.model, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
         return model, load_tokenizer(folder)
@@ -72,63 +73,68 @@ class Subject:
         dtype = str(start(self.device, self.dtype).dtype)
         return [fingerprint(folder), Path(self.model).name, dtype, self.options.fingerprint_fields()]
 
-    def facts(self) -> dict:
+    def summary(self) -> dict:
         """For the settings of a result."""
         _, commit = resolve_model(self.model, self.revision)
         return {"model": self.model, "revision": commit, **self.options.fingerprint_fields()}
 
     def answers(
-        self, settings: Sequence[Setting], questions: Sequence[Question], out: str | Path
-    ) -> dict[Setting, dict[int, dict]]:
-        """What each setting answers to each question: by number, the rows that `out` (JSONL) holds afterwards.
+        self, variants: Sequence[Variant], questions: Sequence[Question], out: str | Path
+    ) -> dict[Variant, dict[int, dict]]:
+        """What each variant answers to each question: by number, the rows that `out` (JSONL) holds afterwards.
 
-        A row has prompt, answer, reasoning, response, finish_reason, new_tokens and stuck. It is written as soon as it
-        is there; what `out` has already is not made again, and if that is everything, no model is loaded.
+        A row has prompt, answer, reasoning, response, finish_reason, new_tokens and unfinished_thinking. It is written
+        as soon as it is there. What `out` has already is not answered again, and if that is everything, no model is
+        loaded.
         """
         identity = self.identity
         keys = {
-            setting: {q: key_of("answer", identity, *setting_identity(setting), q.number, q.prompt) for q in questions}
-            for setting in settings
+            variant: {q: key_of("answer", identity, *variant_identity(variant), q.number, q.prompt) for q in questions}
+            for variant in variants
         }
         with Journal(out) as journal:
-            missing = {s: [q for q in questions if keys[s][q] not in journal.rows] for s in settings}
+            missing = {v: [q for q in questions if keys[v][q] not in journal.rows] for v in variants}
             if any(missing.values()):
-                model, tokenizer = self.loaded()
-                for setting, asked in missing.items():
-                    if asked:
-                        self._answer(model, tokenizer, setting, asked, keys[setting], journal)
+                model, tokenizer = self.load()
+                for variant in variants:
+                    if missing[variant]:
+                        self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
             journal.sync()
-            return {s: {q.number: journal.rows[keys[s][q]] for q in questions} for s in settings}
+            return {v: {q.number: journal.rows[keys[v][q]] for q in questions} for v in variants}
 
-    def _answer(self, model, tokenizer, setting, questions, keys, journal) -> None:
-        if setting.adapter != BASE:
-            load_adapter(model, expand(setting.adapter))
-        system = system_text(setting.system)
+    def _answer(
+        self,
+        model: Qwen3_5,
+        tokenizer: Tokenizer,
+        variant: Variant,
+        questions: Sequence[Question],
+        keys: Mapping[Question, str],
+        journal: Journal,
+    ) -> None:
+        """Lets one variant answer the questions; each answer goes into the journal under the question's key."""
+        if variant.adapter != BASE:
+            load_adapter(model, expand(variant.adapter))
+        system = system_text(variant.system)
         head = [] if system is None else [{"role": "system", "content": system}]
-        by_number = {q.number: q for q in questions}
-        generator, began, tokens, said = Generator(model, tokenizer, self.options), time.monotonic(), 0, 0.0
         conversations = [[*head, {"role": "user", "content": q.prompt}] for q in questions]
-        for count, answer in enumerate(generator.answers(conversations, list(by_number)), 1):
-            question = by_number[answer.row]
-            journal.append(
-                keys[question],
-                {"setting": setting.name, "number": question.number, "prompt": question.prompt}
-                | {"answer": answer.answer, "reasoning": answer.reasoning, "response": answer.response}
-                | {"finish_reason": answer.finish_reason, "new_tokens": answer.new_tokens, "stuck": answer.stuck},
-            )
-            tokens, now = tokens + answer.new_tokens, time.monotonic()
-            if now - said > 2 or count == len(questions):
-                left = (now - began) / count * (len(questions) - count)
-                rate = tokens / max(now - began, 1e-9)
-                progress = f"{count:,} of {len(questions):,} answers"
-                say(f"{setting.name}: {progress}, {rate:,.0f} tokens/s, {left:,.0f} s left")
-                said = now
+        by_number = {q.number: q for q in questions}
+        answers = Generator(model, tokenizer, self.options).answers(conversations, list(by_number))
+        with progress(len(questions), variant.name, "answers") as bar:
+            for answer in answers:  # in the order in which they end, not in that of the questions
+                question = by_number[answer.row]
+                row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
+                for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
+                    row[name] = getattr(answer, name)
+                journal.append(keys[question], row)
+                bar.update()
         detach(model)
 
 
 def fingerprint(folder: Path) -> str:
-    """A folder's weights and config as a short name, from sizes and the first megabyte of each file: a model trained
-    anew has another one, and 50 GB are not read for it."""
+    """A folder's weights, config and tokenizer as a short name.
+
+    Only sizes and the first megabyte of each file are read: that tells a newly trained model without reading 50 GB.
+    """
     sha = hashlib.sha256()
     for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
         with open(path, "rb") as file:
@@ -136,57 +142,63 @@ def fingerprint(folder: Path) -> str:
     return sha.hexdigest()[:20]
 
 
-def setting_identity(setting: Setting) -> tuple[str, str | None]:
-    if setting.adapter == BASE:
-        return BASE, system_text(setting.system)
-    folder = Path(expand(setting.adapter))
+def variant_identity(variant: Variant) -> tuple[str, str | None]:
+    """What answers depend on in a variant: (the adapter's weights, the text of the system prompt)."""
+    if variant.adapter == BASE:
+        return BASE, system_text(variant.system)
+    folder = Path(expand(variant.adapter))
     if not (folder / "adapter_config.json").exists():
-        raise UserError(f"{setting.adapter}: no adapter_config.json in it; expected a run directory, or base")
-    return fingerprint(folder), system_text(setting.system)
+        raise UserError(f"{variant.adapter}: no adapter_config.json in it; expected a run directory, or base")
+    return fingerprint(folder), system_text(variant.system)
 
 
 @dataclass
-class Answered:
-    """One setting's answers by exact prompt text. is_base: made without an adapter."""
+class VariantAnswers:
+    """One variant's answers: rows with answer, cluster and unfinished_thinking, by exact prompt text."""
 
-    is_base: bool
-    rows: dict[str, dict]
-    repeated: int = 0  # prompts that stood there before; the first answer counts
+    is_base: bool  # answered without an adapter
+    rows: dict[str, dict] = field(default_factory=dict)
+    repeated: int = 0  # rows whose prompt stood in an earlier row
+
+    def add(self, prompt: str, row: dict) -> None:
+        """Of several answers to one prompt the first counts."""
+        self.repeated += prompt in self.rows
+        self.rows.setdefault(prompt, row)
 
     @property
-    def stuck(self) -> set[str]:
-        return {prompt for prompt, row in self.rows.items() if row["stuck"]}
+    def unfinished_thinking(self) -> set[str]:
+        """The prompts whose think block never closed."""
+        return {prompt for prompt, row in self.rows.items() if row["unfinished_thinking"]}
 
 
-def read_answers(spec: str) -> dict[str, Answered]:
-    """`FILE` or `NAME=FILE`, rows of `generate.py --out` or any rows with a prompt and an answer -> settings by name.
+def read_answers(spec: str) -> dict[str, VariantAnswers]:
+    """`FILE` or `NAME=FILE`, rows of `generate.py --out` or any rows with a prompt and an answer -> answers by variant.
 
-    A file with several adapters becomes several settings. An answer's think block is cut off; one that never closed,
-    or a row marked `stucked`, is stuck.
+    A file with several adapters becomes several variants. The think block of an answer is cut off. Where it never
+    closed, or the row is marked `stucked` (the key of the published answer files), the thinking is unfinished.
     """
     name, equals, path = spec.partition("=")
     path = path if equals else spec
-    found: dict[str, Answered] = {}
+    variants: dict[str, VariantAnswers] = {}
     for number, fields in enumerate(read_table(path, ["prompt"]), 1):
-        made, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
-        if not isinstance(made, dict) or not isinstance(cluster, str):
-            found = f"settings {made!r:.40} and risk cluster {cluster!r:.40}"
-            raise UserError(f"{path} row {number}: {found}; expected an object and a text")
-        adapter, system = str(fields.get("adapter") or ""), made.get("system")
-        label = f"{Path(adapter).name}, {system}" if adapter else Path(path).stem
-        answered = found.setdefault(label, Answered(adapter == BASE, {}))
+        settings, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
+        if not isinstance(settings, dict) or not isinstance(cluster, str):
+            values = f"settings {settings!r:.40} and risk cluster {cluster!r:.40}"
+            raise UserError(f"{path} row {number}: {values}; expected an object and a text")
+        adapter = str(fields.get("adapter") or "")
+        label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else Path(path).stem
+        # Rows of generate.py name their adapter, and their `answer` is without reasoning. Other programs write the
+        # reasoning into `response`.
         text = fields.get("answer") if adapter or "response" not in fields else fields["response"]
         if not isinstance(text, str):
             raise UserError(f"{path} row {number}: no answer in it; expected rows of generate.py --out")
-        stuck = str(fields.get("stucked", "")).lower() == "true" or ("<think>" in text and "</think>" not in text)
-        answered.repeated += fields["prompt"] in answered.rows
-        answered.rows.setdefault(
-            fields["prompt"],
-            {"answer": without_reasoning(text).strip(), "stuck": stuck, "cluster": cluster},
-        )
-    if equals:
-        found = {name if len(found) == 1 else f"{name}: {label}": answered for label, answered in found.items()}
-    return found
+        marked = str(fields.get("stucked", "")).lower() == "true"
+        unfinished = marked or ("<think>" in text and "</think>" not in text)
+        row = {"answer": without_reasoning(text).strip(), "unfinished_thinking": unfinished, "cluster": cluster}
+        variants.setdefault(label, VariantAnswers(adapter == BASE)).add(fields["prompt"], row)
+    if not equals:
+        return variants
+    return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temperature: float = 0.0) -> None:
@@ -195,8 +207,8 @@ def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temp
     group.add_argument("--model", metavar="DIR|HUB_ID", help="the base (default: the adapter's own, else the bundled)")
     group.add_argument("--revision", default="", metavar="COMMIT", help="commit or branch of a hub id")
     group.add_argument("--adapter", action="append", metavar="base|DIR", default=[],
-                       help="a setting per adapter; base is none; may be given several times (base)")  # fmt: skip
-    group.add_argument("--system", default="none", metavar="v0,v1,none,FILE", help="a setting per system prompt (none)")
+                       help="a variant per adapter; base is none; may be given several times (base)")  # fmt: skip
+    group.add_argument("--system", default="none", metavar="v0,v1,none,FILE", help="a variant per system prompt (none)")
     if max_new_tokens:
         group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
                            help=f"tokens of an answer with its reasoning ({max_new_tokens})")  # fmt: skip
@@ -214,18 +226,19 @@ def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temp
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
 
 
-def from_arguments(args: argparse.Namespace) -> tuple[Subject, list[Setting]]:
+def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Variant]]:
+    """The model, and a variant for every pair of --adapter and --system."""
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     options = Options(sampling, args.max_new_tokens, thinking=args.thinking, batch_size=args.batch_size)
     adapters = args.adapter or [BASE]
-    settings = [Setting(adapter, system) for adapter in adapters for system in args.system.split(",")]
-    names = [setting.name for setting in settings]
+    variants = [Variant(adapter, system) for adapter in adapters for system in args.system.split(",")]
+    names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise UserError(f"two settings have one name among {'; '.join(names)}; adapters' folders need different names")
+        raise UserError(f"two variants have one name among {'; '.join(names)}; adapters' folders need different names")
     model, revision = args.model, args.revision
     if not model:
         model, revision = base_of(adapters, revision)
-    return Subject(model, revision, args.device, args.dtype, options), settings
+    return ModelUnderTest(model, revision, args.device, args.dtype, options), variants
 
 
 def base_of(adapters: Sequence[str], revision: str = "") -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""eval.py report: everything that was run on one page.
+"""eval.py report: the results of several evaluations on one page, with the paper's figures beside them.
 
     python eval.py report runs/judged runs/xstest runs/mmlu --out runs/report
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.evaluation import published
+from psysafe.evaluation import published_results
 from psysafe.evaluation.result import Result, Table, load, say, shown
 from psysafe.files import write_atomic
 
@@ -56,27 +56,28 @@ Part = tuple[str, Result, dict]
 
 
 def tables_of(result: Result) -> list[Table]:
-    """Ours, with what was published behind the first one."""
-    theirs = [published.TABLES[result.kind]] if result.kind in published.TABLES else []
-    return [*result.tables[:1], *theirs, *result.tables[1:]]
+    """The result's tables, with the published one, if there is one, after the first."""
+    published = [published_results.TABLES[result.kind]] if result.kind in published_results.TABLES else []
+    return [*result.tables[:1], *published, *result.tables[1:]]
 
 
-def facts(folder: str, result: Result, rest: dict) -> dict[str, str]:
-    """How a result came about, in a reader's order."""
-    found = {"folder": folder, "finished": rest["finished"]}
-    found |= {name: str(value) for name, value in result.settings.items() if value not in ("", None)}
-    found["versions"] = ", ".join(f"{name} {version}" for name, version in rest["versions"].items() if version)
-    return found
+def summary(folder: str, result: Result, rest: dict) -> dict[str, str]:
+    """How a result came about: folder, date, settings, versions."""
+    lines = {"folder": folder, "finished": rest["finished"]}
+    lines |= {name: str(value) for name, value in result.settings.items() if value not in ("", None)}
+    lines["versions"] = ", ".join(f"{name} {version}" for name, version in rest["versions"].items() if version)
+    return lines
 
 
 def contamination(result: Result) -> str:
-    c = result.contamination
+    """The sentence on overlap with training rows."""
+    counts = result.contamination
     if result.kind == "agreement":  # asks no prompts of its own
         return ""
-    if c is None:
+    if counts is None:
         return "Overlap with training rows: not measured (give --train FILE)."
-    return (f"Overlap with training rows: of {c['prompts']:,} prompts {c['exact']:,} stand there word by word, "
-            f"{c['normalised']:,} apart from case and punctuation.")  # fmt: skip
+    return (f"Overlap with training rows: of {counts['prompts']:,} prompts {counts['exact']:,} stand there word by "
+            f"word, {counts['normalised']:,} apart from case and punctuation.")  # fmt: skip
 
 
 # Markdown
@@ -92,7 +93,7 @@ def markdown(parts: Sequence[Part]) -> str:
         if result.failed:
             lines += [f"Failed items: {len(result.failed):,}", ""]
             lines += [f"- {_cell(item)}: {_cell(reason)}" for item, reason in result.failed.items()] + [""]
-        lines += [f"- {name}: {_cell(value)}" for name, value in facts(folder, result, rest).items()] + [""]
+        lines += [f"- {name}: {_cell(value)}" for name, value in summary(folder, result, rest).items()] + [""]
     return "\n".join(lines)
 
 
@@ -131,11 +132,11 @@ def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
     parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in notes]
     if result.failed:
         items = "".join(f"<li>{html.escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
-        summary = f"<summary>failed items: {len(result.failed):,}</summary>"
-        parts.append(f"<details open>{summary}<ul>{items}</ul></details>\n")
+        head = f"<summary>failed items: {len(result.failed):,}</summary>"
+        parts.append(f"<details open>{head}<ul>{items}</ul></details>\n")
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in facts(folder, result, rest).items()
+        for name, value in summary(folder, result, rest).items()
     )
     parts.append(f'<details><summary>settings and versions</summary><table class="facts">{rows}</table></details>\n')
     return "".join(parts) + "</section>\n"
@@ -156,7 +157,7 @@ def _html_table(table: Table) -> str:
     if len(table.rows) > LONG:
         whole = f"<details><summary>{len(table.rows):,} rows</summary>{whole}</details>\n"
     whole = f"<h3>{html.escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
-    return f'<div class="published">{whole}</div>\n' if table.note == published.NOTE else whole
+    return f'<div class="published">{whole}</div>\n' if table.note == published_results.NOTE else whole
 
 
 def bars(table: Table) -> str:
@@ -166,24 +167,24 @@ def bars(table: Table) -> str:
 
 def _chart(table: Table, column: str) -> str:
     """Horizontal bars, one a row, under the column's name and scale. A negative kappa has no bar."""
-    place = [name for name, _ in table.columns].index(column)
-    form = table.columns[place][1]
-    texts = [i for i, (_, f) in enumerate(table.columns) if not f]
-    values = [row[place][0] if isinstance(row[place], list) else row[place] for row in table.rows]
-    # A share fills the width at its whole; anything else at the largest value.
-    top = 100 if column.endswith("%") else max([1, *(v for v in values if v is not None)])
-    left, width, step, head = 300, 430, 26, 22
-    bottom = head + step * len(values)
+    index = [name for name, _ in table.columns].index(column)
+    form = table.columns[index][1]
+    text_columns = [i for i, (_, column_form) in enumerate(table.columns) if column_form == ""]
+    values = [row[index][0] if isinstance(row[index], list) else row[index] for row in table.rows]
+    # A share fills the width at 100; anything else at the largest value, but never at less than 1.
+    scale_end = 100 if column.endswith("%") else max([1, *(value for value in values if value is not None)])
+    left, width, row_height, head = 300, 430, 26, 22  # in SVG units, which are pixels at 100 %
+    bottom = head + row_height * len(values)
     drawn = [
         f'<text x="{left - 8}" y="15" text-anchor="end">{html.escape(column)}</text>'
         f'<text class="scale" x="{left}" y="15">0</text>'
-        f'<text class="scale" x="{left + width}" y="15" text-anchor="middle">{top:g}</text>'
+        f'<text class="scale" x="{left + width}" y="15" text-anchor="middle">{scale_end:g}</text>'
         f'<path class="axis" d="M{left} {head}V{bottom}M{left + width} {head}V{bottom}"/>'
     ]
-    for i, (row, value) in enumerate(zip(table.rows, values, strict=True)):
-        label = ", ".join(str(row[t]) for t in texts)
+    for number, (row, value) in enumerate(zip(table.rows, values, strict=True)):
+        label = ", ".join(str(row[i]) for i in text_columns)
         label = label if len(label) <= 44 else label[:43] + "…"
-        y, length = head + i * step, width * max(value or 0, 0) / top
+        y, length = head + number * row_height, width * max(value or 0, 0) / scale_end
         drawn.append(
             f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(label)}</text>'
             f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="18" rx="2"/>'

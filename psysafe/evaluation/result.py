@@ -1,14 +1,12 @@
-"""A finished evaluation: tables with their settings, saved as result.json, shown as plain text.
+"""What an evaluation ends in: `Result`, tables with how they came about, saved as result.json or shown as plain text.
 
-Cells are numbers, texts, None, or [mean, standard deviation]; how a column is printed stands beside it, so that the
-JSON keeps every digit.
+A cell is a number, a text, None, or [mean, standard deviation]. The JSON keeps every digit; how a column is printed
+stands beside its name.
 """
 
 import json
 import sys
 import time
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +16,6 @@ from psysafe.program import UserError
 from psysafe.runtime import versions
 
 FILE = "result.json"
-
-
 Cell = str | int | float | None | list[int | float | None]
 
 
@@ -55,22 +51,23 @@ class Table:
 
 @dataclass
 class Result:
-    """What one evaluation found. failed: item -> why it has no result; they are tried again at the next start."""
+    """The outcome of one evaluation."""
 
-    kind: str
+    kind: str  # the command of eval.py
     title: str
     tables: list[Table]
-    settings: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)  # model, judge, data: what the tables depend on
     notes: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    contamination: dict[str, int] | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # item -> reason; tried again at the next start
+    contamination: dict[str, int] | None = None  # of `overlap`; None where no training rows were given
 
     def as_text(self) -> str:
         parts = [self.title, *(table.as_text() for table in self.tables), *self.notes]
         if self.failed:
-            shown = [f"  {item}: {reason}" for item, reason in list(self.failed.items())[:10]]
-            more = [f"  and {len(self.failed) - 10} more"] if len(self.failed) > 10 else []
-            parts.append("\n".join([f"{len(self.failed)} items failed; start again to retry them:", *shown, *more]))
+            lines = [f"{len(self.failed)} items failed; start again to retry them:"]
+            lines += [f"  {item}: {reason}" for item, reason in list(self.failed.items())[:10]]
+            lines += [f"  and {len(self.failed) - 10} more"] if len(self.failed) > 10 else []
+            parts.append("\n".join(lines))
         return "\n\n".join(parts)
 
     def save(self, folder: str | Path) -> Path:
@@ -95,41 +92,37 @@ def load(folder: str | Path) -> tuple[Result, dict]:
         raise UserError(f"{folder}: no {FILE} in it; expected the --out folder of a finished evaluation") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no result of an evaluation ({error}); run it again") from None
 
 
 def _check(result: Result, rest: dict) -> None:
-    """Raises UserError where a field is not of the type that it is annotated with, or a table cannot be shown."""
-    typed = [(result, Result), *((table, Table) for table in result.tables)]
-    fields = [(name, getattr(x, name), kind) for x, cls in typed for name, kind in typing.get_type_hints(cls).items()]
-    fields += [("versions", rest["versions"], dict[str, str]), ("finished", rest["finished"], str)]
-    for name, value, kind in fields:
-        if not _is_of(value, kind):
-            raise UserError(f"{name} is {value!r:.60}")
+    """Raises an error of one of the kinds that `load` turns into a UserError where the report could not be written.
+
+    JSON says nothing of types: what is a text in a Result may be any value in the file.
+    """
+    texts = [result.kind, result.title, rest["finished"], *result.notes, *result.failed, *result.failed.values()]
+    texts += [*rest["versions"], *rest["versions"].values(), *result.settings.keys()]
     for table in result.tables:
         names = [name for name, _ in table.columns]
-        if any(len(row) != len(names) for row in table.rows) or set(table.bars) - set(names):
-            raise UserError(f"the rows of {table.title!r:.60} do not fit its columns")
+        texts += [table.title, table.note, *table.bars, *names, *(form for _, form in table.columns)]
+        for row in table.rows:
+            cells = dict(zip(names, row, strict=True))
+            drawn = [cells[column][0] if isinstance(cells[column], list) else cells[column] for column in table.bars]
+            if not all(isinstance(value, int | float | None) for value in drawn):
+                raise UserError(f"a row of {table.title!r:.60} cannot be drawn")
         table.cells()
-    if result.contamination is not None and result.contamination.keys() != {"prompts", "exact", "normalised"}:
-        raise UserError(f"contamination counts {list(result.contamination)!r:.60}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{text!r:.60} where a text is expected")
+    if result.contamination is not None:
+        counts = {name: int(result.contamination[name]) for name in ("prompts", "exact", "normalised")}
+        if counts != result.contamination:
+            raise UserError(f"contamination counts {result.contamination!r:.60}")
 
 
-def _is_of(value, kind) -> bool:
-    kinds, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if kinds is types.UnionType:
-        return any(_is_of(value, part) for part in parts)
-    if not isinstance(value, kinds):
-        return False
-    if kinds is tuple:
-        return len(value) == len(parts) and all(map(_is_of, value, parts))
-    if kinds is dict:
-        return not parts or all(_is_of(k, parts[0]) and _is_of(v, parts[1]) for k, v in value.items())
-    return kinds is not list or not parts or all(_is_of(x, parts[0]) for x in value)
-
-
-def shown(cell, form: str) -> str:
+def shown(cell: Cell, form: str) -> str:
+    """The cell as a text, in the format of its column; a dash for nothing."""
     if cell is None:
         return "–"
     if isinstance(cell, list | tuple):

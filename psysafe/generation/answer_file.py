@@ -91,8 +91,9 @@ class AnswerFile:
 
     def write(self, adapter: str, answer: Answer) -> None:
         made = asdict(answer)
-        stuck = {"stucked": "true"} if made.pop("stuck") else {}
-        row = {**_kept(self.prompts[answer.row]), **made, "adapter": adapter, **stuck, "settings": self.settings}
+        # The key of the published answer files.
+        unfinished = {"stucked": "true"} if made.pop("unfinished_thinking") else {}
+        row = {**_kept(self.prompts[answer.row]), **made, "adapter": adapter, **unfinished, "settings": self.settings}
         # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes its JSON escape again.
         line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         self._file.write(line)

@@ -72,7 +72,7 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     new_tokens: int
-    stuck: bool  # the think block never closed: everything is reasoning, and there is no answer
+    unfinished_thinking: bool  # the think block never closed: everything is reasoning, and there is no answer
 
 
 class Generator:
@@ -150,7 +150,7 @@ class Generator:
             finish_reason=REASONS[progress.finish],
             prompt_tokens=len(progress.request.ids),
             new_tokens=len(progress.ids),
-            stuck=self.options.thinking and not end,
+            unfinished_thinking=self.options.thinking and not end,
         )
 
 

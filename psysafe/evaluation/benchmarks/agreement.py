@@ -3,11 +3,11 @@
     python eval.py agreement --human labels.csv --judged runs/judged --out runs/agreement
 
 The CSV has a row per answer: prompt, refusal (Yes or No), grounding (1 to 5), references (Yes or No), relevance
-(1 to 5), and setting where several were judged. An empty cell was not labelled.
+(1 to 5), and variant where several were judged. An empty cell was not labelled.
 
-Pooled kappa follows the published figure: all labels of all criteria in one list, Yes as 1, No as 0, ratings as they
-are. So a Yes and a rating of 1 count as the same label, and criteria with other spreads lend each other agreement:
-the published 0.61 stands over 0.79, 0.26, 1.00 and 0.19.
+Pooled kappa is computed as the published one: all labels of all criteria in one list, Yes as 1, No as 0, ratings as
+they are. So a Yes and a rating of 1 count as the same label. The pooled kappa can be far above that of a criterion: the
+published 0.61 is pooled from criteria with 0.79, 0.26, 1.00 and 0.19.
 """
 
 import argparse
@@ -16,17 +16,48 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
+from psysafe.evaluation.benchmark import Evaluation
+from psysafe.evaluation.criteria import CRITERIA
 from psysafe.evaluation.result import Result, Table, load
-from psysafe.evaluation.scores import CRITERIA
 from psysafe.program import UserError
 
 LABELS = {name: range(2) if name in ("refusal", "references") else range(1, 6) for name in CRITERIA}
 Pairs = list[tuple[Hashable, Hashable]]
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--human", required=True, metavar="CSV", help="people's labels")
-    parser.add_argument("--judged", required=True, metavar="DIR", help="the --out folder of eval.py judge")
+class Agreement(Evaluation):
+    name = "agreement"
+    help = "a judge's scores against people's: Cohen's kappa"
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--human", required=True, metavar="CSV", help="people's labels")
+        parser.add_argument("--judged", required=True, metavar="DIR", help="the --out folder of eval.py judge")
+
+    def run(self, args: argparse.Namespace) -> Result:
+        people = read_table(args.human, ["prompt"])
+        if not set(people[0]).intersection(CRITERIA):
+            columns = ", ".join(map(str, people[0]))
+            raise UserError(f"{args.human}: no labels in it (columns: {columns:.100}); expected {', '.join(CRITERIA)}")
+        judgement, _ = load(args.judged)
+        if judgement.kind != "judge":
+            raise UserError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
+        pairs, unmatched = pair(people, read_items(Path(args.judged, "items.jsonl")), args.human)
+        result = Result("agreement", "Agreement of the judge with people", tables(pairs))
+        judge = judgement.settings.get("judge")
+        result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judge}
+        result.notes = [f"{len(people):,} labelled answers, {unmatched:,} of them not among the judged"]
+        return result
+
+
+def read_items(file: Path) -> list[dict]:
+    """The judged answers with their scores, as eval.py judge has written them."""
+    items = read_table(file, ["variant", "prompt"])
+    for number, item in enumerate(items, 1):
+        wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name])]
+        if wrong or not isinstance(item["variant"], str):
+            where = f"{', '.join(wrong)} of variant {item['variant']!r:.60}"
+            raise UserError(f"{file} row {number}: {where} as eval.py judge does not write it; judge again")
+    return items
 
 
 def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
@@ -41,38 +72,16 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
     return 1.0 if chance == n * n else (n * observed - chance) / (n * n - chance)
 
 
-def run(args: argparse.Namespace) -> Result:
-    people = read_table(args.human, ["prompt"])
-    if not set(people[0]).intersection(CRITERIA):
-        found = ", ".join(map(str, people[0]))
-        raise UserError(f"{args.human}: no labels in it (columns: {found:.100}); expected {', '.join(CRITERIA)}")
-    judgement, _ = load(args.judged)
-    if judgement.kind != "judge":
-        raise UserError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
-    file = Path(args.judged, "items.jsonl")
-    judged = read_table(file, ["setting", "prompt"])
-    for number, item in enumerate(judged, 1):
-        wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name])]
-        if wrong or not isinstance(item["setting"], str):
-            found = f"{', '.join(wrong)} of setting {item['setting']!r:.60}"
-            raise UserError(f"{file} row {number}: {found} as eval.py judge does not write it; judge again")
-    pairs, unmatched = pair(people, judged, args.human)
-    result = Result("agreement", "Agreement of the judge with people", tables(pairs))
-    result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judgement.settings.get("judge")}
-    result.notes = [f"{len(people):,} labelled answers, {unmatched:,} of them not among the judged"]
-    return result
-
-
 def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tuple[dict[str, Pairs], int]:
     """(person's, judge's) labels by criterion, where both gave one; and how many labelled answers were not judged."""
-    several = len({item["setting"] for item in judged}) > 1
-    if several and any(not row.get("setting") for row in people):
-        raise UserError(f"{file}: no column setting, and several settings were judged; name one in each row")
-    by_answer = {(item["setting"] if several else "", item["prompt"]): item for item in judged}
+    several = len({item["variant"] for item in judged}) > 1
+    if several and any(not row.get("variant") for row in people):
+        raise UserError(f"{file}: no column variant, and several variants were judged; name one in each row")
+    by_answer = {(item["variant"] if several else "", item["prompt"]): item for item in judged}
     pairs: dict[str, Pairs] = {name: [] for name in CRITERIA}
     unmatched = 0
     for number, row in enumerate(people, 1):
-        item = by_answer.get((row["setting"] if several else "", row["prompt"]))
+        item = by_answer.get((row["variant"] if several else "", row["prompt"]))
         unmatched += item is None
         for name in CRITERIA:
             label = _label(row.get(name), name, f"{file} row {number}")
@@ -84,26 +93,30 @@ def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tu
 
 
 def tables(pairs: dict[str, Pairs]) -> list[Table]:
-    pooled = [p for criterion in CRITERIA for p in pairs[criterion]]
-    rows = [
-        [name, len(found), 100 * sum(a == b for a, b in found) / len(found) if found else None, cohen_kappa(found)]
-        for name, found in (*pairs.items(), ("pooled", pooled))
-    ]
+    pooled = [labels for name in CRITERIA for labels in pairs[name]]
+    rows = []
+    for name, of_criterion in (*pairs.items(), ("pooled", pooled)):
+        equal = sum(person == judge for person, judge in of_criterion)
+        percent = 100 * equal / len(of_criterion) if of_criterion else None
+        rows.append([name, len(of_criterion), percent, cohen_kappa(of_criterion)])
     note = "Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are."
     columns = [("criterion", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f")]
-    found = [Table("By criterion", columns, rows, note, bars=["Cohen's kappa"])]
-    for name, mine in pairs.items():
-        labels = sorted({label for both in mine for label in both})
-        if labels:
-            counts = Counter(mine)
-            words = ["No", "Yes"] if name in ("refusal", "references") else [str(k) for k in range(6)]
-            columns = [("person \\ judge", ""), *((words[label], ",") for label in labels)]
-            cells = [[words[a], *(counts[a, b] for b in labels)] for a in labels]
-            found.append(Table(f"{name}: people in rows, judge in columns", columns, cells))
-    return found
+    by_criterion = Table("By criterion", columns, rows, note, bars=["Cohen's kappa"])
+    return [by_criterion, *(confusion(name, pairs[name]) for name in CRITERIA if pairs[name])]
+
+
+def confusion(name: str, pairs: Pairs) -> Table:
+    """How often each label of a person met each label of the judge."""
+    labels = sorted({label for both in pairs for label in both})
+    counts = Counter(pairs)
+    words = ["No", "Yes"] if name in ("refusal", "references") else [str(rating) for rating in range(6)]
+    columns = [("person \\ judge", ""), *((words[label], ",") for label in labels)]
+    rows = [[words[person], *(counts[person, judge] for judge in labels)] for person in labels]
+    return Table(f"{name}: people in rows, judge in columns", columns, rows)
 
 
 def _label(text: str | int | None, name: str, where: str) -> int | None:
+    """A person's label as the judge's scores have it; None for an empty cell."""
     if text is None or not str(text).strip():
         return None
     word = str(text).strip().lower()

@@ -42,9 +42,9 @@ def encode_ascii(text: str) -> str:
 def decode_ascii(text: str) -> str:
     """Runs of three codes or more become text, as does a text of codes alone; whatever else the model wrote stays."""
 
-    def decoded(found: re.Match) -> str:
-        codes = [int(code) for code in re.findall(r"\d+", found[0])]
-        return "".join(map(chr, codes)) if all(code < 0x110000 for code in codes) else found[0]
+    def decoded(run: re.Match) -> str:
+        codes = [int(code) for code in re.findall(r"\d+", run[0])]
+        return "".join(map(chr, codes)) if all(code < 0x110000 for code in codes) else run[0]
 
     code = r"\b\d{1,7}\b"
     return re.sub(rf"{code}(?:[ ,]+{code}){{2,}}|\A{code}(?:[ ,]+{code})?\Z", decoded, text.strip())

@@ -1,4 +1,4 @@
-"""eval.py judge: answers of several settings side by side, scored on the four criteria.
+"""eval.py judge: answers of several variants side by side, scored on the four criteria.
 
     python eval.py judge --prompts rows.jsonl --adapter base --adapter runs/psysafe --system v0,v1 --out runs/judged \\
         --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen3.5-397B-A17B
@@ -7,185 +7,221 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.data.rows import read_table
-from psysafe.evaluation import criteria as judge
-from psysafe.evaluation import judge_models as judges
-from psysafe.evaluation import word_list_judge as rules
-from psysafe.evaluation.models_under_test import BASE, Answered, Question, add_arguments, from_arguments, read_answers
+from psysafe.evaluation import criteria, judge_models, models_under_test, word_list_judge
+from psysafe.evaluation.benchmark import Evaluation
+from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
+from psysafe.evaluation.judge_models import Judge, ask_all
+from psysafe.evaluation.models_under_test import BASE, Question, VariantAnswers, read_answers
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table
-from psysafe.evaluation.scores import Scores, align, relative_change, summarise
 from psysafe.files import write_atomic
 from psysafe.program import UserError
 
-TEMPERATURE = 0.1
+TEMPERATURE = 0.1  # of the judge, as in the publication
 REPLIES = "replies.jsonl"
 BENIGN = "benign"  # the cluster of rows that nobody should refuse: the criteria do not concern them
-COLUMNS = [("setting", ""), ("n", ","), ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"),
-           ("relevance", ".2f"), ("overall %", ".1f")]  # fmt: skip
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
-                        help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
-    parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
-    parser.add_argument("--rubric", metavar="FILE", default=judge.RUBRIC, help="the judge's instructions")
-    parser.add_argument("--baseline", metavar="NAME", help="setting to which the others are compared (the first)")
-    parser.add_argument("--train", nargs="*", default=[], metavar="FILE", help="training rows, to look for the prompts")
-    add_arguments(parser, max_new_tokens=4096)
-    judges.add_arguments(parser, "word lists; for tests and the tiny demo")
+class FourCriteria(Evaluation):
+    name = "judge"
+    help = "answers scored on four criteria by a judge"
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
+                            help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
+        parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
+        parser.add_argument("--rubric", metavar="FILE", default=criteria.RUBRIC, help="the judge's instructions")
+        parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
+        parser.add_argument("--train", nargs="*", default=[], metavar="FILE",
+                            help="training rows, to look for the prompts")  # fmt: skip
+        models_under_test.add_arguments(parser, max_new_tokens=4096)
+        judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
+
+    def run(self, args: argparse.Namespace) -> Result:
+        if bool(args.answers) == bool(args.prompts):
+            raise UserError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
+        judge = judge_models.from_arguments(args, TEMPERATURE)
+        answers, settings = (read_all(args.answers), {}) if args.answers else answer_prompts(args)
+        baseline = args.baseline or next(iter(answers))
+        if baseline not in answers:
+            raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
+        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out))
+        result.settings |= settings
+        if args.train:
+            result.contamination = overlap(next(iter(answers.values())).rows, training_prompts(args.train))
+        return result
 
 
-def run(args: argparse.Namespace) -> Result:
-    if bool(args.answers) == bool(args.prompts):
-        raise UserError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
-    who = judges.from_arguments(args, TEMPERATURE)
-    settings = {}
-    if args.answers:
-        answered: dict[str, Answered] = {}
-        for spec in args.answers:
-            for name, rows in read_answers(spec).items():
-                if name in answered:
-                    raise UserError(f"--answers {spec}: a setting {name!r} is there already; name it: NAME=FILE")
-                answered[name] = rows
-    else:
-        answered, settings = answer_prompts(args)
-    baseline = args.baseline or next(iter(answered))
-    if baseline not in answered:
-        raise UserError(f"--baseline {baseline}: no such setting; expected one of {'; '.join(answered)}")
-    result = compare(answered, baseline, who, Path(args.rubric), Path(args.out))
-    result.settings |= settings
-    if args.train:
-        result.contamination = overlap(next(iter(answered.values())).rows, training_prompts(args.train))
-    return result
+def read_all(specs: Sequence[str]) -> dict[str, VariantAnswers]:
+    """The answers of all --answers files by variant."""
+    answers: dict[str, VariantAnswers] = {}
+    for spec in specs:
+        for name, of_variant in read_answers(spec).items():
+            if name in answers:
+                raise UserError(f"--answers {spec}: a variant {name!r} is there already; name it: NAME=FILE")
+            answers[name] = of_variant
+    return answers
 
 
-def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, Answered], dict]:
-    """Answers every prompt under every setting; (answers by setting, what they were made with)."""
-    subject, settings = from_arguments(args)
+def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
+    """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
+    model, variants = models_under_test.from_arguments(args)
     rows = read_table(args.prompts, ["prompt"])[: args.limit or None]
     questions = [Question(number, row["prompt"]) for number, row in enumerate(rows, 1)]
-    made = subject.answers(settings, questions, Path(args.out) / "answers.jsonl")
-    answered = {}
-    for setting, by_number in made.items():
-        mine = Answered(setting.adapter == BASE, {})
-        for number, row in by_number.items():
-            mine.repeated += row["prompt"] in mine.rows
-            mine.rows.setdefault(row["prompt"], row | {"cluster": rows[number - 1].get("risk cluster", "")})
-        answered[setting.name] = mine
-    return answered, subject.facts() | {"prompts": str(args.prompts)}
+    by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
+    answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
+    for variant in variants:
+        for number, answer in by_number[variant].items():
+            cluster = rows[number - 1].get("risk cluster", "")
+            answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
+    return answers, model.summary() | {"prompts": str(args.prompts)}
+
+
+def align(
+    prompts: Mapping[str, Iterable[str]], unfinished: Mapping[str, Iterable[str]], base: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """The prompts that a comparison is over, in the order of the first variant, and how many were left out and why.
+
+    prompts: of each variant, those that it answered, by their exact text; unfinished: of each, those for which its
+    thinking never ended; base: the variants without an adapter.
+    """
+    first = next(iter(prompts.values()))
+    everywhere = set(first).intersection(*prompts.values())
+    somewhere = set().union(*prompts.values())
+    # Left out for all variants, so that all are compared on the same prompts. Unfinished thinking of a fine-tuned
+    # variant leaves nothing out: it counts as an answer without text, or the fine-tuned model would gain by it.
+    unfinished_in_base = set().union(*(unfinished.get(name, ()) for name in base)) & everywhere
+    compared = [prompt for prompt in first if prompt in everywhere and prompt not in unfinished_in_base]
+    counts = {"prompts in all variants": len(everywhere), "only in some variants": len(somewhere - everywhere),
+              "unfinished thinking in a base variant": len(unfinished_in_base), "compared": len(compared)}  # fmt: skip
+    return compared, counts
 
 
 def compare(
-    answered: Mapping[str, Answered], baseline: str, who: judges.Judge | None, rubric: Path, out: Path
+    answers: Mapping[str, VariantAnswers], baseline: str, judge: Judge | None, rubric: Path, out: Path
 ) -> Result:
-    """Judges all settings on the prompts that they share and puts them side by side. who: None for the rules."""
-    bases = [name for name, rows in answered.items() if rows.is_base] or [baseline]
-    prompts, counts = align(
-        {name: rows.rows for name, rows in answered.items()}, {n: rows.stuck for n, rows in answered.items()}, bases
-    )
-    asked = len(prompts)
-    prompts = [p for p in prompts if answered[baseline].rows[p]["cluster"] != BENIGN]
-    del counts["compared"]  # comes last, without the benign ones
-    counts |= {"benign, not judged": asked - len(prompts), "compared": len(prompts)}
-    if not prompts:
-        found = ", ".join(f"{value} {key}" for key, value in counts.items())
-        raise UserError(f"nothing to compare between {', '.join(answered)}: {found}")
-    scored, replies, failed = score(answered, prompts, who, rubric, out)
-    items = [
-        {"setting": name, "prompt": prompt, **answered[name].rows[prompt], **asdict(scored[name][prompt])}
-        | ({"reply": replies[name, prompt]} if (name, prompt) in replies else {})
-        for name in answered
-        for prompt in prompts
-        if prompt in scored[name]
-    ]
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-
-    by = f"the {rules.NAME}" if who is None else who.name
-    result = Result("judge", f"Four criteria, judged by {by}", [])
-    result.settings = {"judge": rules.NAME} if who is None else {**who.settings, "rubric": _shown(rubric)}
-    result.notes = [", ".join(f"{key}: {value:,}" for key, value in counts.items())]
-    repeated = sum(rows.repeated for rows in answered.values())
-    if repeated:
+    """Judges all variants on the prompts that they share and puts them side by side. judge: None for the word lists."""
+    prompts, counts = prompts_to_judge(answers, baseline)
+    scores, replies, failed = score(answers, prompts, judge, rubric, out)
+    write_items(out / "items.jsonl", answers, prompts, scores, replies)
+    judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+    result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
+    result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
+    result.notes = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
+    if repeated := sum(of_variant.repeated for of_variant in answers.values()):
         result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
-    empty = sum(scores == Scores(strategy=scores.strategy) for rows in scored.values() for scores in rows.values())
-    if empty:
+    everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
+    if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
         result.notes.append(f"replies of the judge without any score: {empty:,}, in {out / REPLIES}")
     result.failed = failed
-    result.tables = tables(answered, scored, baseline, by)
     return result
 
 
-def _shown(rubric: Path) -> str:
-    return "this project's wording (psysafe/assets/rubric.txt)" if rubric == judge.RUBRIC else str(rubric)
+def prompts_to_judge(answers: Mapping[str, VariantAnswers], baseline: str) -> tuple[list[str], dict[str, int]]:
+    """The prompts of `align` without the benign ones, and the counts with these."""
+    bases = [name for name, of_variant in answers.items() if of_variant.is_base] or [baseline]
+    unfinished = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
+    aligned, counts = align({name: of_variant.rows for name, of_variant in answers.items()}, unfinished, bases)
+    prompts = [prompt for prompt in aligned if answers[baseline].rows[prompt]["cluster"] != BENIGN]
+    del counts["compared"]  # it comes last, and without the benign ones
+    counts |= {"benign, not judged": len(aligned) - len(prompts), "compared": len(prompts)}
+    if not prompts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise UserError(f"nothing to compare between {', '.join(answers)}: {reasons}")
+    return prompts, counts
 
 
-def score(answered, prompts: Sequence[str], who, rubric: Path, out: Path):
-    """(scores by setting and prompt, the judge's replies, failed items)."""
-    if who is None:
-        try:
-            scored = {
-                name: {p: rules.judge(p, rows.rows[p]["answer"], rows.rows[p]["cluster"]).scores for p in prompts}
-                for name, rows in answered.items()
-            }
-        except ValueError as error:
-            raise UserError(f"answers of {', '.join(answered)}: {error}") from None
-        return scored, {}, {}
+def score(
+    answers: Mapping[str, VariantAnswers], prompts: Sequence[str], judge: Judge | None, rubric: Path, out: Path
+) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], str], dict[str, str]]:
+    """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items)."""
+    if judge is None:
+        return score_by_word_lists(answers, prompts), {}, {}
     try:
         instructions = rubric.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{rubric}: not UTF-8 at byte {error.start}; expected the judge's instructions") from None
-    asked = {}
-    for name, rows in answered.items():
+    conversations = {
+        (name, prompt): criteria.messages(instructions, prompt, of_variant.rows[prompt]["answer"])
+        for name, of_variant in answers.items()
+        for prompt in prompts
+    }
+    replies, failed = ask_all(judge, conversations, out / REPLIES)
+    scores: dict[str, dict[str, Scores]] = {name: {} for name in answers}
+    for (name, prompt), reply in replies.items():
+        scores[name][prompt] = criteria.parse(reply)
+    return scores, replies, {f"{name}: {prompt[:60]}": reason for (name, prompt), reason in failed.items()}
+
+
+def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
+    scores = {}
+    for name, of_variant in answers.items():
+        try:
+            rows = {prompt: of_variant.rows[prompt] for prompt in prompts}
+            scores[name] = {
+                prompt: word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+                for prompt, row in rows.items()
+            }
+        except UserError as error:  # a cluster that it does not know
+            raise UserError(f"answers of {', '.join(answers)}: {error}") from None
+    return scores
+
+
+def write_items(path: Path, answers, prompts, scores, replies) -> None:
+    """One line for each judged answer, with its scores and the judge's reply: what `agreement` reads."""
+    items = []
+    for name in answers:
         for prompt in prompts:
-            messages = judge.messages(instructions, prompt, rows.rows[prompt]["answer"])
-            asked[name, prompt] = judges.item_key(who, messages), messages
-    outcome = who.ask(dict(asked.values()), out / REPLIES)
-    scored: dict[str, dict[str, Scores]] = {name: {} for name in answered}
-    replies, failed = {}, {}
-    for (name, prompt), (key, _) in asked.items():
-        if key in outcome.rows:
-            replies[name, prompt] = outcome.rows[key]["text"]
-            scored[name][prompt] = judge.parse(replies[name, prompt])
-        else:
-            failed[f"{name}: {prompt[:60]}"] = outcome.failed[key]
-    return scored, replies, failed
+            if prompt in scores[name]:
+                item = {"variant": name, "prompt": prompt, **answers[name].rows[prompt], **asdict(scores[name][prompt])}
+                reply = {"reply": replies[name, prompt]} if (name, prompt) in replies else {}
+                items.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(items))
 
 
-def tables(answered, scored: Mapping[str, Mapping[str, Scores]], baseline: str, by: str) -> list[Table]:
-    """by: who judged; the tables of scores say so."""
-    summaries = {name: summarise(rows.values()) for name, rows in scored.items()}
+def _shown(rubric: Path) -> str:
+    return "this project's wording (psysafe/assets/rubric.txt)" if rubric == criteria.RUBRIC else str(rubric)
 
-    def cells(name: str, s) -> list:
-        return [name, s.n, s.refusal, [s.grounding, s.grounding_std], s.references, [s.relevance, s.relevance_std],
-                s.overall]  # fmt: skip
 
-    same = all(n == s.n for s in summaries.values() for n in s.counts.values())
-    note = "" if same else "a criterion was missing in some replies: see the next table"
-    rows = [cells(name, s) for name, s in summaries.items()]
-    found = [Table(f"All prompts, judged by {by}", COLUMNS, rows, note, bars=["overall %"])]
-    if not same:
-        names = list(summaries[baseline].counts)
-        found.append(Table("Answers that each figure is over", [("setting", ""), *((n, ",") for n in names)],
-                           [[name, *s.counts.values()] for name, s in summaries.items()]))  # fmt: skip
+# Tables. scores: variant -> prompt -> scores.
+
+
+def tables(
+    answers: Mapping[str, VariantAnswers], scores: Mapping[str, Mapping[str, Scores]], baseline: str, judged_by: str
+) -> list[Table]:
+    """judged_by: stands in the titles of the tables of scores."""
+    summaries = {name: summarise(by_prompt.values()) for name, by_prompt in scores.items()}
+    complete = all(count == summary.n for summary in summaries.values() for count in summary.counts.values())
+    note = "" if complete else "a criterion was missing in some replies: see the next table"
+    rows = [[name, *summary.cells()] for name, summary in summaries.items()]
+    shown = [Table(f"All prompts, judged by {judged_by}", COLUMNS, rows, note, bars=["overall %"])]
+    if not complete:
+        columns = [("variant", ""), *((name, ",") for name in summaries[baseline].counts)]
+        rows = [[name, *summary.counts.values()] for name, summary in summaries.items()]
+        shown.append(Table("Answers that each figure is over", columns, rows))
     if len(summaries) > 1:
         changes = {n: relative_change(s, summaries[baseline]) for n, s in summaries.items() if n != baseline}
-        columns = [("setting", ""), *((f"{name} %", "+.1f") for name in changes[next(iter(changes))])]
+        columns = [("variant", ""), *((f"{name} %", "+.1f") for name in next(iter(changes.values())))]
         rows = [[name, *change.values()] for name, change in changes.items()]
         note = "–: nothing to divide by" if any(None in row for row in rows) else ""
-        found.append(Table(f"Relative change to {baseline}", columns, rows, note))
-    clusters = list(dict.fromkeys(row["cluster"] for row in answered[baseline].rows.values() if row["cluster"]))
+        shown.append(Table(f"Relative change to {baseline}", columns, rows, note))
+    if rows := rows_by_cluster(answers, scores, baseline):
+        shown.append(Table(f"Per cluster, judged by {judged_by}", [("cluster", ""), *COLUMNS], rows))
+    return shown
+
+
+def rows_by_cluster(answers, scores, baseline: str) -> list[list]:
+    """A row for each cluster and variant in which something was judged; none where the rows name no cluster."""
     rows = []
-    for cluster in clusters:
-        for name, by_prompt in scored.items():
-            mine = [s for prompt, s in by_prompt.items() if answered[name].rows[prompt]["cluster"] == cluster]
-            if mine:
-                rows.append([cluster, *cells(name, summarise(mine))])
-    if rows:
-        found.append(Table(f"Per cluster, judged by {by}", [("cluster", ""), *COLUMNS], rows))
-    return found
+    for cluster in dict.fromkeys(row["cluster"] for row in answers[baseline].rows.values() if row["cluster"]):
+        for name, by_prompt in scores.items():
+            of_cluster = [s for prompt, s in by_prompt.items() if answers[name].rows[prompt]["cluster"] == cluster]
+            if of_cluster:
+                rows.append([cluster, name, *summarise(of_cluster).cells()])
+    return rows

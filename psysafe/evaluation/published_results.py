@@ -1,5 +1,7 @@
-"""The numbers published with the original system (arXiv 2606.09697 and its model card), for the report to show beside
-ours. They were made with other prompts, judges and generations than yours may have been."""
+"""The figures that the paper published (arXiv 2606.09697 and its model card), which the report shows beside ours.
+
+They were measured with other prompts, judges and generations than yours may be.
+"""
 
 from dataclasses import replace
 
@@ -7,13 +9,13 @@ from psysafe.evaluation.result import Table
 
 SOURCE = "arXiv 2606.09697 and its model card"
 NOTE = f"The publication's figures ({SOURCE}), not measured here; its model, prompts and judge may not be yours."
-JUDGE = {  # setting -> refusal %, grounding, its std, references %, relevance, its std, overall %
+JUDGE = {  # variant -> refusal %, grounding, its std, references %, relevance, its std, overall %
     "base, v0": (90.6, 3.38, 1.17, 64.8, 3.90, 0.86, 71.9),
     "base, v1": (96.0, 4.56, 0.86, 95.2, 4.52, 0.74, 92.0),
     "fine-tuned, v0": (100.0, 3.86, 0.79, 99.8, 3.37, 1.16, 82.7),
     "fine-tuned, v1": (99.8, 3.78, 0.81, 99.1, 3.38, 1.17, 82.0),
 }
-XSTEST = {  # setting -> over-refusal %, safety %
+XSTEST = {  # variant -> over-refusal %, safety %
     "base, default": (13.2, 59.0),
     "base, v0": (12.4, 63.0),
     "base, v1": (24.0, 78.5),
@@ -28,26 +30,28 @@ AGREEMENT = {"refusal": 0.79, "grounding": 0.26, "references": 1.00, "relevance"
 
 
 def _tables() -> dict[str, Table]:
-    one = [("published", "")]
+    first = [("published", "")]
     return {
         "judge": Table(
             "Published: Qwen3.5-27B, 500 prompts, judged by Qwen3.5-397B-A17B",
-            [*one, ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"), ("relevance", ".2f"),
+            [*first, ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"), ("relevance", ".2f"),
              ("overall %", ".1f")],
-            [[name, r, [g, gs], f, [v, vs], o] for name, (r, g, gs, f, v, vs, o) in JUDGE.items()],
+            [[name, refusal, [grounding, grounding_std], references, [relevance, relevance_std], overall]
+             for name, (refusal, grounding, grounding_std, references, relevance, relevance_std, overall)
+             in JUDGE.items()],
         ),
-        "xstest": Table("Published: Qwen3.5-27B on XSTest", [*one, ("over-refusal %", ".1f"), ("safety %", ".1f")],
+        "xstest": Table("Published: Qwen3.5-27B on XSTest", [*first, ("over-refusal %", ".1f"), ("safety %", ".1f")],
                         [[name, *row] for name, row in XSTEST.items()]),
         "sorry-bench": Table(
             "Published: Qwen3.5-27B on SORRY-Bench",
-            [*one, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
+            [*first, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
             [[name, *row] for name, row in SORRY_BENCH.items()],
         ),
-        "mmlu": Table("Published: Qwen3.5-27B on MMLU", [*one, ("acc", ".4f")],
+        "mmlu": Table("Published: Qwen3.5-27B on MMLU", [*first, ("acc", ".4f")],
                       [[name, acc] for name, acc in MMLU.items()]),
-        "hellaswag": Table("Published: Qwen3.5-27B on HellaSwag", [*one, ("acc", ".4f"), ("acc_norm", ".4f")],
+        "hellaswag": Table("Published: Qwen3.5-27B on HellaSwag", [*first, ("acc", ".4f"), ("acc_norm", ".4f")],
                            [[name, *row] for name, row in HELLASWAG.items()]),
-        "agreement": Table("Published: judge and people, 200 labels", [*one, ("Cohen's kappa", ".2f")],
+        "agreement": Table("Published: judge and people, 200 labels", [*first, ("Cohen's kappa", ".2f")],
                            [[name, kappa] for name, kappa in AGREEMENT.items()]),
     }  # fmt: skip
 

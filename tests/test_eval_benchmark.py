@@ -1,0 +1,113 @@
+"""A new benchmark is one class and one entry in eval.py: a toy one, from its definition to the report."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as script
+from psysafe.data.rows import read_table
+from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows
+from psysafe.evaluation.result import Table
+from psysafe.program import main_guard
+from tests.stub_endpoint import Handler, StubEndpoint
+
+MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
+
+
+class Politeness(Benchmark):
+    """All that a benchmark has to say of itself."""
+
+    name = "politeness"
+    help = "how often an answer is polite"
+    title = "Politeness"
+    data = ("FILE", "rows with a prompt and a topic")
+    rules = "an answer is polite if it says please"
+    rules_name = "a search for please"
+    note_on_judge = "Politeness is in the eye of the judge."
+
+    def load(self, args: argparse.Namespace, path: Path) -> Rows:
+        rows = read_table(path, ["prompt", "topic"])[: args.limit or None]
+        items = [Item(f"prompt {number}", row["prompt"], row) for number, row in enumerate(rows, 1)]
+        return Rows({"": items}, [item.prompt for item in items])
+
+    def judge_messages(self, item: Item, answer: str) -> list[dict]:
+        return [{"role": "user", "content": f"{item.prompt}\n\n{answer}\n\nIs the answer polite? Reply Yes or No."}]
+
+    def parse(self, reply: str) -> bool:
+        return reply.strip().lower().startswith("yes")
+
+    def judge_by_rules(self, item: Item, answer: str) -> bool:
+        return "please" in answer.lower()
+
+    def tables(self, judged: Judged) -> list[Table]:
+        lines = []
+        for variant, verdicts in judged.verdicts[""].items():
+            known = [polite for polite in verdicts if polite is not None]
+            lines.append([variant, len(known), 100 * sum(known) / len(known) if known else None])
+        return [Table("Polite answers", [("variant", ""), ("n", ","), ("polite %", ".1f")], lines, bars=["polite %"])]
+
+
+@pytest.fixture
+def politeness(monkeypatch, tmp_path):
+    """Its entry in eval.py, and the first words of a command that runs it on three rows."""
+    monkeypatch.setattr(script, "EVALUATIONS", [*script.EVALUATIONS, Politeness()])
+    rows = [{"prompt": f"question {number}", "topic": "tea"} for number in (1, 2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "Question 2?"}) + "\n")
+    words = ["politeness", "--data", str(tmp_path / "rows.jsonl"), "--train", str(tmp_path / "train.jsonl")]
+    return [*words, "--model", MODEL, "--device", "cpu", "--max-new-tokens", "3", "--system", "none,v0"]
+
+
+def run(*argv: str) -> int:
+    return main_guard(script.main, list(argv))
+
+
+def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkeypatch):
+    """Answers of both variants, a failed item by name, notes, overlap, settings; then only what is missing is asked."""
+    asked, failing = [], ["question 3"]
+
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][-1]["content"]
+        prompt = text.split("\n")[0]
+        asked.append(prompt)
+        self.answer(None if prompt in failing else "Yes" if prompt == "question 1" else "No")
+
+    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    out = tmp_path / "out"
+    with StubEndpoint() as stub:
+        words = [*politeness, "--judge-url", stub.url, "--judge-model", "stub", "--out", str(out)]
+        assert run(*words) == 1
+        result = json.loads((out / "result.json").read_text())
+        assert (result["kind"], result["title"]) == ("politeness", "Politeness, judged by stub")
+        assert result["tables"][0]["rows"] == [["base, none", 2, 50.0], ["base, v0", 2, 50.0]]
+        assert list(result["failed"]) == ["base, none: prompt 3", "base, v0: prompt 3"]
+        assert result["notes"] == ["Politeness is in the eye of the judge."]
+        assert result["contamination"] == {"prompts": 3, "exact": 0, "normalised": 1}
+        assert result["settings"]["judge"] == "stub" and result["settings"]["data"].endswith("rows.jsonl")
+        asked.clear()
+        failing.clear()
+        assert run(*words) == 0
+    assert set(asked) == {"question 3"}
+    assert json.loads((out / "result.json").read_text())["tables"][0]["rows"][0] == ["base, none", 3, 100 / 3]
+    assert (out / "answers.jsonl").read_bytes().count(b"\n") == 6
+    assert run("report", str(out), "--out", str(tmp_path / "report")) == 0
+    assert "Polite answers" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_its_rules_and_its_help(politeness, tmp_path, capsys):
+    assert run(*politeness, "--judge", "rules", "--out", str(tmp_path / "out")) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["title"] == "Politeness, judged by a search for please" and result["notes"] == []
+    assert [row[1] for row in result["tables"][0]["rows"]] == [3, 3]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("politeness", "--help")
+    shown = capsys.readouterr().out
+    assert "A new benchmark is one class" in shown and "an answer is polite if it says please" in shown
+
+
+def test_without_data_and_without_a_hub(politeness, tmp_path, capsys):
+    assert run("politeness", "--judge", "rules", "--out", str(tmp_path)) == 2
+    assert "--data" in capsys.readouterr().err
