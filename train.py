@@ -115,7 +115,7 @@ def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> int:
     """The loop over the steps. Returns the exit code: 0, or 128 + the signal that asked for a stop."""
-    while True:
+    while run.validation_due or run.step < run.total_steps:
         # A signal reaches the ranks at different moments, even during different steps. They take the largest of their
         # answers: so all stop after the same step, and none waits for gradients that another will never send.
         if signal := run.runtime.largest(stop.received):
@@ -123,24 +123,23 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
             if not run.save_error:
                 log.say(f"stopped and saved after step {run.step}; continue with --resume auto")
             return 128 + signal
-        if run.validation_due:
+        if run.validation_due:  # before the first step and after an epoch's last one
             validate_and_save(run, log)
-        elif run.save_due:
-            save_run(run, log)
-        if run.step >= run.total_steps:
-            return 0
-        try:
-            result = train_step(run)
-        except torch.OutOfMemoryError as error:
-            # The adapter still is what the step before left. So only this step is lost: save, name the setting that
-            # would have fitted, and end.
-            save_run(run, log)
-            saved = run.runtime.is_main and not run.save_error
-            raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
-        # One step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no work for the
-        # GPU. When the next step is queued, this one's numbers can be read and the GPU is still busy.
-        log.later(result)
-        run.finish_step()
+        else:
+            if run.save_due:
+                save_run(run, log)
+            try:
+                result = train_step(run)
+            except torch.OutOfMemoryError as error:
+                # The adapter still is what the step before left, so only this step is lost.
+                save_run(run, log)
+                saved = run.runtime.is_main and not run.save_error
+                raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
+            # One step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no work.
+            # When the next step is queued, this one's numbers can be read while the GPU is busy.
+            log.later(result)
+            run.finish_step()
+    return 0
 
 
 def validate_and_save(run: Run, log: RunLog) -> None:

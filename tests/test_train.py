@@ -171,14 +171,34 @@ def test_eight_bit_state_trains(tmp_path):
 
 
 class StopAfter:
-    """A SIGTERM that comes during the step that makes `steps` of them."""
+    """A SIGTERM during the step that makes `steps` of them, or during the validation after it."""
 
-    def __init__(self, run, steps: int):
-        self.run, self.steps = run, steps
+    def __init__(self, run, steps: int, in_validation: bool = False):
+        self.run, self.steps, self.in_validation = run, steps, in_validation
 
     @property
     def received(self) -> int:
-        return signal.SIGTERM if self.run.step >= self.steps else 0
+        has_come = self.run.step >= self.steps and not (self.in_validation and self.run.validation_due)
+        return signal.SIGTERM if has_come else 0
+
+
+def run_loop(run, folder, monkeypatch, **stop):
+    """(exit code, steps after which it validated, steps after which it saved and whether a validation was due)."""
+    validated, saved = [], []
+    monkeypatch.setattr(train, "validate", lambda run: validated.append(run.step) or 1.0)
+    monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append((run.step, run.validation_due))))
+    with RunLog(folder, run.config, run.runtime, run.total_steps) as log:
+        code = train.train(run, log, StopAfter(run, **stop))
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, run.step + 1))
+    return code, validated, saved
+
+
+def test_a_stop_during_a_validation_ends_the_run_before_the_next_step(tmp_path, monkeypatch):
+    run, _ = setup(tmp_path / "model", torch.float32)
+    run.val_set = run.train_set
+    code, validated, saved = run_loop(run, tmp_path, monkeypatch, steps=4, in_validation=True)
+    assert (code, run.step, validated) == (143, 4, [0, 4]) and saved == [(0, False), (4, False), (4, False)]
 
 
 @pytest.mark.parametrize(
@@ -194,13 +214,7 @@ class StopAfter:
 def test_when_the_loop_validates_saves_and_stops(steps, stopped_at, validations, saves, tmp_path, monkeypatch):
     run, _ = setup(tmp_path / "model", torch.float32, save_every=3)
     run.total_steps, run.val_set = steps, run.train_set
-    validated, saved = [], []
-    monkeypatch.setattr(train, "validate", lambda run: validated.append(run.step) or 1.0)
-    monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append((run.step, run.validation_due))))
-    with RunLog(tmp_path, run.config, run.runtime, steps) as log:
-        code = train.train(run, log, StopAfter(run, stopped_at))
+    code, validated, saved = run_loop(run, tmp_path, monkeypatch, steps=stopped_at)
     assert code == (128 + signal.SIGTERM if stopped_at <= steps else 0)
     assert validated == validations and [step for step, _ in saved] == saves
     assert all(due == (step in (4, 6) and step not in validations) for step, due in saved)
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, run.step + 1))
