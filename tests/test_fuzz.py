@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 import generate
+import psysafe.checkpoint.__main__
 import psysafe.checkpoint.adapter
 import psysafe.checkpoint.base
 import psysafe.data.documents
@@ -80,7 +81,7 @@ PROGRAMS = {
     "generate-from-adapter": (generate.main, "Hello --adapter {box}/adapter --device cpu --max-new-tokens 1"),
     "eval": (eval_script.main, "{command} --out {box}/out"),
     "corpus": (corpus.main, "{command}"),
-    "merge": (psysafe.checkpoint.base.main, f"merge {MODEL} --adapter {{box}}/adapter --out {{box}}/out/merged"),
+    "merge": (psysafe.checkpoint.__main__.main, f"merge {MODEL} --adapter {{box}}/adapter --out {{box}}/out/merged"),
     "show": (psysafe.data.documents.main, f"--show {ROWS} {MODEL}"),
 }
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.checkpoint import base as checkpoint
+from psysafe.checkpoint.__main__ import main
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.merge import merge
 from psysafe.model.lora import attach
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
     with pytest.raises(ValueError, match="does not fit this base"):
         merge(base, other / "adapter", published / "merged")
     assert not (published / "merged").exists()
-    assert checkpoint.main(
+    assert main(
         ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]
     ) == 0
     assert "read back and checked" in capsys.readouterr().out

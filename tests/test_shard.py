@@ -110,10 +110,12 @@ def load_and_compare(folder, wrong: bool) -> None:
     """What a rank holds after a sharded load is its rows of what one rank loads."""
     start("cpu")
     if wrong:  # every rank reads the first rows
-        checkpoint.Published.rows = property(lambda self: slice(0, len(self.view)))
+        checkpoint.local_part = lambda *args: (shard.local_part(*args)[0], 0)
     for source in (folder, f"random:{folder}/config.json"):
         whole = checkpoint.published_tensors(load_model(source))
-        for name, (view, first, shape) in checkpoint.published_parts(load_model(source, shard=True)).items():
+        sharded = load_model(source, shard=True)
+        checkpoint.local_part = shard.local_part
+        for name, (view, first, shape) in checkpoint.destinations(sharded).items():
             assert shape == whole[name].shape, name
             assert torch.equal(view, whole[name][first : first + len(view)]), name
 
@@ -140,7 +142,7 @@ def load_and_measure(folder, share: float) -> None:
     torch.zeros(64, 64) @ torch.zeros(64, 64)
     load_model(folder.parent / "small", shard=True)  # what FSDP itself imports
     before = memory_peak(torch.device("cpu"))
-    parts = checkpoint.published_parts(load_model(folder, shard=True)).values()
+    parts = checkpoint.destinations(load_model(folder, shard=True)).values()
     held = sum(part.view.nbytes for part in parts)
     largest = max(4 * np.prod(part.shape) for part in parts)
     total = sum(4 * np.prod(part.shape) for part in parts)

@@ -1,15 +1,17 @@
-"""Checkpoints of the base model in: sharded or single safetensors, from a folder or the hub, streamed tensor by tensor
-into the fused weights, so that loading peaks at the model plus one tensor.
+"""Checkpoints of the base model in: sharded or single safetensors, from a folder or the hub.
 
     from psysafe import load_model
     model = load_model("Qwen/Qwen3.5-27B", device="cuda", dtype=torch.bfloat16)
+
+Loading goes in four steps: find the folder, check what its files hold, build the decoder, fill it. Tensors are streamed
+one by one into the fused weights, so the peak is the model plus one tensor. A published tensor has its name without
+prefix here ("layers.0.mlp.gate_proj.weight").
 """
 
-import argparse
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear, frozen
 from psysafe.model.lora import Adapter
-from psysafe.model.shard import local_rows, rank_count, shard_blocks
+from psysafe.model.shard import local_part, rank_count, shard_blocks
 from psysafe.program import UserError
 from psysafe.runtime import memory_total
 
@@ -32,9 +34,10 @@ from psysafe.runtime import memory_total
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
 PREFIXES = ("model.language_model.", "model.")
 READABLE = ("BF16", "F16", "F32", "F64")
+MAX_FAULTS = 8  # of a checkpoint, named in one error
 
 
-@torch.inference_mode(False)  # what is made in inference mode could not be trained
+@torch.inference_mode(False)  # a tensor that is created in inference mode can never be trained
 def load_model(
     source: str | Path,
     adapter: str | Path | None = None,
@@ -50,40 +53,33 @@ def load_model(
     ranks, and each rank reads its own rows only.
     Raises UserError with one line that says what is wrong with the checkpoint and where.
     """
-    random = str(source).startswith("random:")
+    source, device = str(source), torch.device(device)
     folder, _ = resolve_model(source, revision)
-    config_file = folder / (Path(expand(str(source).removeprefix("random:"))).name if random else "config.json")
+    random = source.startswith("random:")
+    config_file = folder / (Path(expand(source.removeprefix("random:"))).name if random else "config.json")
     config = ModelConfig.from_dict(read_json(config_file), config_file)
-    # What does not fit its checkpoint or the memory is found on tensors without memory.
+
+    # Checked on tensors without memory: a checkpoint that does not fit costs neither memory nor time.
     model = build(config, "meta", dtype)
-    found = {} if random else matching_tensors(model, folder)
-    check_memory(model, torch.device(device), config_file, shard)
+    locations = {} if random else matching_tensors(model, folder)
+    check_memory(model, device, config_file, shard)
+
     if shard:
-        shard_blocks(model, torch.device(device))
+        shard_blocks(model, device)
     else:
         model = build(config, device, dtype)
     if embedding == "cpu":
         if model.lm_head is None:
             raise UserError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
         model.embed_tokens = frozen(*model.embed_tokens.shape, dtype=dtype)
+
     if random:
         randomise(model)
     else:
-        fill(model, found)
+        fill(model, locations)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
-
-
-def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> Qwen3_5:
-    """An uninitialised decoder on the device (also "meta"), its weights in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return Qwen3_5(config)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
@@ -106,99 +102,138 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
     return folder, folder.name
 
 
-class Published(NamedTuple):
-    """A tensor of the decoder in its published shape, and the view of a parameter that holds it: a slice of rows where
-    projections are fused, and of these what lies on this rank where they are sharded."""
-
-    view: Tensor
-    first: int  # row of the published tensor with which the view begins
-    shape: tuple[int, ...]
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + len(self.view))
-
-
-def published_tensors(model: Qwen3_5) -> dict[str, Tensor]:
-    """Every tensor of the decoder under its published name without prefix ("layers.0.mlp.gate_proj.weight"): views of
-    the parameters, row slices where projections are fused, in the published shape."""
-    return {name: published.view for name, published in published_parts(model).items()}
-
-
-def published_parts(model: Qwen3_5) -> dict[str, Published]:
-    """The same with where each view lies in the published tensor."""
-    parts = {}
-    for path, module in model.named_modules():
-        if isinstance(module, FusedLinear):
-            local, start = local_rows(module.weight)
-            row = 0
-            for part, size in module.parts.items():
-                a, b = (min(max(at - start, 0), len(local)) for at in (row, row + size))
-                name = f"{path.rpartition('.')[0]}.{part}.weight"
-                parts[name] = Published(local[a:b], max(0, start - row), (size, local.shape[1]))
-                row += size
-        elif not isinstance(module, Adapter):
-            for name, parameter in module.named_parameters(recurse=False):
-                parts |= _published(path, name, parameter)
-    return parts
-
-
-def _published(path: str, name: str, parameter: nn.Parameter) -> dict[str, Published]:
-    full = f"{path}.{name}" if path else name
-    (local, first), shape = local_rows(parameter), tuple(parameter.shape)
-    if name == "conv1d":
-        local, shape = local.unsqueeze(1), (shape[0], 1, shape[1])  # (C, 1, M): a depthwise convolution's layout
-    return {full if name in ("A_log", "dt_bias") else f"{full}.weight": Published(local, first, shape)}
-
-
 def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:
     """Raises UserError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     needed //= rank_count() if shard else 1
+    # Tensors on "meta" take no memory.
     if device.type != "meta" and needed > memory_total(device):
-        found, there = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
-        raise UserError(f"{config_file}: describes {found}, {device} has {there}; take another model or dtype")
+        weights, memory = f"{needed / 1e9:,.0f} GB of weights", f"{memory_total(device) / 1e9:,.0f} GB"
+        raise UserError(f"{config_file}: describes {weights}, {device} has {memory}; take another model or dtype")
 
 
 def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]]:
-    """Published name -> its file and key, when the folder holds just what the decoder (also on "meta") needs."""
-    wanted = published_parts(model)
-    found: dict[str, tuple[Path, str]] = {}
-    seen, wrong = set(), []
-    for path, key, shape, dtype in tensor_entries(folder):
-        name = decoder_name(key)
+    """Published name -> (file, key in it) of every tensor of the decoder, which may be on "meta".
+
+    Raises UserError naming what is missing, unknown, of another shape, or quantised.
+    """
+    shapes = {name: destination.shape for name, destination in destinations(model).items()}
+    locations, faults = {}, []
+    for entry in tensor_entries(folder):
+        name = decoder_name(entry.key)
+        # A tied model's head may be published although it is the embedding.
         if name is None or (name == "lm_head.weight" and model.lm_head is None):
             continue
-        seen.add(name)
-        if name not in wanted:
-            wrong.append(f"unknown tensor {key}")
-        elif shape != wanted[name].shape:
-            wrong.append(f"{key} is {list(shape)}, expected {list(wanted[name].shape)}")
-        elif dtype not in READABLE:
-            wrong.append(f"{key} is {dtype}, expected one of {', '.join(READABLE)} (quantised checkpoints do not load)")
-        else:
-            found[name] = (path, key)
-    wrong += [f"missing tensor {name}" for name in wanted if name not in seen]
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(f"{folder}: not the checkpoint that its config.json describes: {'; '.join(wrong[:8])}{more}")
-    return found
+        locations[name] = entry.path, entry.key
+        faults += _faults(entry, shapes.get(name))
+    faults += [f"missing tensor {name}" for name in shapes if name not in locations]
+    if faults:
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        listed = "; ".join(faults[:MAX_FAULTS])
+        raise UserError(f"{folder}: not the checkpoint that its config.json describes: {listed}{more}")
+    return locations
 
 
-def fill(model: Qwen3_5, found: dict[str, tuple[Path, str]]) -> None:
-    """Copies the `matching_tensors` of a folder into the decoder, one tensor, or this rank's rows of it, at a time."""
-    wanted = published_parts(model)
-    by_shard: dict[Path, list[tuple[str, str]]] = {}
-    for name, (path, key) in found.items():
-        by_shard.setdefault(path, []).append((name, key))
-    for path, names in by_shard.items():
-        for name, key in names:
-            view, rows = wanted[name].view, wanted[name].rows
-            if not len(view):  # all its rows are other ranks'
-                continue
-            # Opened anew for each tensor: the pages of a mapped shard stay resident while it is open.
-            with safe_open(path, framework="pt") as file:
-                view.copy_(file.get_slice(key)[rows])
+def _faults(entry: "TensorEntry", shape: tuple[int, ...] | None) -> list[str]:
+    """What is wrong with a tensor of the checkpoint. shape: the decoder's; None where it has no such tensor."""
+    if shape is None:
+        return [f"unknown tensor {entry.key}"]
+    if entry.shape != shape:
+        return [f"{entry.key} is {list(entry.shape)}, expected {list(shape)}"]
+    if entry.dtype not in READABLE:
+        readable = ", ".join(READABLE)
+        return [f"{entry.key} is {entry.dtype}, expected one of {readable} (quantised checkpoints do not load)"]
+    return []
+
+
+def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> Qwen3_5:
+    """An uninitialised decoder on the device (also "meta"), its weights in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen3_5(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill(model: Qwen3_5, locations: dict[str, tuple[Path, str]]) -> None:
+    """Copies the `matching_tensors` of a folder into the decoder, one tensor at a time."""
+    places = destinations(model)
+    # File by file, as the disk reads best.
+    for name, (path, key) in sorted(locations.items(), key=lambda item: item[1][0]):
+        view, first, _ = places[name]
+        if not len(view):  # all its rows are other ranks'
+            continue
+        # Opened anew for each tensor: the pages of a mapped file stay resident while it is open.
+        with safe_open(path, framework="pt") as file:
+            view.copy_(file.get_slice(key)[first : first + len(view)])
+
+
+@torch.no_grad()
+def randomise(model: Qwen3_5) -> None:
+    """Seeded random weights, tensor by tensor: the same numbers whatever the loading order."""
+    for name, (view, first, shape) in destinations(model).items():
+        view.copy_(random_tensor(name, shape, model.config.initializer_range, view.device)[first : first + len(view)])
+
+
+def random_tensor(name: str, shape: tuple[int, ...], scale: float, device: torch.device | str = "cpu") -> Tensor:
+    """fp32 numbers that follow from the published name alone, so that other implementations can be given the same
+    model. Magnitudes as at initialisation; `scale` is the matrices'."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    noise = torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator)
+    if name.endswith("A_log"):
+        return 0.5 * noise
+    if name.endswith("linear_attn.norm.weight"):
+        return 1 + 0.1 * noise
+    return noise * (0.1 if name.endswith(("dt_bias", "norm.weight")) else scale)
+
+
+def published_tensors(model: Qwen3_5) -> dict[str, Tensor]:
+    """Every tensor of the decoder by its published name, in its published shape: a view of the parameter it lies in."""
+    return {name: destination.view for name, destination in destinations(model).items()}
+
+
+class Destination(NamedTuple):
+    """Where a published tensor belongs in the model.
+
+    Fused projections share a parameter: then the view is a slice of the parameter's rows. With the blocks sharded, the
+    view has those rows of it that lie on this rank; without, all of them.
+    """
+
+    view: Tensor
+    first: int  # row of the published tensor with which the view begins; 0 unless sharded
+    shape: tuple[int, ...]  # of the published tensor
+
+
+def destinations(model: Qwen3_5) -> dict[str, Destination]:
+    """Published name -> its place in the model."""
+    places = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            places |= _fused_destinations(path.rpartition(".")[0], module)
+        elif not isinstance(module, Adapter):
+            for name, parameter in module.named_parameters(recurse=False):
+                places |= _destination(f"{path}.{name}" if path else name, parameter)
+    return places
+
+
+def _fused_destinations(path: str, layer: FusedLinear) -> dict[str, Destination]:
+    places, row = {}, 0
+    for part, size in layer.parts.items():
+        view, first = local_part(layer.weight, row, row + size)
+        places[f"{path}.{part}.weight"] = Destination(view, first, (size, layer.weight.shape[1]))
+        row += size
+    return places
+
+
+def _destination(path: str, parameter: nn.Parameter) -> dict[str, Destination]:
+    view, first = local_part(parameter, 0, len(parameter))
+    shape = tuple(parameter.shape)
+    if path.endswith("conv1d"):
+        view, shape = view.unsqueeze(1), (shape[0], 1, shape[1])  # (C, 1, M): a depthwise convolution's layout
+    bare = path.endswith(("A_log", "dt_bias"))  # parameters of the mixer itself, not a module's `weight`
+    return {path if bare else f"{path}.weight": Destination(view, first, shape)}
 
 
 class TensorEntry(NamedTuple):
@@ -260,39 +295,3 @@ def decoder_name(key: str) -> str | None:
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key
-
-
-@torch.no_grad()
-def randomise(model: Qwen3_5) -> None:
-    """Seeded random weights, tensor by tensor: the same numbers whatever the loading order."""
-    for name, (view, first, shape) in published_parts(model).items():
-        view.copy_(random_tensor(name, shape, model.config.initializer_range, view.device)[first : first + len(view)])
-
-
-def random_tensor(name: str, shape: tuple[int, ...], scale: float, device: torch.device | str = "cpu") -> Tensor:
-    """fp32 numbers that follow from the published name alone, so that other implementations can be given the same
-    model. Magnitudes as at initialisation; `scale` is the matrices'."""
-    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    noise = torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator)
-    if name.endswith("A_log"):
-        return 0.5 * noise
-    if name.endswith("linear_attn.norm.weight"):
-        return 1 + 0.1 * noise
-    return noise * (0.1 if name.endswith(("dt_bias", "norm.weight")) else scale)
-
-
-def main(argv: Sequence[str]) -> int:
-    from psysafe.checkpoint.merge import merge
-
-    parser = argparse.ArgumentParser(prog="python -m psysafe.checkpoint", description="Checkpoints out.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
-    command.add_argument("--model", required=True, metavar="DIR|HUB_ID", help="the base")
-    command.add_argument("--adapter", required=True, metavar="DIR", help="an adapter of this project's or PEFT's")
-    command.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged checkpoint")
-    command.add_argument("--revision", default="", help="commit or branch of a hub id")
-    command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
-    args = parser.parse_args(argv)
-    out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
-    print(f"merged checkpoint in {out}, read back and checked")
-    return 0

@@ -2,7 +2,7 @@
 
 Everything else is copied: tensors that no adapter touches byte for byte (vision tower, multi-token-prediction head,
 norms), and every auxiliary file, because servers refuse a folder that lacks a processor's or the tokenizer's config.
-The folder is made under a temporary name, read back and checked, and only then renamed: an interrupted merge leaves
+The folder is written under a temporary name, read back and checked, and only then renamed: an interrupted merge leaves
 nothing that looks finished.
 """
 
@@ -47,19 +47,11 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     try:
         temporary.mkdir()
         _copy_auxiliary(base, temporary)
-        weight_map = {}
         plan = _plan(entries, limit)
         for name, members in plan.items():
-            tensors = {entry.key: updates.apply(entry) for entry in members}
-            save_file(tensors, temporary / name, metadata={"format": "pt"})
-            sync(temporary / name)
-            weight_map |= dict.fromkeys(tensors, name)
-            del tensors
+            _write_file(temporary / name, members, updates)
         if list(plan) != ["model.safetensors"]:
-            total = sum(entry.nbytes for entry in entries)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            sync(temporary / INDEX)
+            _write_index(temporary / INDEX, plan)
         _verify(temporary, entries, updates)
         sync(temporary)
         os.rename(temporary, out)
@@ -68,6 +60,20 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
         raise
     sync(out.parent)
     return out
+
+
+def _write_file(path: Path, members: list[TensorEntry], updates: "_Updates") -> None:
+    """In a function of its own, so that its tensors are freed before the next file's are read."""
+    save_file({entry.key: updates.apply(entry) for entry in members}, path, metadata={"format": "pt"})
+    sync(path)
+
+
+def _write_index(path: Path, plan: dict[str, list[TensorEntry]]) -> None:
+    total = sum(entry.nbytes for members in plan.values() for entry in members)
+    weight_map = {entry.key: name for name, members in plan.items() for entry in members}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    sync(path)
 
 
 class _Updates:
@@ -79,21 +85,21 @@ class _Updates:
         self.scale = lora_scale(config["r"], config["lora_alpha"], config.get("use_rslora", False))
         names = {decoder_name(entry.key): entry for entry in entries}
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        wrong = []
+        faults = []
         for name in sorted({name.rpartition(".")[0] for name in tensors}):
             A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
             entry = names.get(f"{name}.weight")
             if A is None or B is None:
-                wrong.append(f"{name} has only one of lora_A and lora_B")
+                faults.append(f"{name} has only one of lora_A and lora_B")
             elif entry is None:
-                wrong.append(f"the base has no {name}.weight")
+                faults.append(f"the base has no {name}.weight")
             elif (B.shape[0], A.shape[1]) != entry.shape or A.shape[0] != B.shape[1]:
-                wrong.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
+                faults.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
             else:
                 self.pairs[entry.key] = A, B
-        if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise UserError(f"{adapter}: does not fit this base, {base}: {'; '.join(wrong[:5])}{more}")
+        if faults:
+            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise UserError(f"{adapter}: does not fit this base, {base}: {'; '.join(faults[:5])}{more}")
 
     def apply(self, entry: TensorEntry) -> Tensor:
         """The merged tensor, or the base's own where no adapter touches it."""
@@ -102,6 +108,7 @@ class _Updates:
         if entry.key not in self.pairs:
             return W
         A, B = self.pairs[entry.key]
+        # Summed in fp32 and rounded once: B A in bf16 would add a rounding of its own.
         return torch.addmm(W.float(), B.float(), A.float(), alpha=self.scale).to(W.dtype)
 
 
@@ -143,8 +150,8 @@ def _verify(folder: Path, entries: list[TensorEntry], updates: _Updates) -> None
         expected = updates.apply(entry)
         for rows in (slice(0, 2), slice(-2, None)):
             with safe_open(copy.path, framework="pt") as file:
-                found = file.get_tensor(entry.key)[rows]
-            same = torch.equal(found.view(torch.uint8), expected[rows].view(torch.uint8))
+                written_rows = file.get_tensor(entry.key)[rows]
+            same = torch.equal(written_rows.view(torch.uint8), expected[rows].view(torch.uint8))
             assert same, f"{entry.key} was written wrongly"
 
 

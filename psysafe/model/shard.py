@@ -26,7 +26,7 @@ GATHERED = 4
 def shard_blocks(model: Qwen3_5, device: torch.device) -> None:
     """Spread the blocks of a model without memory (meta) over all ranks, then give it memory on the device.
 
-    Weights are uninitialised: `local_rows` says what to fill. The optimiser must not know a sharded weight.
+    Weights are uninitialised: `local_part` says what to fill. The optimiser must not know a sharded weight.
     """
     # Here, because importing them costs every other program most of a second.
     from torch.distributed.device_mesh import init_device_mesh
@@ -76,8 +76,17 @@ def _leave_inputs_alone(model: Qwen3_5) -> None:
     model.register_forward_pre_hook(lambda model, args, kwargs: held.pop(), with_kwargs=True)
 
 
-def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """(the rows of a parameter that lie on this rank, the number of the first one): all of it where it is not sharded.
+def local_part(parameter: Tensor, begin: int, end: int) -> tuple[Tensor, int]:
+    """(view, first): those of a parameter's rows [begin, end) that lie on this rank, and how many of them lie before.
+
+    All of them, and 0, where the parameter is not sharded.
+    """
+    rows, offset = _local_rows(parameter)
+    return rows[max(begin - offset, 0) : max(end - offset, 0)], max(offset - begin, 0)
+
+
+def _local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """(the rows of a parameter that lie on this rank, the number of the first one).
 
     FSDP cuts as torch.chunk does: ceil(rows / ranks) each; the last ranks can have fewer, or none.
     """
