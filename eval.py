@@ -17,17 +17,12 @@ from collections.abc import Sequence
 from psysafe.cli import Parser
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
-from psysafe.evaluation.benchmarks import miniature
-from psysafe.evaluation.benchmarks.agreement import Agreement
-from psysafe.evaluation.benchmarks.four_criteria import FourCriteria
-from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
-from psysafe.evaluation.benchmarks.mmlu import MMLU
-from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
-from psysafe.evaluation.benchmarks.xstest import XSTest
+from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
 from psysafe.evaluation.result import say
 from psysafe.program import main_guard
 
-EVALUATIONS: list[Evaluation] = [FourCriteria(), Agreement(), XSTest(), SorryBench(), MMLU(), HellaSwag()]
+EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),
+                                 sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:

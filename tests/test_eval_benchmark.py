@@ -9,7 +9,7 @@ import pytest
 import eval as script
 from psysafe.data.rows import read_table
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows
-from psysafe.evaluation.result import Table
+from psysafe.evaluation.result import Table, percent
 from psysafe.program import main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 
@@ -45,7 +45,7 @@ class Politeness(Benchmark):
         lines = []
         for variant, verdicts in judged.verdicts[""].items():
             known = [polite for polite in verdicts if polite is not None]
-            lines.append([variant, len(known), 100 * sum(known) / len(known) if known else None])
+            lines.append([variant, len(known), percent(known)])
         return [Table("Polite answers", [("variant", ""), ("n", ","), ("polite %", ".1f")], lines, bars=["polite %"])]
 
 

@@ -248,7 +248,7 @@ RISKY = [row for row in ROWS if row["risk cluster"] != "benign"]
 def test_every_bundled_refusal_has_its_four_parts_and_no_benign_answer_refuses():
     for row in RISKY:
         verdict = word_list_judge.judge(row["prompt"], row["answer"], row["risk cluster"])
-        assert verdict.parts.all and verdict.own_helplines and verdict.strategy == row["framework_name"]
+        assert verdict.parts.all and verdict.strategy == row["framework_name"]
         assert (verdict.scores.refusal, verdict.scores.grounding, verdict.scores.references) == (True, 5, True)
         assert verdict.scores.relevance >= 4
         typographic = row["answer"].replace("'", "’")
@@ -272,7 +272,7 @@ def test_a_lost_part_is_seen():
         assert not parts(acknowledgement, step, services.partition(" UK:")[0], closing).parts.services
         other = next(r for r in RISKY if r["risk cluster"] == ("substance" if cluster != "substance" else "violence"))
         wrong = parts(acknowledgement, step, other["answer"].split("\n\n")[2], closing)
-        assert not wrong.own_helplines and wrong.scores.references
+        assert not wrong.parts.services and wrong.scores.references
 
 
 def test_a_blunt_refusal_scores_as_one():

@@ -12,9 +12,9 @@ import torch
 
 from psysafe import load_model
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.evaluation.benchmarks import hellaswag, log_likelihood, mmlu, multiple_choice
-from psysafe.evaluation.benchmarks.hellaswag import HellaSwag, hellaswag_item
-from psysafe.evaluation.benchmarks.mmlu import mmlu_item
+from psysafe.evaluation.benchmarks import log_likelihood, mmlu, multiple_choice
+from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
+from psysafe.evaluation.benchmarks.mmlu import MMLU
 from psysafe.evaluation.benchmarks.multiple_choice import correct, mean, pooled, request
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
@@ -39,8 +39,8 @@ def tokenizer():
 def items_and_samples(task: str, variant: str):
     golden = GOLDENS[variant][task]
     if task == "hellaswag":
-        return [hellaswag.hellaswag_item(row) for row in rows(task)], golden["samples"]
-    items = sorted((mmlu.mmlu_item(row) for row in rows(task)), key=lambda item: item.subject)
+        return [HellaSwag().item(row) for row in rows(task)], golden["samples"]
+    items = sorted((MMLU().item(row) for row in rows(task)), key=lambda item: item.subject)
     return items, [sample for _, part in sorted(golden["subjects"].items()) for sample in part["samples"]]
 
 
@@ -127,9 +127,8 @@ def _break_bytes_for_characters(monkeypatch):
 
 
 def _break_field_ctx(monkeypatch):
-    monkeypatch.setattr(
-        hellaswag, "hellaswag_item", lambda row: hellaswag_item(row | {"ctx_a": row["ctx"], "ctx_b": ""})
-    )
+    right = HellaSwag.item
+    monkeypatch.setattr(HellaSwag, "item", lambda self, row: right(self, row | {"ctx_a": row["ctx"], "ctx_b": ""}))
 
 
 def _break_last_maximum(monkeypatch):
@@ -184,7 +183,7 @@ def test_a_deliberate_error_is_caught(deliberate, task, variant, model, tokenize
 
 def test_grouping_changes_nothing(model, tokenizer):
     """One item at a time, all at once, or every choice on its own: the same log-likelihoods."""
-    items = [hellaswag_item(row) for row in rows("hellaswag")[:8]] + [mmlu_item(row) for row in rows("mmlu")[:8]]
+    items = [HellaSwag().item(row) for row in rows("hellaswag")[:8]] + [MMLU().item(row) for row in rows("mmlu")[:8]]
     encoded = [log_likelihood.encode(tokenizer, *ask(item, "plain", tokenizer), 512) for item in items]
     together = torch.tensor(log_likelihood.score(model, encoded))
     alone = torch.tensor([log_likelihood.score(model, [item])[0] for item in encoded])

@@ -8,9 +8,8 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from psysafe.cli import progress
 from psysafe.endpoint import Endpoint, Outcome, Patience, key_from, run_items
-from psysafe.evaluation.models_under_test import ModelUnderTest
+from psysafe.evaluation.models_under_test import ModelUnderTest, answer_all
 from psysafe.generation.engine import Answer, Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
@@ -58,16 +57,13 @@ class LocalJudge:
                 # are still missing.
                 key_of_row = {int(key[:15], 16): key for key in missing}
                 generator = Generator(*self.model.load(), self.model.options)
-                answers = generator.answers([conversations[key] for key in missing], list(key_of_row))
-                with progress(len(missing), self.name, "items") as bar:
-                    for answer in answers:
-                        key = key_of_row[answer.row]
-                        if reason := _unusable(answer):
-                            failed[key] = reason
-                            bar.set_postfix(failed=len(failed), refresh=False)
-                        else:
-                            journal.append(key, {"text": answer.answer, "reasoning": answer.reasoning})
-                        bar.update()
+                asked = [conversations[key] for key in missing]
+                for answer in answer_all(generator, asked, list(key_of_row), self.name):
+                    key = key_of_row[answer.row]
+                    if reason := _unusable(answer):
+                        failed[key] = reason
+                    else:
+                        journal.append(key, {"text": answer.answer, "reasoning": answer.reasoning})
             journal.sync()
             return Outcome({key: journal.rows[key] for key in conversations if key in journal.rows}, failed)
 

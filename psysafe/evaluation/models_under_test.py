@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
 from psysafe.files import expand
-from psysafe.generation.engine import Generator, Options
+from psysafe.generation.engine import Answer, Generator, Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.model.decoder import Qwen3_5
@@ -96,21 +96,12 @@ class ModelUnderTest:
             missing = {v: [q for q in questions if keys[v][q] not in journal.rows] for v in variants}
             if any(missing.values()):
                 model, tokenizer = self.load()
-                for variant in variants:
-                    if missing[variant]:
-                        self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
+                for variant in filter(missing.get, variants):
+                    self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
             journal.sync()
             return {v: {q.number: journal.rows[keys[v][q]] for q in questions} for v in variants}
 
-    def _answer(
-        self,
-        model: Qwen3_5,
-        tokenizer: Tokenizer,
-        variant: Variant,
-        questions: Sequence[Question],
-        keys: Mapping[Question, str],
-        journal: Journal,
-    ) -> None:
+    def _answer(self, model, tokenizer, variant: Variant, questions: list[Question], keys: dict, journal: Journal):
         """Lets one variant answer the questions; each answer goes into the journal under the question's key."""
         if variant.adapter != BASE:
             load_adapter(model, expand(variant.adapter))
@@ -118,16 +109,24 @@ class ModelUnderTest:
         head = [] if system is None else [{"role": "system", "content": system}]
         conversations = [[*head, {"role": "user", "content": q.prompt}] for q in questions]
         by_number = {q.number: q for q in questions}
-        answers = Generator(model, tokenizer, self.options).answers(conversations, list(by_number))
-        with progress(len(questions), variant.name, "answers") as bar:
-            for answer in answers:  # in the order in which they end, not in that of the questions
-                question = by_number[answer.row]
-                row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
-                for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
-                    row[name] = getattr(answer, name)
-                journal.append(keys[question], row)
-                bar.update()
+        generator = Generator(model, tokenizer, self.options)
+        for answer in answer_all(generator, conversations, list(by_number), variant.name):
+            question = by_number[answer.row]
+            row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
+            for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
+                row[name] = getattr(answer, name)
+            journal.append(keys[question], row)
         detach(model)
+
+
+def answer_all(
+    generator: Generator, conversations: Sequence[list[dict]], numbers: Sequence[int], description: str
+) -> Iterator[Answer]:
+    """The answers in the order in which they end, with a progress line. numbers: seed the sampling of each."""
+    with progress(len(conversations), description, "answers") as bar:
+        for answer in generator.answers(conversations, numbers):
+            yield answer
+            bar.update()
 
 
 def fingerprint(folder: Path) -> str:

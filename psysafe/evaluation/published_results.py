@@ -3,8 +3,7 @@
 They were measured with other prompts, judges and generations than yours may be.
 """
 
-from dataclasses import replace
-
+from psysafe.evaluation.criteria import COLUMNS
 from psysafe.evaluation.result import Table
 
 SOURCE = "arXiv 2606.09697 and its model card"
@@ -29,32 +28,26 @@ HELLASWAG = {"base": (0.6377, 0.8343), "fine-tuned": (0.6405, 0.8249)}  # acc, a
 AGREEMENT = {"refusal": 0.79, "grounding": 0.26, "references": 1.00, "relevance": 0.19, "pooled": 0.61}
 
 
-def _tables() -> dict[str, Table]:
-    first = [("published", "")]
-    return {
-        "judge": Table(
-            "Published: Qwen3.5-27B, 500 prompts, judged by Qwen3.5-397B-A17B",
-            [*first, ("refusal %", ".1f"), ("grounding", ".2f"), ("references %", ".1f"), ("relevance", ".2f"),
-             ("overall %", ".1f")],
-            [[name, refusal, [grounding, grounding_std], references, [relevance, relevance_std], overall]
-             for name, (refusal, grounding, grounding_std, references, relevance, relevance_std, overall)
-             in JUDGE.items()],
-        ),
-        "xstest": Table("Published: Qwen3.5-27B on XSTest", [*first, ("over-refusal %", ".1f"), ("safety %", ".1f")],
-                        [[name, *row] for name, row in XSTEST.items()]),
-        "sorry-bench": Table(
-            "Published: Qwen3.5-27B on SORRY-Bench",
-            [*first, ("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
-            [[name, *row] for name, row in SORRY_BENCH.items()],
-        ),
-        "mmlu": Table("Published: Qwen3.5-27B on MMLU", [*first, ("acc", ".4f")],
-                      [[name, acc] for name, acc in MMLU.items()]),
-        "hellaswag": Table("Published: Qwen3.5-27B on HellaSwag", [*first, ("acc", ".4f"), ("acc_norm", ".4f")],
-                           [[name, *row] for name, row in HELLASWAG.items()]),
-        "agreement": Table("Published: judge and people, 200 labels", [*first, ("Cohen's kappa", ".2f")],
-                           [[name, kappa] for name, kappa in AGREEMENT.items()]),
-    }  # fmt: skip
+def _table(measured: str, columns: list[tuple[str, str]], rows: list[list]) -> Table:
+    return Table(f"Published: {measured}", [("published", ""), *columns], rows, NOTE)
 
 
 # Kind of evaluation -> what was published of it.
-TABLES = {kind: replace(table, note=NOTE) for kind, table in _tables().items()}
+TABLES = {
+    "judge": _table(
+        "Qwen3.5-27B, 500 prompts, judged by Qwen3.5-397B-A17B",
+        [(name, form) for name, form in COLUMNS if name not in ("variant", "n")],
+        [[name, refusal, [grounding, grounding_std], references, [relevance, relevance_std], whole]
+         for name, (refusal, grounding, grounding_std, references, relevance, relevance_std, whole) in JUDGE.items()],
+    ),
+    "xstest": _table("Qwen3.5-27B on XSTest", [("over-refusal %", ".1f"), ("safety %", ".1f")],
+                     [[name, *row] for name, row in XSTEST.items()]),
+    "sorry-bench": _table("Qwen3.5-27B on SORRY-Bench",
+                          [("base set: compliance %", ".1f"), ("average of the mutations %", ".1f")],
+                          [[name, *row] for name, row in SORRY_BENCH.items()]),
+    "mmlu": _table("Qwen3.5-27B on MMLU", [("acc", ".4f")], [[name, acc] for name, acc in MMLU.items()]),
+    "hellaswag": _table("Qwen3.5-27B on HellaSwag", [("acc", ".4f"), ("acc_norm", ".4f")],
+                        [[name, *row] for name, row in HELLASWAG.items()]),
+    "agreement": _table("judge and people, 200 labels", [("Cohen's kappa", ".2f")],
+                        [[name, kappa] for name, kappa in AGREEMENT.items()]),
+}  # fmt: skip

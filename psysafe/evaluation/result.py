@@ -7,7 +7,7 @@ stands beside its name.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -128,6 +128,12 @@ def shown(cell: Cell, form: str) -> str:
     if isinstance(cell, list | tuple):
         return "–" if cell[0] is None else " ± ".join(format(x, form) for x in cell)
     return format(cell, form) if form and not isinstance(cell, str) else str(cell)
+
+
+def percent(values: Iterable[bool]) -> float | None:
+    """How many of them are true; None without any."""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else None
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from psysafe.data.rows import read_table
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import CRITERIA
-from psysafe.evaluation.result import Result, Table, load
+from psysafe.evaluation.result import Result, Table, load, percent
 from psysafe.program import UserError
 
 LABELS = {name: range(2) if name in ("refusal", "references") else range(1, 6) for name in CRITERIA}
@@ -96,9 +96,8 @@ def tables(pairs: dict[str, Pairs]) -> list[Table]:
     pooled = [labels for name in CRITERIA for labels in pairs[name]]
     rows = []
     for name, of_criterion in (*pairs.items(), ("pooled", pooled)):
-        equal = sum(person == judge for person, judge in of_criterion)
-        percent = 100 * equal / len(of_criterion) if of_criterion else None
-        rows.append([name, len(of_criterion), percent, cohen_kappa(of_criterion)])
+        equal = percent(person == judge for person, judge in of_criterion)
+        rows.append([name, len(of_criterion), equal, cohen_kappa(of_criterion)])
     note = "Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are."
     columns = [("criterion", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f")]
     by_criterion = Table("By criterion", columns, rows, note, bars=["Cohen's kappa"])

@@ -1,4 +1,4 @@
-"""The encodings among SORRY-Bench's mutations, both ways: ascii codes, Caesar (shift 3), Morse, atbash."""
+"""The encodings among SORRY-Bench's mutations, decoded: ascii codes, Caesar (shift 3), Morse, atbash."""
 
 import re
 import string
@@ -18,6 +18,7 @@ LOWER, UPPER = string.ascii_lowercase, string.ascii_uppercase
 
 
 def encode_caesar(text: str, shift: int = SHIFT) -> str:
+    """Letters moved on by `shift` in the alphabet."""
     shift %= 26
     shifted = LOWER[shift:] + LOWER[:shift] + UPPER[shift:] + UPPER[:shift]
     return text.translate(str.maketrans(LOWER + UPPER, shifted))
@@ -27,16 +28,9 @@ def decode_caesar(text: str) -> str:
     return encode_caesar(text, -SHIFT)
 
 
-def encode_atbash(text: str) -> str:
+def decode_atbash(text: str) -> str:
+    """The alphabet backwards, which is its own inverse."""
     return text.translate(str.maketrans(LOWER + UPPER, LOWER[::-1] + UPPER[::-1]))
-
-
-decode_atbash = encode_atbash
-
-
-def encode_ascii(text: str) -> str:
-    """Code points in decimal, separated by spaces."""
-    return " ".join(str(ord(character)) for character in text)
 
 
 def decode_ascii(text: str) -> str:
@@ -48,11 +42,6 @@ def decode_ascii(text: str) -> str:
 
     code = r"\b\d{1,7}\b"
     return re.sub(rf"{code}(?:[ ,]+{code}){{2,}}|\A{code}(?:[ ,]+{code})?\Z", decoded, text.strip())
-
-
-def encode_morse(text: str) -> str:
-    """Letters separated by a space, words by " / "; what Morse has no code for stays as it is."""
-    return " / ".join(" ".join(MORSE.get(c, c) for c in word.upper()) for word in text.split())
 
 
 def decode_morse(text: str) -> str:

@@ -159,30 +159,24 @@ def score(
 
 
 def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
-    scores = {}
-    for name, of_variant in answers.items():
-        try:
-            rows = {prompt: of_variant.rows[prompt] for prompt in prompts}
-            scores[name] = {
-                prompt: word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
-                for prompt, row in rows.items()
-            }
-        except UserError as error:  # a cluster that it does not know
-            raise UserError(f"answers of {', '.join(answers)}: {error}") from None
-    return scores
+    def score_one(prompt: str, row: dict) -> Scores:
+        return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+
+    try:
+        return {name: {p: score_one(p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
+    except UserError as error:  # a cluster that the word lists do not know
+        raise UserError(f"answers of {', '.join(answers)}: {error}") from None
 
 
 def write_items(path: Path, answers, prompts, scores, replies) -> None:
     """One line for each judged answer, with its scores and the judge's reply: what `agreement` reads."""
-    items = []
-    for name in answers:
-        for prompt in prompts:
-            if prompt in scores[name]:
-                item = {"variant": name, "prompt": prompt, **answers[name].rows[prompt], **asdict(scores[name][prompt])}
-                reply = {"reply": replies[name, prompt]} if (name, prompt) in replies else {}
-                items.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
+    lines = []
+    for name, prompt in ((name, prompt) for name in answers for prompt in prompts if prompt in scores[name]):
+        item = {"variant": name, "prompt": prompt, **answers[name].rows[prompt], **asdict(scores[name][prompt])}
+        reply = {"reply": replies[name, prompt]} if (name, prompt) in replies else {}
+        lines.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(items))
+    write_atomic(path, "".join(lines))
 
 
 def _shown(rubric: Path) -> str:

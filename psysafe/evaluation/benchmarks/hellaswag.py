@@ -8,7 +8,7 @@ acc_norm, the likeliest ending per character, is the usual figure: by acc a shor
 import re
 from collections.abc import Sequence
 
-from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, MultipleChoice, cells, listed, mean
+from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, MultipleChoice, listed, mean
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table
 
@@ -19,26 +19,20 @@ class HellaSwag(MultipleChoice):
     title = "HellaSwag"
     repository = Repository("Rowan/hellaswag", ("data/validation-00000-of-00001.parquet",))
     fields = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+    prompt_field = "ctx_a"
 
     def item(self, row: dict) -> Item:
-        return hellaswag_item(row)
-
-    def prompt(self, row: dict) -> str:
-        return row["ctx_a"]
+        context = row["ctx_a"] + " " + row["ctx_b"].capitalize()  # lm-eval does not use the field ctx
+        question = _clean(row["activity_label"] + ": " + context)
+        return Item(question, [_clean(ending) for ending in listed(row["endings"])], int(row["label"]))
 
     def tables(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Table]:
         lines = []
         for variant, by_item in scores.items():
             acc, acc_norm = (mean([score[name] for score in by_item]) for name in ("acc", "acc_norm"))
-            lines.append([variant, *cells(acc), acc_norm.value, acc_norm.stderr])
+            lines.append([variant, *acc, acc_norm.value, acc_norm.stderr])
         columns = [*COLUMNS, ("acc_norm", ".4f"), ("stderr of it", ".4f")]
         return [Table("Accuracy", columns, lines, bars=["acc_norm"])]
-
-
-def hellaswag_item(row: dict) -> Item:
-    context = row["ctx_a"] + " " + row["ctx_b"].capitalize()  # lm-eval does not use the field ctx
-    question = _clean(row["activity_label"] + ": " + context)
-    return Item(question, [_clean(ending) for ending in listed(row["endings"])], int(row["label"]))
 
 
 def _clean(text: str) -> str:

@@ -1,6 +1,5 @@
 """The paper's table in miniature: the bundled model before and after its training run, on the validation prompts."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from psysafe.data.documents import Row, read_rows
@@ -9,7 +8,7 @@ from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
 from psysafe.evaluation.overlap import normalised, overlap
-from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.result import Result, Table, percent
 from psysafe.evaluation.word_list_judge import Verdict
 from psysafe.files import expand
 from psysafe.generation.engine import Options
@@ -63,12 +62,6 @@ def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
     ]
 
 
-def percent(values: Iterable[bool]) -> float | None:
-    """How many of them are true; None without any."""
-    values = list(values)
-    return 100 * sum(values) / len(values) if values else None
-
-
 Verdicts = dict[str, dict[int, Verdict]]  # model -> row -> verdict on its answer
 
 
@@ -94,7 +87,7 @@ def table_of_helplines(verdicts: Verdicts, clusters: list[str]) -> Table:
     groups = {cluster: [i for i in risky if clusters[i] == cluster] for cluster in dict.fromkeys(clusters)}
     groups = {cluster: members for cluster, members in groups.items() if members} | {"all": list(risky)}
     lines = [
-        [name, len(members), *(percent(by_row[i].own_helplines for i in members) for by_row in verdicts.values())]
+        [name, len(members), *(percent(by_row[i].parts.services for i in members) for by_row in verdicts.values())]
         for name, members in groups.items()
     ]
     columns = [("cluster", ""), ("n", ","), ("base %", ".0f"), ("fine-tuned %", ".0f")]

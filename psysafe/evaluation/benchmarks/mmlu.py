@@ -9,16 +9,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from psysafe.evaluation.benchmarks.multiple_choice import (
-    COLUMNS,
-    Item,
-    Metric,
-    MultipleChoice,
-    cells,
-    listed,
-    mean,
-    pooled,
-)
+from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, Metric, MultipleChoice, listed, mean, pooled
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table
 from psysafe.program import UserError
@@ -46,13 +37,16 @@ class MMLU(MultipleChoice):
     title = "MMLU"
     repository = Repository("cais/mmlu", ("all/test-00000-of-00001.parquet",))
     fields = ("question", "choices", "answer", "subject")
+    prompt_field = "question"
     data_note = ", or the authors' folder of *_test.csv"
 
     def item(self, row: dict) -> Item:
-        return mmlu_item(row)
-
-    def prompt(self, row: dict) -> str:
-        return row["question"]
+        choices, answer = listed(row["choices"]), str(row["answer"]).strip()
+        gold = "ABCD".index(answer) if answer in ("A", "B", "C", "D") else int(answer)
+        lines = [row["question"].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))]
+        subject = row["subject"].replace("_", " ")
+        description = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        return Item("\n".join(lines) + "\nAnswer:", list("ABCD"), gold, row["subject"], description)
 
     def read(self, path: Path) -> list[dict]:
         return read_folder(path) if path.is_dir() else super().read(path)
@@ -61,26 +55,17 @@ class MMLU(MultipleChoice):
         whole, by_group, by_subject = [], [], []
         for variant, by_item in scores.items():
             accuracy = subject_accuracy(items, by_item)
-            whole.append([variant, *cells(pooled(list(accuracy.values())))])
+            whole.append([variant, *pooled(list(accuracy.values()))])
             groups: dict[str, list[Metric]] = {}
             for subject, metric in accuracy.items():
                 groups.setdefault(GROUP_OF.get(subject, "unknown subject"), []).append(metric)
-                by_subject.append([subject, variant, *cells(metric)])
-            by_group += [[group, variant, *cells(pooled(metrics))] for group, metrics in groups.items()]
+                by_subject.append([subject, variant, *metric])
+            by_group += [[group, variant, *pooled(metrics)] for group, metrics in groups.items()]
         return [
             Table("All subjects", COLUMNS, whole, bars=["acc"]),
             Table("Groups of subjects", [("group", ""), *COLUMNS], sorted(by_group)),
             Table("Subjects", [("subject", ""), *COLUMNS], sorted(by_subject)),
         ]
-
-
-def mmlu_item(row: dict) -> Item:
-    choices, answer = listed(row["choices"]), str(row["answer"]).strip()
-    gold = "ABCD".index(answer) if answer in ("A", "B", "C", "D") else int(answer)
-    lines = [row["question"].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))]
-    subject = row["subject"].replace("_", " ")
-    description = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    return Item("\n".join(lines) + "\nAnswer:", list("ABCD"), gold, row["subject"], description)
 
 
 def subject_accuracy(items: Sequence[Item], scores: Sequence[dict[str, float]]) -> dict[str, Metric]:

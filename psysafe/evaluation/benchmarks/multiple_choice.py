@@ -26,7 +26,6 @@ from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.evaluation.result import Result, Table, say
 from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
-from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import detach
 from psysafe.program import UserError
 
@@ -46,9 +45,14 @@ class Item(NamedTuple):
 
 
 class Metric(NamedTuple):
+    """In the order of the columns of a table."""
+
+    n: int
     value: float
     stderr: float | None  # of a single item there is none
-    n: int
+
+
+COLUMNS = [("variant", ""), ("n", ","), ("acc", ".4f"), ("stderr", ".4f")]
 
 
 # From rows to requests
@@ -88,8 +92,8 @@ def mean(values: Sequence[float]) -> Metric:
     """The mean with its standard error: sample standard deviation / sqrt(n)."""
     n, average = len(values), sum(values) / len(values)
     if n < 2:
-        return Metric(average, None, n)
-    return Metric(average, math.sqrt(sum((x - average) ** 2 for x in values) / (n - 1)) / math.sqrt(n), n)
+        return Metric(n, average, None)
+    return Metric(n, average, math.sqrt(sum((x - average) ** 2 for x in values) / (n - 1)) / math.sqrt(n))
 
 
 def pooled(metrics: Sequence[Metric]) -> Metric:
@@ -97,17 +101,9 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
     total, k = sum(m.n for m in metrics), len(metrics)
     value = sum(m.value * m.n for m in metrics) / total
     if any(m.stderr is None for m in metrics) or total <= k:
-        return Metric(value, None, total)
+        return Metric(total, value, None)
     variance = sum((m.n - 1) * m.stderr**2 * m.n for m in metrics) / (total - k)
-    return Metric(value, math.sqrt(variance / total), total)
-
-
-def cells(metric: Metric) -> list:
-    """For the columns of `COLUMNS`, without the variant's name."""
-    return [metric.n, metric.value, metric.stderr]
-
-
-COLUMNS = [("variant", ""), ("n", ","), ("acc", ".4f"), ("stderr", ".4f")]
+    return Metric(total, value, math.sqrt(variance / total))
 
 
 # The benchmarks
@@ -119,15 +115,12 @@ class MultipleChoice(Evaluation):
     title: str
     repository: datasets.Repository
     fields: tuple[str, ...]  # of a row
+    prompt_field: str  # the one that is looked for among the training rows
     data_note = ""  # what else --data may be
 
     @abc.abstractmethod
     def item(self, row: dict) -> Item:
         """The question of a row. Any ValueError, TypeError or AttributeError means that it is no such row."""
-
-    @abc.abstractmethod
-    def prompt(self, row: dict) -> str:
-        """What is looked for among the training rows."""
 
     @abc.abstractmethod
     def tables(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Table]:
@@ -164,7 +157,7 @@ class MultipleChoice(Evaluation):
         result.settings = {name: value for name, value in settings.items() if name not in GENERATION_ONLY}
         result.notes = [speed] if speed else []
         if args.train:
-            result.contamination = overlap(map(self.prompt, rows), training_prompts(args.train))
+            result.contamination = overlap((row[self.prompt_field] for row in rows), training_prompts(args.train))
         return result
 
     def _checked_item(self, row: dict, where: str) -> Item:
@@ -194,29 +187,16 @@ class MultipleChoice(Evaluation):
             journal.sync()
         return by_variant, speed
 
-    def _compute(
-        self,
-        model: Qwen3_5,
-        tokenizer: Tokenizer,
-        variant: Variant,
-        items: Sequence[Item],
-        keys: Sequence[str],
-        journal: Journal,
-        args: argparse.Namespace,
-    ) -> str:
+    def _compute(self, model, tokenizer, variant: Variant, items, keys: Sequence[str], journal: Journal, args) -> str:
         """Puts the log-likelihoods that are missing into the journal; a line on speed."""
         limit = args.max_tokens or model.config.max_position_embeddings
         template, system = tokenizer if args.chat else None, system_text(variant.system)
-        encoded = [
-            log_likelihood.encode(tokenizer, *request(item, system, template, args.thinking), limit) for item in items
-        ]
+        requests = [request(item, system, template, args.thinking) for item in items]
+        encoded = [log_likelihood.encode(tokenizer, *texts, limit) for texts in requests]
         # Batches are made of all items, and then those with a missing one are run again as they were: in another batch
         # sums are rounded differently, and a restarted run would end in other digits.
-        batches = [
-            batch
-            for batch in log_likelihood.batches(model, encoded, args.batch_tokens)
-            if any(keys[i] not in journal.rows for i in batch)
-        ]
+        batches = log_likelihood.batches(model, encoded, args.batch_tokens)
+        batches = [batch for batch in batches if any(keys[i] not in journal.rows for i in batch)]
         sizes = [sum(log_likelihood.size(encoded[i]) for i in batch) for batch in batches]
         if variant.adapter != BASE:
             load_adapter(model, expand(variant.adapter))
@@ -230,6 +210,6 @@ class MultipleChoice(Evaluation):
                 bar.update(size)
         detach(model)
         rate = sum(sizes) / max(time.monotonic() - began, 1e-9)
-        shared = sum(len(b.prefix) * (len(b.choices) - 1) for batch in batches for i in batch for b in encoded[i])
-        share = shared / (shared + sum(sizes))
+        saved = sum(len(b.prefix) * (len(b.choices) - 1) for batch in batches for i in batch for b in encoded[i])
+        share = saved / (saved + sum(sizes))
         return f"{rate:,.0f} tokens/s; contexts shared by their choices saved {share:.0%} of them"

@@ -22,7 +22,7 @@ from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows, Texts, V
 from psysafe.evaluation.benchmarks.ciphers import DECODERS
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.judge_models import EndpointJudge, ask_all
-from psysafe.evaluation.result import Table
+from psysafe.evaluation.result import Table, percent
 from psysafe.program import UserError
 
 BASE = "base"
@@ -69,13 +69,13 @@ class SorryBench(Benchmark):
             parts[name] = []
             for row in read_questions(folder, name):
                 number, prompt = row["question_id"], row["turns"][0]
-                if number not in questions:
-                    raise UserError(f"{name}: question_id {number} is not in {file_name(BASE)}")
-                if prompt:
-                    item = Item(f"question {number}", prompt, row | {"base question": questions[number]})
-                    parts[name].append(item)
-                else:
+                if not prompt:
                     empty.append(f"{name} {number}")
+                elif number not in questions:
+                    raise UserError(f"{name}: question_id {number} is not in {file_name(BASE)}")
+                else:
+                    row |= {"base question": questions[number]}
+                    parts[name].append(Item(f"question {number}", prompt, row))
             parts[name] = parts[name][: args.limit or None]
         notes = [f"left out, for the files hold no text there: {', '.join(empty)}"] if empty else []
         notes += [f"left out, for want of a translator: {', '.join(left_out)}"] if left_out else []
@@ -172,7 +172,7 @@ def translated(texts: Texts, part: str, args: argparse.Namespace) -> tuple[Texts
 def compliance(scores: Sequence[int | None]) -> tuple[int, float | None]:
     """(number of readable scores, percent of 1 among them)."""
     readable = [score for score in scores if score in (0, 1)]
-    return len(readable), 100 * sum(readable) / len(readable) if readable else None
+    return len(readable), percent(readable)
 
 
 def table_of_compliance(verdicts: Mapping[str, Verdicts]) -> Table:
