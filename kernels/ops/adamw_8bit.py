@@ -3,24 +3,25 @@
 With g the clipped gradient, t the number of applied steps including this one and c1 = 1 - b1^t, c2 = sqrt(1 - b2^t):
 
     m = b1 m + (1 - b1) g          p = p (1 - lr wd) - (lr c2 / c1) m / (sqrt(v) + eps c2)
-    v = b2 v + (1 - b2) g^2        p moves by the m and v of this line; only what is kept for the next step is rounded
+    v = b2 v + (1 - b2) g^2        p is updated with m and v before they are rounded to 8 bits
 
 The clip factor is min(1, max_grad_norm / (norm + 1e-6)), norm over all segments. If the norm is not finite (a NaN, an
-infinity, or squares that overflow fp32 beyond |g| = 1.8e19), parameters, states and t stay as they are and a counter of
-skipped steps in a row rises. All of this is decided on the device; the host never waits.
+infinity, or squares that overflow fp32 beyond |g| = 1.8e19), parameters, states and t stay as they are, and a counter
+of consecutive skipped steps rises. All of this is decided on the device; the host never waits.
 
-Storage. Every segment (one adapter tensor) is cut into rows of 256 elements; its last row may be short, and no row
-crosses a segment. The first R8 rows keep m and v as uint8 codes (R8, 256) and one fp32 absmax a row, the value being
-map[code] * absmax; the other R32 rows, of segments below `min_8bit_size`, keep m and v themselves (R32, 256). Slices
-of the buffer that belong to no segment are neither read nor written. Letters: P elements of the buffer, R = R8 + R32.
+Storage. Every segment (one adapter tensor) is cut into rows of 256 elements; its last row may be shorter, and no row
+holds elements of two segments. The 8-bit rows come first: m and v are uint8 codes (8-bit rows, 256) and one fp32 absmax
+a row, with the value map[code] * absmax. Rows of segments with fewer than `min_8bit_size` elements come after them and
+hold m and v in fp32 (fp32 rows, 256). Elements of the buffer that belong to no segment are neither read nor written.
 
-The maps are bitsandbytes' dynamic maps. One rule is added: v > 0 never gets code 0. Rounding to nearest would send
-v below 1.6e-7 of its row's maximum to 0, and when the next gradient of that element is tiny its step would be
-lr m / eps: up to 30,000 times lr was seen. Code 1 (3.25e-7 of the maximum) only ever shortens a step.
+The maps are bitsandbytes' dynamic maps. One rule is added: v > 0 never gets code 0. Rounding to nearest would make v 0
+when it is below 1.6e-7 of its row's maximum; if the next gradient of that element is tiny, its step is then lr m / eps:
+up to 30,000 times lr was seen. Code 1 (3.25e-7 of the maximum) instead is larger than v and makes a step shorter.
 
-Everything is computed in promote_types(p.dtype, fp32), each operation rounded by itself; the scalars of a step are
-formed in fp64 (1 - b2 has only 4 digits in fp32) from the lr of that dtype. Bytes an element: 20 with 8-bit states
-(g twice, p, codes), 32 with fp32 states; 27B recipe: 4,980,736 elements, 101 MB a step.
+Rounding: everything is computed in promote_types(p.dtype, fp32), each operation rounded by itself. The scalars of a
+step are computed in fp64, because 1 - b2 has only 4 digits in fp32, from the lr of that dtype. Bytes an element: 20
+with 8-bit states (g twice, p, codes), 32 with fp32 states; 27B recipe: 4,980,736 elements, 101 MB a step. No backward.
+Source: 8-bit optimizers (arXiv 2110.02861), bitsandbytes `AdamW8bit`.
 """
 
 import math
@@ -33,7 +34,7 @@ from torch import Tensor
 from kernels.lora_term import compute_dtype
 from kernels.ops._triton import tl, triton
 
-ROW = 256
+ROW = 256  # elements that share one absmax; bitsandbytes' block size
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -51,24 +52,25 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamWState:
-    """What AdamW remembers, and where its rows lie in the flat buffer. All tensors live on the buffer's device."""
+    """The optimiser's state, and where its rows lie in the flat buffer. All tensors are on the buffer's device."""
 
-    start: Tensor  # (R,) int64: first element of the row; the 8-bit rows come first
-    length: Tensor  # (R,) int32: 1 to 256
-    values: Tensor  # (2, 256) fp32: the signed map (m) and the unsigned one (v)
-    borders: Tensor  # (2, 255) fp32: midpoints of neighbouring values; the nearest code to x is the number below x
-    code_m: Tensor  # (R8, 256) uint8
-    code_v: Tensor  # (R8, 256) uint8
-    absmax_m: Tensor  # (R8,) fp32
-    absmax_v: Tensor  # (R8,) fp32
-    m: Tensor  # (R32, 256), R32 = R - R8, in the compute dtype
-    v: Tensor  # (R32, 256)
-    counters: Tensor  # (2,) int32: applied steps; skipped steps in a row up to now
+    start: Tensor  # (rows,) int64: first element of the row; the 8-bit rows come first
+    length: Tensor  # (rows,) int32: 1 to 256
+    values: Tensor  # (2, 256) fp32: the signed map (for m) and the unsigned one (for v)
+    borders: Tensor  # (2, 255) fp32: midpoints of neighbouring values; x gets the code: how many lie below x
+    code_m: Tensor  # (8-bit rows, 256) uint8
+    code_v: Tensor  # (8-bit rows, 256) uint8
+    absmax_m: Tensor  # (8-bit rows,) fp32
+    absmax_v: Tensor  # (8-bit rows,) fp32
+    m: Tensor  # (fp32 rows, 256), in the compute dtype
+    v: Tensor  # (fp32 rows, 256)
+    counters: Tensor  # (2,) int32: applied steps; consecutive skipped steps up to now
 
     KEPT = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
 
     @property
     def n_8bit(self) -> int:
+        """The number of 8-bit rows."""
         return self.code_m.shape[0]
 
     def kept(self) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ class AdamWState:
         cls, segments: Iterable[tuple[int, int]], min_8bit_size: float, device: torch.device, dtype: torch.dtype
     ) -> "AdamWState":
         """The state before the first step. segments: (start, stop) in the flat buffer; dtype: the compute dtype."""
-        rows: tuple[list, list] = ([], [])  # (start, length) of the 8-bit rows, of the others
+        rows: tuple[list, list] = ([], [])  # (start, length) of the 8-bit rows, and of the fp32 rows
         for start, stop in segments:
             rows[stop - start < min_8bit_size].extend((i, min(ROW, stop - i)) for i in range(start, stop, ROW))
         table = torch.tensor(rows[0] + rows[1], dtype=torch.int64).view(-1, 2)
@@ -91,7 +93,7 @@ class AdamWState:
             "length": table[:, 1].int(),
             "values": values,
             "borders": (values[:, :-1] + values[:, 1:]) / 2,
-            # With an absmax of zero every code means zero; 127 is where the signed map itself has its 0.
+            # With an absmax of 0 every code means 0. Code 127 is the 0 of the signed map.
             "code_m": torch.full((n_8bit, ROW), 127, dtype=torch.uint8),
             "code_v": torch.zeros(n_8bit, ROW, dtype=torch.uint8),
             "absmax_m": torch.zeros(n_8bit),
@@ -103,16 +105,18 @@ class AdamWState:
         return cls(**{name: x.to(device) for name, x in tensors.items()})
 
 
-# The reference works through the rows in groups, so that its temporaries stay near 70 MB whatever P is.
+# The reference works through the rows in groups, so that its temporaries take about 70 MB for any size of the buffer.
 ROWS_AT_ONCE = 4096
 
 
 def adamw_8bit_reference(
     param: Tensor, grad: Tensor, state: AdamWState,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """One step, in place. param (P,), grad (P,) (left as it is) -> the gradient's norm () before clipping and the
-    number of steps skipped in a row up to now () int32. Both are fresh tensors: the host may read them a step later.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step; param (elements,) and state are updated in place. grad (elements,) is only read.
+
+    -> the gradient's norm () before clipping, and the number of consecutive skipped steps up to now () int32. Both are
+    new tensors: the host may read them one step later.
     """
     norm = grad_norm(grad, state)
     applied = norm.isfinite()
@@ -126,7 +130,7 @@ def adamw_8bit_reference(
         m, v = load_moments(state, rows, inside)
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * (g * g)
         moved = move(p, m, v, step_size, eps, lr, weight_decay)
-        # Without a mask (which would wait for the device): lanes past a row's end write its last element once more.
+        # A boolean index would wait for the device. So lanes behind a row's end write the row's last element once more.
         moved = torch.where(inside, moved, moved.gather(1, state.length[rows, None].long() - 1))
         param[index] = torch.where(applied, moved, p).to(param.dtype)
         store_moments(state, rows, m, v, applied)
@@ -137,13 +141,16 @@ def adamw_8bit_reference(
 
 
 def row_groups(state: AdamWState) -> list[slice]:
-    """Slices of rows with one kind of state each."""
+    """Slices of at most ROWS_AT_ONCE rows, each of 8-bit rows only or of fp32 rows only."""
     bounds = ((0, state.n_8bit), (state.n_8bit, len(state.start)))
     return [slice(i, min(i + ROWS_AT_ONCE, stop)) for start, stop in bounds for i in range(start, stop, ROWS_AT_ONCE)]
 
 
 def elements(state: AdamWState, rows: slice) -> tuple[Tensor, Tensor]:
-    """Where the rows' elements lie in the flat buffer, and which lanes are inside (the others repeat the last one)."""
+    """(rows, 256) each: where the rows' elements lie in the flat buffer, and which lanes are inside their row.
+
+    Lanes behind the end of a row point to its last element.
+    """
     lane, length = torch.arange(ROW, device=state.start.device), state.length[rows, None]
     return state.start[rows, None] + torch.minimum(lane, length - 1), lane < length
 
@@ -166,19 +173,20 @@ def step_scalars(
 
 
 def rounded(x: float, dtype: torch.dtype) -> float:
-    """x as a kernel argument of this dtype would arrive."""
+    """x rounded to this dtype, as a kernel would receive it."""
     return torch.tensor(x, dtype=dtype).item()
 
 
 def move(p: Tensor, m: Tensor, v: Tensor, step_size: Tensor, eps: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """The new p. step_size and eps come from step_scalars."""
     return p * (1 - lr * weight_decay) - step_size * (m / (v.sqrt() + eps))
 
 
 def load_moments(state: AdamWState, rows: slice, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """m and v (rows, 256), 0 in the lanes past a row's end."""
+    """m and v (rows, 256), 0 in the lanes behind a row's end."""
     if rows.start >= state.n_8bit:
-        plain = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
-        return state.m[plain], state.v[plain]
+        fp32_rows = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
+        return state.m[fp32_rows], state.v[fp32_rows]
     values = state.values.to(state.m.dtype)
     m = values[0][state.code_m[rows].int()] * state.absmax_m[rows, None]
     v = values[1][state.code_v[rows].int()] * state.absmax_v[rows, None]
@@ -186,39 +194,41 @@ def load_moments(state: AdamWState, rows: slice, inside: Tensor) -> tuple[Tensor
 
 
 def store_moments(state: AdamWState, rows: slice, m: Tensor, v: Tensor, applied: Tensor) -> None:
-    """Keeps the new m and v (rows, 256), unless the step is skipped."""
+    """Stores the new m and v (rows, 256) unless the step is skipped (applied () bool, on the device)."""
 
-    def keep(old: Tensor, new: Tensor) -> None:
+    def store(old: Tensor, new: Tensor) -> None:
         old.copy_(torch.where(applied, new.to(old.dtype), old))
 
     if rows.start >= state.n_8bit:
-        plain = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
-        keep(state.m[plain], m)
-        keep(state.v[plain], v)
+        fp32_rows = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
+        store(state.m[fp32_rows], m)
+        store(state.v[fp32_rows], v)
         return
     absmax_m, absmax_v = m.abs().amax(1), v.amax(1)
     code_m, code_v = nearest_code(m, absmax_m, state.borders[0]), nearest_code(v, absmax_v, state.borders[1])
-    keep(state.code_m[rows], code_m)
-    keep(state.code_v[rows], spare_zero(code_v, v))
-    keep(state.absmax_m[rows], absmax_m)
-    keep(state.absmax_v[rows], absmax_v)
+    store(state.code_m[rows], code_m)
+    store(state.code_v[rows], spare_zero(code_v, v))
+    store(state.absmax_m[rows], absmax_m)
+    store(state.absmax_v[rows], absmax_v)
 
 
 def nearest_code(x: Tensor, absmax: Tensor, borders: Tensor) -> Tensor:
-    """x (rows, 256), absmax (rows,) -> the code whose value * absmax is nearest; the lower one at a tie."""
+    """x (rows, 256), absmax (rows,) -> the code whose value * absmax is nearest to x; the lower one at a tie."""
+    # A row of zeros has absmax 0: dividing by 1 gives the code of 0 instead of NaN.
     return torch.bucketize(x / torch.where(absmax > 0, absmax, 1)[:, None], borders.to(x.dtype), out_int32=True)
 
 
 def spare_zero(code: Tensor, v: Tensor) -> Tensor:
-    """v > 0 keeps a positive code: the rule against steps of lr m / eps."""
+    """At least code 1 where v > 0: the rule against steps of lr m / eps."""
     return torch.where(v > 0, code.clamp(min=1), code)
 
 
-# Triton: partial sums of the norm, one program that sets the scalars of the step, one launch for the update.
+# Triton, three launches: partial sums of the norm; one program that computes the scalars of the step; the update.
 
 
 @triton.jit
 def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, BR: tl.constexpr, ROW: tl.constexpr):
+    """p_partial (programs,) = the sum of g^2 over BR rows."""
     i_p = tl.program_id(0)
     o_r = i_p * BR + tl.arange(0, BR)
     b_start = tl.load(p_start + o_r, mask=o_r < n_rows, other=0)
@@ -232,15 +242,17 @@ def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, BR: tl.c
 def _step_kernel(
     p_partial, p_counters, p_norm, p_skipped, p_scalars, n_partials, lr, max_grad_norm,
     EPS: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, BP: tl.constexpr,
-):
+):  # fmt: skip
+    """One program. p_scalars (4,): whether the step is applied (1.0 or 0.0), clip factor, lr c2 / c1, eps c2."""
     b_sum = tl.zeros((BP,), tl.float32)
     for i in range(0, n_partials, BP):
         o_p = i + tl.arange(0, BP)
         b_sum += tl.load(p_partial + o_p, mask=o_p < n_partials, other=0.0)
     norm = tl.sqrt_rn(tl.sum(b_sum))
-    applied = norm < float("inf")  # false for NaN too
+    applied = norm < float("inf")  # also False for NaN
     t = tl.load(p_counters) + 1
     skipped = tl.where(applied, 0, tl.load(p_counters + 1) + 1)
+    # beta^t = 2^(t log2 beta), in fp64: 1 - 0.999^t has only 4 digits in fp32 for small t.
     c1 = 1 - tl.exp2(t.to(tl.float64) * LOG2_BETA1)
     c2 = tl.sqrt(1 - tl.exp2(t.to(tl.float64) * LOG2_BETA2))
     tl.store(p_counters, tl.where(applied, t, t - 1))
@@ -255,12 +267,13 @@ def _step_kernel(
 
 @triton.jit
 def _nearest_code(b_x, b_absmax, p_borders):
+    """As nearest_code. b_x (BR, ROW), b_absmax (BR,), p_borders (255,) -> (BR, ROW) int32."""
     b_x = tl.div_rn(b_x, tl.where(b_absmax > 0, b_absmax, 1.0)[:, None])
     b_code = tl.zeros(b_x.shape, tl.int32)
-    # Binary search for the number of borders below x; the 1 KB table stays in L1.
+    # The code is the number of borders below x: a binary search in eight steps. The table of 1 KB stays in L1.
     for i in tl.static_range(8):
-        b_try = b_code + (128 >> i)
-        b_code = tl.where(b_x > tl.load(p_borders + b_try - 1), b_try, b_code)
+        b_higher = b_code + (128 >> i)
+        b_code = tl.where(b_x > tl.load(p_borders + b_higher - 1), b_higher, b_code)
     return b_code
 
 
@@ -269,10 +282,11 @@ def _update_kernel(
     p_param, p_grad, p_start, p_length, p_values, p_borders,
     p_code_m, p_code_v, p_absmax_m, p_absmax_v, p_m, p_v, p_scalars, n_8bit, n_rows, decay,
     BETA1: tl.constexpr, BETA2: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
-):
+):  # fmt: skip
+    """Program: BR rows. decay = 1 - lr * weight_decay. A skipped step reads one scalar and ends."""
     if tl.load(p_scalars) != 0.0:
         clip, step_size, eps = tl.load(p_scalars + 1), tl.load(p_scalars + 2), tl.load(p_scalars + 3)
-        # No program mixes the two kinds of rows: those of 8-bit rows come first.
+        # A program has rows of one kind only, so that the branches below are the same for all its threads.
         i_p, n_p = tl.program_id(0), tl.cdiv(n_8bit, BR)
         is_8bit = i_p < n_p
         o_r = tl.where(is_8bit, i_p * BR, n_8bit + (i_p - n_p) * BR) + tl.arange(0, BR)
@@ -281,6 +295,7 @@ def _update_kernel(
         o_lane = tl.arange(0, ROW)[None, :]
         m_x = o_lane < b_length[:, None]
         o_x = b_start[:, None] + o_lane
+        # The states of either kind are a matrix of their own, counted from row 0.
         o_state = tl.where(is_8bit, o_r, o_r - n_8bit).to(tl.int64)[:, None] * ROW + o_lane
 
         b_p = tl.load(p_param + o_x, mask=m_x, other=0.0)
@@ -296,6 +311,7 @@ def _update_kernel(
 
         b_m = BETA1 * b_m + (1 - BETA1) * b_g
         b_v = BETA2 * b_v + (1 - BETA2) * (b_g * b_g)
+        # With the unrounded m and v: rounded to 8 bits they would add their error to every step.
         b_p = b_p * decay - step_size * tl.div_rn(b_m, tl.sqrt_rn(b_v) + eps)
         tl.store(p_param + o_x, b_p, mask=m_x)
 
@@ -303,6 +319,7 @@ def _update_kernel(
             b_absmax_m, b_absmax_v = tl.max(tl.abs(b_m), 1), tl.max(b_v, 1)
             b_code_m = _nearest_code(b_m, b_absmax_m, p_borders)
             b_code_v = _nearest_code(b_v, b_absmax_v, p_borders + ROW - 1)
+            # The rule of spare_zero: code 0 would turn the next step into lr m / eps.
             b_code_v = tl.where((b_v > 0) & (b_code_v == 0), 1, b_code_v)
             tl.store(p_code_m + o_state, b_code_m.to(tl.uint8), mask=m_r[:, None])
             tl.store(p_code_v + o_state, b_code_v.to(tl.uint8), mask=m_r[:, None])
@@ -313,22 +330,24 @@ def _update_kernel(
             tl.store(p_v + o_state, b_v, mask=m_r[:, None])
 
 
-# Rows a program, partial sums a loop turn of the one program that adds them, warps.
+# Rows a program; partial sums that the program of _step_kernel adds at a time; warps.
 BR, BP, NUM_WARPS = 4, 1024, 4
 
 
 def adamw_8bit_triton(
     param: Tensor, grad: Tensor, state: AdamWState,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """As the reference, for fp32 buffers. Beyond the states it needs one fp32 partial sum for every 4 rows."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """adamw_8bit_reference in three launches, for fp32 buffers: ValueError for another dtype. Allocates one fp32
+    partial sum for every 4 rows.
+    """
     if param.dtype != torch.float32 or grad.dtype != torch.float32:
         raise ValueError(f"AdamW in Triton takes fp32, not {param.dtype}; set PSYSAFE_KERNELS=reference for this model")
     n_rows, n_8bit = len(state.start), state.n_8bit
     partial_sums = param.new_empty(triton.cdiv(n_rows, BR))
     norm, scalars = param.new_empty(()), param.new_empty(4)
     skipped = state.counters.new_empty(())
-    # Without fusing into FMAs, so that the result is the reference's rounding by rounding.
+    # A multiply and an add fused into one FMA are rounded once; without fusion every rounding is that of the reference.
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     rows, blocks = (state.start, state.length), {"BR": BR, "ROW": ROW}
     _norm_partials_kernel[(len(partial_sums),)](grad, *rows, partial_sums, n_rows, **blocks, **options)
@@ -350,5 +369,6 @@ def adamw_8bit_triton(
 
 
 def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
+    """The compile-time constants of _step_kernel."""
     log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
     return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
