@@ -18,10 +18,10 @@ import torch
 import kernels
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.cli import Parser
-from psysafe.data.documents import Row
 from psysafe.data.prompts import system_text
+from psysafe.data.rows import Row, read_prompts
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.generation.answer_file import AnswerFile, answer_rows, conversation, read_prompts
+from psysafe.generation.answer_file import AnswerFile, answer_rows, conversation
 from psysafe.generation.engine import Generator, Options, merge_adapters
 from psysafe.generation.sampling import Sampling
 from psysafe.generation.terminal import ask, chat

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe.cli import progress
 from psysafe.journal import Journal
 from psysafe.program import UserError
 
@@ -50,9 +51,9 @@ class Patience:
     longest_wait_s: float = 60
 
     def wait(self, failures: int, asked: float | None) -> float:
-        """Seconds before the next attempt: doubling, with full jitter, and never less than the server asked for."""
-        most = min(self.first_wait_s * 2 ** (failures - 1), self.longest_wait_s)
-        return max(random.uniform(most / 2, most), asked or 0)
+        """Seconds before the next attempt: doubling, with jitter, and never less than the server asked for."""
+        longest = min(self.first_wait_s * 2 ** (failures - 1), self.longest_wait_s)
+        return max(random.uniform(longest / 2, longest), asked or 0)
 
 
 class Endpoint:
@@ -197,20 +198,20 @@ def run_items(
     call: Callable[[object], dict],
     out: str | Path,
     workers: int = 8,
-    say: Callable[[str], object] | None = None,
+    description: str = "items",
 ) -> Outcome:
     """call(item) for every item, `workers` at a time; each result is a line of `out` before the next one is taken.
 
     items: by a key that names everything the result depends on (`journal.key_of`). What `out` holds already is not
     done again. ItemFailed lists an item and goes on; any other error stops the run, and what was done is kept.
-    say: told the progress and the time left, about once a second.
+    description: what the progress line on stderr calls them.
     """
     if workers < 1:
         raise UserError(f"workers is {workers}, expected at least 1")
     with Journal(out) as journal:
         todo = deque((key, item) for key, item in items.items() if key not in journal.rows)
         done: queue.SimpleQueue = queue.SimpleQueue()
-        total, failed, began, said = len(todo), {}, time.monotonic(), 0.0
+        total, failed = len(todo), {}
 
         def work() -> None:
             with contextlib.suppress(IndexError):
@@ -224,23 +225,21 @@ def run_items(
         # Daemons, so that Ctrl-C does not wait for replies; only this thread writes.
         for _ in range(min(workers, total)):
             threading.Thread(target=work, daemon=True).start()
-        for count in range(1, total + 1):
-            try:
-                key, row, error = done.get()
-                if isinstance(error, ItemFailed):
-                    failed[key] = str(error)
-                elif error is not None:
-                    raise error
-                else:
-                    journal.append(key, row)
-            except BaseException:
-                todo.clear()
-                raise
-            now = time.monotonic()
-            if say and (now - said > 1 or count == total):
-                left = (now - began) / count * (total - count)
-                say(f"{count:,} of {total:,} items, {len(failed):,} failed, {left:,.0f} s left")
-                said = now
+        with progress(total, description, "items") as bar:
+            for _ in range(total):
+                try:
+                    key, row, error = done.get()
+                    if isinstance(error, ItemFailed):
+                        failed[key] = str(error)
+                        bar.set_postfix_str(f"{len(failed):,} failed", refresh=False)
+                    elif error is not None:
+                        raise error
+                    else:
+                        journal.append(key, row)
+                except BaseException:
+                    todo.clear()  # the workers end after the items that they have in hand
+                    raise
+                bar.update()
         journal.sync()
         return Outcome({key: journal.rows[key] for key in items if key in journal.rows},
                        {key: failed[key] for key in items if key in failed})  # fmt: skip

@@ -18,7 +18,7 @@ import pytest
 
 import eval as script
 from psysafe import load_model
-from psysafe.data.documents import read_rows
+from psysafe.data.rows import read_rows
 from psysafe.evaluation import judge_models as judges
 from psysafe.evaluation import models_under_test as subjects
 from psysafe.evaluation import published, report

@@ -31,7 +31,7 @@ class EndpointJudge:
         def call(messages: list[dict]) -> dict:
             return self.endpoint.chat(messages)._asdict()
 
-        return run_items(items, call, out, self.workers, lambda text: say(f"{self.name}: {text}"))
+        return run_items(items, call, out, self.workers, self.name)
 
 
 class LocalJudge:

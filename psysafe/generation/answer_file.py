@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.documents import Row, read_unchecked_rows
+from psysafe.data.prompts import with_system
+from psysafe.data.rows import Row
 from psysafe.data.tokenizer import Message
 from psysafe.files import parse_json, write_atomic
 from psysafe.generation.engine import Answer, Generator, Request
@@ -21,28 +22,9 @@ ADDED = ("row", "adapter", "response", "reasoning", "answer", "finish_reason", "
 ADDED += ("stucked", "settings")
 
 
-def read_prompts(path: str | Path) -> list[Row]:
-    """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. UserError names what is broken."""
-    rows = read_unchecked_rows(Path(path))
-    for row in rows:
-        fields = row.fields
-        if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
-            raise UserError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
-        if "messages" in fields:
-            if not isinstance(fields["messages"], list):
-                found = json.dumps(fields["messages"])
-                raise UserError(f"{row.where}: messages is {found:.60}, expected a list of messages")
-        elif not isinstance(fields["prompt"], str) or not fields["prompt"].strip():
-            found = json.dumps(fields["prompt"])
-            raise UserError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
-    return rows
-
-
 def conversation(row: Row, system: str | None) -> list[Message]:
     """The messages to be answered. `system` goes in front unless the row brings its own."""
-    messages = row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}])
-    own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    return messages if own or system is None else [{"role": "system", "content": system}, *messages]
+    return with_system(row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}]), system)
 
 
 class AnswerFile:

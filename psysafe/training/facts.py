@@ -15,8 +15,9 @@ import torch
 
 import kernels
 from psysafe.checkpoint.base import build
-from psysafe.data.documents import Dataset, encode_rows, read_rows, split_rows, steps_per_epoch
+from psysafe.data.documents import Dataset, encode_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
+from psysafe.data.rows import read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_file

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from psysafe.data.documents import Row, read_rows
+from psysafe.data.rows import Row, read_rows
+from psysafe.data.text import normalise
 from psysafe.evaluation import word_list_judge as rules
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN, COLUMNS
 from psysafe.evaluation.models_under_test import BASE, Question, Setting, Subject
-from psysafe.evaluation.overlap import normalised, overlap
+from psysafe.evaluation.overlap import overlap
 from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.scores import summarise
 from psysafe.files import expand
@@ -69,7 +70,7 @@ def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
         for cluster in dict.fromkeys(cluster_of[i] for i in risky)
     ]  # fmt: skip
     helplines.append(["all", len(risky), *(share(v.own_helplines for v in by.values()) for by in verdicts.values())])
-    same = share(normalised(base[i]) == normalised(tuned[i]) for i in benign)
+    same = share(normalise(base[i]) == normalise(tuned[i]) for i in benign)
     kept = [
         [name, len(benign), share(not rules.refuses(answers[i]) for i in benign), None if name == "base" else same]
         for name, answers in models.items()
