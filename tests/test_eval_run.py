@@ -365,7 +365,7 @@ def test_a_local_judge_fails_by_name_and_is_asked_again(tmp_path, monkeypatch, c
                 asked.append(what)
                 text = "" if what in ("cut", "empty") else what
                 finish = "length" if what == "cut" else "stop"
-                how = {"reasoning": "", "stuck": False, "finish_reason": finish, "new_tokens": 9}
+                how = {"reasoning": "", "unfinished_thinking": False, "finish_reason": finish, "new_tokens": 9}
                 yield SimpleNamespace(row=number, answer=text, **how)
 
     monkeypatch.setattr(judges, "Generator", Answers)

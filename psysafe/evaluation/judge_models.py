@@ -8,7 +8,8 @@ from pathlib import Path
 from psysafe.endpoint import Endpoint, Outcome, Patience, key_from, run_items
 from psysafe.evaluation.models_under_test import Subject
 from psysafe.evaluation.result import say
-from psysafe.generation.engine import Generator, Options
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.program import UserError
@@ -55,7 +56,7 @@ class LocalJudge:
                 rows = {int(key[:15], 16): key for key in missing}
                 for answer in generator.answers([items[key] for key in rows.values()], list(rows)):
                     key = rows[answer.row]
-                    if answer.stuck or answer.finish_reason == "length":
+                    if answer.unfinished_thinking or answer.finish_reason == "length":
                         failed[key] = f"the reply was cut at {answer.new_tokens:,} tokens (--judge-tokens)"
                     elif not answer.answer.strip():
                         failed[key] = "the reply has no content"

@@ -17,7 +17,8 @@ from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
 from psysafe.evaluation.result import say
 from psysafe.files import expand
-from psysafe.generation.engine import Generator, Options
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach, load_adapter, read_adapter_config
@@ -113,7 +114,8 @@ class Subject:
                 keys[question],
                 {"setting": setting.name, "number": question.number, "prompt": question.prompt}
                 | {"answer": answer.answer, "reasoning": answer.reasoning, "response": answer.response}
-                | {"finish_reason": answer.finish_reason, "new_tokens": answer.new_tokens, "stuck": answer.stuck},
+                | {"finish_reason": answer.finish_reason, "new_tokens": answer.new_tokens}
+                | {"stuck": answer.unfinished_thinking},
             )
             tokens, now = tokens + answer.new_tokens, time.monotonic()
             if now - said > 2 or count == len(questions):
