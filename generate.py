@@ -1,16 +1,16 @@
 """Answers prompts with the base model or an adapter: prompt in, text out.
 
-    python generate.py "I feel like giving up."                   # the bundled model, tuned once train.py has run
-    python generate.py "..." --compare base,runs/tiny             # the same question before and after
-    python generate.py --chat --adapter runs/psysafe              # a conversation; the model is the adapter's base
-    python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
+python generate.py "I feel like giving up."                   # the bundled model, tuned once train.py has run
+python generate.py "..." --compare base,runs/tiny             # the same question before and after
+python generate.py --chat --adapter runs/psysafe              # a conversation; the model is the adapter's base
+python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ import torch
 import kernels
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser
-from psysafe.data.documents import Row
-from psysafe.data.prompts import system_text
+from psysafe.cli import Parser, add_settings, read_settings
+from psysafe.data.prompts import system_text, with_system
+from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.generation.answer_file import AnswerFile, answer_rows, conversation, read_prompts
-from psysafe.generation.engine import Generator, Options
+from psysafe.generation.answer_file import AnswerFile, answer_rows
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.generation.terminal import ask, chat
 from psysafe.model.lora import detach, merge_adapters
@@ -36,12 +37,12 @@ BASE = "base"  # how --adapter, --compare and the rows name the model without an
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    options = Options(**taken(Options, args), sampling=Sampling(**taken(Sampling, args)))
+    options = Options(Sampling(**read_settings(Sampling, args)), **read_settings(Options, args))
     system = system_text(args.system)
     rows = read_prompts(args.prompts) if args.prompts else []
     source, revision, adapters = what_answers(args)
     runtime = start(args.device, args.dtype)
-    torch.set_deterministic_debug_mode("default")  # it would make index_put sort; ours writes no place twice
+    torch.set_deterministic_debug_mode("default")  # deterministic index_put sorts; ours writes no place twice
     folder, commit = resolve_model(source, revision)
     tokenizer = load_tokenizer(folder)
     model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
@@ -50,24 +51,25 @@ def main(argv: Sequence[str]) -> int:
     say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
 
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
-    file = AnswerFile(args.out, rows, adapters, settings | options.fingerprint_fields()) if rows else None
-    for adapter in adapters:
-        if adapter != BASE:
-            load_adapter(model, adapter)
-        if args.merge:
-            merge_adapters(model)
-        generator = Generator(model, tokenizer, options, say=None if args.chat else say)
-        if args.chat:
-            chat(generator, system)
-        elif file:
-            answer_rows(generator, file, adapter, system, say)
-        else:
-            if args.compare:
-                print(f"--- {adapter}", flush=True)
-            ask(generator, conversation(Row({"prompt": args.prompt}, Path(), 1), system))
-        detach(model)
-    if file:
-        file.finish()
+    settings |= options.fingerprint_fields()
+    with AnswerFile(args.out, rows, adapters, settings) if rows else contextlib.nullcontext() as file:
+        for adapter in adapters:
+            if adapter != BASE:
+                load_adapter(model, adapter)
+            if args.merge:
+                merge_adapters(model)
+            generator = Generator(model, tokenizer, options, say=None if args.chat else say)
+            if args.chat:
+                chat(generator, system)
+            elif file:
+                answer_rows(generator, file, adapter, system, say)
+            else:
+                if args.compare:
+                    print(f"--- {adapter}", flush=True)
+                ask(generator, with_system([{"role": "user", "content": args.prompt}], system))
+            detach(model)
+        if file:
+            file.finish()
     return 0
 
 
@@ -87,13 +89,8 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     return *base_of_adapter(named[0]), adapters
 
 
-def taken(kind: type, args: argparse.Namespace) -> dict:
-    """The arguments that are fields of a dataclass."""
-    return {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
-
-
-def say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -104,8 +101,8 @@ for thinking."""
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to answer")
-    add("--chat", action="store_true", help="talk; every answer knows what was said before")
-    add("--prompts", metavar="FILE", help="JSON or JSONL rows with a prompt, or messages")
+    add("--chat", action="store_true", help="talk; every answer knows the conversation so far")
+    add("--prompts", metavar="FILE", help="rows with a prompt, or messages: JSON, JSONL, CSV or Parquet")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
     add("--adapter", metavar="DIR", help="folder in PEFT's format, or base for none (for the bundled model: its run's)")
@@ -114,12 +111,7 @@ for thinking."""
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
-    for field in (*fields(Options), *fields(Sampling)):
-        flag, sentence = "--" + field.name.replace("_", "-"), field.metadata.get("help", "").replace("%", "%%")
-        if field.type is bool:
-            add(flag, action=argparse.BooleanOptionalAction, default=field.default, help=sentence)
-        elif sentence:
-            add(flag, type=field.type, default=field.default, metavar="N", help=f"{sentence} ({field.default})")
+    add_settings(parser, Options, Sampling)
     args = parser.parse_args(argv)
     if (args.prompt is not None) + args.chat + (args.prompts is not None) != 1:
         parser.error('expected one of: "a prompt", --chat, --prompts FILE')

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-And JSON that others wrote: every fault in it is a UserError.
+Also reads JSON: any defect raises UserError.
 """
 
 import json
@@ -18,8 +18,8 @@ TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:
     """Write a file so that its name never holds half of it, not even after a power cut.
 
-    content: bytes, text (UTF-8), or a function that writes to the path it is given. An error leaves the old file, if
-    there was one, and no temporary.
+    content: bytes, text (UTF-8), or a function that writes to the path it is given. After an error the old file, if
+    there was one, is unchanged, and the temporary is gone.
     """
     path = Path(path)
     temporary = temporary_for(path)
@@ -54,7 +54,7 @@ def sync(path: str | Path) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """json.loads, for which brackets nested without end are one more UserError."""
+    """json.loads; brackets nested without end raise UserError (a ValueError, as every other defect does)."""
     try:
         return json.loads(text)
     except RecursionError:

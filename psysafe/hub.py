@@ -1,7 +1,9 @@
-"""Files from the Hugging Face hub, or from its cache on this machine; what it refuses is told in one line.
+"""Files from the Hugging Face hub, or from its cache on this machine; the only place that asks for them.
 
     path = fetch_file("org/name", "config.json")
     folder = fetch_folder("org/name", "main", ["*.json", "*.safetensors"])
+
+Whatever goes wrong is a HubError of one line.
 """
 
 import contextlib
@@ -14,14 +16,18 @@ class HubError(Exception):
 
 
 class GatedError(HubError):
-    """Its terms have to be accepted first, or the token is missing."""
+    """The repository's terms have to be accepted first, or the token is missing."""
+
+
+class MissingFileError(HubError):
+    """The repository is there and has no such file."""
 
 
 def fetch_file(repository: str, file: str, revision: str = "", repo_type: str = "model") -> Path:
     """A file's path in the hub's cache: .../snapshots/COMMIT/FILE. Raises HubError."""
     import huggingface_hub
 
-    with _one_line():
+    with _hub_errors():
         return Path(huggingface_hub.hf_hub_download(repository, file, repo_type=repo_type, revision=revision or None))
 
 
@@ -29,17 +35,23 @@ def fetch_folder(repository: str, revision: str, patterns: Sequence[str]) -> Pat
     """The folder of a model's files of these names in the hub's cache: .../snapshots/COMMIT. Raises HubError."""
     import huggingface_hub
 
-    with _one_line():
+    with _hub_errors():
         folder = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns))
         return Path(folder)
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _hub_errors() -> Iterator[None]:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise (GatedError if isinstance(error, GatedRepoError) else HubError)(reason) from None
+    # OSError is the base of the hub's HTTP errors too; ValueError is a name that no repository can have.
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, GatedRepoError):
+            kind = GatedError
+        elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            kind = MissingFileError
+        else:  # LocalEntryNotFoundError, which is an EntryNotFoundError: not in the cache, and no network to ask
+            kind = HubError
+        raise kind(" ".join(str(error).split())[:200] or type(error).__name__) from None

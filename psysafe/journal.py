@@ -1,4 +1,4 @@
-"""Results that survive a kill: one JSON object a line, appended at once, found again by what it depends on."""
+"""Results that survive a kill: one JSON object a line, appended at once, read again at the next start."""
 
 import fcntl
 import hashlib
@@ -9,9 +9,6 @@ from pathlib import Path
 from psysafe.files import parse_json
 from psysafe.program import UserError
 
-START = b'{"key": "'
-FOREIGN = "no result of an evaluation; give another --out, or move this file away"
-
 
 def key_of(*parts) -> str:
     """A short name for everything that a result depends on. Other settings give another key, never a wrong reuse."""
@@ -19,12 +16,15 @@ def key_of(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-class Journal:
-    """A JSONL file of results by key; `rows` holds what is in it. One process at a time.
+class AppendFile:
+    """A JSONL file that one process at a time appends to. A subclass says what a line must hold: `_add`.
 
-    A last line that a kill tore is dropped and its item done again. Lines of other settings stay and are ignored by
-    whoever asks for keys. Raises UserError for a file that holds something else.
+    A last line that a kill tore is cut off, so that its item is done again. Raises UserError for a file that holds
+    something else, and leaves that file as it is.
     """
+
+    START = b"{"  # how each of its lines begins
+    FOREIGN = "not a line of this file; give another --out, or move this file away"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -32,7 +32,7 @@ class Journal:
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.rows = self._read()
+            self._read()
         except BlockingIOError:
             self._file.close()
             raise UserError(f"{self.path}: another process is writing it; wait, or give another --out") from None
@@ -40,34 +40,63 @@ class Journal:
             self._file.close()
             raise
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
         self._file.close()
 
-    def append(self, key: str, row: dict) -> None:
-        """One write, so that a kill between two lines tears none."""
-        self._file.write(json.dumps({"key": key, **row}, ensure_ascii=True).encode() + b"\n")
-        self.rows[key] = row
-
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
-    def _read(self) -> dict[str, dict]:
+    def _write(self, line: str) -> None:
+        # One call with no buffer: a kill between two lines tears none. Half a surrogate pair, which JSON allows and
+        # UTF-8 does not, becomes its JSON escape again.
+        self._file.write(line.encode(errors="backslashreplace") + b"\n")
+
+    def _read(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            torn = content[whole:]
-            if not (torn.startswith(START) or START.startswith(torn)):  # never cut somebody else's file
-                raise UserError(f"{self.path}: {FOREIGN}")
-            self._file.truncate(whole)
-        rows = {}
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        size = content.rfind(b"\n") + 1  # of the whole lines
+        torn = content[size:]
+        for number, line in enumerate(content[:size].split(b"\n")[:-1], 1):
+            where = f"{self.path} line {number}"
             try:
                 row = parse_json(line)
-                rows[row.pop("key")] = row
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{self.path} line {number}: {FOREIGN}") from None
-        return rows
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: {self.FOREIGN}")
+            self._add(row, where)
+        # Last, and only what looks like a line of ours: nothing is ever cut off somebody else's file.
+        if torn and not (torn.startswith(self.START) or self.START.startswith(torn)):
+            raise UserError(f"{self.path}: {self.FOREIGN}")
+        if torn:
+            self._file.truncate(size)
+
+    def _add(self, row: dict, where: str) -> None:
+        raise NotImplementedError
+
+
+class Journal(AppendFile):
+    """Results by key; `rows` holds what is in the file.
+
+    Lines of other settings stay in it and do no harm: their keys are never asked for.
+    """
+
+    START = b'{"key": "'
+    FOREIGN = "no result of an evaluation; give another --out, or move this file away"
+
+    def __init__(self, path: str | Path):
+        self.rows: dict[str, dict] = {}
+        super().__init__(path)
+
+    def append(self, key: str, row: dict) -> None:
+        self._write(json.dumps({"key": key, **row}, ensure_ascii=True))
+        self.rows[key] = row
+
+    def _add(self, row: dict, where: str) -> None:
+        key = row.pop("key", None)
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {self.FOREIGN}")
+        self.rows[key] = row

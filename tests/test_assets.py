@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 
 from psysafe import load_model
-from psysafe.data.documents import Row
+from psysafe.data.rows import Row
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.benchmarks import miniature
-from psysafe.generation.engine import Generator, Options
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "psysafe" / "assets"

@@ -6,9 +6,12 @@ import random
 import pytest
 
 from psysafe.corpus.__main__ import main
-from psysafe.corpus.text import normalise, prompts_of
-from psysafe.corpus.tools import leakage, split
-from psysafe.data.documents import read_rows
+from psysafe.corpus.leakage import leakage
+from psysafe.corpus.split import split
+from psysafe.corpus.texts import prompts_of
+from psysafe.data.rows import read_rows
+from psysafe.data.text import normalise
+from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.files import ASSETS
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
@@ -24,19 +27,55 @@ def write(path, rows):
     return str(path)
 
 
+SAME = {
+    "case and space": ("Can I rest?", "  can  i REST\n"),
+    "curly apostrophe": ("I can\u2019t sleep", "I can't sleep"),
+    "letter apostrophe": ("I can\u02bct sleep", "I can't sleep"),
+    "double quotes": ("Say \u201chello\u201d now", 'Say "hello" now'),
+    "single quotes": ("Say \u2018hello\u2019 now", "Say hello now"),
+    "straight single quotes": ("Say 'hello' now", "Say hello now"),
+    "underscore": ("What is _rest_?", "What is rest?"),
+    "underscore between words": ("what_is_rest", "What is rest"),
+    "punctuation": ("Stop, please \u2013 now!", "stop please now"),
+    "composed": ("cafe\u0301", "caf\u00e9"),
+    "full width": ("\uff32\uff25\uff33\uff34", "rest"),
+    "sharp s": ("Stra\u00dfe", "STRASSE"),
+}
+DIFFERENT = {
+    "apostrophe inside": ("we're here", "were here"),
+    "one word more": ("I rest", "I rest now"),
+    "joined words": ("can not", "cannot"),
+    "accent": ("caf\u00e9", "cafe"),
+}
+
+
+@pytest.mark.parametrize("pair", [*SAME, *DIFFERENT])
+def test_both_leak_checks_agree_on_what_is_the_same_text(pair, tmp_path):
+    """The search for leaks (against rows, benchmarks and system prompts) and the benchmarks' overlap, on every pair."""
+    same = pair in SAME
+    prompt, other = (SAME | DIFFERENT)[pair]
+    training, held_out = write(tmp_path / "t.jsonl", [row(other, "A.")]), write(tmp_path / "h.jsonl", [row(prompt)])
+    assert bool(leakage(read_rows(held_out), read_rows(training))) == same
+    assert bool(leakage(read_rows(held_out), benchmarks=[training])) == same
+    assert bool(leakage(read_rows(held_out), system_prompts={"S": f"(({other}))"})) == (same or pair == "one word more")
+    counts = overlap([prompt], training_prompts([training]))
+    assert (counts["exact"], counts["normalised"]) == (0, int(same))
+
+
 def test_normalise():
-    assert normalise("I can’t – REALLY,  can’t!") == "i can't really can't"
-    assert normalise("cafe\u0301") == normalise("café")
+    assert normalise("I can\u2019t \u2013 REALLY,  can\u2019t!") == "i can't really can't"
+    assert normalise("\u2018It\u2019s _so_\u2019") == "it's so"
+    assert normalise("\u1fb3") == normalise("\u1fbc")  # one Greek letter: casefold() takes it apart
 
 
 def test_stats_counts(tmp_path, capsys):
     rows = [row("One?"), row("one"), row("Two", "Other.", "weapon", reasoning="why"), row("Three", cluster="weapon")]
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["stats", path, "--max-tokens", "10", "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert found["rows"] == 4 and found["clusters"] == {"violence": 2, "weapon": 2}
-    assert found["duplicate prompts"] == 2 and found["answers that share a template"] == 3
-    assert found["without reasoning"] == 3 and found["rows over the limit"] == 4
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["rows"] == 4 and numbers["clusters"] == {"violence": 2, "weapon": 2}
+    assert numbers["duplicate prompts"] == 2 and numbers["answers that share a template"] == 3
+    assert numbers["without reasoning"] == 3 and numbers["rows over the limit"] == 4
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert "percentiles" in capsys.readouterr().out
 
@@ -93,8 +132,8 @@ def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
         {"S": (tmp_path / "system.txt").read_text()},
         [tmp_path / "bench.csv", tmp_path / "question.jsonl"],
     )
-    found = {(leak.row.fields["prompt"], leak.what, leak.where.rpartition("/")[2]) for leak in leaks}
-    assert found == {
+    seen = {(leak.row.fields["prompt"], leak.what, leak.where.rpartition("/")[2]) for leak in leaks}
+    assert seen == {
         ("where IS it", "prompt", "train.jsonl row 1 (line 1)"),
         ("Fresh", "answer", "train.jsonl row 1 (line 1)"),
         ("Quoted in the system prompt", "prompt", "S"),
@@ -112,6 +151,14 @@ def test_bundled_rows_are_clean(capsys):
     prompts = [line for line in capsys.readouterr().out.splitlines() if "its prompt" in line]
     assert prompts == []
     assert len(prompts_of(val)) == 50
+
+
+def test_a_benchmark_without_prompts_is_no_clean_one(tmp_path, capsys):
+    """Nothing would leak into it, whatever its prompts are called."""
+    for name, content in (("b.csv", "id,ask\n1,Clean?\n"), ("b.jsonl", '{"ask": "Clean?"}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}: no prompt in any row"):
+            prompts_of(tmp_path / name)
 
 
 def test_validate_names_line_and_problem(tmp_path, capsys):

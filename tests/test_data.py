@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psysafe.data import __main__ as show_command
 from psysafe.data import documents as data
-from psysafe.data.documents import Document, Row, encode_rows, pack, read_rows, row_messages, split_rows, step_documents
+from psysafe.data.documents import Document, encode_rows, pack, split_rows, step_documents
+from psysafe.data.rows import Row, read_file, read_rows, read_table, row_messages
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.program import main_guard
 from tests.real_tokenizer import real_tokenizer_folder
@@ -92,6 +94,54 @@ def test_unreadable_files(tmp_path):
         with pytest.raises(ValueError, match="cannot be read") as error:
             read_rows([path])
         assert one_line(error).startswith(str(path))
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    """Training, prompts and benchmarks read through one table of formats; CSV has no other values than texts."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"prompt": "a, b", "answer": "c\nd"}, {"prompt": "e", "answer": "é"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.csv").write_text('prompt,answer\n"a, b","c\nd"\ne,é\n')
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines = {"rows.json": [None, None], "rows.jsonl": [1, 2], "rows.csv": [3, 4], "rows.parquet": [None, None]}
+    for name, expected in lines.items():
+        assert [row.line for row in read_file(tmp_path / name)] == expected
+        assert [row.fields for row in read_rows(tmp_path / name)] == rows == read_table(tmp_path / name, ["answer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"prompt,note\na,b\n", "row 1 (line 2): no answer in it (found: prompt, note)"),
+        ("rows.csv", b"prompt,answer\na\n", "row 1 (line 2): answer is null (NoneType)"),
+        ("rows.csv", b"prompt,answer\n", "no rows in it"),
+        ("rows.parquet", b"PAR1", "cannot be read"),
+    ],
+)
+def test_bad_files_of_other_formats(tmp_path, name, content, message):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_rows(tmp_path / name)
+    assert one_line(error).startswith(str(tmp_path / name)) and message in str(error.value)
+
+
+def test_a_table_has_the_fields_that_were_asked_for(tmp_path):
+    path = tmp_path / "table.jsonl"
+    for content, message in (
+        ('{"prompt": "a"}\n{"id": 1}\n', "row 2 (line 2): no prompt in it (found: id)"),
+        ('\n{"prompt": null}\n', "row 1 (line 2): {'prompt': None}; expected an object"),
+        ('{"prompt": "a", "n": "\\ud800"}\n', "row 1 (line 1): half of a surrogate pair"),
+        ("7\n", "row 1 (line 1): 7; expected an object"),
+        ('{"prompt": "a"\n', "malformed JSON at line 1"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError) as error:
+            read_table(path, ["prompt"])
+        assert message in one_line(error)
 
 
 # Encoding
@@ -309,7 +359,7 @@ def test_a_shifted_mask_is_noticed(tokenizer, monkeypatch):
 
 
 def show(capsys, *args) -> tuple[int, str, str]:
-    return main_guard(data.main, list(map(str, args))), *capsys.readouterr()
+    return main_guard(show_command.main, list(map(str, args))), *capsys.readouterr()
 
 
 @pytest.fixture
@@ -320,7 +370,7 @@ def rows_file(tmp_path) -> Path:
 
 
 def test_show(capsys, rows_file, monkeypatch, tokenizer):
-    monkeypatch.setattr(data, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(show_command, "load_tokenizer", lambda source: tokenizer)
     code, out, _ = show(capsys, "--show", rows_file)
     trained = "\nThe user is sad.\n</think>\n\nI am sorry.<|im_end|>\n"
     assert code == 0 and f"<|im_start|>assistant\n<think>[[{trained}]]" in out

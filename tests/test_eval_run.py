@@ -19,7 +19,7 @@ import pytest
 import eval as script
 from psysafe import load_model
 from psysafe.checkpoint.adapter import save_adapter
-from psysafe.data.documents import read_rows
+from psysafe.data.rows import read_rows
 from psysafe.evaluation import judge_models, models_under_test, published_results, report
 from psysafe.evaluation import result as results
 from psysafe.evaluation.benchmarks import miniature

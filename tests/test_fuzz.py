@@ -34,7 +34,6 @@ import generate
 import psysafe.checkpoint.__main__
 import psysafe.checkpoint.adapter
 import psysafe.checkpoint.base
-import psysafe.data.documents
 import psysafe.data.tokenizer
 import psysafe.files
 import psysafe.model.config
@@ -47,6 +46,7 @@ from tests.test_checkpoint import shard
 from tests.tiny_text_model import write_text_model
 
 corpus = importlib.import_module("psysafe.corpus.__main__")
+show = importlib.import_module("psysafe.data.__main__")
 
 SECONDS = 20  # of CPU time; a case takes 0.03
 MEMORY = 2**30  # that a case may map beyond what the process has already
@@ -82,7 +82,7 @@ PROGRAMS = {
     "eval": (eval_script.main, "{command} --out {box}/out"),
     "corpus": (corpus.main, "{command}"),
     "merge": (psysafe.checkpoint.__main__.main, f"merge {MODEL} --adapter {{box}}/adapter --out {{box}}/out/merged"),
-    "show": (psysafe.data.documents.main, f"--show {ROWS} {MODEL}"),
+    "show": (show.main, f"--show {ROWS} {MODEL}"),
 }
 
 

@@ -179,8 +179,8 @@ def test_a_file_of_prompts(run, base, tmp_path):
     answers = read(out)
     assert [a["row"] for a in answers] == list(range(1, len(ROWS) + 1))
     for row, answer in zip(ROWS, answers, strict=True):
-        kept = {f"input_{k}" if k == "answer" else k: v for k, v in row.items()}
-        assert kept.items() <= answer.items()
+        own_fields = {f"input_{k}" if k == "answer" else k: v for k, v in row.items()}
+        assert own_fields.items() <= answer.items()
         assert answer["adapter"] == "base"
         assert answer["finish_reason"] in ("stop", "length")
         assert answer["prompt_tokens"] > 5 and 1 <= answer["new_tokens"] <= 6
@@ -259,6 +259,16 @@ def test_a_file_of_something_else_is_left_alone(run, base, adapter, tmp_path):
     assert out.read_bytes() == before
     out.write_bytes(before + before)
     assert_one_line(run(*call), "line 4: answers row 1 a second time")
+    for foreign in (b"notes without a newline", before + b"and a note", b"\xff\xfe", b"[1]\n"):
+        out.write_bytes(foreign)
+        assert_one_line(run(*call), "no answer to a row of these prompts; give another --out")
+        assert out.read_bytes() == foreign
+
+
+def test_two_writers_of_answers_are_refused(run, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+    with generate.AnswerFile(out, [], ["base"], {}):
+        assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "another process is writing it")
 
 
 # ---- mistakes
@@ -303,12 +313,12 @@ def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
     ("text", "message"),
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "malformed JSON at line 2"),
-        ('{"prompt": "a"}\n{"question": "b"}\n', "row 2 (line 2): expected an object with a prompt"),
-        ('{"prompt": "a"}\n{"prompt": " "}\n', 'row 2 (line 2): prompt is " ", expected a text that is not empty'),
+        ('{"prompt": "a"}\n{"question": "b"}\n', "row 2 (line 2): no prompt in it (found: question); expected"),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', 'row 2 (line 2): prompt is " " (str), expected a text that is not'),
         ('{"prompt": 3}\n', "row 1 (line 1): prompt is 3"),
-        ('[{"prompt": "a"}, 7]', "row 2: expected an object with a prompt, found 7"),
+        ('[{"prompt": "a"}, 7]', "row 2: 7 (int), expected an object with a prompt"),
         ('{"messages": [{"role": "judge", "content": "a"}]}\n', "row 1 (line 1): Unexpected message role 'judge'"),
-        ('{"messages": null}\n', "row 1 (line 1): messages is null, expected a list of messages"),
+        ('{"messages": null}\n', "row 1 (line 1): messages is null (NoneType), expected a list of messages"),
         ('{"messages": ["hi"]}\n', "row 1 (line 1): message 1 is 'hi'"),
         ('{"messages": []}\n', "row 1 (line 1): No messages provided"),
         ('{"prompt": "\\ud83d"}\n', "row 1 (line 1): '\\ud83d' at character"),

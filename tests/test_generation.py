@@ -15,7 +15,9 @@ from psysafe.checkpoint.base import build
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.generation import engine as generation
 from psysafe.generation import sampling
-from psysafe.generation.engine import Engine, Generator, Options, Request
+from psysafe.generation import slots as cache_slots
+from psysafe.generation.engine import Engine, Options, Request
+from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling, candidates, choose, gumbel, penalised
 from psysafe.model.cache import Cache, StepView
 from psysafe.model.lora import attach, fused_layers, merge_adapters
@@ -32,13 +34,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """transformers' model and ours by config, made once."""
-    made = {}
+    """transformers' model and ours by config, built once."""
+    pairs = {}
 
     def get(name="published pattern"):
-        if name not in made:
-            made[name] = both_models(tmp_path_factory.mktemp("model"), name)
-        return made[name]
+        if name not in pairs:
+            pairs[name] = both_models(tmp_path_factory.mktemp("model"), name)
+        return pairs[name]
 
     return get
 
@@ -47,7 +49,7 @@ def generated_by_transformers(reference, eos, new=NEW):
     """Prompt by prompt, so that nothing is padded. The mask: it would take a pad id inside a prompt for padding. Its
     cache cannot do without a layer of attention."""
     cached = "full_attention" in reference.config.layer_types
-    found = []
+    generated_ids = []
     for prompt in PROMPTS:
         x = torch.tensor([prompt])
         ids = reference.generate(
@@ -59,25 +61,25 @@ def generated_by_transformers(reference, eos, new=NEW):
             eos_token_id=eos,
             pad_token_id=0,
         )
-        found.append(ids[0, len(prompt) :].tolist())
-    return found
+        generated_ids.append(ids[0, len(prompt) :].tolist())
+    return generated_ids
 
 
 @pytest.fixture(scope="module")
 def expected(models):
     """config -> (eos ids, greedy ids). The eos ids are such that some prompts end early and others do not."""
-    found = {}
+    by_config = {}
 
     def get(name):
-        if name not in found:
+        if name not in by_config:
             free = generated_by_transformers(models(name)[0], None)
             eos = [free[0][3], free[2][7]]
             stopped = []
             for ids in free:  # eos only cuts greedy text, so one run serves both
                 ends = [i for i, token in enumerate(ids) if token in eos]
                 stopped.append(ids[: ends[0] + 1] if ends else ids)
-            found[name] = eos, stopped
-        return found[name]
+            by_config[name] = eos, stopped
+        return by_config[name]
 
     return get
 
@@ -89,12 +91,12 @@ def generated(model, eos, slots=3, order=None, lag=0, options=None, prompts=PROM
     engine.lag = lag
     step = engine.step
 
-    def room_for_all(longest):
-        held = (engine.cache.lengths + 1)[engine.live]
-        assert not len(held) or longest >= held.max()
+    def long_enough_for_all(longest):
+        lengths = (engine.cache.lengths + 1)[engine.live]
+        assert not len(lengths) or longest >= lengths.max()
         return step(longest)
 
-    engine.step = room_for_all
+    engine.step = long_enough_for_all
     requests = [Request(row, ids) for row, ids in enumerate(prompts)]
     done = {p.request.row: p for p in engine.run([requests[i] for i in order or range(len(requests))])}
     assert sorted(done) == list(range(len(prompts)))
@@ -191,7 +193,7 @@ def late_position(monkeypatch):
 
 def few_keys(monkeypatch):
     right = Cache.step
-    monkeypatch.setattr(Cache, "step", lambda self, live, room: right(self, live, room - 1))
+    monkeypatch.setattr(Cache, "step", lambda self, live, max_keys: right(self, live, max_keys - 1))
 
 
 @pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position, few_keys])
@@ -226,8 +228,8 @@ def test_wrongly_named_random_numbers_are_caught(named_by, models, monkeypatch):
 def test_an_end_token_that_the_model_cannot_say_is_ignored(models):
     """Checkpoints with a cut vocabulary keep the end tokens of the full one in generation_config.json."""
     model, options, requests = models()[1], Options(max_new_tokens=3), [Request(1, PROMPTS[1])]
-    found = [[p.ids for p in Engine(model, options, 1, 85, eos).run(requests)] for eos in ([], [VOCAB + 1000])]
-    assert found[0] == found[1]
+    plain, ignored = ([p.ids for p in Engine(model, options, 1, 85, eos).run(requests)] for eos in ([], [VOCAB + 9]))
+    assert plain == ignored
 
 
 def test_a_run_left_in_the_middle_does_no_harm(models, expected):
@@ -419,8 +421,8 @@ def scripted(monkeypatch, lines):
     """The model says these ids, row by row, whatever its logits; then eos for ever."""
 
     def choose(logits, sampling, rows, positions, *seen):
-        said = [lines[row][at : at + 1] for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
-        return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in said])
+        scripted_ids = [lines[row][at : at + 1] for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
+        return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in scripted_ids])
 
     monkeypatch.setattr(generation, "choose", choose)
 
@@ -448,7 +450,7 @@ def test_reasoning_and_answer(text_model, monkeypatch):
     assert (answer.finish_reason, answer.new_tokens) == ("stop", len(tokenizer().encode(answer.response)) + 1)
 
 
-def test_a_think_block_that_never_closes_is_stuck(text_model, monkeypatch):
+def test_a_think_block_that_never_closes_is_unfinished(text_model, monkeypatch):
     for options, reason in ((dict(max_new_tokens=5), "length"), ({}, "stop")):
         answer = say(monkeypatch, text_model, "I wonder", **options)
         assert (answer.unfinished_thinking, answer.answer, answer.finish_reason) == (True, "", reason)
@@ -477,11 +479,11 @@ def test_a_block_closed_in_time_is_left_alone(text, text_model, monkeypatch):
 def test_the_context_ends_an_answer(text_model):
     """Prompt and answer fill the context to its last token, and no more."""
     prompt = Generator(text_model, tokenizer()).encode([{"role": "user", "content": "hi"}])
-    for room in (1, 2, 7):
-        generator = Generator(text_model, Tokenizer(byte_tokenizer(), [0]), Options(context=len(prompt) + room))
+    for n_tokens in (1, 2, 7):
+        generator = Generator(text_model, Tokenizer(byte_tokenizer(), [0]), Options(context=len(prompt) + n_tokens))
         (answer,) = generator.complete([Request(1, prompt)])
-        assert answer.finish_reason == "length" or answer.new_tokens < room
-        assert answer.new_tokens <= room
+        assert answer.finish_reason == "length" or answer.new_tokens < n_tokens
+        assert answer.new_tokens <= n_tokens
 
 
 def test_what_does_not_fit_is_named(text_model, monkeypatch):
@@ -495,13 +497,13 @@ def test_what_does_not_fit_is_named(text_model, monkeypatch):
     fails("rows.json row 3: 12 tokens", [Request(3, [1] * 12, "rows.json row 3")], context=9)
     fails("the model was made for", [Request(1, [1])], context=10**7)
     fails("max-new-tokens is 0, expected at least 1", max_new_tokens=0)
-    monkeypatch.setattr(generation, "memory_free", lambda device: 30_000)
+    monkeypatch.setattr(cache_slots, "memory_free", lambda device: 30_000)
     fails(r"1 x 2,049 tokens need 0\.\d MB of cache, but of 0\.0 MB free", [Request(1, [1])])
-    said, each = [], Cache(text_model.config, 1, 5, "meta").bytes_per_slot
-    monkeypatch.setattr(generation, "memory_free", lambda device: 5 * each)
-    generator = Generator(text_model, tokenizer(), Options(max_new_tokens=4), said.append)
+    printed, each = [], Cache(text_model.config, 1, 5, "meta").bytes_per_slot
+    monkeypatch.setattr(cache_slots, "memory_free", lambda device: 5 * each)
+    generator = Generator(text_model, tokenizer(), Options(max_new_tokens=4), printed.append)
     assert len(list(generator.complete([Request(i, [1]) for i in range(20)]))) == 20
-    assert said == [f"memory for 4 x 5 tokens: {each / 1e6:.1f} MB each, {4 * each / 1e6:.1f} MB in all"]
+    assert printed == [f"memory for 4 x 5 tokens: {each / 1e6:.1f} MB each, {4 * each / 1e6:.1f} MB in all"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("seed", -1),

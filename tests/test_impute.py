@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from psysafe.corpus.__main__ import main
-from psysafe.data.documents import read_rows
+from psysafe.data.rows import read_rows
 
 
 class Stub(BaseHTTPRequestHandler):

@@ -22,7 +22,7 @@ import train
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint import base as checkpoint
-from psysafe.data.documents import SPARE, Dataset, Document, pack, pack_share
+from psysafe.data.documents import PADDING_MICRO_BATCH, Dataset, Document, pack, pack_share
 from psysafe.model import shard
 from psysafe.model.lora import attach
 from psysafe.model.recompute import STAGES, recompute
@@ -87,7 +87,7 @@ def test_every_rank_gets_as_many_micro_batches():
         assert len({len(share) for share in shares}) == 1
         real = [batch for share in shares for batch in share if batch.weight]
         assert sum(len(batch.labels) for batch in real) == sum(row.n_targets for row in rows)
-        assert all(batch is SPARE for share in shares for batch in share if not batch.weight)
+        assert all(batch is PADDING_MICRO_BATCH for share in shares for batch in share if not batch.weight)
     alone = zip(pack_share(rows, 64), pack(rows, 64), strict=True)
     assert all(torch.equal(a.tokens, b.tokens) and a.weight == 1 for a, b in alone)
     assert [len(pack_share(rows[:1], 64, rank, 2)) for rank in (0, 1)] == [1, 1]

@@ -253,8 +253,8 @@ def test_hub_id(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
 
-    def download(repository, name, revision=None):
-        asked.append((repository, name, revision))
+    def download(repository, name, repo_type, revision):
+        asked.append((repository, name, repo_type, revision))
         if name != "tokenizer.json":
             raise huggingface_hub.errors.EntryNotFoundError(name)
         shutil.copy(source, tmp_path / name)
@@ -264,4 +264,5 @@ def test_hub_id(tmp_path, monkeypatch):
     source.write_text(json.dumps(small_tokenizer_json()))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert tokenizer_module.load_tokenizer("owner/name", revision="abc").eos_ids == (1, 4)
-    assert asked == [("owner/name", "tokenizer.json", "abc"), ("owner/name", "generation_config.json", "abc")]
+    files = ("tokenizer.json", "generation_config.json")
+    assert asked == [("owner/name", file, "model", "abc") for file in files]

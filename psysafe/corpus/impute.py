@@ -1,17 +1,19 @@
-"""Reasoning traces for rows that have none: a large model is asked for the reasoning that leads to each given answer.
+"""Reasoning traces for rows that have none, from a model behind an endpoint.
 
-The paper imputes its traces in this way (with GPT-OSS-120B). A long job over an OpenAI-compatible endpoint: concurrent,
-retried with back-off, and written row by row, so that a kill loses nothing and a second start continues. Rows that
-failed stay without reasoning and are listed.
+A large model is asked for the reasoning that leads to each given answer; the paper imputes its traces in this way (with
+GPT-OSS-120B). A long job over an OpenAI-compatible endpoint: concurrent, retried with back-off, and written row by row,
+so that a kill loses nothing and a second start continues. Rows that failed stay without reasoning and are listed.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from psysafe.data.documents import Row
+from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
-from psysafe.endpoint import Endpoint, ItemFailed, run_items
+from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
+from psysafe.files import expand
 from psysafe.journal import key_of
 
 INSTRUCTION = (
@@ -24,6 +26,31 @@ INSTRUCTION = (
 )
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL of all rows, reasoning filled in")
+    parser.add_argument("--url", required=True, help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
+    parser.add_argument("--model-name", required=True, help="the model's name at the endpoint")
+    parser.add_argument("--key-variable", default="PSYSAFE_API_KEY", help="environment variable that holds the key")
+    parser.add_argument("--workers", type=int, default=8, help="requests under way at once (8)")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max-tokens", type=int, default=2048, help="longest reply (2048)")
+
+
+def run(args: argparse.Namespace) -> int:
+    rows = read_rows([expand(path) for path in args.files])
+    options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    filled, failed = impute(rows, endpoint, out.with_name(out.name + ".traces.jsonl"), args.workers)
+    write_rows(filled, out)
+    for where, reason in failed.items():
+        print(f"{where}: no reasoning: {reason}")
+    print(f"{len(filled) - len(failed):,} of {len(filled):,} rows have reasoning or need none; {out}")
+    return 1 if failed else 0
+
+
 def messages(row: Row) -> list[dict]:
     """What the endpoint is asked for one row."""
     strategy = row.fields.get("framework_name")
@@ -33,15 +60,15 @@ def messages(row: Row) -> list[dict]:
 
 
 def impute(
-    rows: Sequence[Row], endpoint: Endpoint, journal: str | Path, workers: int = 8, say=None
+    rows: Sequence[Row], endpoint: Endpoint, journal: str | Path, workers: int = 8
 ) -> tuple[list[Row], dict[str, str]]:
     """(all rows in order, reasoning filled in where it was missing and could be had; each failed row and its reason).
 
-    journal: the file that keeps the traces already paid for. Rows with reasoning, and `messages` rows, are left alone.
+    journal: the file of the traces that are paid for already. Rows with reasoning, and `messages` rows, are left alone.
     """
-    wanting = [row for row in rows if "messages" not in row.fields and not row.reasoning.strip()]
-    keys = {row.where: key_of("impute", endpoint.model, messages(row)) for row in wanting}
-    items = {keys[row.where]: row for row in wanting}  # equal rows are asked once
+    missing = [row for row in rows if "messages" not in row.fields and not row.reasoning.strip()]
+    keys = {row.where: key_of("impute", endpoint.model, messages(row)) for row in missing}
+    items = {keys[row.where]: row for row in missing}  # equal rows are asked once
 
     def call(row: Row) -> dict:
         text = endpoint.chat(messages(row)).text.strip()

@@ -1,48 +1,14 @@
-"""A row goes in, packed micro-batches come out: rows -> token ids and mask -> the documents of a step -> one flat row.
+"""Rows go in, packed micro-batches come out: rows -> token ids and mask -> the documents of a step -> one flat row."""
 
-    python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N]
-
-prints a row as the model sees it, with its trained tokens coloured.
-"""
-
-import argparse
-import json
-import os
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from psysafe.data.tokenizer import THINK, THINK_END, Message, Tokenizer, load_tokenizer
-from psysafe.files import parse_json
+from psysafe.data.rows import Row, row_messages
+from psysafe.data.tokenizer import Tokenizer
 from psysafe.program import UserError
-
-EXPECTED_FILE = "expected a JSON array of rows or one JSON object a line"
-EXPECTED_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a data file with all its fields, also those that training does not read (`risk cluster`, ...)."""
-
-    fields: dict
-    file: Path
-    number: int  # its place among the rows of the file, from 1
-    line: int | None = None  # JSONL only, from 1
-
-    @property
-    def where(self) -> str:
-        return f"{self.file} row {self.number}" + (f" (line {self.line})" if self.line else "")
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
-        return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +61,7 @@ class MicroBatch:
 
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
     the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
-    weight: what its loss counts for, 0 in a spare micro-batch.
+    weight: what its loss counts for, 0 in a padding micro-batch.
     """
 
     tokens: torch.Tensor
@@ -105,103 +71,24 @@ class MicroBatch:
     weight: float = 1.0
 
 
-def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of the files (JSON array or JSONL, UTF-8), in order. UserError names the file and the line or row."""
-    paths = [paths] if isinstance(paths, str | Path) else paths
-    rows = [row for path in paths for row in read_unchecked_rows(path)]
-    for row in rows:
-        _check_fields(row)
-    return rows
-
-
-def read_unchecked_rows(path: str | Path) -> list[Row]:
-    """The rows of one file as they are, whatever fields they have. UserError where it is no JSON or empty."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
-    if text.lstrip().startswith("["):
-        rows = [Row(fields, path, number) for number, fields in enumerate(_parse(text, path, first_line=1), 1)]
-    else:
-        # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [Row(_parse(line, path, first_line=n), path, number, n) for number, (n, line) in enumerate(lines, 1)]
-    if not rows:
-        raise UserError(f"{path}: no rows in it; {EXPECTED_FILE}")
-    return rows
-
-
-def _shown(value: object) -> str:
-    return f"{json.dumps(value):.60} ({type(value).__name__})"
-
-
-def _parse(text: str, path: Path, first_line: int) -> object:
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except ValueError as error:  # a number of thousands of digits, brackets without end
-        line, reason = first_line, str(error)
-    raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
-
-
-def _check_fields(row: Row) -> None:
-    fields = row.fields
-    if not isinstance(fields, dict):
-        raise UserError(f"{row.where}: {_shown(fields)}, {EXPECTED_ROW}")
-    if "messages" in fields:
-        if not isinstance(fields["messages"], list):
-            raise UserError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
-        return
-    for key in ("prompt", "answer"):
-        if key not in fields:
-            raise UserError(f"{row.where}: no {key} in it (found: {', '.join(fields) or 'nothing'}); {EXPECTED_ROW}")
-        if not isinstance(fields[key], str) or not fields[key].strip():
-            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
-    for key in ("reasoning", "reasoning_language"):
-        if not isinstance(fields.get(key), str | None):
-            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text")
-
-
-def row_messages(row: Row, system: str | None = None) -> list[Message]:
-    """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
-    messages = row.fields.get("messages")
-    if messages is None:
-        reasoning, answer = row.reasoning, row.fields["answer"]
-        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
-        for key, text, tag in tags:
-            # The template takes the content apart again at these tags and would lose text without a word.
-            if tag in text:
-                raise UserError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
-        content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
-        messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
-    has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    return messages if system is None or has_system else [{"role": "system", "content": system}, *messages]
-
-
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens; longer rows lose their end and are counted.
 
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
-    encoded = [_encode_row(row, tokenizer, max_tokens, system) for row in rows]
+    encoded = [encode_row(row, tokenizer, max_tokens, system) for row in rows]
     documents = [document for document, _ in encoded]
     useless = [document.source for document in documents if document.n_targets == 0]
     if useless:
-        found = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
+        named = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
         expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
-        raise UserError(f"{found}: no trained token in it; expected {expected}")
+        raise UserError(f"{named}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
     n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
 
 
-def _encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None) -> tuple[Document, int]:
+def encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1")
@@ -252,12 +139,14 @@ def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBa
 def pack_share(
     documents: Sequence[Document], micro_batch_tokens: int, rank: int = 0, world_size: int = 1
 ) -> list[MicroBatch]:
-    """This rank's documents (every world_size-th) packed, and spare micro-batches of weight zero up to the number of
-    the rank that has most: gathering sharded weights takes all ranks, whether they have documents left or not.
+    """This rank's documents (every world_size-th), packed, then padding micro-batches of weight zero.
+
+    Every rank gets as many micro-batches as the rank with the longest list: sharded weights are gathered by all ranks
+    together, also by one that has no documents left.
     """
-    counts = [len(_groups(documents[other::world_size], micro_batch_tokens)) for other in range(world_size)]
-    spare = [SPARE] * (max(counts) - counts[rank])
-    return pack(documents[rank::world_size], micro_batch_tokens) + spare
+    counts = [len(_groups(documents[r::world_size], micro_batch_tokens)) for r in range(world_size)]
+    padding = [PADDING_MICRO_BATCH] * (max(counts) - counts[rank])
+    return pack(documents[rank::world_size], micro_batch_tokens) + padding
 
 
 def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list[Document]]:
@@ -281,39 +170,8 @@ def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
     return MicroBatch(tokens, cu_seqlens, targets - 1, tokens[targets])
 
 
-# A document of one token, through the whole model and the loss like any other.
+# A document of one token goes through the whole model and the loss like any other: the model has no second path.
 _ONE_TOKEN = torch.zeros(1, dtype=torch.int64)
-SPARE = MicroBatch(_ONE_TOKEN, torch.tensor([0, 1], dtype=torch.int32), _ONE_TOKEN, _ONE_TOKEN, weight=0.0)
-
-
-def show(document: Document, tokenizer: Tokenizer, color: bool) -> str:
-    """The document as text; trained tokens green, or without colour between [[ and ]]."""
-    start, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
-    edges = [0, *(np.flatnonzero(np.diff(document.trained)) + 1), len(document)]
-    text = ""
-    for a, b in pairwise(edges):
-        run = tokenizer.decode(document.tokens[a:b])
-        # A row's own control characters are shown, not obeyed by the terminal.
-        run = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", run)
-        text += f"{start}{run}{end}" if document.trained[a] else run
-    return text
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m psysafe.data", description="Show a row as the model sees it.")
-    parser.add_argument("--show", required=True, metavar="FILE", help="a JSON or JSONL file of rows")
-    parser.add_argument("--row", type=int, default=1, metavar="N", help="which row, from 1 (default 1)")
-    parser.add_argument("--model", default="assets:tiny", metavar="DIR", help="folder or hub id (default: bundled)")
-    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="cut longer rows (default 4096)")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    args = parser.parse_args(argv)
-    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    rows = read_rows(args.show)
-    if not 1 <= args.row <= len(rows):
-        raise UserError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
-    tokenizer = load_tokenizer(args.model)
-    document, length = _encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system=None)
-    print(f"{document.source} of {len(rows):,}\n\n{show(document, tokenizer, color)}")
-    cut = f", cut from {length:,}" if length > len(document) else ""
-    print(f"{len(document):,} tokens{cut}; {document.n_targets:,} trained")
-    return 0
+PADDING_MICRO_BATCH = MicroBatch(
+    _ONE_TOKEN, torch.tensor([0, 1], dtype=torch.int32), _ONE_TOKEN, _ONE_TOKEN, weight=0.0
+)

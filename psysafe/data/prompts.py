@@ -1,7 +1,9 @@
-"""The system prompts by name, and any file instead of them."""
+"""The system prompts by name, any file instead of them, and a system prompt in front of a conversation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe.data.tokenizer import Message
 from psysafe.files import ASSETS, expand
 from psysafe.program import UserError
 
@@ -20,3 +22,10 @@ def system_text(name: str) -> str | None:
     if not text:
         raise UserError(f"--system {name}: the file is empty; use none to send no system message")
     return text
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The conversation with `system` in front, unless it brings its own system message or `system` is None."""
+    # Rows of users come here unchecked: a message may be anything.
+    has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    return list(messages) if system is None or has_system else [{"role": "system", "content": system}, *messages]

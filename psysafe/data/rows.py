@@ -1,81 +1,200 @@
-"""Rows of benchmarks and answers from CSV, JSON, JSONL or Parquet files, with the line to name when one is broken."""
+"""Rows from files of every format, each with its file and line to name in errors; and what a row must hold.
+
+    read_file    any file, nothing checked         read_prompts   rows that a model can answer
+    read_rows    training rows                     read_table     rows with the fields that a benchmark needs
+
+A new format is one function and one entry in FORMATS.
+"""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from psysafe.files import parse_json
+from psysafe.data.prompts import with_system
+from psysafe.data.tokenizer import THINK, THINK_END, Message
+from psysafe.files import parse_json, write_atomic
 from psysafe.program import UserError
 
+CLUSTER, CATEGORY = "risk cluster", "risk category"
 
-def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
-    """The rows of a file, each with at least the required fields. Values of a CSV are texts.
+EXPECTED_FILE = "expected rows as CSV, Parquet, a JSON array or one JSON object a line"
+EXPECTED_TRAINING_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
+EXPECTED_PROMPT_ROW = "expected an object with a prompt, or with messages"
 
-    Raises UserError of one line: the file, the line, what is missing and what was expected.
-    """
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file with all its fields, also those that training does not read (`risk cluster`, ...)."""
+
+    fields: dict  # as the file has them: `read_file` checks nothing
+    file: Path
+    number: int  # its place among the rows of the file, from 1
+    line: int | None = None  # in formats that have lines, from 1
+
+    @property
+    def where(self) -> str:
+        return f"{self.file} row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
+        return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
+
+
+# A row as its format's reader gives it: the fields, and the line where there is one.
+Entry = tuple[object, int | None]
+
+
+def read_file(path: str | Path) -> list[Row]:
+    """The rows of one file as they are, whatever fields they have. UserError where it cannot be read or is empty."""
     path = Path(path)
-    fields = f" with {', '.join(required)}" if required else ""
-    expected = f"expected CSV, JSON, JSONL or Parquet rows{fields}"
-    rows = _parquet(path, expected) if path.suffix.lower() == ".parquet" else _text(path, expected)
-    for where, row in rows:
-        missing = [name for name in required if not isinstance(row, dict) or row.get(name) is None]
-        if missing:
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{path} {where}: no {missing[0]} in it (found: {found:.100}); {expected}")
-        if not isinstance(row, dict) or not isinstance(row.get("prompt", ""), str):
-            raise UserError(f"{path} {where}: {row!a:.100}; expected an object whose prompt is a text")
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
-            raise UserError(f"{path} {where}: half of a surrogate pair in it; expected whole Unicode characters")
-    if not rows:
-        raise UserError(f"{path}: no rows in it; {expected}")
-    return [row for _, row in rows]
+    entries = FORMATS.get(path.suffix.lower(), _json)(path)
+    if not entries:
+        raise UserError(f"{path}: no rows in it; {EXPECTED_FILE}")
+    return [Row(fields, path, number, line) for number, (fields, line) in enumerate(entries, 1)]
 
 
-def _text(path: Path, expected: str) -> list[tuple[str, dict]]:
+def _text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; {expected}") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
-    return _csv(text, path, expected) if path.suffix.lower() == ".csv" else _json(text, path, expected)
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
 
 
-def _parquet(path: Path, expected: str) -> list[tuple[str, dict]]:
-    """The hub keeps most data sets so. pyarrow is large and needed for nothing else, hence not among requirements."""
+def _json(path: Path) -> list[Entry]:
+    """A JSON array, or JSONL: told apart by the first character, since both go by any name."""
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        return [(fields, None) for fields in _parsed(text, path, first_line=1)]
+    # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(_parsed(line, path, first_line=number), number) for number, line in lines]
+
+
+def _parsed(text: str, path: Path, first_line: int) -> object:
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except ValueError as error:  # a number of thousands of digits, brackets without end
+        line, reason = first_line, str(error)
+    raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
+
+
+def _csv(path: Path) -> list[Entry]:
+    """The first line names the fields; all values are texts."""
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        return [(fields, reader.line_num) for fields in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed CSV at line {reader.line_num} ({error}); {EXPECTED_FILE}") from None
+
+
+def _parquet(path: Path) -> list[Entry]:
+    """The hub has most data sets as Parquet. pyarrow is large and needed for nothing else, hence no requirement."""
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
         raise UserError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or give --data in JSONL") from None
     try:
-        return [(f"row {n}", row) for n, row in enumerate(parquet.read_table(path).to_pylist(), 1)]
+        rows = parquet.read_table(path).to_pylist()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {expected}") from None
+        raise UserError(f"{path}: no such file; {EXPECTED_FILE}") from None
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {expected}") from None
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {EXPECTED_FILE}") from None
+    # Rows are written as JSON again: what JSON lacks (dates, bytes) becomes text here, and not at the end of a run.
+    return [(json.loads(json.dumps(fields, default=str)), None) for fields in rows]
 
 
-def _csv(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        return [(f"line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: malformed CSV ({error}); {expected}") from None
+FORMATS: dict[str, Callable[[Path], list[Entry]]] = {".csv": _csv, ".parquet": _parquet}  # any other name: JSON
 
 
-def _json(text: str, path: Path, expected: str) -> list[tuple[str, dict]]:
-    if text.lstrip().startswith("["):
-        pieces = [("", text)]
-    else:  # not splitlines(): it also cuts at U+2028, which JSON allows inside a text
-        pieces = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = []
-    for where, piece in pieces:
-        try:
-            value = parse_json(piece)
-        except ValueError as error:
-            raise UserError(f"{path} {where}: malformed JSON ({error}); {expected}".replace(" :", ":")) from None
-        rows += [(f"row {n}", row) for n, row in enumerate(value, 1)] if isinstance(value, list) else [(where, value)]
+def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The training rows of the files, in order. UserError names the file and the line or row."""
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    rows = [row for path in paths for row in read_file(path)]
+    for row in rows:
+        _check(row, ("prompt", "answer"), EXPECTED_TRAINING_ROW)
+        for key in ("reasoning", "reasoning_language"):
+            if "messages" not in row.fields and not isinstance(row.fields.get(key), str | None):
+                raise UserError(f"{row.where}: {key} is {_shown(row.fields[key])}, expected a text")
     return rows
+
+
+def read_prompts(path: str | Path) -> list[Row]:
+    """Rows with a `prompt`, or a conversation in `messages`. UserError names what is broken."""
+    rows = read_file(path)
+    for row in rows:
+        _check(row, ("prompt",), EXPECTED_PROMPT_ROW)
+    return rows
+
+
+def _check(row: Row, required: Sequence[str], expected: str) -> None:
+    """UserError unless the row has `messages`, or every required field as a text that is not blank."""
+    fields = row.fields
+    if not isinstance(fields, dict):
+        raise UserError(f"{row.where}: {_shown(fields)}, {expected}")
+    if "messages" in fields:
+        if not isinstance(fields["messages"], list):
+            raise UserError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
+        return
+    for key in required:
+        if key not in fields:
+            raise UserError(f"{row.where}: no {key} in it (found: {_names(fields)}); {expected}")
+        if not isinstance(fields[key], str) or not fields[key].strip():
+            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
+
+
+def _names(fields: dict) -> str:
+    return ", ".join(map(str, fields))[:100] or "nothing"
+
+
+def _shown(value: object) -> str:
+    return f"{json.dumps(value):.60} ({type(value).__name__})"
+
+
+def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
+    """The fields of a file's rows, each with at least the required ones. Values of a CSV are texts.
+
+    Raises UserError of one line: the file, the row or line, what is missing and what was expected.
+    """
+    expected = f"{EXPECTED_FILE}, with {', '.join(required)}" if required else EXPECTED_FILE
+    rows = read_file(path)
+    for row in rows:
+        fields = row.fields
+        if not isinstance(fields, dict) or not isinstance(fields.get("prompt", ""), str):
+            raise UserError(f"{row.where}: {fields!a:.100}; expected an object whose prompt is a text")
+        missing = [name for name in required if fields.get(name) is None]
+        if missing:
+            raise UserError(f"{row.where}: no {missing[0]} in it (found: {_names(fields)}); {expected}")
+        if re.search("[\ud800-\udfff]", json.dumps(fields, ensure_ascii=False)):
+            raise UserError(f"{row.where}: half of a surrogate pair in it; expected whole Unicode characters")
+    return [row.fields for row in rows]
+
+
+def row_messages(row: Row, system: str | None = None) -> list[Message]:
+    """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
+    messages = row.fields.get("messages")
+    if messages is None:
+        reasoning, answer = row.reasoning, row.fields["answer"]
+        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
+        for key, text, tag in tags:
+            # The template takes the content apart again at these tags and would lose text without a word.
+            if tag in text:
+                raise UserError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
+        content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
+        messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
+    return with_system(messages, system)
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """JSONL with all fields, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from psysafe.files import expand, parse_json
+from psysafe.hub import HubError, MissingFileError, fetch_file
 from psysafe.program import UserError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -126,18 +127,12 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
         return folder / name if (folder / name).is_file() else None
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise UserError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     try:
-        return Path(hf_hub_download(str(source), name, revision=revision))
-    except LocalEntryNotFoundError as error:
-        reason = _one_line(error)
-    except EntryNotFoundError:
+        return fetch_file(str(source), name, revision or "")
+    except MissingFileError:
         return None
-    except (OSError, ValueError) as error:
-        reason = _one_line(error)
-    raise UserError(f"{source}: no such folder, and {name} could not be had from the hub ({reason})") from None
+    except HubError as error:
+        raise UserError(f"{source}: no such folder, and {name} could not be had from the hub ({error})") from None
 
 
 def _read_eos_ids(path: Path | None) -> list[int] | None:

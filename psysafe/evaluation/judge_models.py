@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from psysafe.endpoint import Endpoint, Outcome, Patience, key_from, run_items
 from psysafe.evaluation.models_under_test import ModelUnderTest, answer_all
-from psysafe.generation.engine import Answer, Generator, Options
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Answer, Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.program import UserError

@@ -17,7 +17,8 @@ from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.criteria import without_reasoning
 from psysafe.files import expand
-from psysafe.generation.engine import Answer, Generator, Options
+from psysafe.generation.engine import Options
+from psysafe.generation.generator import Answer, Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.model.decoder import Qwen3_5

@@ -1,41 +1,35 @@
 """Which prompts of a benchmark stand in training rows: reported with its result, never hidden."""
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
+from psysafe.data.text import normalise
 from psysafe.program import UserError
-
-
-def normalised(text: str) -> str:
-    """Lower case, letters and digits only, single spaces."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def training_prompts(paths: Sequence[str | Path]) -> list[str]:
     """The prompts of training files; of `messages` rows, every user turn."""
-    found = []
+    prompts = []
     for path in paths:
-        for number, row in enumerate(read_table(path, []), 1):
-            turns = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
+        for number, fields in enumerate(read_table(path, []), 1):
+            messages = fields.get("messages") or [{"role": "user", "content": fields.get("prompt", "")}]
             try:
-                texts = [turn["content"] for turn in turns if turn["role"] == "user"]
+                texts = [message["content"] for message in messages if message["role"] == "user"]
             except (TypeError, KeyError):
                 texts = [None]
             if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{path} row {number}: {turns!r:.60}; expected messages with role and content")
-            found += texts
-    return found
+                raise UserError(f"{path} row {number}: {messages!r:.60}; expected messages with role and content")
+            prompts += texts
+    return prompts
 
 
 def overlap(prompts: Iterable[str], training: Iterable[str]) -> dict[str, int]:
-    """How many prompts stand among the training prompts: exactly, and after `normalised`."""
+    """How many prompts stand among the training prompts: exactly, and after `normalise`."""
     prompts, training = list(prompts), set(training)
-    bare = {normalised(text) for text in training}
+    normalised = {normalise(text) for text in training}
     return {
         "prompts": len(prompts),
         "exact": sum(prompt in training for prompt in prompts),
-        "normalised": sum(normalised(prompt) in bare for prompt in prompts),
+        "normalised": sum(normalise(prompt) in normalised for prompt in prompts),
     }

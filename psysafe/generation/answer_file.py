@@ -5,103 +5,70 @@ all rows are there the file is put in the prompts' order: however often it was i
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.documents import Row, read_unchecked_rows
-from psysafe.data.tokenizer import Message
-from psysafe.files import parse_json, write_atomic
-from psysafe.generation.engine import Answer, Generator, Request
+from psysafe.cli import progress
+from psysafe.data.prompts import with_system
+from psysafe.data.rows import Row
+from psysafe.files import write_atomic
+from psysafe.generation.engine import Request
+from psysafe.generation.generator import Answer, Generator
+from psysafe.journal import AppendFile
 from psysafe.program import UserError
 
+# Fields of a written row beside the prompt's own. `stucked` is the spelling of the published answer files.
 ADDED = ("row", "adapter", "response", "reasoning", "answer", "finish_reason", "prompt_tokens", "new_tokens")
 ADDED += ("stucked", "settings")
 
 
-def read_prompts(path: str | Path) -> list[Row]:
-    """Rows with a `prompt` (or a conversation in `messages`), JSON or JSONL. UserError names what is broken."""
-    rows = read_unchecked_rows(Path(path))
-    for row in rows:
-        fields = row.fields
-        if not isinstance(fields, dict) or not ("prompt" in fields or "messages" in fields):
-            raise UserError(f"{row.where}: expected an object with a prompt, found {json.dumps(fields):.60}")
-        if "messages" in fields:
-            if not isinstance(fields["messages"], list):
-                found = json.dumps(fields["messages"])
-                raise UserError(f"{row.where}: messages is {found:.60}, expected a list of messages")
-        elif not isinstance(fields["prompt"], str) or not fields["prompt"].strip():
-            found = json.dumps(fields["prompt"])
-            raise UserError(f"{row.where}: prompt is {found:.60}, expected a text that is not empty")
-    return rows
+class AnswerFile(AppendFile):
+    """The answers to each prompt by each of `adapters`. Raises UserError when the file holds something else.
 
-
-def conversation(row: Row, system: str | None) -> list[Message]:
-    """The messages to be answered. `system` goes in front unless the row brings its own."""
-    messages = row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}])
-    own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    return messages if own or system is None else [{"role": "system", "content": system}, *messages]
-
-
-class AnswerFile:
-    """The answers of each prompt by each of `adapters`. Raises UserError when the file holds something else.
-
-    settings: what the answers depend on; it is written into every row, and a file made with others is refused.
+    settings: what the answers depend on; it is written into every row, and a file written with others is refused.
     """
 
-    def __init__(self, path: str | Path, prompts: Sequence[Row], adapters: Sequence[str], settings: dict):
-        self.path, self.adapters, self.settings = Path(path), list(adapters), settings
-        self.prompts = {row.number: row for row in prompts}
-        self.done: set[tuple[int, str]] = set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        with open(self.path, "r+b") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            file.truncate(whole)  # a line that a kill tore in the middle is answered again
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-            self._recognise(line, f"{self.path} line {number}")
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by finish or with the process)
+    FOREIGN = "no answer to a row of these prompts; give another --out, or move this file away"
 
-    def _recognise(self, line: bytes, where: str) -> None:
+    def __init__(self, path: str | Path, prompts: Sequence[Row], adapters: Sequence[str], settings: dict):
+        self.adapters, self.settings = list(adapters), settings
+        self.prompts = {row.number: row for row in prompts}
+        self.answered: set[tuple[int, str]] = set()  # (row, adapter)
+        super().__init__(path)
+
+    def _add(self, row: dict, where: str) -> None:
         another = "give another --out, or move this file away"
-        try:
-            row = parse_json(line)
-            key, settings = (row["row"], row["adapter"]), row["settings"]
-            prompt = self.prompts[key[0]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{where}: no answer to a row of these prompts; {another}") from None
-        if any(row.get(name) != value for name, value in _kept(prompt).items()):
+        number, adapter, settings = row.get("row"), row.get("adapter"), row.get("settings")
+        if not isinstance(number, int) or number not in self.prompts or not isinstance(settings, dict):
+            raise UserError(f"{where}: {self.FOREIGN}")
+        prompt = self.prompts[number]
+        if any(row.get(name) != value for name, value in _own_fields(prompt).items()):
             raise UserError(f"{where}: answers another prompt than {prompt.where}; {another}")
-        if key[1] not in self.adapters:
-            found = f"answered by adapter {key[1]!s:.60}, expected {', '.join(self.adapters)}"
-            raise UserError(f"{where}: {found}; {another}")
+        if adapter not in self.adapters:
+            expected = ", ".join(self.adapters)
+            raise UserError(f"{where}: answered by adapter {adapter!s:.60}, expected {expected}; {another}")
         for name, value in self.settings.items():
             if settings.get(name) != value:
-                found = f"was made with {name} {settings.get(name)!s:.60}, not {value}"
-                raise UserError(f"{where}: {found}; {another}")
-        if key in self.done:
-            raise UserError(f"{where}: answers row {key[0]} a second time; {another}")
-        self.done.add(key)
+                difference = f"was made with {name} {settings.get(name)!s:.60}, not {value}"
+                raise UserError(f"{where}: {difference}; {another}")
+        if (number, adapter) in self.answered:
+            raise UserError(f"{where}: answers row {number} a second time; {another}")
+        self.answered.add((number, adapter))
 
     def missing(self, adapter: str) -> list[Row]:
-        return [row for number, row in self.prompts.items() if (number, adapter) not in self.done]
+        return [row for number, row in self.prompts.items() if (number, adapter) not in self.answered]
 
     def write(self, adapter: str, answer: Answer) -> None:
-        made = asdict(answer)
-        # The key of the published answer files.
-        unfinished = {"stucked": "true"} if made.pop("unfinished_thinking") else {}
-        row = {**_kept(self.prompts[answer.row]), **made, "adapter": adapter, **unfinished, "settings": self.settings}
-        # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes its JSON escape again.
-        line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        self._file.write(line)
-        self.done.add((answer.row, adapter))
+        fields = asdict(answer)
+        stucked = {"stucked": "true"} if fields.pop("unfinished_thinking") else {}
+        row = {**_own_fields(self.prompts[answer.row]), **fields, "adapter": adapter, **stucked}
+        self._write(json.dumps({**row, "settings": self.settings}, ensure_ascii=False))
+        self.answered.add((answer.row, adapter))
 
     def finish(self) -> None:
         """Puts the rows into the prompts' order."""
-        self._file.close()
         lines = [(json.loads(line), line) for line in self.path.read_bytes().split(b"\n") if line]
         lines.sort(key=lambda pair: (pair[0]["row"], self.adapters.index(pair[0]["adapter"])))
         write_atomic(self.path, b"".join(line + b"\n" for _, line in lines))
@@ -110,24 +77,29 @@ class AnswerFile:
 def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None, say: Callable) -> None:
     """Answers what is missing of one adapter. Every prompt is checked before the first is answered."""
     missing = file.missing(adapter)
-    say(f"{adapter}: {len(file.prompts) - len(missing):,} of {len(file.prompts):,} rows are in {file.path} already")
+    n_prompts = len(file.prompts)
+    say(f"{adapter}: {n_prompts - len(missing):,} of {n_prompts:,} rows are in {file.path} already")
+    if not missing:
+        return
     requests = []
     for row in missing:
         try:
-            requests.append(Request(row.number, generator.encode(conversation(row, system)), row.where))
-        except ValueError as error:
+            messages = row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}])
+            requests.append(Request(row.number, generator.encode(with_system(messages, system)), row.where))
+        except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-    began, tokens, cut = time.perf_counter(), 0, 0
-    for done, answer in enumerate(generator.complete(requests), 1):
-        file.write(adapter, answer)
-        tokens += answer.new_tokens
-        cut += answer.finish_reason == "length"
-        if sys.stderr.isatty() or done == len(missing):
-            line = f"{done:,} of {len(missing):,} rows, {tokens / (time.perf_counter() - began):,.0f} tokens/s"
-            line += f", {cut:,} cut (see --max-new-tokens, --context)" if cut else ""
-            say(line, end="\n" if done == len(missing) else "\r")
+    start, n_tokens, n_cut = time.perf_counter(), 0, 0
+    with progress(len(missing), adapter, "rows") as bar:
+        for answer in generator.complete(requests):
+            file.write(adapter, answer)
+            n_tokens += answer.new_tokens
+            n_cut += answer.finish_reason == "length"
+            bar.update()
+    speed = n_tokens / (time.perf_counter() - start)
+    cut = f", {n_cut:,} cut (see --max-new-tokens, --context)" if n_cut else ""
+    say(f"{adapter}: {len(missing):,} of {len(missing):,} rows, {speed:,.0f} tokens/s{cut}")
 
 
-def _kept(prompt: Row) -> dict:
-    """The input's fields; one that has the name of an added one (a reference `answer`) is kept as `input_answer`."""
+def _own_fields(prompt: Row) -> dict:
+    """The prompt's fields; one that has the name of an added one (a reference `answer`) becomes `input_answer`."""
     return {f"input_{name}" if name in ADDED else name: value for name, value in prompt.fields.items()}

@@ -10,19 +10,15 @@ Letters: n rows, V vocabulary, k candidates.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from psysafe.cli import setting
 from psysafe.program import UserError
 
 MASK = 0xFFFFFFFF
-
-
-def setting(default, sentence: str):
-    """A dataclass field that a flag can set; the sentence is its help."""
-    return field(default=default, metadata={"help": sentence})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A conversation at a terminal: text as it comes, reasoning dimmed, and first of all what this is not."""
+"""A conversation at a terminal: a notice first, then text as it is generated, with the reasoning dimmed."""
 
 import sys
 import tomllib
@@ -7,15 +7,15 @@ from typing import TextIO
 
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import ASSETS
-from psysafe.generation.engine import Answer, Generator
+from psysafe.generation.generator import Answer, Generator
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# A model may write anything; nothing that it writes may steer the terminal.
+# Control characters but tab and newline: a model may write any text, and none of it may steer the terminal.
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
-    """Writes the answer to stdout while it is made, and returns it."""
+    """Writes the answer to stdout while it is generated, and returns it."""
     with TextStream(generator.tokenizer, generator.options.thinking, sys.stdout) as stream:
         (answer,) = generator.answers([messages], [row], stream)
     if answer.finish_reason == "length":
@@ -24,10 +24,10 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
 
 
 def chat(generator: Generator, system: str | None) -> None:
-    """Reads from stdin until it ends."""
+    """Answers what is typed until stdin ends; the model sees the whole conversation since /new."""
     print(f"{notice()}\n\n/new begins anew, Ctrl-D ends.")
     start = [] if system is None else [{"role": "system", "content": system}]
-    messages, turn = list(start), 0
+    messages, turn = list(start), 0  # the turn names the random numbers of its answer
     for text in _typed():
         if text == "/new":
             messages = list(start)
@@ -44,11 +44,13 @@ def chat(generator: Generator, system: str | None) -> None:
 
 
 def notice() -> str:
-    """What everybody who chats should know first; names and numbers come from the one file that holds them."""
-    facts = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
-    services = [facts["resources"][name] for name in facts["clusters"]["suicide and selfharm"]["resources"].values()]
+    """What everybody who chats should know first. Names and numbers come from clusters.toml, their only source."""
+    support = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
+    services = [
+        support["resources"][name] for name in support["clusters"]["suicide and selfharm"]["resources"].values()
+    ]
     crisis = "; ".join(f"{service['country']}: {service['name']}, {service['contact']}" for service in services)
-    danger = ", ".join(f"{number} ({country})" for country, number in facts["emergency"].items())
+    danger = ", ".join(f"{number} ({country})" for country, number in support["emergency"].items())
     return (
         "This is a language model. It can be wrong, and it is not a substitute for professional care.\n"
         f"In a crisis, people are there for you. {crisis}. In immediate danger: {danger}."
@@ -56,8 +58,8 @@ def notice() -> str:
 
 
 class TextStream:
-    """Token ids in, text out, as far as whole characters go. On a terminal the reasoning is dimmed; elsewhere the text
-    is what the model wrote, `</think>` included."""
+    """Writes tokens as text, in whole characters only. On a terminal the reasoning is dimmed; elsewhere the text is
+    what the model wrote, `</think>` included."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO):
         self.tokenizer, self.out, self.pending = tokenizer, out, []
@@ -79,8 +81,8 @@ class TextStream:
             self.dimmed = False
             return
         self.pending.append(token)
-        # A character may be cut between tokens; its first bytes alone decode to U+FFFD. A model that really writes
-        # U+FFFD must not hold its text back for ever.
+        # A character may be cut between tokens; its first bytes alone decode to U+FFFD. After 16 tokens it is written
+        # as it is: a model may really write U+FFFD, and then no later token would complete it.
         if len(self.pending) >= 16 or not self.tokenizer.decode(self.pending).endswith("\ufffd"):
             self._flush()
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from psysafe.checkpoint.adapter import adapter_shape, load_adapter
-from psysafe.data.documents import Dataset, MicroBatch, encode_rows, read_rows, split_rows, steps_per_epoch
+from psysafe.data.documents import Dataset, MicroBatch, encode_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
+from psysafe.data.rows import read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand
 from psysafe.model.decoder import Qwen3_5

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from psysafe.data.documents import Row, read_rows
+from psysafe.data.rows import Row, read_rows
+from psysafe.data.text import normalise
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
-from psysafe.evaluation.overlap import normalised, overlap
+from psysafe.evaluation.overlap import overlap
 from psysafe.evaluation.result import Result, Table, percent
 from psysafe.evaluation.word_list_judge import Verdict
 from psysafe.files import expand
@@ -97,7 +98,7 @@ def table_of_helplines(verdicts: Verdicts, clusters: list[str]) -> Table:
 
 def table_of_benign(answers: dict[str, list[str]], benign: list[int]) -> Table:
     base, tuned = answers.values()
-    unchanged = percent(normalised(base[i]) == normalised(tuned[i]) for i in benign)
+    unchanged = percent(normalise(base[i]) == normalise(tuned[i]) for i in benign)
     lines = [
         [model, len(benign), percent(not word_list_judge.refuses(texts[i]) for i in benign),
          None if model == "base" else unchanged]

@@ -1,0 +1,93 @@
+"""Held-out prompts and answers that stand in training rows, system prompts or benchmarks."""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prompts_of, template, whole_words
+from psysafe.data.prompts import system_text
+from psysafe.data.rows import Row, read_rows
+from psysafe.data.text import normalise
+from psysafe.files import expand
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--held-out", nargs="+", required=True, metavar="FILE", help="validation and test rows")
+    parser.add_argument("--training", nargs="*", default=[], metavar="FILE", help="training rows")
+    parser.add_argument("--system", nargs="*", default=[], metavar="SYSTEM", help="v0, v1 or files")
+    parser.add_argument("--benchmark", nargs="*", default=[], metavar="FILE", help="XSTest, SORRY-Bench, ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    leaks = leakage(
+        read_rows([expand(path) for path in args.held_out]),
+        read_rows([expand(path) for path in args.training]),
+        {f"system prompt {name}": system_text(name) or "" for name in args.system},
+        [expand(path) for path in args.benchmark],
+    )
+    print("\n".join(str(leak) for leak in leaks) if leaks else "no leaks")
+    return 1 if leaks else 0
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One row whose prompt or answer stands somewhere that it should not."""
+
+    row: Row
+    what: str  # "prompt" or "answer"
+    where: str
+    exact: bool
+
+    def __str__(self) -> str:
+        return f"{self.row.where}: its {self.what} stands in {self.where} ({'exactly' if self.exact else 'normalised'})"
+
+
+def leakage(
+    held_out: Sequence[Row],
+    training: Sequence[Row] = (),
+    system_prompts: Mapping[str, str] | None = None,
+    benchmarks: Sequence[str | Path] = (),
+) -> list[Leak]:
+    """Prompts of held-out rows, and the first 200 characters of their answers, that stand in a system prompt (by name)
+    or in a training row; and prompts of benchmarks that are rows, held out or not."""
+    leaks = []
+    by_prompt, by_template = {}, {}
+    for row in training:
+        by_prompt.setdefault(normalise(prompt_of(row.fields)), row)
+        by_template.setdefault(template(answer_of(row)), row)
+    for row in held_out:
+        prompt, answer = prompt_of(row.fields), answer_of(row)
+        leaks += _quoted(row, system_prompts or {})
+        twin = by_prompt.get(normalise(prompt)) if prompt else None
+        if twin:
+            leaks.append(Leak(row, "prompt", twin.where, prompt == prompt_of(twin.fields)))
+        twin = by_template.get(template(answer)) if answer else None
+        if twin:
+            leaks.append(Leak(row, "answer", twin.where, _start(answer) == _start(answer_of(twin))))
+    for path in benchmarks:
+        leaks += _asked((*training, *held_out), path)
+    return leaks
+
+
+def _quoted(row: Row, system_prompts: Mapping[str, str]) -> Iterable[Leak]:
+    """Leaks of a row into system prompts."""
+    prompt, answer = prompt_of(row.fields), answer_of(row)
+    for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", _start(answer), whole_words(answer))):
+        for name, system in system_prompts.items():
+            # Spaces around both: the prompt "it" must not be seen inside the word "with".
+            if words and f" {words} " in f" {normalise(system)} ":
+                yield Leak(row, what, name, text in system)
+
+
+def _asked(rows: Iterable[Row], path: str | Path) -> Iterable[Leak]:
+    """Leaks of rows into a benchmark."""
+    prompts = set(prompts_of(path))
+    normalised = {normalise(prompt) for prompt in prompts}
+    for row in rows:
+        if normalise(prompt_of(row.fields)) in normalised:
+            yield Leak(row, "prompt", str(path), prompt_of(row.fields) in prompts)
+
+
+def _start(answer: str) -> str:
+    return answer[:TEMPLATE_CHARACTERS]

@@ -1,0 +1,69 @@
+"""Stratified train, val and test files."""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from psysafe.corpus.texts import prompt_of
+from psysafe.data.prompts import system_text
+from psysafe.data.rows import CLUSTER, Row, read_rows, write_rows
+from psysafe.data.text import normalise
+from psysafe.files import expand
+from psysafe.program import UserError
+
+SEED = 42
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--out", required=True, metavar="DIR", help="receives train.jsonl, val.jsonl and test.jsonl")
+    parser.add_argument("--val", type=int, default=100, help="validation rows a cluster (100)")
+    parser.add_argument("--test", type=int, default=100, help="test rows a cluster (100)")
+    parser.add_argument("--seed", type=int, default=SEED)
+    quoted = "prompts quoted in these system prompts stay in train"
+    parser.add_argument("--quoted-in", nargs="*", default=[], metavar="SYSTEM", help=quoted)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.val < 0 or args.test < 0:
+        raise UserError(f"--val {args.val} --test {args.test}: expected numbers that are not negative")
+    rows = read_rows([expand(path) for path in args.files])
+    quoted = [system_text(name) or "" for name in args.quoted_in]
+    parts = split(rows, args.val, args.test, args.seed, quoted)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, members in parts.items():
+        write_rows(members, out / f"{name}.jsonl")
+        print(f"{len(members):>7,}  {out / name}.jsonl")
+    return 0
+
+
+def split(
+    rows: Sequence[Row], val: int = 100, test: int = 100, seed: int = SEED, quoted_in: Sequence[str] = ()
+) -> dict[str, list[Row]]:
+    """{"train", "val", "test"}: per cluster, in the order of the clusters' names, the rows are shuffled by one
+    random.Random(seed); the first `val` go to val, the next `test` to test, the rest to train.
+
+    Rows whose prompt a system prompt quotes stay in train: as a test item they would be known.
+    """
+    system_prompts = [normalise(text) for text in quoted_in]
+    clusters: dict[str, list[Row]] = {}
+    parts: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    for row in rows:
+        cluster = row.fields.get(CLUSTER)
+        if not isinstance(cluster, str):
+            raise UserError(f"{row.where}: no {CLUSTER!r} in it; a stratified split needs one in every row")
+        quoted = any(normalise(prompt_of(row.fields)) in text for text in system_prompts)
+        (parts["train"] if quoted else clusters.setdefault(cluster, [])).append(row)
+    generator = random.Random(seed)
+    for cluster in sorted(clusters):
+        members = clusters[cluster]
+        if len(members) < val + test:
+            size = f"cluster {cluster!r:.60} has {len(members)} rows"
+            raise UserError(f"{members[0].file}: {size}, too few for {val} val and {test} test rows")
+        generator.shuffle(members)
+        parts["val"] += members[:val]
+        parts["test"] += members[val : val + test]
+        parts["train"] += members[val + test :]
+    return parts

@@ -1,0 +1,108 @@
+"""Rows, clusters, categories, duplicates, token lengths."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from psysafe.checkpoint.base import resolve_model
+from psysafe.corpus.texts import answer_of, prompt_of, template
+from psysafe.data.documents import encode_rows
+from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
+from psysafe.data.text import normalise
+from psysafe.data.tokenizer import Tokenizer, load_tokenizer
+from psysafe.files import expand, write_atomic
+from psysafe.program import UserError
+
+PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--model", default="assets:tiny", help="whose tokenizer counts (default: the bundled one)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
+    parser.add_argument("--plot", metavar="DIR", help="write lengths.png there")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    rows = read_rows([expand(path) for path in args.files])
+    numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
+    print(as_text(numbers))
+    if args.json:
+        write_atomic(args.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+    if args.plot:
+        folder = Path(args.plot)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_lengths(lengths, args.max_tokens, folder / "lengths.png")
+        print(f"\nhistogram in {folder / 'lengths.png'}")
+    return 0
+
+
+def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict, list[int]]:
+    """(counts by name; the length in tokens of each whole rendered row)."""
+    answers = [answer_of(row) for row in rows]
+    lengths = [len(document) for document in encode_rows(rows, tokenizer, 10**9).documents]
+    numbers = {
+        "rows": len(rows),
+        "clusters": dict(Counter(row.fields.get(CLUSTER, "-") for row in rows).most_common()),
+        "categories": dict(Counter(_category(row) for row in rows).most_common()),
+        "without reasoning": sum(not row.reasoning.strip() for row in rows if "messages" not in row.fields),
+        "duplicate prompts": shared(normalise(prompt_of(row.fields)) for row in rows),
+        "duplicate answers": shared(normalise(answer) for answer in answers),
+        "answers that share a template": shared(template(answer) for answer in answers),
+        "tokens": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES},
+        "tokens in all": sum(lengths),
+        "rows over the limit": sum(length > max_tokens for length in lengths),
+        "max_tokens": max_tokens,
+    }
+    return numbers, lengths
+
+
+def shared(texts: Iterable[str]) -> int:
+    """How many of the texts occur more than once."""
+    return sum(count for count in Counter(texts).values() if count > 1)
+
+
+def _category(row: Row) -> str:
+    return f"{row.fields.get(CLUSTER, '-')} / {row.fields.get(CATEGORY, '-')}"
+
+
+def as_text(numbers: dict) -> str:
+    """The statistics as lines for a terminal."""
+    n = numbers["rows"]
+    lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens"]
+    for group in ("clusters", "categories"):
+        lines.append(f"\n{group}")
+        lines += [f"  {count:>7,}  {count / n:>6.1%}  {name}" for name, count in numbers[group].items()]
+    lines.append("\nrows")
+    for key in ("without reasoning", "duplicate prompts", "duplicate answers", "answers that share a template"):
+        lines.append(f"  {numbers[key]:>7,}  {numbers[key] / n:>6.1%}  {key}")
+    over = numbers["rows over the limit"]
+    lines.append(f"  {over:>7,}  {over / n:>6.1%}  over {numbers['max_tokens']:,} tokens")
+    lines.append("\ntokens a row, percentiles")
+    lines.append("  " + "  ".join(f"{p}%: {value:,}" for p, value in numbers["tokens"].items()))
+    return "\n".join(lines)
+
+
+def plot_lengths(lengths: Sequence[int], max_tokens: int, path: Path) -> None:
+    """A histogram of the rows' token lengths as PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave the flag out") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.hist(lengths, bins=min(60, max(10, len(set(lengths)))), color="#3b82f6")
+    if max(lengths) > 0.5 * max_tokens:  # far from the limit its line would squeeze the histogram
+        axes.axvline(max_tokens, color="#b91c1c", label=f"limit: {max_tokens:,}")
+        axes.legend()
+    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{len(lengths):,} rows")
+    figure.tight_layout()
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    pyplot.close(figure)

@@ -1,0 +1,53 @@
+"""The texts of a row: prompt, answer, and what of an answer is compared."""
+
+from pathlib import Path
+
+from psysafe.data.rows import Row, read_file
+from psysafe.data.text import normalise
+from psysafe.data.tokenizer import THINK_END
+from psysafe.program import UserError
+
+TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
+
+
+def template(answer: str) -> str:
+    """The beginning of an answer, normalised: rows that share it were written from one template."""
+    return normalise(answer[:TEMPLATE_CHARACTERS])
+
+
+def whole_words(answer: str) -> str:
+    """`template` without its last word where the cut went through it: a quotation of the answer has all these words."""
+    words = template(answer)
+    return words if len(answer) <= TEMPLATE_CHARACTERS else words.rpartition(" ")[0]
+
+
+def prompts_of(path: str | Path) -> list[str]:
+    """The prompts of any file that a leak is looked for in, training rows or a benchmark. UserError without one."""
+    prompts = [prompt for row in read_file(path) if (prompt := prompt_of(row.fields))]
+    if not prompts:  # a search for leaks in no prompts would find none, and be believed
+        raise UserError(f"{path}: no prompt in any row; expected rows with prompt, question, turns or messages")
+    return prompts
+
+
+def prompt_of(fields: object) -> str:
+    """What the person typed, in a row of any of the known shapes; "" where there is nothing of the kind."""
+    if not isinstance(fields, dict):
+        return ""
+    for key in ("prompt", "question", "turns", "messages"):
+        value = fields.get(key)
+        if key == "messages" and isinstance(value, list):
+            users = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
+            value = users[0] if users else None
+        if key == "turns" and isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str) and value.strip():
+            return value
+    return ""
+
+
+def answer_of(row: Row) -> str:
+    """The answer of a checked row: its field, or the last assistant message without its thoughts ("" without one)."""
+    if "messages" not in row.fields:
+        return row.fields["answer"]
+    replies = [m.get("content") for m in row.fields["messages"] if isinstance(m, dict) and m.get("role") == "assistant"]
+    return replies[-1].rpartition(THINK_END)[2].strip() if replies and isinstance(replies[-1], str) else ""

@@ -1,0 +1,22 @@
+"""When two texts count as the same."""
+
+import re
+import unicodedata
+
+# ’ and ‘, the modifier letter that some keyboards give instead, and the reversed quotation mark.
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u201b", "'"))
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+def normalise(text: str) -> str:
+    """The words of a text, in lower case, with single spaces: "‘I can’t’ -- _really_!" -> "i can't really".
+
+    The one definition of "the same text": the search for leaks between files and the overlap of a benchmark with
+    training rows both compare this form. A word is letters and digits, with apostrophes inside. So these make no
+    difference: case, white space, punctuation and underscores, quotation marks of every kind, curly or straight
+    apostrophes, composed or decomposed accents, full-width or ordinary characters (NFKC). An apostrophe inside a word
+    does ("we're" is not "were"); one at its edge does not, since nothing tells it from a quotation mark.
+    """
+    # casefold() can take composed characters apart, so NFKC comes before and after it.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(WORD.findall(folded.translate(APOSTROPHES)))
