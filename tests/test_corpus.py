@@ -169,8 +169,9 @@ def test_validate_names_line_and_problem(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "row 2 (line 2): the same prompt as" in out
     assert "row 3 (line 3): unknown risk cluster 'piracy'" in out
-    assert "row 4 (line 4): prompt is 3, expected a text" in out
+    assert "row 4 (line 4): no answer in it (found: prompt)" in out
+    assert "row 4 (line 4): prompt is 3 (int), expected a text" in out
     assert "row 5 (line 5): 'SOBER' is no strategy of 'violence'" in out
     assert "row 6 (line 6): Unexpected message role 'tool' in message 2" in out
-    assert 'row 7 (line 7): messages is "Hi", expected a list of messages' in out
+    assert 'row 7 (line 7): messages is "Hi" (str), expected a list of messages' in out
     assert "row 1 " not in out.replace("as " + path + " row 1", "")

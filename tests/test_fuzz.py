@@ -445,14 +445,16 @@ def main(argv) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepared(Path(args.keep or temporary))
         for name in args.targets or TARGETS:
-            found: dict[str, list[int]] = {}
+            failures: dict[str, list[int]] = {}
             began = time.perf_counter()
             for seed in range(args.first, args.first + args.cases):
                 wrong = failure_of(name, seed, folder)
                 if wrong:
                     print(f"  {name} {seed}: {wrong}", flush=True)
-                    found.setdefault(wrong, []).append(seed)
-            print(f"{name}: {sum(map(len, found.values()))} of {args.cases} fail, {time.perf_counter() - began:.1f} s")
+                    failures.setdefault(wrong, []).append(seed)
+            print(
+                f"{name}: {sum(map(len, failures.values()))} of {args.cases} fail, {time.perf_counter() - began:.1f} s"
+            )
     return 0
 
 

@@ -5,82 +5,57 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import pytest
 
 from psysafe.corpus.__main__ import main
 from psysafe.data.rows import read_rows
+from tests.stub_endpoint import Handler, StubEndpoint
 
 
-class Stub(BaseHTTPRequestHandler):
-    """Answers with a trace that names the request; each request first meets the faults of `faults`, in order."""
-
-    faults: ClassVar[dict[str, list]] = {}
-    answered: ClassVar[Counter] = Counter()
-    delay = 0.0
-    authorisations: ClassVar[set] = set()
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Answers with a trace that names the prompt; each prompt first meets its `troubles`, in order."""
+    stub = StubEndpoint()
+    stub.troubles, stub.answered, stub.delay, stub.keys = {}, Counter(), 0.0, set()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][-1]["content"].split("\n")[1]
-        type(self).authorisations.add(self.headers.get("Authorization"))
-        time.sleep(self.delay)
-        fault = self.faults.get(prompt, []).pop(0) if self.faults.get(prompt) else None
-        if isinstance(fault, int):
-            self.send_response(fault)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        text = {"null": None, "thoughts": f"<think>secret</think>\nWhy {prompt}"}.get(fault, f"Why {prompt}")
-        if fault != "null":
-            type(self).answered[prompt] += 1
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}  # fmt: skip
-        data = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        stub.keys.add(self.headers.get("Authorization"))
+        time.sleep(stub.delay)
+        trouble = stub.troubles[prompt].pop(0) if stub.troubles.get(prompt) else ""
+        if trouble not in ("", "thoughts"):
+            return getattr(self, f"do_{trouble}")(trouble)
+        stub.answered[prompt] += 1
+        self.answer(f"<think>secret</think>\nWhy {prompt}" if trouble else f"Why {prompt}")
 
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def endpoint():
-    Stub.faults, Stub.answered, Stub.delay, Stub.authorisations = {}, Counter(), 0.0, set()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    with stub:
+        yield stub
 
 
 def rows_file(tmp_path, count):
     rows = [{"prompt": f"p{i}", "answer": f"a{i}", "risk cluster": "weapon", "id": i} for i in range(count)]
-    rows[1]["reasoning"] = "kept"
+    rows[1]["reasoning"] = "own"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def flags(path, out, endpoint):
-    return ["impute", str(path), "--out", str(out), "--url", endpoint, "--model-name", "m", "--workers", "3"]
+    return ["impute", str(path), "--out", str(out), "--url", endpoint.url, "--model-name", "m", "--workers", "3"]
 
 
 def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_not_for_you")
     path, out = rows_file(tmp_path, 8), tmp_path / "out.jsonl"
-    Stub.faults = {"p0": [429, 500], "p2": ["null"], "p3": ["thoughts"], "p4": [400]}
+    endpoint.troubles = {"p0": ["429", "500"], "p2": ["null"], "p3": ["thoughts"], "p4": ["400"]}
     assert main(flags(path, out, endpoint)) == 1
     got = {row.fields["id"]: row.fields for row in read_rows(out)}
-    assert got[0]["reasoning"] == "Why p0" and got[3]["reasoning"] == "Why p3" and got[1]["reasoning"] == "kept"
+    assert got[0]["reasoning"] == "Why p0" and got[3]["reasoning"] == "Why p3" and got[1]["reasoning"] == "own"
     assert "reasoning" not in got[2] and "reasoning" not in got[4]
     printed = capsys.readouterr().out
     assert "row 3 (line 3): no reasoning: the reply has no content" in printed
@@ -89,17 +64,17 @@ def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):
     assert main(flags(path, out, endpoint)) == 0
     assert [row.fields["id"] for row in read_rows(out)] == list(range(8))
     assert all(row.reasoning for row in read_rows(out))
-    assert Stub.answered == {f"p{i}": 1 for i in range(8) if i != 1}
-    assert not any("hf_not_for_you" in str(value) for value in Stub.authorisations)
+    assert endpoint.answered == {f"p{i}": 1 for i in range(8) if i != 1}
+    assert not any("hf_not_for_you" in str(value) for value in endpoint.keys)
 
 
 @pytest.mark.slow
 def test_killed_and_started_again_asks_no_row_twice(tmp_path, endpoint):
     path, out = rows_file(tmp_path, 30), tmp_path / "out.jsonl"
-    Stub.delay = 0.2
+    endpoint.delay = 0.2
     command = [sys.executable, "-m", "psysafe.corpus", *flags(path, out, endpoint)]
     process = subprocess.Popen(command, env=os.environ)
-    while sum(Stub.answered.values()) < 8:
+    while sum(endpoint.answered.values()) < 8:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -109,4 +84,4 @@ def test_killed_and_started_again_asks_no_row_twice(tmp_path, endpoint):
     assert subprocess.run(command, env=os.environ, check=False).returncode == 0
     assert [row.fields["id"] for row in read_rows(out)] == list(range(30))
     assert all(row.reasoning for row in read_rows(out))
-    assert sum(Stub.answered.values()) <= 29 + 2 * under_way
+    assert sum(endpoint.answered.values()) <= 29 + 2 * under_way

@@ -18,7 +18,7 @@ def test_the_whole_road(tmp_path, endpoint):  # noqa: F811
     page = commands((ROOT / "docs" / "recipe.md").read_text(encoding="utf-8"))
     assert len(page) == 11
     for command in page:
-        here = command.replace("http://localhost:8000/v1", endpoint).replace("runs/recipe", str(tmp_path))
+        here = command.replace("http://localhost:8000/v1", endpoint.url).replace("runs/recipe", str(tmp_path))
         shell = ["bash", "-euo", "pipefail", "-c", here]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

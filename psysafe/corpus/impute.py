@@ -13,7 +13,6 @@ from pathlib import Path
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
-from psysafe.files import expand
 from psysafe.journal import key_of
 
 INSTRUCTION = (
@@ -38,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = read_rows([expand(path) for path in args.files])
+    rows = read_rows(args.files)
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
     out = Path(args.out)

@@ -9,7 +9,6 @@ from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prom
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
-from psysafe.files import expand
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +20,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     leaks = leakage(
-        read_rows([expand(path) for path in args.held_out]),
-        read_rows([expand(path) for path in args.training]),
+        read_rows(args.held_out),
+        read_rows(args.training),
         {f"system prompt {name}": system_text(name) or "" for name in args.system},
-        [expand(path) for path in args.benchmark],
+        args.benchmark,
     )
     print("\n".join(str(leak) for leak in leaks) if leaks else "no leaks")
     return 1 if leaks else 0

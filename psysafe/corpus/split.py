@@ -9,7 +9,6 @@ from psysafe.corpus.texts import prompt_of
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import CLUSTER, Row, read_rows, write_rows
 from psysafe.data.text import normalise
-from psysafe.files import expand
 from psysafe.program import UserError
 
 SEED = 42
@@ -28,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.val < 0 or args.test < 0:
         raise UserError(f"--val {args.val} --test {args.test}: expected numbers that are not negative")
-    rows = read_rows([expand(path) for path in args.files])
+    rows = read_rows(args.files)
     quoted = [system_text(name) or "" for name in args.quoted_in]
     parts = split(rows, args.val, args.test, args.seed, quoted)
     out = Path(args.out)

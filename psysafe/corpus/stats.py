@@ -14,7 +14,7 @@ from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.files import expand, write_atomic
+from psysafe.files import write_atomic
 from psysafe.program import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = read_rows([expand(path) for path in args.files])
+    rows = read_rows(args.files)
     numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
     print(as_text(numbers))
     if args.json:

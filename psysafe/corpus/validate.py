@@ -1,15 +1,17 @@
 """Schema problems with line numbers."""
 
 import argparse
-import json
 import tomllib
 from pathlib import Path
 
-from psysafe.data.rows import CATEGORY, CLUSTER, read_file
+from psysafe.data.rows import CATEGORY, CLUSTER, read_file, schema_problems
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import rendered_pieces
-from psysafe.files import ASSETS, expand
+from psysafe.files import ASSETS
 from psysafe.program import UserError
+
+REQUIRED = ("prompt", "answer", CLUSTER, CATEGORY, "framework_name")
+EXPECTED_ROW = f"expected an object with {', '.join(REQUIRED)}, or with messages"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     clusters = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))["clusters"]
     strategies = {name: entry["strategies"] for name, entry in clusters.items()} | {"benign": []}
-    problems = [problem for path in args.files for problem in validate(expand(path), strategies)]
+    problems = [problem for path in args.files for problem in validate(path, strategies)]
     print("\n".join(problems) if problems else "no problems")
     return 1 if problems else 0
 
@@ -30,12 +32,11 @@ def validate(path: str | Path, strategies: dict[str, list[str]]) -> list[str]:
     first_with: dict[str, str] = {}  # normalised prompt -> where it stands first
     for row in read_file(path):
         fields = row.fields
-        if not isinstance(fields, dict):
-            row_problems = [f"{type(fields).__name__}, expected an object"]
-        elif "messages" in fields:
-            row_problems = _message_problems(fields["messages"])
-        else:
-            row_problems = [*_text_problems(fields), *_strategy_problems(fields, strategies)]
+        row_problems = schema_problems(fields, EXPECTED_ROW, REQUIRED, ("reasoning", "reasoning_language"))
+        if isinstance(fields, dict) and isinstance(fields.get("messages"), list):
+            row_problems += _message_problems(fields["messages"])
+        elif isinstance(fields, dict) and "messages" not in fields:
+            row_problems += _strategy_problems(fields, strategies)
             if isinstance(fields.get("prompt"), str):
                 first = first_with.setdefault(normalise(fields["prompt"]), row.where)
                 if first != row.where:
@@ -44,11 +45,12 @@ def validate(path: str | Path, strategies: dict[str, list[str]]) -> list[str]:
     return problems
 
 
-def _text_problems(fields: dict) -> list[str]:
-    required = ("prompt", "answer", CLUSTER, CATEGORY, "framework_name")
-    wrong = [key for key in required if not isinstance(fields.get(key), str) or not fields[key].strip()]
-    wrong += [key for key in ("reasoning", "reasoning_language") if not isinstance(fields.get(key, ""), str)]
-    return [f"{key} is {json.dumps(fields.get(key))[:40]}, expected a text" for key in wrong]
+def _message_problems(messages: list) -> list[str]:
+    try:
+        rendered_pieces(messages)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _strategy_problems(fields: dict, strategies: dict[str, list[str]]) -> list[str]:
@@ -59,14 +61,4 @@ def _strategy_problems(fields: dict, strategies: dict[str, list[str]]) -> list[s
         return [f"unknown {CLUSTER} {cluster!r}; known: {', '.join(strategies)}"]
     if strategies[cluster] and strategy not in strategies[cluster]:
         return [f"{strategy!r} is no strategy of {cluster!r}: {', '.join(strategies[cluster])}"]
-    return []
-
-
-def _message_problems(messages: object) -> list[str]:
-    if not isinstance(messages, list) or not messages:
-        return [f"messages is {json.dumps(messages)[:40]}, expected a list of messages"]
-    try:
-        rendered_pieces(messages)
-    except UserError as error:
-        return [str(error)]
     return []

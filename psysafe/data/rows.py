@@ -16,7 +16,7 @@ from pathlib import Path
 
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import parse_json, write_atomic
+from psysafe.files import expand, parse_json, write_atomic
 from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
@@ -50,8 +50,11 @@ Entry = tuple[object, int | None]
 
 
 def read_file(path: str | Path) -> list[Row]:
-    """The rows of one file as they are, whatever fields they have. UserError where it cannot be read or is empty."""
-    path = Path(path)
+    """The rows of one file as they are, whatever fields they have. UserError where it cannot be read or is empty.
+
+    path: of a file, or assets:NAME for a bundled one.
+    """
+    path = Path(expand(str(path)))
     entries = FORMATS.get(path.suffix.lower(), _json)(path)
     if not entries:
         raise UserError(f"{path}: no rows in it; {EXPECTED_FILE}")
@@ -121,36 +124,38 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     """The training rows of the files, in order. UserError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
     rows = [row for path in paths for row in read_file(path)]
-    for row in rows:
-        _check(row, ("prompt", "answer"), EXPECTED_TRAINING_ROW)
-        for key in ("reasoning", "reasoning_language"):
-            if "messages" not in row.fields and not isinstance(row.fields.get(key), str | None):
-                raise UserError(f"{row.where}: {key} is {_shown(row.fields[key])}, expected a text")
-    return rows
+    return _checked(rows, EXPECTED_TRAINING_ROW, ("prompt", "answer"), ("reasoning", "reasoning_language"))
 
 
 def read_prompts(path: str | Path) -> list[Row]:
     """Rows with a `prompt`, or a conversation in `messages`. UserError names what is broken."""
-    rows = read_file(path)
+    return _checked(read_file(path), EXPECTED_PROMPT_ROW, ("prompt",))
+
+
+def _checked(rows: list[Row], expected: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
     for row in rows:
-        _check(row, ("prompt",), EXPECTED_PROMPT_ROW)
+        problems = schema_problems(row.fields, expected, required, optional)
+        if problems:
+            raise UserError(f"{row.where}: {problems[0]}")
     return rows
 
 
-def _check(row: Row, required: Sequence[str], expected: str) -> None:
-    """UserError unless the row has `messages`, or every required field as a text that is not blank."""
-    fields = row.fields
+def schema_problems(fields: object, expected: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the fields of a row that has no `messages`: required texts that are missing or blank, optional
+    ones that are no texts. Of a row with `messages` only that they are no list: the chat template checks the rest."""
     if not isinstance(fields, dict):
-        raise UserError(f"{row.where}: {_shown(fields)}, {expected}")
+        return [f"{_shown(fields)}, {expected}"]
     if "messages" in fields:
-        if not isinstance(fields["messages"], list):
-            raise UserError(f"{row.where}: messages is {_shown(fields['messages'])}, expected a list of messages")
-        return
+        messages = fields["messages"]
+        return [] if isinstance(messages, list) else [f"messages is {_shown(messages)}, expected a list of messages"]
+    problems = []
     for key in required:
         if key not in fields:
-            raise UserError(f"{row.where}: no {key} in it (found: {_names(fields)}); {expected}")
-        if not isinstance(fields[key], str) or not fields[key].strip():
-            raise UserError(f"{row.where}: {key} is {_shown(fields[key])}, expected a text that is not empty")
+            problems.append(f"no {key} in it (found: {_names(fields)}); {expected}")
+        elif not isinstance(fields[key], str) or not fields[key].strip():
+            problems.append(f"{key} is {_shown(fields[key])}, expected a text that is not empty")
+    wrong = [key for key in optional if not isinstance(fields.get(key), str | None)]
+    return problems + [f"{key} is {_shown(fields[key])}, expected a text" for key in wrong]
 
 
 def _names(fields: dict) -> str:

@@ -46,12 +46,6 @@ class Tokenizer:
         self.think_end_id = added[THINK_END]
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), max(added.values()) + 1)
 
-    def token_id(self, token: str) -> int:
-        token_id = self._backend.token_to_id(token)
-        if token_id is None:
-            raise UserError(f"{token!r} is not a token of this tokenizer")
-        return token_id
-
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; added tokens such as `<|im_end|>` in it are recognised, nothing is put around it."""
         return self._backend.encode(_checked(text), add_special_tokens=False).ids
@@ -65,9 +59,9 @@ class Tokenizer:
         encoding = self._backend.encode(_checked(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`. `skip_special_tokens` drops `<|im_end|>` and its kind; think tags are text and stay."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, control tokens such as `<|im_end|>` included."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = True
