@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import kernels
 from psysafe.program import UserError
+from psysafe.version import __version__
 
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
@@ -142,8 +143,6 @@ def _be_deterministic(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the software, for saved states and benchmarks. "" for what is not installed."""
-    from psysafe import __version__  # which imports this file
-
     numbers = {"psysafe": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "safetensors", "tokenizers"):
         try:

@@ -1,0 +1,1 @@
+"""What proves the operations: contract, registry, closeness, check, bench, compile. Training never loads it."""

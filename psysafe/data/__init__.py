@@ -1,0 +1,1 @@
+"""From a file of rows to micro-batches: read, apply the chat template, encode, pack."""
