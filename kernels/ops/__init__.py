@@ -28,8 +28,9 @@ theirs one above the other.
 
 Gradients. `d` in front of a name: dq is the gradient of the loss with respect to q. No size is called dk or dv.
 
-Matrices of the gated delta rule, and only in its files: S (K, V) is the state of a head, and D, L, M, P (BT, BT),
-E and R (BT, V) belong to one chunk. gated_delta_rule.py defines them. No size of these letters occurs there.
+Matrices of the gated delta rule, and only in its files: S (K, V) is the state of a head; D, L, M, P, X, Y, Z (BT, BT)
+and E, R (BT, V) belong to one chunk. gated_delta_rule.py and docs/gated-delta-rule.md define them. No size of these
+letters occurs there.
 
 Names in Triton kernels:
 
