@@ -54,5 +54,5 @@ def _hub_errors() -> Iterator[None]:
             kind = MissingFileError
         else:  # LocalEntryNotFoundError, which is an EntryNotFoundError: not in the cache, and no network to ask
             kind = HubError
-        # The first line says what is wrong; the hub's advice and addresses follow.
-        raise kind((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from None
+        # The hub's first line is often a status and a request's number; what is wrong follows in the next.
+        raise kind(" ".join(str(error).split())[:200] or type(error).__name__) from None
