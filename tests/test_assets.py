@@ -313,9 +313,10 @@ def test_tokenizer_is_a_qwen_one_in_small():
     assert data["normalizer"]["type"] == "NFC" and data["model"]["type"] == "BPE"
     assert tokenizer.vocab_size == config["vocab_size"]
     # The published distances from <|endoftext|> (248044 there).
-    start = tokenizer.token_id("<|endoftext|>")
+    (start,) = tokenizer.encode("<|endoftext|>")
     offsets = {"<|im_start|>": 1, "<|im_end|>": 2, "<think>": 24, "</think>": 25}
-    assert {token: tokenizer.token_id(token) - start for token in offsets} == offsets
+    ids = {token: tokenizer.encode(token) for token in offsets}
+    assert ids == {token: [start + offset] for token, offset in offsets.items()}
     text = "Naïve café, 12 + 30 = 42:\n\n\tひらがな 🙂 don't"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("1234")) == 4  # digits stand alone
