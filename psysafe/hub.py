@@ -3,7 +3,7 @@
     path = fetch_file("org/name", "config.json")
     folder = fetch_folder("org/name", "main", ["*.json", "*.safetensors"])
 
-Whatever goes wrong is a HubError of one line.
+Whatever goes wrong is a HubError with the first line of what the hub said.
 """
 
 import contextlib
@@ -54,4 +54,4 @@ def _hub_errors() -> Iterator[None]:
             kind = MissingFileError
         else:  # LocalEntryNotFoundError, which is an EntryNotFoundError: not in the cache, and no network to ask
             kind = HubError
-        raise kind(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise kind((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from None

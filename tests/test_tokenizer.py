@@ -239,7 +239,7 @@ def test_sources_that_are_no_folder(tmp_path, monkeypatch):
             load_tokenizer(source)
 
     def offline(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the\ncache")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(ValueError, match=r"owner/name: .*tokenizer.json .*\(not in the cache\)"):
