@@ -37,7 +37,7 @@ def test_the_27b_without_weights_rows_or_gpu(capsys):
         "assumed: 7,019 rows of 640 tokens",
         "8,775 in all, 22,460,800 tokens",
         "at 4,096 tokens: predicted peak 83.88 GB of 84.00 GB",
-        "made again: conv, delta_rule",
+        "recomputed: conv, delta_rule",
         "computed from the roofline, not measured",
     ):
         assert expected in text, expected

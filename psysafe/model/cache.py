@@ -1,8 +1,8 @@
-"""What the model remembers of sequences: keys and values of attention layers, convolution tail and state of delta-net
-layers, one slot a sequence.
+"""What decoding remembers, one slot a sequence: keys and values of attention layers, the convolution's last rows and
+the state of delta-net layers.
 
-The model's one forward uses it through a view: `Cache.at(slots)` for documents of any length that begin or continue
-sequences (prefill, also in pieces), `Cache.step(live)` for one more token of every slot (decoding).
+The model's one forward uses the cache through a view: `Cache.at(slots)` for documents of any length that begin or
+continue sequences (prefill, also in pieces), `Cache.step(live, max_keys)` for one more token of every slot (decoding).
 """
 
 import functools
@@ -56,12 +56,12 @@ class Cache:
         """The given slots in this order (None: all), for documents of any length."""
         return CacheView(self, list(range(self.slots)) if slots is None else slots)
 
-    def step(self, live: Tensor, room: int) -> "StepView":
-        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `room`.
+    def step(self, live: Tensor, max_keys: int) -> "StepView":
+        """Every slot, for one token each; live (slots,) bool says whose sequences grow by it, to at most `max_keys`.
 
-        Attention is given the first `room` rows of every slot: its reference reads all that it is given, live or not.
+        Attention gets the first `max_keys` rows of every slot: its reference reads all that it gets, live or not.
         """
-        return StepView(self, live, room)
+        return StepView(self, live, max_keys)
 
 
 class CacheView:
@@ -81,7 +81,7 @@ class CacheView:
             if past + new > self.cache.max_tokens:
                 raise UserError(
                     f"cache slot {slot} holds {past} tokens and would get {new} more, "
-                    f"but was made for {self.cache.max_tokens}; make the cache larger or the prompt shorter"
+                    f"but has space for {self.cache.max_tokens}; make the cache larger or the prompt shorter"
                 )
         return documents.positions + self.past[documents.index]
 
@@ -106,14 +106,14 @@ class CacheView:
         store = self.cache.layers[layer][0]
         tail = store[self.slots]
         out = kernels.causal_conv1d_silu(x, weight, documents, splits, initial_state=tail)
-        kept = tail.shape[1]
+        size = tail.shape[1]  # M - 1
         lengths = documents.table("lengths", lambda d: d.to_device(torch.tensor(d.lengths)))
         # Row j of the new tail is row (length + j) of [old tail | new rows].
-        row = lengths[:, None] + torch.arange(kept, device=x.device)
+        row = lengths[:, None] + torch.arange(size, device=x.device)
         starts = documents.cu_seqlens[:-1, None].long()
-        old = tail.gather(1, row.clamp(max=kept - 1)[..., None].expand(-1, -1, tail.shape[2]))
-        new = x[(starts + row - kept).clamp(min=0)]
-        store[self.slots] = torch.where((row < kept)[..., None], old, new)
+        old = tail.gather(1, row.clamp(max=size - 1)[..., None].expand(-1, -1, tail.shape[2]))
+        new = x[(starts + row - size).clamp(min=0)]
+        store[self.slots] = torch.where((row < size)[..., None], old, new)
         return out
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
@@ -136,16 +136,16 @@ class CacheView:
 
 
 class StepView:
-    """All slots, each continued by one token. Nothing in it waits for the device, changes shape or allocates what
-    outlives the step, so that a decode step can be captured as one CUDA graph and replayed.
+    """All slots, each continued by one token.
 
-    Slots that are not live are computed like the others, since the shapes are fixed, but do not grow: they write the
-    same row again and again, behind their length, and have to be reset before they are used. The host does not follow
-    the lengths: it learns from the sampled tokens, later, which sequences went on.
+    A decode step can be captured as one CUDA graph and replayed. So nothing here waits for the device, changes a shape,
+    or allocates what outlives the step. Shapes are fixed, so slots that are not live are computed like the others. They
+    do not grow: each step overwrites one unused row past their length. They have to be reset before they are used. The
+    host does not follow the lengths: it learns from the sampled tokens, one step later, which sequences went on.
     """
 
-    def __init__(self, cache: Cache, live: Tensor, room: int):
-        self.cache, self.live, self.room = cache, live, room
+    def __init__(self, cache: Cache, live: Tensor, max_keys: int):
+        self.cache, self.live, self.max_keys = cache, live, max_keys
 
     def positions(self, documents: Documents) -> Tensor:
         """(slots,): where the new tokens stand. The caller keeps lengths below the cache's size."""
@@ -170,7 +170,7 @@ class StepView:
         k_cache, v_cache = self.cache.layers[layer]
         k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
         v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
-        k, v = (x[:, :, : self.room].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, room, G, K)
+        k, v = (x[:, :, : self.max_keys].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, max_keys, G, K)
         return kernels.attention_decode(q, k, v, self.lengths)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, documents: Documents, splits) -> tuple[Tensor, ...]:

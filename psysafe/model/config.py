@@ -161,42 +161,48 @@ class ModelConfig:
         }
 
 
-# The largest size that is believed; beyond it a file could ask for more memory or time than any machine has.
-_SIZES, _COUNTS = 2**20, 2**10
+# Limits of what is believed: beyond them a wrong file could ask for more memory or time than any machine has.
+_MAX_SIZE, _MAX_COUNT = 2**20, 2**10
 _REQUIRED = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _SIZES),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), _SIZES),
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), _COUNTS),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), _COUNTS),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _MAX_SIZE),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), _MAX_SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), _MAX_COUNT),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), _MAX_COUNT),
 }
-_KINDS = ("linear_attention", "full_attention")
+_LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 def _from_dict(config: dict) -> ModelConfig:
     text = _object(config, "text_config") if "text_config" in config else config
     rope = _object(text, "rope_parameters") if text.get("rope_parameters") is not None else {}
-    for key, expected, found in (
+    for key, expected, value in (
         ("hidden_act", "silu", text.get("hidden_act", "silu")),
         ("attention_bias", False, text.get("attention_bias", False)),
         ("attn_output_gate", True, text.get("attn_output_gate", True)),
         ("rope_type", "default", rope.get("rope_type", "default")),
         ("num_experts", 0, text.get("num_experts") or 0),
     ):
-        if found != expected:
-            raise UserError(f"{key} = {found!r:.60}, expected {expected!r} (a dense Qwen3.5)")
-    sizes = {key: _number(text, key, most) for key, most in _REQUIRED.items()}
+        if value != expected:
+            raise UserError(f"{key} = {value!r:.60}, expected {expected!r} (a dense Qwen3.5)")
+    sizes = {key: _number(text, key, maximum) for key, maximum in _REQUIRED.items()}
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
-    interval = _number({"full_attention_interval": 4, **text}, "full_attention_interval", _COUNTS)
-    layer_types = text.get("layer_types") or [_KINDS[(i + 1) % interval == 0] for i in range(layers)]
-    listed = isinstance(layer_types, list | tuple) and len(layer_types) == layers
-    if not listed or any(kind not in _KINDS for kind in layer_types):
-        raise UserError(f"layer_types must name {layers} layers, each one of {', '.join(_KINDS)}")
-    head_dim = _number({"head_dim": text.get("head_dim") or sizes["hidden_size"] // heads}, "head_dim", _SIZES)
-    share = {"partial_rotary_factor": 0.25, **text, **rope}
-    rotary = int(head_dim * _number(share, "partial_rotary_factor", 1, float))
+    interval = _number({"full_attention_interval": 4, **text}, "full_attention_interval", _MAX_COUNT)
+    layer_types = text.get("layer_types") or [_LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers)]
+    one_per_layer = isinstance(layer_types, list | tuple) and len(layer_types) == layers
+    if not one_per_layer or any(kind not in _LAYER_TYPES for kind in layer_types):
+        raise UserError(f"layer_types must name {layers} layers, each one of {', '.join(_LAYER_TYPES)}")
+    head_dim = _number({"head_dim": text.get("head_dim") or sizes["hidden_size"] // heads}, "head_dim", _MAX_SIZE)
+    factor = _number({"partial_rotary_factor": 0.25, **text, **rope}, "partial_rotary_factor", 1, float)
+    rotary = int(head_dim * factor)
     if rotary < 2 or rotary % 2:
         raise UserError(f"head_dim {head_dim} x partial_rotary_factor is {rotary}, expected an even number above 0")
-    made = ModelConfig(
+    for many, groups in (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    ):
+        if sizes[many] % sizes[groups]:
+            raise UserError(f"{many} must be a multiple of {groups}")
+    return ModelConfig(
         **sizes,
         layer_types=tuple(layer_types),
         head_dim=head_dim,
@@ -208,24 +214,17 @@ def _from_dict(config: dict) -> ModelConfig:
         max_position_embeddings=_number({"max_position_embeddings": 262_144, **text}, "max_position_embeddings", 2**40),
         multimodal="text_config" in config,
     )
-    for many, groups in (
-        ("num_attention_heads", "num_key_value_heads"),
-        ("linear_num_value_heads", "linear_num_key_heads"),
-    ):
-        if sizes[many] % sizes[groups]:
-            raise UserError(f"{many} must be a multiple of {groups}")
-    return made
 
 
-def _number(source: dict, key: str, most: float, kind: type = int) -> int | float:
-    """source[key] as a number above 0 and at most `most`."""
+def _number(source: dict, key: str, maximum: float, kind: type = int) -> int | float:
+    """source[key] as a number above 0 and at most `maximum`."""
     if source.get(key) is None:
         raise UserError(f"has no {key!r}: expected the config of a dense Qwen3.5")
     value = source[key]
     fits = type(value) is int or (kind is float and type(value) is float)
-    if not (fits and 0 < value <= most):  # false for nan, too
+    if not (fits and 0 < value <= maximum):  # false for nan, too
         word = "a number" if kind is float else "a whole number"
-        raise UserError(f"{key} is {value!r:.60}, expected {word} above 0 and at most {most:,}")
+        raise UserError(f"{key} is {value!r:.60}, expected {word} above 0 and at most {maximum:,}")
     return kind(value)
 
 

@@ -3,12 +3,12 @@
     model = load_model(source, shard=True)      # calls shard_blocks, then reads only this rank's rows
     adapters = attach(model, ...)               # afterwards, so that FSDP never sees them: whole on every rank
 
-A rank keeps a slice of every block's weights by rows. Each pass through a block gathers them, forward and again
-backward, and frees them behind it. Gathering is collective: all ranks must run the same number of micro-batches
+A rank keeps a slice of every block's weights by rows. Each pass through a block, forward and backward, gathers them
+first and frees them afterwards. Gathering is collective: all ranks must run the same number of micro-batches
 (`data.pack_share`). The gathered bytes are the weights' own, so a sharded run gives the bits of an unsharded one.
 
-Embedding, final norm and head stay whole on every rank. Both matrices are read outside the blocks, the head at the
-moment when memory is fullest; `--embedding cpu` moves the other one to host memory.
+Embedding, final norm and head stay whole on every rank, because they are read outside the blocks: the head at the
+moment when most memory is in use. `--embedding cpu` moves the embedding to host memory.
 """
 
 import torch
@@ -55,8 +55,11 @@ def check_ranks(ranks: int) -> None:
 
 
 def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending]) -> tuple[Tensor, Pending]:
-    """FSDP puts a hook on every tensor that a block returns. On the adapter's B, which is part of `Pending` and lives
-    as long as the run, these would pile up step by step; on a copy (a few KB) they go with the step."""
+    """Returns a copy of the adapter's B (a few KB) in place of the parameter.
+
+    FSDP puts a hook on every tensor that a block returns. B is part of `Pending` and lives as long as the run, so its
+    hooks would pile up step by step; those on the copy go with the step.
+    """
     h, pending = output
     if pending.lora is not None:
         pending = pending._replace(lora=pending.lora._replace(B=pending.lora.B.clone()))
@@ -64,16 +67,19 @@ def _no_parameter_out(block: Block, args: tuple, output: tuple[Tensor, Pending])
 
 
 def _leave_inputs_alone(model: Qwen3_5) -> None:
-    """FSDP moves its root's inputs to the GPU. Tokens for an embedding in host memory would come back from there, which
-    waits for the GPU in every micro-batch; so FSDP's hook, which stands between these two, is shown no inputs."""
-    held = []
+    """Keeps the inputs from FSDP's own hook on the model, which would move them to the GPU.
+
+    Tokens for an embedding in host memory would have to come back, and that waits for the GPU in every micro-batch. One
+    hook before FSDP's takes the inputs away, one behind it puts them back.
+    """
+    hidden_inputs = []
 
     def hide(model: Qwen3_5, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        held.append((args, kwargs))
+        hidden_inputs.append((args, kwargs))
         return (), {}
 
     model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)
-    model.register_forward_pre_hook(lambda model, args, kwargs: held.pop(), with_kwargs=True)
+    model.register_forward_pre_hook(lambda model, args, kwargs: hidden_inputs.pop(), with_kwargs=True)
 
 
 def local_part(parameter: Tensor, begin: int, end: int) -> tuple[Tensor, int]:

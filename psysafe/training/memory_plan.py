@@ -1,14 +1,14 @@
-"""The memory plan: what every layer keeps for its backward pass and what it makes again, so that a step just fits.
+"""The memory plan: what every layer saves for its backward pass and what it recomputes, so that a step just fits.
 
     plan = Plan(model.config, adapters.targets, adapters.rank, limit=84_000_000_000, fixed=53_840_000_000)
-    plan.choose(Sizes.largest(tokens=4096, documents=4))     # what is dropped, what is kept, the peak, the cost
+    plan.choose(Sizes.largest(tokens=4096, documents=4))     # what is recomputed, what is saved, the peak, the cost
     plan.apply(model, Sizes.of([650, 1200, 800]))            # before a micro-batch's forward pass; host work only
 
-Counted is what the Triton kernels save, byte for byte (tests/test_memory.py compares with autograd's own count), for
-adapters of rank 1. Per layer, five calls can be made again (recompute.py). They are dropped cheapest first, by time per
-byte: convolution and rotary embedding, then the delta rule, then the GEMMs of gate|up and of the mixer's input.
-Attention's output is always kept, and so is the residual stream, whose recomputation would need down_proj: 17,408 FLOP
-a byte, three times the price of any other GEMM.
+Counted is what the Triton kernels save, byte for byte (tests/test_memory.py compares with autograd's own count). Per
+layer, five stages can be recomputed (psysafe/model/recompute.py). They are dropped cheapest first, by time per byte:
+convolution and rotary embedding, then the delta rule, then the GEMMs of gate|up and of the mixer's input. Attention's
+output is always saved. So is the residual stream, whose recomputation would need down_proj: 17,408 FLOP a byte, three
+times the price of any other GEMM.
 """
 
 from collections.abc import Iterable
@@ -24,8 +24,8 @@ from psysafe.training.roofline import DELTA_RULE, SPEEDS
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
 H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
-LOSS_ROWS = 4095  # most rows of logits that exist at once (kernels/ops/linear_cross_entropy.py: chunks)
-FUSED_ROWS = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/ops/_launch.py)
+MAX_LOSS_ROWS = 4095  # rows of logits that exist at once (kernels/ops/linear_cross_entropy.py: chunks)
+MAX_FUSED_RANK = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/ops/_launch.py)
 WORKSPACE = 150_000_000  # cuBLAS's workspaces, column sums of the adapters' gradients, schedules
 
 
@@ -40,81 +40,126 @@ class Sizes(NamedTuple):
     @staticmethod
     def of(lengths: Iterable[int], rows: int | None = None) -> "Sizes":
         lengths = list(lengths)
-        chunks, checkpoints = (sum(-(-n // size) for n in lengths) for size in (DELTA_CHUNK, SEGMENT))
+        chunks, segments = (sum(-(-n // size) for n in lengths) for size in (DELTA_CHUNK, SEGMENT))
         tokens = sum(lengths)
-        return Sizes(tokens, chunks, checkpoints - len(lengths), tokens if rows is None else rows)
+        # A document's first segment starts at zero: no state is saved for it.
+        return Sizes(tokens, chunks, segments - len(lengths), tokens if rows is None else rows)
 
     @staticmethod
     def largest(tokens: int, documents: int) -> "Sizes":
-        """The most that so many tokens in so many documents can need."""
+        """The largest sizes that so many tokens in so many documents can have."""
         return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, tokens)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that one layer keeps for its backward pass: `kept` always, and each stage's unless it is made again."""
+    """Bytes that one layer saves for its backward pass: `always`, and those of each stage unless it is recomputed."""
 
-    kept: int
+    always: int
     stages: dict[str, int]
+
+    def __add__(self, other: "Saved") -> "Saved":
+        return Saved(self.always + other.always, self.stages | other.stages)
 
 
 class Choice(NamedTuple):
-    """A plan for one size of micro-sizes."""
+    """The choice for micro-batches of one size."""
 
-    dropped: tuple[frozenset[str], ...]  # by layer
-    layers: tuple[int, ...]  # bytes kept by each layer
-    saved: int  # bytes kept in all
+    recomputed: tuple[frozenset[str], ...]  # stages by layer
+    layers: tuple[int, ...]  # bytes saved by each layer
+    saved: int  # bytes saved in all
     peak: int
-    seconds: float  # time for what is made again, at an H100's speed
+    seconds: float  # of recomputation, at an H100's speed
 
 
 def saved_bytes(
     config: ModelConfig, layer: int, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2
 ) -> Saved:
     """What layer `layer` saves on the Triton path. element: bytes of an activation (2: bf16)."""
-    T, D, size = sizes.tokens, config.hidden_size, config.intermediate_size
-    heads, values, keys = config.num_attention_heads, config.linear_num_value_heads, config.linear_num_key_heads
-    rows = sizes.rows if layer == config.num_hidden_layers - 1 else T
-    fused, targets = rank == 1, set(targets)
+    return _LayerBytes(config, layer, sizes, frozenset(targets), rank, element).saved()
 
-    def u(T: int, *parts: str) -> int:
-        """A fused layer's u has a column for each of its projections as soon as one of them has an adapter."""
-        return 4 * T * rank * len(parts) if targets & set(parts) else 0
 
-    def stream(T: int) -> int:
-        return T * (D * element + 4)  # the residual stream and its inverse RMS
+@dataclass(frozen=True)
+class _LayerBytes:
+    config: ModelConfig
+    layer: int
+    sizes: Sizes
+    targets: frozenset[str]
+    rank: int
+    element: int
 
-    mlp, down = u(rows, "gate_proj", "up_proj"), u(rows, "down_proj")
-    kept = (stream(rows) if layer or fused else 0) + mlp + (8 * rows if rows < T else 0)
-    stages = {"gate_up": rows * 2 * size * element}
-    # What is not fused keeps its operands in fp32: x where A is applied, the GEMM's output where B is.
-    if not fused and mlp:
-        kept, stages["gate_up"] = kept + 4 * rows * (D + 2 * size), 0
-    kept += 4 * rows * size if not fused and down else 0
-    if config.layer_types[layer] == "full_attention":
-        into, out = u(T, "q_proj", "k_proj", "v_proj"), u(rows, "o_proj")
-        kept += stream(T) + into + out + T * (config.attention_out * element + 4 * heads)
+    def saved(self) -> Saved:
+        is_attention = self.config.layer_types[self.layer] == "full_attention"
+        saved = self.mlp() + (self.attention() if is_attention else self.delta_net())
+        # The input norm adds the previous layer's down_proj term: it saves that u.
+        return saved + Saved(self.u(self.sizes.tokens, "down_proj") if self.layer else 0, {})
+
+    @property
+    def rows(self) -> int:
+        """Rows that pass the MLP: in the last layer only those that feed a trained token."""
+        return self.sizes.rows if self.layer == self.config.num_hidden_layers - 1 else self.sizes.tokens
+
+    def u(self, rows: int, *parts: str) -> int:
+        """A fused layer's u has columns for each of its projections as soon as one of them has an adapter."""
+        return 4 * rows * self.rank * len(parts) if self.targets & set(parts) else 0
+
+    def stream(self, rows: int) -> int:
+        """The residual stream and its inverse RMS."""
+        return rows * (self.config.hidden_size * self.element + 4)
+
+    def mlp(self) -> Saved:
+        D, size, rows = self.config.hidden_size, self.config.intermediate_size, self.rows
+        into, out = self.u(rows, "gate_proj", "up_proj"), self.u(rows, "down_proj")
+        # The norm saves its input for its own gradient, which layer 0 does not need, and at rank 1 for dA.
+        always = into + (self.stream(rows) if self.layer or self.rank == 1 else 0)
+        if rows < self.sizes.tokens:
+            always += 8 * rows  # their indices
+        gate_up = rows * 2 * size * self.element
+        # Above rank 1 the adapter is not fused and saves its operands in fp32: x where A is applied, and where B is,
+        # the sum of GEMM and term. Nothing saves the GEMM's own output, so dropping it would free nothing.
+        if self.rank > 1 and into:
+            always, gate_up = always + 4 * rows * (D + 2 * size), 0
+        if self.rank > 1 and out:
+            always += 4 * rows * size
+        return Saved(always, {"gate_up": gate_up})
+
+    def attention(self) -> Saved:
+        config, T = self.config, self.sizes.tokens
+        into, out = self.u(T, "q_proj", "k_proj", "v_proj"), self.u(self.rows, "o_proj")
+        # Attention's output and, for each head, the logarithm of its softmax's sum.
+        core = T * (config.attention_out * self.element + 4 * config.num_attention_heads)
+        always = self.stream(T) + into + out + core
         # The rotary kernel's outputs have the columns of its input.
-        stages |= {"in_proj": T * config.attention_in * element, "rope": T * config.attention_in * element}
-        if not fused and into:
-            kept, stages["in_proj"] = kept + 4 * T * (D + config.attention_in), 0
-        if rank > FUSED_ROWS and out:
-            kept += 4 * T * config.attention_out
-    else:
-        into, out = u(T, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), u(rows, "out_proj")
-        if not (layer or into or out):
-            return Saved(kept, stages)  # below the first adapter there is no backward pass
-        kept += (stream(T) if layer else 0) + into + out + (4 * T * D if into else 0)
-        if rank > FUSED_ROWS and out:
-            kept += 4 * T * config.delta_out
-        tiles = sizes.chunks * DELTA_CHUNK * (2 * values * DELTA_CHUNK * element + 4 * (3 * values + 2 * keys))
-        states = sizes.checkpoints * values * config.linear_key_head_dim * config.linear_value_head_dim * 4
-        stages |= {
-            "in_proj": T * config.delta_in * element,
-            "conv": T * config.conv_channels * element,
-            "delta_rule": T * config.delta_out * element + tiles + states,
-        }
-    return Saved(kept + (u(T, "down_proj") if layer else 0), stages)
+        in_proj = rope = T * config.attention_in * self.element
+        if self.rank > 1 and into:
+            always, in_proj = always + 4 * T * (config.hidden_size + config.attention_in), 0
+        if self.rank > MAX_FUSED_RANK and out:
+            always += 4 * T * config.attention_out
+        return Saved(always, {"in_proj": in_proj, "rope": rope})
+
+    def delta_net(self) -> Saved:
+        config, T = self.config, self.sizes.tokens
+        into = self.u(T, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        out = self.u(self.rows, "out_proj")
+        if not (self.layer or into or out):
+            return Saved(0, {})  # below the first adapter there is no backward pass
+        always = into + out
+        if self.layer:
+            always += self.stream(T)
+        if into:
+            always += 4 * T * config.hidden_size
+        if self.rank > MAX_FUSED_RANK and out:
+            always += 4 * T * config.delta_out
+        in_proj, conv, o = (T * n * self.element for n in (config.delta_in, config.conv_channels, config.delta_out))
+        return Saved(always, {"in_proj": in_proj, "conv": conv, "delta_rule": o + self.delta_rule_states()})
+
+    def delta_rule_states(self) -> int:
+        """Two (64, 64) tiles a chunk and head; gates and norms of its tokens in fp32; the saved states in fp32."""
+        config, sizes = self.config, self.sizes
+        H, dk, dv = config.state_shape
+        tokens = sizes.chunks * DELTA_CHUNK
+        tiles = tokens * (2 * H * DELTA_CHUNK * self.element + 4 * (3 * H + 2 * config.linear_num_key_heads))
+        return tiles + sizes.checkpoints * H * dk * dv * 4
 
 
 def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2) -> int:
@@ -124,10 +169,10 @@ def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: 
     return sizes.tokens * 4 * config.rotary_dim + rows * (D * element + 4 + u) + rows * D * element
 
 
-def again_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
-    """Seconds a token to make a stage again on an H100, by layer type and stage."""
+def recompute_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
+    """Seconds a token to recompute a stage on an H100, by layer type and stage."""
     D, speed = config.hidden_size, SPEEDS["H100"]
-    norm = 2 * 2 * D / speed.bandwidth
+    norm = 2 * 2 * D / speed.bandwidth  # the GEMM's input x is recomputed with it
     rule = config.useful_flops(context=0)["delta rule"].forward / max(1, config.delta_layers)
 
     def gemm(columns: int) -> float:
@@ -145,7 +190,7 @@ def again_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Chooses what is made again, for a micro-batch of any size, so that `limit` bytes are never exceeded.
+    """Chooses what is recomputed, for a micro-batch of any size, so that `limit` bytes are never exceeded.
 
     fixed: bytes that are there whatever the micro-batch: weights, adapter, optimiser.
     """
@@ -161,45 +206,49 @@ class Plan:
         """The cheapest choice that fits; UserError with the numbers and the flags to change if none does."""
         config, layers = self.config, range(self.config.num_hidden_layers)
         saved = [saved_bytes(config, i, sizes, self.targets, self.rank, self.element) for i in layers]
-        kept = [x.kept + sum(x.stages.values()) for x in saved]
-        total = sum(kept) + tail_bytes(config, sizes, self.targets, self.rank, self.element)
-        beside = self.fixed + WORKSPACE + self.scratch(sizes)
-        cost = again_seconds(config)
-        # Early layers first: when backward comes to them, the late layers' tensors are gone.
-        order = sorted(
-            (cost[config.layer_types[i], name] * sizes.tokens / size, i, name)
-            for i in layers
-            for name, size in saved[i].stages.items()
-            if size
-        )
-        dropped: list[set[str]] = [set() for _ in layers]
+        by_layer = [x.always + sum(x.stages.values()) for x in saved]
+        total = sum(by_layer) + tail_bytes(config, sizes, self.targets, self.rank, self.element)
+        rest = self.fixed + WORKSPACE + self.scratch(sizes)
+        recomputed: list[set[str]] = [set() for _ in layers]
         seconds = 0.0
-        for price, i, name in order:
-            if beside + total <= self.limit:
+        for price, i, stage in self._by_price(saved, sizes):
+            if rest + total <= self.limit:
                 break
-            size = saved[i].stages[name]
-            dropped[i].add(name)
-            kept[i], total, seconds = kept[i] - size, total - size, seconds + price * size
-        if beside + total > self.limit:
+            size = saved[i].stages[stage]
+            recomputed[i].add(stage)
+            by_layer[i], total, seconds = by_layer[i] - size, total - size, seconds + price * size
+        if rest + total > self.limit:
             raise UserError(
-                f"micro-batches of {sizes.tokens:,} tokens need {(beside + total) / 1e9:.1f} GB even with everything "
-                f"made again that can be; {self.limit / 1e9:.1f} GB are free for it: lower --micro-batch-tokens (and "
+                f"micro-batches of {sizes.tokens:,} tokens need {(rest + total) / 1e9:.1f} GB even with everything "
+                f"recomputed that can be; {self.limit / 1e9:.1f} GB are free for it: lower --micro-batch-tokens (and "
                 "--max-tokens, for a longer row stands alone), take --embedding cpu, or raise --memory-limit"
             )
-        return Choice(tuple(map(frozenset, dropped)), tuple(kept), total, beside + total, seconds)
+        return Choice(tuple(map(frozenset, recomputed)), tuple(by_layer), total, rest + total, seconds)
+
+    def _by_price(self, saved: list[Saved], sizes: Sizes) -> list[tuple[float, int, str]]:
+        """(seconds a byte, layer, stage), cheapest first.
+
+        At the same price early layers come first: when backward reaches them, the tensors of the late ones are gone.
+        """
+        seconds = recompute_seconds(self.config)
+        return sorted(
+            (seconds[self.config.layer_types[i], stage] * sizes.tokens / size, i, stage)
+            for i, layer in enumerate(saved)
+            for stage, size in layer.stages.items()
+            if size
+        )
 
     def scratch(self, sizes: Sizes) -> int:
-        """Most bytes in use at once beside what is saved: one chunk of logits, or one layer's backward pass."""
+        """Bytes in use at once beside what is saved, at most: one chunk of logits, or one layer's backward pass."""
         config, T = self.config, sizes.tokens
         D, size = config.hidden_size, config.intermediate_size
-        logits = min(sizes.rows, LOSS_ROWS) * config.vocab_size
-        # gate|up made again, its gradient, that of SwiGLU's output, and the stream's on both sides.
+        logits = min(sizes.rows, MAX_LOSS_ROWS) * config.vocab_size
+        # gate|up recomputed, its gradient, that of SwiGLU's output, and the stream's on both sides.
         mlp = T * (5 * size + 6 * D)
-        # The mixer's tensors made again and their gradients; R, S and dS of the delta rule.
-        heads = config.linear_num_value_heads
-        states = 2 * sizes.chunks * heads * config.linear_key_head_dim * config.linear_value_head_dim
+        # The mixer's tensors recomputed and their gradients; R, S and dS of the delta rule.
+        H, dk, dv = config.state_shape
         delta = T * (2 * (config.delta_in + config.conv_channels) + 4 * config.delta_out + 6 * D)
-        delta += 2 * sizes.chunks * DELTA_CHUNK**2 * heads + states
+        delta += 2 * sizes.chunks * DELTA_CHUNK**2 * H + 2 * sizes.chunks * H * dk * dv
         attention = T * (4 * config.attention_in + 3 * config.attention_out + 6 * D)
         kinds = {"full_attention": attention, "linear_attention": delta}
         return self.element * max(logits, mlp, *(kinds[kind] for kind in set(config.layer_types)))
@@ -207,17 +256,17 @@ class Plan:
     def apply(self, model: Qwen3_5, sizes: Sizes) -> Choice:
         """Sets for every block of the model what backward recomputes, from the next forward pass on."""
         choice = self.choose(sizes)
-        for block, dropped in zip(model.layers, choice.dropped, strict=True):
-            recompute(block, dropped)
+        for block, stages in zip(model.layers, choice.recomputed, strict=True):
+            recompute(block, stages)
         return choice
 
     def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> str:
         """The message for a GPU that ran out of memory in spite of the plan. saved: with all steps before this one."""
-        lower = (self.limit + RESERVE) / 1e9 - 2
-        kept = "the run is saved: continue" if saved else "continue from the last saved state"
+        lower_limit = (self.limit + RESERVE) / 1e9 - 2
+        state = "the run is saved: continue" if saved else "continue from the last saved state"
         return (
             f"step {step}: out of GPU memory with {self.limit / 1e9:.1f} GB planned for ({str(error).split('.')[0]}); "
-            f"{kept} with --out {out} --resume auto --memory-limit {lower:.0f}, or lower "
+            f"{state} with --out {out} --resume auto --memory-limit {lower_limit:.0f}, or lower "
             "--micro-batch-tokens, or take --embedding cpu"
         )
 
@@ -231,14 +280,14 @@ class Plan:
         ]
         groups: dict[tuple, list[int]] = {}
         for i, kind in enumerate(config.layer_types):
-            groups.setdefault((kind, choice.layers[i], choice.dropped[i]), []).append(i)
-        for (kind, size, dropped), layers in groups.items():
-            again = ", ".join(name for name in STAGES if name in dropped) or "nothing"
+            groups.setdefault((kind, choice.layers[i], choice.recomputed[i]), []).append(i)
+        for (kind, size, recomputed), layers in groups.items():
+            stages = ", ".join(name for name in STAGES if name in recomputed) or "nothing"
             which = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {layers[0]} to {layers[-1]}"
             name = {"full_attention": "attention", "linear_attention": "delta-net"}[kind]
             lines.append(
                 f"{which + ', ' + name:<32}{size / sizes.tokens / 1e3:>7.1f} KB a token{size / 1e6:>9.1f} MB"
-                f"  made again: {again}"
+                f"  recomputed: {stages}"
             )
-        lines.append(f"made again in {1e3 * choice.seconds:.0f} ms a micro-batch on an H100 (computed, not measured)")
+        lines.append(f"recomputed in {1e3 * choice.seconds:.0f} ms a micro-batch on an H100 (computed, not measured)")
         return lines

@@ -1,8 +1,8 @@
 """What a training step has to compute and to move, and how long that takes at best: the yardstick of MFU and benchmark.
 
 Useful work is the forward pass, the gradient with respect to activations, and the attention and delta-rule cores. The
-base is frozen, so there is no third GEMM, and the usual 6 N FLOP a token would flatter by 1.46. Work done again to
-save memory does not count. Per token, from the architecture alone:
+base is frozen, so there is no third GEMM, and the usual 6 N FLOP a token would flatter by 1.46. Recomputation does not
+count. Per token, from the architecture alone:
 
     sum(part.forward + part.backward for part in config.useful_flops(context=4096).values())      # 27B: 106.7e9
 """
@@ -14,7 +14,7 @@ from psysafe.model.config import ForwardBackward, ModelConfig
 
 
 class Speed(NamedTuple):
-    """What large GEMMs (FLOP/s) and streaming kernels (bytes/s) reach, which is less than the data sheet says; and the
+    """What large GEMMs (FLOP/s) and streaming kernels (bytes/s) reach, which is less than the data sheet says, and the
     bytes of memory that the GPU reports.
     """
 
@@ -35,6 +35,7 @@ def context(lengths: Sequence[int]) -> float:
 
 
 def flops_per_token(config: ModelConfig, context: float, trained: float = 1.0) -> float:
+    """Useful FLOP of a training token, forward and backward."""
     return sum(map(sum, config.useful_flops(context, trained).values()))
 
 
@@ -58,10 +59,11 @@ def elementwise_bytes(config: ModelConfig, trained: float = 1.0) -> dict[str, Fo
 
 
 def step_seconds(
-    config: ModelConfig, tokens: float, context: float, trained: float, speed: Speed, again: float = 0.0
+    config: ModelConfig, tokens: float, context: float, trained: float, speed: Speed, recompute: float = 0.0
 ) -> dict[str, float]:
-    """The least time of a step by kind of kernel; again: seconds a token for what is made again. Computed, not
-    measured: launches, optimiser, imbalance and idle time come on top.
+    """The shortest time of a step by kind of kernel. recompute: seconds a token for what is recomputed.
+
+    Computed, not measured: launches, optimiser, imbalance and idle time come on top.
     """
     flops = config.useful_flops(context, trained)
     attention, rule = flops.pop("attention core"), flops.pop("delta rule")
@@ -70,6 +72,6 @@ def step_seconds(
         "attention": attention.forward / ATTENTION.forward + attention.backward / ATTENTION.backward,
         "delta rule": rule.forward / DELTA_RULE.forward + rule.backward / DELTA_RULE.backward,
         "elementwise": sum(map(sum, elementwise_bytes(config, trained).values())) / speed.bandwidth,
-        "made again": again,
+        "recompute": recompute,
     }
     return {kind: tokens * value for kind, value in seconds.items()}

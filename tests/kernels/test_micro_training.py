@@ -1,7 +1,7 @@
 """Two optimiser steps of a whole model whose every fused operation runs as Triton kernels, in Triton's interpreter.
 
 The ops are proven one by one elsewhere; this shows that they fit together: dtypes, strides and adapter terms at the
-seams, gradients through the whole stack, the optimiser behind them. configs/micro.json: four layers, two documents.
+layers, gradients through the whole stack, the optimiser behind them. configs/micro.json: four layers, two documents.
 """
 
 from pathlib import Path
