@@ -5,13 +5,12 @@ import functools
 import torch
 from torch import Tensor
 
-# An adapter's rows stay in registers beside the running sums of their gradients: q, k and v fit at D = 5120
-# without spills, a fourth row does not.
+# The rows of A and the running sums of dA stay in registers. At D = 5,120 three rows (q, k and v) fit; a fourth spills.
 MAX_FUSED_ROWS = 3
 
 
 def check_inputs(op: str, activations: dict[str, Tensor | None], frozen: dict[str, Tensor]) -> None:
-    """Raises ValueError where the Triton path would be wrong in silence: a dtype, a layout, a gradient it lacks."""
+    """ValueError for a dtype or layout that the kernel would misread, and for a gradient that it does not compute."""
     for name, x in activations.items():
         if x is None:
             continue
@@ -25,26 +24,27 @@ def check_inputs(op: str, activations: dict[str, Tensor | None], frozen: dict[st
 
 
 def fuses_A(lora_A: Tensor | None) -> bool:
-    """Whether a kernel computes u = x A^T itself. Other adapters take the plain projection after it (not free)."""
+    """Whether a kernel computes u = x A^T itself. For other adapters a plain matmul runs after it (not free)."""
     return lora_A is not None and lora_A.dtype == torch.float32 and len(lora_A) <= MAX_FUSED_ROWS
 
 
 def fuses_B(lora) -> bool:
-    """Whether a kernel adds s u B^T itself (rank 1 in fp32). Others are added before it (not free)."""
+    """Whether a kernel adds s u B^T itself: rank 1 in fp32. Other terms are added before the kernel (not free)."""
     return lora is not None and lora.B.dtype == lora.u.dtype == torch.float32 and lora.B.shape[1] == 1
 
 
 def adjacent(grad: Tensor) -> Tensor:
-    """A gradient whose rows are adjacent elements: itself, except for the layouts that autograd makes of broadcasts."""
+    """grad, copied if the elements of a row are not adjacent: so autograd passes the gradient of a broadcast."""
     return grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
 
 
 def persistent_programs(x: Tensor, items: int, per_sm: float) -> int:
-    """Programs that walk over `items`, `per_sm` on every multiprocessor: the same on every run on the same GPU."""
+    """The number of programs that share `items`: `per_sm` on each multiprocessor, so the same in every run on a GPU."""
     return max(1, min(items, int(_multiprocessors(x.device) * per_sm)))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # In the interpreter three programs: enough for partial sums to be partial, few enough to be quick.
+    # In the interpreter as on a GPU of three: several programs, so that tests cover the partial sums, and few, so that
+    # they are quick.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
