@@ -5,7 +5,6 @@ stands beside its name.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -134,8 +133,3 @@ def percent(values: Iterable[float]) -> float | None:
     """The mean of shares from 0 to 1, or of truth values, in percent; None without any."""
     values = list(values)
     return 100 * sum(values) / len(values) if values else None
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -6,11 +6,11 @@ all rows are there the file is put in the prompts' order: however often it was i
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.cli import progress
+from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
 from psysafe.data.rows import Row
 from psysafe.files import write_atomic
@@ -73,7 +73,7 @@ class AnswerFile(AppendFile):
         write_atomic(self.path, b"".join(line + b"\n" for _, line in lines))
 
 
-def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None, say: Callable) -> None:
+def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None) -> None:
     """Answers what is missing of one adapter. Every prompt is checked before the first is answered."""
     missing = file.missing(adapter)
     n_prompts = len(file.prompts)

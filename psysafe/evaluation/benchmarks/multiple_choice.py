@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.checkpoint.adapter import load_adapter
-from psysafe.cli import progress
+from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import log_likelihood
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Variant, variant_identity
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result, Table, say
+from psysafe.evaluation.result import Result, Table
 from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach
