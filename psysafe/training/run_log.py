@@ -188,7 +188,10 @@ class RunLog:
         if self.file is not None:
             self._flush(os.fsync)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
         if self.file is not None:
             self._flush(os.fsync)  # not sync: on the way out of an error the newest step may never arrive
             if self.unwritten:
@@ -200,12 +203,6 @@ class RunLog:
         if self.tracker is not None:
             self.tracker.finish()
         self.file = self.bar = self.tracker = None
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
     def _write(self, row: dict) -> None:
         # Python prints a float so that it reads back bit for bit. JSON has no word for nan and infinity: null.
