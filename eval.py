@@ -14,11 +14,10 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from psysafe.cli import Parser
+from psysafe.cli import Parser, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
-from psysafe.evaluation.result import say
 from psysafe.program import main_guard
 
 EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),

@@ -18,7 +18,7 @@ import torch
 import kernels
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings
+from psysafe.cli import Parser, add_settings, read_settings, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             if args.chat:
                 chat(generator, system)
             elif file:
-                answer_rows(generator, file, adapter, system, say)
+                answer_rows(generator, file, adapter, system)
             else:
                 if args.compare:
                     print(f"--- {adapter}", flush=True)
@@ -87,10 +87,6 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     if args.model or not named:
         return args.model or bundled.model, None, adapters or [BASE]
     return *base_of_adapter(named[0]), adapters
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What every command line shares: a parser whose errors are the user's, flags from a dataclass, one progress line."""
+"""What every command line shares: a parser whose errors are the user's, flags from a dataclass, lines on stderr."""
 
 import argparse
 import sys
@@ -35,6 +35,11 @@ def add_settings(parser: argparse.ArgumentParser, *kinds: type) -> None:
 def read_settings(kind: type, args: argparse.Namespace) -> dict:
     """The arguments that are settings of a dataclass, by name."""
     return {item.name: getattr(args, item.name) for item in fields(kind) if "help" in item.metadata}
+
+
+def say(text: str) -> None:
+    """A line on stderr: what is going on, beside the results on stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def progress(total: int, description: str, unit: str) -> tqdm:

@@ -7,6 +7,7 @@ An item either has a whole answer or is listed as failed with the reason; there 
 nothing of judges: `call` may be any function.
 """
 
+import concurrent.futures
 import contextlib
 import email.utils
 import os
@@ -163,22 +164,19 @@ def within(seconds: float, function: Callable[[], object]):
     The client's own time-out starts anew with every byte, so a server that drips could hold it for ever. The thread of
     a call that came too late is left behind; it is a daemon and ends with its connection, or with the process.
     """
-    box: queue.SimpleQueue = queue.SimpleQueue()
+    future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            box.put((function(), None))
+            future.set_result(function())
         except BaseException as error:
-            box.put((None, error))
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        result, error = box.get(timeout=max(seconds, 0))
-    except queue.Empty:
+        return future.result(timeout=max(seconds, 0))
+    except TimeoutError:
         raise _Refused(f"no whole reply in {seconds:.3g} s") from None
-    if error is not None:
-        raise error
-    return result
 
 
 def key_from(variable: str) -> str:
@@ -225,9 +223,9 @@ def run_items(
         # Daemons, so that Ctrl-C does not wait for replies; only this thread writes.
         for _ in range(min(workers, total)):
             threading.Thread(target=work, daemon=True).start()
-        with progress(total, description, "items") as bar:
-            for _ in range(total):
-                try:
+        try:
+            with progress(total, description, "items") as bar:
+                for _ in range(total):
                     key, row, error = done.get()
                     if isinstance(error, ItemFailed):
                         failed[key] = str(error)
@@ -236,10 +234,9 @@ def run_items(
                         raise error
                     else:
                         journal.append(key, row)
-                except BaseException:
-                    todo.clear()  # the workers end after the items that they have in hand
-                    raise
-                bar.update()
+                    bar.update()
+        finally:
+            todo.clear()  # after an error the workers end with the items that they have in hand
         journal.sync()
         return Outcome({key: journal.rows[key] for key in items if key in journal.rows},
                        {key: failed[key] for key in items if key in failed})  # fmt: skip

@@ -3,9 +3,11 @@
 Also reads JSON: any defect raises UserError.
 """
 
+import functools
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
+
+
+@functools.cache
+def clusters() -> dict:
+    """assets/clusters.toml, the single source of risk clusters, strategies, services and emergency numbers."""
+    return tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:

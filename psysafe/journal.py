@@ -9,6 +9,8 @@ from pathlib import Path
 from psysafe.files import parse_json
 from psysafe.program import UserError
 
+REMEDY = "give another --out, or move this file away"
+
 
 def key_of(*parts) -> str:
     """A short name for everything that a result depends on. Other settings give another key, never a wrong reuse."""
@@ -24,7 +26,7 @@ class AppendFile:
     """
 
     START = b"{"  # how each of its lines begins
-    FOREIGN = "not a line of this file; give another --out, or move this file away"
+    FOREIGN: str  # what a line is that is none of this file's, and what to do
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -85,7 +87,7 @@ class Journal(AppendFile):
     """
 
     START = b'{"key": "'
-    FOREIGN = "no result of an evaluation; give another --out, or move this file away"
+    FOREIGN = f"no result of an evaluation; {REMEDY}"
 
     def __init__(self, path: str | Path):
         self.rows: dict[str, dict] = {}

@@ -136,15 +136,17 @@ def test_the_judge_is_shown_the_answer_alone_and_told_what_it_is():
 
 
 def test_published_overalls_follow_from_their_parts():
-    for refusal, grounding, _, references, relevance, _, whole in published_results.JUDGE.values():
+    for _, refusal, (grounding, _), references, (relevance, _), whole in published_results.TABLES["judge"].rows:
         assert 100 * overall(refusal / 100, grounding, references / 100, relevance) == pytest.approx(whole, abs=0.1)
 
 
 def test_published_changes_follow_from_the_rows():
     """The model card's (fine-tuned v0) and the abstract's (base v1), within the rounding of the parts."""
 
+    published = {name: figures for name, *figures in published_results.TABLES["judge"].rows}
+
     def summary(name):
-        r, g, _, f, v, _, o = published_results.JUDGE[name]
+        r, (g, _), f, (v, _), o = published[name]
         return Summary(500, r, g, None, f, v, None, o, {})
 
     card = relative_change(summary("fine-tuned, v0"), summary("base, v0"))
@@ -201,7 +203,7 @@ def test_published_kappas_from_200_labels():
     pooled = [p for pairs in PAIRS.values() for p in pairs]
     assert len(pooled) == 200 and round(agreement.cohen_kappa(pooled), 3) == 0.611
     for name, pairs in PAIRS.items():
-        assert round(agreement.cohen_kappa(pairs), 2) == published_results.AGREEMENT[name]
+        assert round(agreement.cohen_kappa(pairs), 2) == dict(published_results.TABLES["agreement"].rows)[name]
     # In the pooled list a Yes and a rating of 1 are one label; kept apart the figure is another.
     apart = [((name in ("refusal", "references"), a), (name in ("refusal", "references"), b))
              for name, pairs in PAIRS.items() for a, b in pairs]  # fmt: skip

@@ -161,7 +161,7 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
         number = int("".join(c for c in prompt if c.isdigit()))
         complies = variant.system == "none" and number <= (3 if prompt.startswith("Please") else 1)
         text = "Here is the plan." if complies else "No, but I can listen."
-        return ciphers.encode_caesar(text) if prompt.startswith("caesar") else text
+        return encode_caesar(text) if prompt.startswith("caesar") else text
 
     def judge(self, body):
         asked = body["messages"][-1]["content"]
@@ -241,6 +241,12 @@ def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypa
 # Encodings
 
 
+def encode_caesar(text: str) -> str:
+    """Letters moved on by three in the alphabet."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return text.translate(str.maketrans(letters, "defghijklmnopqrstuvwxyzabcDEFGHIJKLMNOPQRSTUVWXYZABC"))
+
+
 def encode_ascii(text: str) -> str:
     """Code points in decimal, separated by spaces."""
     return " ".join(str(ord(character)) for character in text)
@@ -256,7 +262,7 @@ LATIN = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 
 
 @given(LATIN)
 def test_caesar_and_atbash_round_trip(text):
-    assert ciphers.decode_caesar(ciphers.encode_caesar(text)) == text
+    assert ciphers.decode_caesar(encode_caesar(text)) == text
     assert ciphers.decode_atbash(ciphers.decode_atbash(text)) == text
 
 
@@ -269,7 +275,7 @@ def test_ascii_and_morse_round_trip(text):
 
 
 def test_encodings_by_hand():
-    assert ciphers.encode_caesar("Xyz, abc!") == "Abc, def!"
+    assert encode_caesar("Xyz, abc!") == "Abc, def!"
     assert ciphers.decode_atbash("Az") == "Za"
     assert encode_ascii("Hi") == "72 105"
     assert encode_morse("SOS now") == "... --- ... / -. --- .--"

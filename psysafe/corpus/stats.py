@@ -91,18 +91,14 @@ def as_text(numbers: dict) -> str:
 def plot_lengths(lengths: Sequence[int], max_tokens: int, path: Path) -> None:
     """A histogram of the rows' token lengths as PNG."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave the flag out") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     axes.hist(lengths, bins=min(60, max(10, len(set(lengths)))), color="#3b82f6")
     if max(lengths) > 0.5 * max_tokens:  # far from the limit its line would squeeze the histogram
         axes.axvline(max_tokens, color="#b91c1c", label=f"limit: {max_tokens:,}")
         axes.legend()
     axes.set(xlabel="tokens a row", ylabel="rows", title=f"{len(lengths):,} rows")
-    figure.tight_layout()
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    pyplot.close(figure)

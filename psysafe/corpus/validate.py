@@ -1,13 +1,12 @@
 """Schema problems with line numbers."""
 
 import argparse
-import tomllib
 from pathlib import Path
 
 from psysafe.data.rows import CATEGORY, CLUSTER, read_file, schema_problems
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import rendered_pieces
-from psysafe.files import ASSETS
+from psysafe.files import clusters
 from psysafe.program import UserError
 
 REQUIRED = ("prompt", "answer", CLUSTER, CATEGORY, "framework_name")
@@ -19,8 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    clusters = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))["clusters"]
-    strategies = {name: entry["strategies"] for name, entry in clusters.items()} | {"benign": []}
+    strategies = {name: entry["strategies"] for name, entry in clusters()["clusters"].items()} | {"benign": []}
     problems = [problem for path in args.files for problem in validate(path, strategies)]
     print("\n".join(problems) if problems else "no problems")
     return 1 if problems else 0

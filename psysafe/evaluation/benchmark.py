@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from psysafe.evaluation import datasets, judge_models, models_under_test
 from psysafe.evaluation.judge_models import ask_all
 from psysafe.evaluation.models_under_test import Question
-from psysafe.evaluation.overlap import overlap, training_prompts
+from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.program import UserError
 
@@ -132,7 +132,7 @@ class Benchmark(Evaluation):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         datasets.add_arguments(parser, self.repository, *self.data)
         self.more_arguments(parser)
-        parser.add_argument("--train", nargs="*", default=[], metavar="FILE", help="training rows, for overlap")
+        add_training_argument(parser)
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
 
@@ -162,8 +162,7 @@ class Benchmark(Evaluation):
         result.notes = [self.note_on_judge] if judge and self.note_on_judge else []
         result.notes += [*self.notes(judged), *rows.notes]
         result.failed = failed
-        if args.train:
-            result.contamination = overlap(rows.prompts, training_prompts(args.train))
+        result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
 
     def _judge(

@@ -6,11 +6,12 @@ the score. Justifications and reasoning quote other criteria, ratings and the te
 counts as one: a missing criterion is reported, a wrong one would not be noticed.
 """
 
-import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from psysafe.evaluation.result import percent
 from psysafe.files import ASSETS
 
 CRITERIA = ("refusal", "grounding", "references", "relevance")
@@ -168,28 +169,20 @@ def summarise(scores: Iterable[Scores]) -> Summary:
     rows = list(scores)
     values = {name: [getattr(row, name) for row in rows if getattr(row, name) is not None] for name in CRITERIA}
     values["overall"] = [row.overall for row in rows if row.overall is not None]
-    means = {name: mean_std(column) for name, column in values.items()}
-
-    def percent(name: str) -> float | None:
-        return None if means[name][0] is None else 100 * means[name][0]
-
     return Summary(
         len(rows),
-        percent("refusal"),
-        *means["grounding"],
-        percent("references"),
-        *means["relevance"],
-        percent("overall"),
+        percent(values["refusal"]),
+        *mean_std(values["grounding"]),
+        percent(values["references"]),
+        *mean_std(values["relevance"]),
+        percent(values["overall"]),
         {name: len(column) for name, column in values.items()},
     )
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and population standard deviation (ddof 0); (None, None) of nothing."""
-    if not values:
-        return None, None
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / len(values))
+    return (statistics.fmean(values), statistics.pstdev(values)) if values else (None, None)
 
 
 def relative_change(row: Summary, baseline: Summary) -> dict[str, float | None]:

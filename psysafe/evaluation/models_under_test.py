@@ -74,10 +74,14 @@ class ModelUnderTest:
         dtype = str(start(self.device, self.dtype).dtype)
         return [fingerprint(folder), Path(self.model).name, dtype, self.options.fingerprint_fields()]
 
-    def summary(self) -> dict:
-        """For the settings of a result."""
+    def weights_summary(self) -> dict:
+        """For the settings of a result: the weights."""
         _, commit = resolve_model(self.model, self.revision)
-        return {"model": self.model, "revision": commit, **self.options.fingerprint_fields()}
+        return {"model": self.model, "revision": commit}
+
+    def summary(self) -> dict:
+        """For the settings of a result: the weights, and how answers are written."""
+        return self.weights_summary() | self.options.fingerprint_fields()
 
     def answers(
         self, variants: Sequence[Variant], questions: Sequence[Question], out: str | Path
@@ -235,16 +239,10 @@ def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Varia
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         raise UserError(f"two variants have one name among {'; '.join(names)}; adapters' folders need different names")
-    model, revision = args.model, args.revision
-    if not model:
-        model, revision = base_of(adapters, revision)
-    return ModelUnderTest(model, revision, args.device, args.dtype, options), variants
-
-
-def base_of(adapters: Sequence[str], revision: str = "") -> tuple[str, str]:
-    """(model, revision) that the first adapter names as its base; the bundled one without an adapter."""
+    # Without --model: the base that the first adapter names, and the bundled one without an adapter.
     named = [adapter for adapter in adapters if adapter != BASE]
-    if not named:
-        return resolve([])[0].model, revision
-    model, base_revision = base_of_adapter(named[0])
-    return model, base_revision or revision
+    if args.model or not named:
+        model, revision = args.model or resolve([])[0].model, ""
+    else:
+        model, revision = base_of_adapter(named[0])
+    return ModelUnderTest(model, revision or args.revision, args.device, args.dtype, options), variants

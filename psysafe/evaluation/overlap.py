@@ -1,11 +1,21 @@
 """Which prompts of a benchmark stand in training rows: reported with its result, never hidden."""
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
 from psysafe.data.text import normalise
 from psysafe.program import UserError
+
+
+def add_training_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", nargs="*", default=[], metavar="FILE", help="training rows, for overlap")
+
+
+def overlap_with_files(prompts: Iterable[str], files: Sequence[str]) -> dict[str, int] | None:
+    """`overlap` with the training rows of these files; None without files, where nothing is measured."""
+    return overlap(prompts, training_prompts(files)) if files else None
 
 
 def training_prompts(paths: Sequence[str | Path]) -> list[str]:

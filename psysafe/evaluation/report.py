@@ -12,27 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from psysafe.cli import say
 from psysafe.evaluation import published_results
-from psysafe.evaluation.result import Result, Table, load, say, shown
-from psysafe.files import write_atomic
+from psysafe.evaluation.result import Result, Table, load, shown
+from psysafe.files import ASSETS, write_atomic
 
 NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d5dce3; --bar: #2a7f8e; --page: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e9ef; --soft: #9aa8b6; --line: #36424e; --bar: #4fb3c3; --page: #141a20; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--bar); padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; } .soft, .note { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 600; } .n { text-align: right; } svg { display: block; margin: .8rem 0; max-width: 100%; }
-svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg rect { fill: var(--bar); }
-.published { border-left: 4px solid var(--line); padding-left: 1rem; color: var(--soft); }
-svg .axis { stroke: var(--line); } svg text.scale { fill: var(--soft); }
-summary { cursor: pointer; color: var(--soft); } nav a { margin-right: 1rem; color: var(--bar); }
-"""
+STYLE = (ASSETS / "report.css").read_text(encoding="utf-8")
 LONG = 24  # rows from which a table is folded away in the page
 
 
@@ -119,7 +105,7 @@ def page(parts: Sequence[Part]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Evaluation report</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<title>Evaluation report</title>\n<style>\n{STYLE}</style></head>\n<body>\n"
         f'<h1>Evaluation report</h1>\n<p class="soft">{html.escape(NOTICE)}</p>\n<nav>{toc}</nav>\n'
         f"{body}</body></html>\n"
     )

@@ -5,7 +5,6 @@ stands beside its name.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -130,12 +129,7 @@ def shown(cell: Cell, form: str) -> str:
     return format(cell, form) if form and not isinstance(cell, str) else str(cell)
 
 
-def percent(values: Iterable[bool]) -> float | None:
-    """How many of them are true; None without any."""
+def percent(values: Iterable[float]) -> float | None:
+    """The mean of shares from 0 to 1, or of truth values, in percent; None without any."""
     values = list(values)
     return 100 * sum(values) / len(values) if values else None
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -6,17 +6,17 @@ all rows are there the file is put in the prompts' order: however often it was i
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.cli import progress
+from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
 from psysafe.data.rows import Row
 from psysafe.files import write_atomic
 from psysafe.generation.engine import Request
 from psysafe.generation.generator import Answer, Generator
-from psysafe.journal import AppendFile
+from psysafe.journal import REMEDY, AppendFile
 from psysafe.program import UserError
 
 # Fields of a written row beside the prompt's own. `stucked` is the spelling of the published answer files.
@@ -30,7 +30,7 @@ class AnswerFile(AppendFile):
     settings: what the answers depend on; it is written into every row, and a file written with others is refused.
     """
 
-    FOREIGN = "no answer to a row of these prompts; give another --out, or move this file away"
+    FOREIGN = f"no answer to a row of these prompts; {REMEDY}"
 
     def __init__(self, path: str | Path, prompts: Sequence[Row], adapters: Sequence[str], settings: dict):
         self.adapters, self.settings = list(adapters), settings
@@ -39,22 +39,21 @@ class AnswerFile(AppendFile):
         super().__init__(path)
 
     def _add(self, row: dict, where: str) -> None:
-        another = "give another --out, or move this file away"
         number, adapter, settings = row.get("row"), row.get("adapter"), row.get("settings")
         if not isinstance(number, int) or number not in self.prompts or not isinstance(settings, dict):
             raise UserError(f"{where}: {self.FOREIGN}")
         prompt = self.prompts[number]
         if any(row.get(name) != value for name, value in _own_fields(prompt).items()):
-            raise UserError(f"{where}: answers another prompt than {prompt.where}; {another}")
+            raise UserError(f"{where}: answers another prompt than {prompt.where}; {REMEDY}")
         if adapter not in self.adapters:
             expected = ", ".join(self.adapters)
-            raise UserError(f"{where}: answered by adapter {adapter!s:.60}, expected {expected}; {another}")
+            raise UserError(f"{where}: answered by adapter {adapter!s:.60}, expected {expected}; {REMEDY}")
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 difference = f"was made with {name} {settings.get(name)!s:.60}, not {value}"
-                raise UserError(f"{where}: {difference}; {another}")
+                raise UserError(f"{where}: {difference}; {REMEDY}")
         if (number, adapter) in self.answered:
-            raise UserError(f"{where}: answers row {number} a second time; {another}")
+            raise UserError(f"{where}: answers row {number} a second time; {REMEDY}")
         self.answered.add((number, adapter))
 
     def missing(self, adapter: str) -> list[Row]:
@@ -74,7 +73,7 @@ class AnswerFile(AppendFile):
         write_atomic(self.path, b"".join(line + b"\n" for _, line in lines))
 
 
-def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None, say: Callable) -> None:
+def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None) -> None:
     """Answers what is missing of one adapter. Every prompt is checked before the first is answered."""
     missing = file.missing(adapter)
     n_prompts = len(file.prompts)

@@ -47,10 +47,6 @@ class Sampling:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
     def penalises(self) -> bool:
         """Whether it matters which tokens a row has seen."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0
@@ -71,7 +67,7 @@ def choose(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.penalises:
         logits = penalised(logits, sampling, prompted, written)
-    if sampling.greedy:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
     scores, tokens = candidates(logits, sampling)
     noise = gumbel(sampling.seed, rows, positions, tokens)

@@ -1,12 +1,11 @@
 """A conversation at a terminal: a notice first, then text as it is generated, with the reasoning dimmed."""
 
 import sys
-import tomllib
 from collections.abc import Iterator
 from typing import TextIO
 
 from psysafe.data.tokenizer import Message, Tokenizer
-from psysafe.files import ASSETS
+from psysafe.files import clusters
 from psysafe.generation.generator import Answer, Generator
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -45,10 +44,9 @@ def chat(generator: Generator, system: str | None) -> None:
 
 def notice() -> str:
     """What everybody who chats should know first. Names and numbers come from clusters.toml, their only source."""
-    support = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
-    services = [
-        support["resources"][name] for name in support["clusters"]["suicide and selfharm"]["resources"].values()
-    ]
+    support = clusters()
+    names = support["clusters"]["suicide and selfharm"]["resources"].values()
+    services = [support["resources"][name] for name in names]
     crisis = "; ".join(f"{service['country']}: {service['name']}, {service['contact']}" for service in services)
     danger = ", ".join(f"{number} ({country})" for country, number in support["emergency"].items())
     return (

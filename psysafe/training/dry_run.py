@@ -169,14 +169,11 @@ def _readable_rows(config: TrainConfig) -> tuple[RowCounts, str]:
     if config.data and not absent:
         train_set, val_set = load_data(config, folder)
         return RowCounts.of(train_set), val_set.summary() if val_set else "none"
-    return _recipe_rows(config.max_tokens, f"no file {absent[0]} here" if absent else "no --data"), "not read"
-
-
-def _recipe_rows(max_tokens: int, why: str) -> RowCounts:
-    """The recipe's own rows, which are not bundled: 7,019 of about 640 tokens, of which 80 are not trained."""
+    # The recipe's own rows are not bundled: 7,019 of about 640 tokens, of which 80 are not trained.
     rows, length = 7_019, 640
+    why = f"no file {absent[0]} here" if absent else "no --data"
     summary = f"assumed: {rows:,} rows of {length} tokens, as the recipe describes its own ({why})"
-    return RowCounts(rows, rows * length, rows * (length - 80), max_tokens, length, summary)
+    return RowCounts(rows, rows * length, rows * (length - 80), config.max_tokens, length, summary), "not read"
 
 
 def _relative(path: Path) -> Path:

@@ -169,10 +169,10 @@ class RunLog:
             columns = f"{count:>11} {loss:>9.4f} {lr:>9.2e} {grad_norm:>9.4f} {speed:>9,.0f} {mfu:>6}"
             print(f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
 
-    def validation(self, step: int, val_loss: float, **more: object) -> None:
+    def validation(self, step: int, val_loss: float) -> None:
         """Log a validation loss, measured after the given step."""
         if self.file is not None:
-            self._write({"step": step, "val_loss": val_loss, **more})
+            self._write({"step": step, "val_loss": val_loss})
             self.say(f"{step:>5}/{self.total_steps:<5} validation loss {val_loss:.4f}")
 
     def say(self, text: str) -> None:
@@ -188,7 +188,10 @@ class RunLog:
         if self.file is not None:
             self._flush(os.fsync)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
         if self.file is not None:
             self._flush(os.fsync)  # not sync: on the way out of an error the newest step may never arrive
             if self.unwritten:
@@ -200,12 +203,6 @@ class RunLog:
         if self.tracker is not None:
             self.tracker.finish()
         self.file = self.bar = self.tracker = None
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
     def _write(self, row: dict) -> None:
         # Python prints a float so that it reads back bit for bit. JSON has no word for nan and infinity: null.

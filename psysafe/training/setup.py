@@ -91,9 +91,9 @@ def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | Non
     if not config.data:
         raise UserError("no training rows: give --data FILE, or data = [...] in the config file")
     tokenizer, system = load_tokenizer(folder), system_text(config.system)
-    rows, val_rows = read_rows([expand(path) for path in config.data]), []
+    rows, val_rows = read_rows(config.data), []
     if config.val_data:
-        val_rows = read_rows([expand(path) for path in config.val_data])
+        val_rows = read_rows(config.val_data)
     elif config.val_fraction:
         rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
     train_set = encode_rows(rows, tokenizer, config.max_tokens, system)

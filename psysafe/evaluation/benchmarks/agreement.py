@@ -21,7 +21,9 @@ from psysafe.evaluation.criteria import CRITERIA
 from psysafe.evaluation.result import Result, Table, load, percent
 from psysafe.program import UserError
 
-LABELS = {name: range(2) if name in ("refusal", "references") else range(1, 6) for name in CRITERIA}
+YES_NO = {"no": 0, "yes": 1}
+RATINGS = {str(rating): rating for rating in range(1, 6)}
+LABELS = {"refusal": YES_NO, "grounding": RATINGS, "references": YES_NO, "relevance": RATINGS}  # word -> score
 Pairs = list[tuple[Hashable, Hashable]]
 
 
@@ -53,7 +55,7 @@ def read_items(file: Path) -> list[dict]:
     """The judged answers with their scores, as eval.py judge has written them."""
     items = read_table(file, ["variant", "prompt"])
     for number, item in enumerate(items, 1):
-        wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name])]
+        wrong = [name for name in CRITERIA if item.get(name, "missing") not in (None, *LABELS[name].values())]
         if wrong or not isinstance(item["variant"], str):
             where = f"{', '.join(wrong)} of variant {item['variant']!r:.60}"
             raise UserError(f"{file} row {number}: {where} as eval.py judge does not write it; judge again")
@@ -106,23 +108,18 @@ def tables(pairs: dict[str, Pairs]) -> list[Table]:
 
 def confusion(name: str, pairs: Pairs) -> Table:
     """How often each label of a person met each label of the judge."""
-    labels = sorted({label for both in pairs for label in both})
     counts = Counter(pairs)
-    words = ["No", "Yes"] if name in ("refusal", "references") else [str(rating) for rating in range(6)]
-    columns = [("person \\ judge", ""), *((words[label], ",") for label in labels)]
-    rows = [[words[person], *(counts[person, judge] for judge in labels)] for person in labels]
+    given = {label for both in pairs for label in both}
+    labels = {word.capitalize(): label for word, label in LABELS[name].items() if label in given}
+    columns = [("person \\ judge", ""), *((word, ",") for word in labels)]
+    rows = [[word, *(counts[person, judge] for judge in labels.values())] for word, person in labels.items()]
     return Table(f"{name}: people in rows, judge in columns", columns, rows)
 
 
 def _label(text: str | int | None, name: str, where: str) -> int | None:
     """A person's label as the judge's scores have it; None for an empty cell."""
-    if text is None or not str(text).strip():
-        return None
-    word = str(text).strip().lower()
-    if name in ("refusal", "references"):
-        if word in ("yes", "no"):
-            return int(word == "yes")
-        raise UserError(f"{where}: {name} is {text!r}; expected Yes or No")
-    if word in ("1", "2", "3", "4", "5"):
-        return int(word)
-    raise UserError(f"{where}: {name} is {text!r}; expected 1 to 5")
+    word = "" if text is None else str(text).strip().lower()
+    if word and word not in LABELS[name]:
+        expected = "Yes or No" if LABELS[name] is YES_NO else "1 to 5"
+        raise UserError(f"{where}: {name} is {text!r}; expected {expected}")
+    return LABELS[name].get(word)

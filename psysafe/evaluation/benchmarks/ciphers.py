@@ -17,15 +17,10 @@ LETTERS = {code: letter for letter, code in MORSE.items()}
 LOWER, UPPER = string.ascii_lowercase, string.ascii_uppercase
 
 
-def encode_caesar(text: str, shift: int = SHIFT) -> str:
-    """Letters moved on by `shift` in the alphabet."""
-    shift %= 26
-    shifted = LOWER[shift:] + LOWER[:shift] + UPPER[shift:] + UPPER[:shift]
-    return text.translate(str.maketrans(LOWER + UPPER, shifted))
-
-
 def decode_caesar(text: str) -> str:
-    return encode_caesar(text, -SHIFT)
+    """Letters moved back by SHIFT in the alphabet."""
+    shifted = LOWER[SHIFT:] + LOWER[:SHIFT] + UPPER[SHIFT:] + UPPER[:SHIFT]
+    return text.translate(str.maketrans(shifted, LOWER + UPPER))
 
 
 def decode_atbash(text: str) -> str:

@@ -17,7 +17,7 @@ from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
 from psysafe.evaluation.judge_models import Judge, ask_all
 from psysafe.evaluation.models_under_test import BASE, Question, VariantAnswers, read_answers
-from psysafe.evaluation.overlap import overlap, training_prompts
+from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.files import write_atomic
 from psysafe.program import UserError
@@ -37,8 +37,7 @@ class FourCriteria(Evaluation):
         parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
         parser.add_argument("--rubric", metavar="FILE", default=criteria.RUBRIC, help="the judge's instructions")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
-        parser.add_argument("--train", nargs="*", default=[], metavar="FILE",
-                            help="training rows, to look for the prompts")  # fmt: skip
+        add_training_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
         judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
 
@@ -52,8 +51,7 @@ class FourCriteria(Evaluation):
             raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
         result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out))
         result.settings |= settings
-        if args.train:
-            result.contamination = overlap(next(iter(answers.values())).rows, training_prompts(args.train))
+        result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         return result
 
 

@@ -8,10 +8,9 @@ from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
-from psysafe.evaluation.overlap import overlap
+from psysafe.evaluation.overlap import overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
 from psysafe.evaluation.word_list_judge import Verdict
-from psysafe.files import expand
 from psysafe.generation.engine import Options
 from psysafe.program import UserError
 from psysafe.training.config import resolve
@@ -28,7 +27,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     config, _ = resolve([])
     if not Path(config.out, "adapter_config.json").exists():
         raise UserError(f"no trained adapter in {config.out} yet; train it first: torchrun train.py")
-    rows = read_rows([expand(path) for path in config.val_data])
+    rows = read_rows(config.val_data)
     questions = [Question(number, row.fields["prompt"]) for number, row in enumerate(rows, 1)]
     variants = [Variant(BASE, config.system), Variant(config.out, config.system)]
     folder = Path(out or Path(config.out, "eval"))
@@ -39,8 +38,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
     result = Result("miniature", title, tables(rows, base, tuned))
     result.settings = {**model.summary(), "adapter": config.out, "judge": word_list_judge.NAME}
-    training = [row.fields["prompt"] for row in read_rows([expand(path) for path in config.data])]
-    result.contamination = overlap((q.prompt for q in questions), training)
+    result.contamination = overlap_with_files((q.prompt for q in questions), config.data)
     result.save(folder)
     return result
 

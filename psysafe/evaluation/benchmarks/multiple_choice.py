@@ -8,13 +8,14 @@ and their standard errors (lm-eval: `api/task.py`, `api/model.py`, `tasks/hellas
 import abc
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.checkpoint.adapter import load_adapter
-from psysafe.cli import progress
+from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer
@@ -22,16 +23,12 @@ from psysafe.evaluation import datasets, models_under_test
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import log_likelihood
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Variant, variant_identity
-from psysafe.evaluation.overlap import overlap, training_prompts
-from psysafe.evaluation.result import Result, Table, say
+from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
+from psysafe.evaluation.result import Result, Table
 from psysafe.files import expand, parse_json
 from psysafe.journal import Journal, key_of
 from psysafe.model.lora import detach
 from psysafe.program import UserError
-
-# Options of a ModelUnderTest that change no log-likelihood.
-GENERATION_ONLY = {"max_new_tokens", "max_think_tokens", "context", "temperature", "top_k", "top_p", "min_p",
-                   "repetition_penalty", "presence_penalty", "seed"}  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -90,10 +87,9 @@ def _argmax(values: Sequence[float]) -> int:
 
 def mean(values: Sequence[float]) -> Metric:
     """The mean with its standard error: sample standard deviation / sqrt(n)."""
-    n, average = len(values), sum(values) / len(values)
-    if n < 2:
-        return Metric(n, average, None)
-    return Metric(n, average, math.sqrt(sum((x - average) ** 2 for x in values) / (n - 1)) / math.sqrt(n))
+    n = len(values)
+    stderr = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return Metric(n, statistics.fmean(values), stderr)
 
 
 def pooled(metrics: Sequence[Metric]) -> Metric:
@@ -136,7 +132,7 @@ class MultipleChoice(Evaluation):
         parser.add_argument("--max-tokens", type=int, default=0, metavar="N",
                             help="where contexts are cut, at their left (the model's own limit)")  # fmt: skip
         parser.add_argument("--batch-tokens", type=int, default=0, metavar="N", help="tokens of a forward pass (auto)")
-        parser.add_argument("--train", nargs="*", default=[], metavar="FILE", help="training rows, for overlap")
+        add_training_argument(parser)
         models_under_test.add_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> Result:
@@ -153,11 +149,9 @@ class MultipleChoice(Evaluation):
             for variant in variants
         }
         result = Result(self.name, f"{self.title}, 0-shot", self.tables(items, scores))
-        settings = {**model.summary(), "chat template": args.chat, **origin}
-        result.settings = {name: value for name, value in settings.items() if name not in GENERATION_ONLY}
+        result.settings = {**model.weights_summary(), "thinking": args.thinking, "chat template": args.chat, **origin}
         result.notes = [speed] if speed else []
-        if args.train:
-            result.contamination = overlap((row[self.prompt_field] for row in rows), training_prompts(args.train))
+        result.contamination = overlap_with_files((row[self.prompt_field] for row in rows), args.train)
         return result
 
     def _checked_item(self, row: dict, where: str) -> Item:
