@@ -93,8 +93,9 @@ class ModelUnderTest:
         loaded.
         """
         identity = self.identity
+        # "answered": rows under "answer" were written before they said `unfinished_thinking`, and are asked again.
         keys = {
-            variant: {q: key_of("answer", identity, *variant_identity(variant), q.number, q.prompt) for q in questions}
+            variant: {q: key_of("answered", identity, *variant_identity(variant), q.number, q.prompt) for q in questions}
             for variant in variants
         }
         with Journal(out) as journal:
