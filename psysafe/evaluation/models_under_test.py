@@ -94,10 +94,10 @@ class ModelUnderTest:
         """
         identity = self.identity
         # "answered": rows under "answer" were written before they said `unfinished_thinking`, and are asked again.
-        keys = {
-            variant: {q: key_of("answered", identity, *variant_identity(variant), q.number, q.prompt) for q in questions}
-            for variant in variants
-        }
+        keys = {}
+        for variant in variants:
+            parts = "answered", identity, *variant_identity(variant)
+            keys[variant] = {q: key_of(*parts, q.number, q.prompt) for q in questions}
         with Journal(out) as journal:
             missing = {v: [q for q in questions if keys[v][q] not in journal.rows] for v in variants}
             if any(missing.values()):
