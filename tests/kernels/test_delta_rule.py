@@ -14,22 +14,22 @@ from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference
 from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients
 
 
-def make_case(lengths, key_heads=2, value_heads=4, dk=16, dv=8, shift=0.0, state=False, size=1.0, seed=0) -> Case:
+def make_case(lengths, key_heads=2, value_heads=4, K=16, V=8, shift=0.0, state=False, size=1.0, seed=0) -> Case:
     """shift moves a: about -20 of log-decay at shift 20, none at -20. size of q and k: at 0.001 eps counts."""
     torch.manual_seed(seed)
     T, n = sum(lengths), len(lengths)
     documents = Documents(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32))
     inputs = {
-        "q": size * torch.randn(T, key_heads, dk),
-        "k": size * torch.randn(T, key_heads, dk),
-        "v": torch.randn(T, value_heads, dv),
+        "q": size * torch.randn(T, key_heads, K),
+        "k": size * torch.randn(T, key_heads, K),
+        "v": torch.randn(T, value_heads, V),
         "a": torch.randn(T, value_heads) + shift,
         "b": torch.randn(T, value_heads),
         "A_log": torch.rand(value_heads),
         "dt_bias": torch.rand(value_heads),
     }
     if state:
-        inputs["initial_state"] = torch.randn(n, value_heads, dk, dv)
+        inputs["initial_state"] = torch.randn(n, value_heads, K, V)
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
         o, final = op(**x, documents=documents, output_final_state=True)

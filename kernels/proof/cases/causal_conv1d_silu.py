@@ -66,7 +66,7 @@ def compile_specs() -> list[CompileSpec]:
     """C = 10,240 = 2,048 + 2,048 + 6,144 and four taps, as in training; forward also with states, as in decoding."""
     types = {"p_pos": "*i64", "p_index": "*i64", "T": "i32", "length": "i32"}
     types |= dict.fromkeys(("stride", "stride_dc0", "stride_dc1", "stride_dc2"), "i32:16")
-    shape = {"S0": 2048, "S1": 2048, "S2": 6144, "M": 4, "BC": ops.BC}
+    shape = {"C0": 2048, "C1": 2048, "C2": 6144, "M": 4, "BC": ops.BC}
     specs = []
     for kernel, state in ((ops._forward_kernel, False), (ops._forward_kernel, True), (ops._backward_kernel, False)):
         stages = ops.BACKWARD_STAGES if kernel is ops._backward_kernel else ops.FORWARD_STAGES

@@ -60,7 +60,7 @@ def compile_specs() -> list[CompileSpec]:
     for kernel, BT in ((ops._forward_kernel, ops.FORWARD_BT), (ops._backward_kernel, ops.BACKWARD_BT)):
         for adapted in (True, False):
             absent = () if adapted else ("p_u", "p_B", "p_A", "p_u_parts", "p_du_out", "p_du_parts")
-            constants = dict.fromkeys(absent) | {"I": 17408, "DA": adapted, "BT": BT, "BI": ops.BI}
+            constants = dict.fromkeys(absent) | {"I": 17408, "WANTS_DA": adapted, "BT": BT, "BI": ops.BI}
             constants["STAGES"] = ops.STAGES
             name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
             specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
