@@ -61,7 +61,7 @@ def make_case(
         norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
         return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.saved()}
 
-    return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
+    return Case(inputs, call)
 
 
 def _avoid_ties(grad: Tensor, state: adamw.AdamWState, max_grad_norm: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.ops import causal_conv1d_silu as ops
-from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
+from kernels.proof.cases._shared import compile_spec, packed, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -31,13 +31,10 @@ def make_case(lengths, splits, taps=4, strided=False, state=False, device="cpu",
     inputs["weight"] = inputs["weight"] / taps**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        # A slice of a wider row, as the fused in-projection's output is; cloning inputs would make it dense.
-        rows = torch.cat([x["x"]] * 2, 1)[:, :C] if strided else x["x"]
-        outputs = op(rows, x["weight"], documents, splits, x.get("initial_state"))
+        outputs = op(rows_of(x["x"], strided), x["weight"], documents, splits, x.get("initial_state"))
         return {f"c{i}": c for i, c in enumerate(outputs)}
 
-    name = f"lengths {lengths}, splits {splits}, {taps} taps{', strided' * strided}{', state' * state}"
-    return Case(name, inputs, call, ("x",))
+    return Case(inputs, call, ("x",))
 
 
 def _one_document(documents, **_):

@@ -12,7 +12,7 @@ from kernels.ops import gated_delta_rule as rule
 from kernels.ops import gated_delta_rule_backward as backward
 from kernels.ops import gated_delta_rule_forward as forward
 from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
-from kernels.proof.cases._shared import compile_spec, packed, with_changes
+from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -39,24 +39,19 @@ def make_case(
     state: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
     """shift moves a: log-decays of -20 to -50 at 20, none at -20. a and b are column slices of one tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    T, n = sum(lengths), len(lengths)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    normal, uniform = random_on(device, seed)
+    T = sum(lengths)
     documents = packed(lengths, device)
     inputs = {
         "q": normal(T, key_heads, K),
         "k": normal(T, key_heads, K),
         "v": normal(T, value_heads, V),
-        "ab": normal(T, 2 * value_heads) + torch.tensor([shift, 0.0]).repeat_interleave(value_heads),
+        "ab": normal(T, 2 * value_heads) + torch.tensor([shift, 0.0], device=device).repeat_interleave(value_heads),
     }
-    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
-    for name in ("A_log", "dt_bias"):
-        inputs[name] = torch.rand(value_heads, generator=generator).to(device)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs |= {"A_log": uniform(value_heads), "dt_bias": uniform(value_heads)}
     if state:
-        inputs["initial_state"] = normal(n, value_heads, K, V).to(device)
+        inputs["initial_state"] = normal(len(lengths), value_heads, K, V)
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
         x = dict(x)
@@ -65,7 +60,7 @@ def make_case(
         return {"o": o, "final_state": final}
 
     grads = ("q", "k", "v", "ab", *(("initial_state",) if state else ()))
-    return Case(f"{lengths} {key_heads}/{value_heads} {K}x{V} shift {shift}", inputs, call, grads)
+    return Case(inputs, call, grads)
 
 
 def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):

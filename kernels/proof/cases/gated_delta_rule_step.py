@@ -30,7 +30,7 @@ def make_case(batch, key_heads, value_heads, K, device="cpu", dtype=torch.float3
         o = op(**x, a=a, b=b, state=state)
         return {"o": o, "state": None if dtype == torch.bfloat16 else state}
 
-    return Case(f"{batch} sequences, {key_heads}/{value_heads} heads of {K}", inputs, call)
+    return Case(inputs, call)
 
 
 def _state_kept(q, k, v, a, b, A_log, dt_bias, state):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import gated_rms_norm as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -27,13 +27,10 @@ def make_case(T, H, V, J=0, strided=False, device="cpu", dtype=torch.float32, se
         inputs["lora_A"] = draw(J, H * V) / (H * V) ** 0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        # Cut here, because cloning an input makes it dense.
-        o, z = ((torch.cat([t, t], dim=1)[:, t.shape[1] :] if strided else t) for t in (x["o"], x["z"]))
-        y, u = op(o, z, x["weight"], 1e-6, x.get("lora_A"))
+        y, u = op(rows_of(x["o"], strided), rows_of(x["z"], strided), x["weight"], 1e-6, x.get("lora_A"))
         return {"x": y, "u": u}
 
-    name = f"T {T}, H {H}, V {V}, J {J}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+    return Case(inputs, call, tuple(n for n in inputs if n != "weight"))
 
 
 def _norm_over_all_heads(o, weight, **_):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import linear_cross_entropy as ops
-from kernels.proof.cases._shared import compile_spec, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -19,18 +19,17 @@ CASES = [
 
 def make_case(T, D, vocab, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """Logits of size one around a few large ones; labels include the first and the last word."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(T, D, generator=generator, device=device)
-    weight = torch.randn(vocab, D, generator=generator, device=device) / D**0.5
+    draw, uniform = random_on(device, seed)
+    x, weight = draw(T, D), draw(vocab, D) / D**0.5
     weight[:: max(1, vocab // 7)] *= 10
-    labels = torch.randint(vocab, (T,), generator=generator, device=device)
+    labels = (vocab * uniform(T)).long()
     labels[:2] = torch.tensor([vocab - 1, 0], device=device)[:T]
 
     def call(op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"loss": op(inputs["x"], inputs["weight"], inputs["labels"])}
 
     inputs = {"x": x.to(dtype), "weight": weight.to(dtype), "labels": labels}
-    return Case(f"T {T}, D {D}, vocab {vocab}", inputs, call, ("x",))
+    return Case(inputs, call, ("x",))
 
 
 MUTANTS = with_changes(ops.linear_cross_entropy_triton, {

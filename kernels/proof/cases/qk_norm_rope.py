@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm
 from kernels.ops import qk_norm_rope as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Work
 
@@ -34,14 +34,11 @@ def make_case(T, H, G, K, P, rank=1, strided=False, device="cpu", dtype=torch.fl
         inputs |= {"u": 0.1 * draw(T, 3 * rank), "B": 0.01 * draw(F, rank)}
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Cut here, because cloning an input makes it dense.
-        row = torch.cat([x["qgkv"], x["qgkv"]], dim=1)[:, :F] if strided else x["qgkv"]
         lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
-        outputs = op(row, x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
+        outputs = op(rows_of(x["qgkv"], strided), x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
         return dict(zip(("q", "gate", "k", "v"), outputs, strict=True))
 
-    name = f"T {T}, heads {H}/{G} of {K}, rotated {2 * P}, rank {rank}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
+    return Case(inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
 
 
 def _u_changed(change):
