@@ -35,24 +35,24 @@ class Launch(NamedTuple):
     off: dict
 
 
-def _norm(title: str, R: int, rank: int) -> Launch:
+def _norm(title: str, J: int, rank: int) -> Launch:
     size = {"T": T, "D": 5120}
-    return Launch(title, "residual_rms_norm", size | {"R": R, "rank": rank}, size | {"R": 0, "rank": 0})
+    return Launch(title, "residual_rms_norm", size | {"J": J, "rank": rank}, size | {"J": 0, "rank": 0})
 
 
-_HEADS = {"T": T, "H": 24, "G": 4, "K": 256, "RD": 32}
+_HEADS = {"T": T, "H": 24, "G": 4, "K": 256, "P": 32}
 _MLP = {"T": T, "I": 17408}
 _DOCUMENT = {"lengths": (T,)}
 _ATTENTION = {"lengths": [T], "heads": 24, "kv_heads": 4, "head_dim": 256}
 _CONV = _DOCUMENT | {"splits": (2048, 2048, 6144)}
-_DELTA = _DOCUMENT | {"key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128}
-_GATED_NORM = {"T": T, "H": 48, "V": 128, "R": 0}
+_DELTA = _DOCUMENT | {"key_heads": 16, "value_heads": 48, "K": 128, "V": 128}
+_GATED_NORM = {"T": T, "H": 48, "V": 128, "J": 0}
 SWIGLU = Launch("SwiGLU", "swiglu", _MLP | {"rank": 1}, _MLP | {"rank": 0})
 ATTENTION_BLOCK = (
     _norm("residual + RMSNorm, A of q, k, v", 3, 1),
     Launch("q/k norm + RoPE", "qk_norm_rope", _HEADS | {"rank": 1}, _HEADS | {"rank": 0}),
     Launch("causal attention", "causal_attention", _ATTENTION, _ATTENTION),
-    Launch("output gate, A of o", "sigmoid_gate", {"T": T, "N": 6144, "R": 1}, {"T": T, "N": 6144, "R": 0}),
+    Launch("output gate, A of o", "sigmoid_gate", {"T": T, "F": 6144, "J": 1}, {"T": T, "F": 6144, "J": 0}),
     _norm("residual + RMSNorm, A of gate, up", 2, 1),
     SWIGLU,
 )
@@ -105,7 +105,7 @@ def partial_sums() -> int:
     """Bytes a micro-batch for the norms' partial sums of dA and dB: one fp32 row a multiprocessor, written and read."""
     rows = 132 * 5120 * 4 * 2
     sums = [
-        launch.size["R"] + launch.size["rank"]
+        launch.size["J"] + launch.size["rank"]
         for block, n in ((DELTA_BLOCK, DELTA_LAYERS), (ATTENTION_BLOCK, ATTENTION_LAYERS))
         for launch in block * n
         if launch.op == "residual_rms_norm"

@@ -38,6 +38,7 @@ Names in Triton kernels:
     b_x     block of values in registers       T, K    sizes, as above; constants of the compilation except T
     o_t     offsets                            BT, BK  size of a block: so many of T, of K
     m_t     mask                               stride_x, s_x   elements from one row of x to the next
+    B_ROWS  size of a block of what has no letter: rows, partial sums, the vocabulary
 
 `rstd` is 1 / sqrt(mean(x^2) + eps), the factor of an RMSNorm. `partial` holds the sums of single programs, which a
 second pass adds in a fixed order: no kernel uses atomic additions, so that a run repeats bit for bit.

@@ -66,16 +66,16 @@ class AdamWState:
     v: Tensor  # (fp32 rows, 256)
     counters: Tensor  # (2,) int32: applied steps; consecutive skipped steps up to now
 
-    KEPT = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
+    SAVED = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
 
     @property
     def n_8bit(self) -> int:
         """The number of 8-bit rows."""
         return self.code_m.shape[0]
 
-    def kept(self) -> dict[str, Tensor]:
+    def saved(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs; the others follow from the segments."""
-        return {name: getattr(self, name) for name in self.KEPT}
+        return {name: getattr(self, name) for name in self.SAVED}
 
     @classmethod
     def zeros(
@@ -207,7 +207,7 @@ def store_moments(state: AdamWState, rows: slice, m: Tensor, v: Tensor, applied:
     absmax_m, absmax_v = m.abs().amax(1), v.amax(1)
     code_m, code_v = nearest_code(m, absmax_m, state.borders[0]), nearest_code(v, absmax_v, state.borders[1])
     store(state.code_m[rows], code_m)
-    store(state.code_v[rows], spare_zero(code_v, v))
+    store(state.code_v[rows], nonzero_code(code_v, v))
     store(state.absmax_m[rows], absmax_m)
     store(state.absmax_v[rows], absmax_v)
 
@@ -218,7 +218,7 @@ def nearest_code(x: Tensor, absmax: Tensor, borders: Tensor) -> Tensor:
     return torch.bucketize(x / torch.where(absmax > 0, absmax, 1)[:, None], borders.to(x.dtype), out_int32=True)
 
 
-def spare_zero(code: Tensor, v: Tensor) -> Tensor:
+def nonzero_code(code: Tensor, v: Tensor) -> Tensor:
     """At least code 1 where v > 0: the rule against steps of lr m / eps."""
     return torch.where(v > 0, code.clamp(min=1), code)
 
@@ -227,10 +227,10 @@ def spare_zero(code: Tensor, v: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, BR: tl.constexpr, ROW: tl.constexpr):
-    """p_partial (programs,) = the sum of g^2 over BR rows."""
+def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, B_ROWS: tl.constexpr, ROW: tl.constexpr):
+    """p_partial (programs,) = the sum of g^2 over B_ROWS rows."""
     i_p = tl.program_id(0)
-    o_r = i_p * BR + tl.arange(0, BR)
+    o_r = i_p * B_ROWS + tl.arange(0, B_ROWS)
     b_start = tl.load(p_start + o_r, mask=o_r < n_rows, other=0)
     b_length = tl.load(p_length + o_r, mask=o_r < n_rows, other=0)
     o_lane = tl.arange(0, ROW)[None, :]
@@ -241,12 +241,12 @@ def _norm_partials_kernel(p_grad, p_start, p_length, p_partial, n_rows, BR: tl.c
 @triton.jit
 def _step_kernel(
     p_partial, p_counters, p_norm, p_skipped, p_scalars, n_partials, lr, max_grad_norm,
-    EPS: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, BP: tl.constexpr,
+    EPS: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, B_PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """One program. p_scalars (4,): whether the step is applied (1.0 or 0.0), clip factor, lr c2 / c1, eps c2."""
-    b_sum = tl.zeros((BP,), tl.float32)
-    for i in range(0, n_partials, BP):
-        o_p = i + tl.arange(0, BP)
+    b_sum = tl.zeros((B_PARTIALS,), tl.float32)
+    for i in range(0, n_partials, B_PARTIALS):
+        o_p = i + tl.arange(0, B_PARTIALS)
         b_sum += tl.load(p_partial + o_p, mask=o_p < n_partials, other=0.0)
     norm = tl.sqrt_rn(tl.sum(b_sum))
     applied = norm < float("inf")  # also False for NaN
@@ -267,7 +267,7 @@ def _step_kernel(
 
 @triton.jit
 def _nearest_code(b_x, b_absmax, p_borders):
-    """As nearest_code. b_x (BR, ROW), b_absmax (BR,), p_borders (255,) -> (BR, ROW) int32."""
+    """As nearest_code. b_x (B_ROWS, ROW), b_absmax (B_ROWS,), p_borders (255,) -> (B_ROWS, ROW) int32."""
     b_x = tl.div_rn(b_x, tl.where(b_absmax > 0, b_absmax, 1.0)[:, None])
     b_code = tl.zeros(b_x.shape, tl.int32)
     # The code is the number of borders below x: a binary search in eight steps. The table of 1 KB stays in L1.
@@ -281,15 +281,15 @@ def _nearest_code(b_x, b_absmax, p_borders):
 def _update_kernel(
     p_param, p_grad, p_start, p_length, p_values, p_borders,
     p_code_m, p_code_v, p_absmax_m, p_absmax_v, p_m, p_v, p_scalars, n_8bit, n_rows, decay,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, B_ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Program: BR rows. decay = 1 - lr * weight_decay. A skipped step reads one scalar and ends."""
+    """Program: B_ROWS rows. decay = 1 - lr * weight_decay. A skipped step reads one scalar and ends."""
     if tl.load(p_scalars) != 0.0:
         clip, step_size, eps = tl.load(p_scalars + 1), tl.load(p_scalars + 2), tl.load(p_scalars + 3)
         # A program has rows of one kind only, so that the branches below are the same for all its threads.
-        i_p, n_p = tl.program_id(0), tl.cdiv(n_8bit, BR)
+        i_p, n_p = tl.program_id(0), tl.cdiv(n_8bit, B_ROWS)
         is_8bit = i_p < n_p
-        o_r = tl.where(is_8bit, i_p * BR, n_8bit + (i_p - n_p) * BR) + tl.arange(0, BR)
+        o_r = tl.where(is_8bit, i_p * B_ROWS, n_8bit + (i_p - n_p) * B_ROWS) + tl.arange(0, B_ROWS)
         m_r = o_r < tl.where(is_8bit, n_8bit, n_rows)
         b_start, b_length = tl.load(p_start + o_r, mask=m_r, other=0), tl.load(p_length + o_r, mask=m_r, other=0)
         o_lane = tl.arange(0, ROW)[None, :]
@@ -319,7 +319,7 @@ def _update_kernel(
             b_absmax_m, b_absmax_v = tl.max(tl.abs(b_m), 1), tl.max(b_v, 1)
             b_code_m = _nearest_code(b_m, b_absmax_m, p_borders)
             b_code_v = _nearest_code(b_v, b_absmax_v, p_borders + ROW - 1)
-            # The rule of spare_zero: code 0 would turn the next step into lr m / eps.
+            # The rule of nonzero_code: code 0 would turn the next step into lr m / eps.
             b_code_v = tl.where((b_v > 0) & (b_code_v == 0), 1, b_code_v)
             tl.store(p_code_m + o_state, b_code_m.to(tl.uint8), mask=m_r[:, None])
             tl.store(p_code_v + o_state, b_code_v.to(tl.uint8), mask=m_r[:, None])
@@ -331,7 +331,7 @@ def _update_kernel(
 
 
 # Rows a program; partial sums that the program of _step_kernel adds at a time; warps.
-BR, BP, NUM_WARPS = 4, 1024, 4
+B_ROWS, B_PARTIALS, NUM_WARPS = 4, 1024, 4
 
 
 def adamw_8bit_triton(
@@ -344,12 +344,12 @@ def adamw_8bit_triton(
     if param.dtype != torch.float32 or grad.dtype != torch.float32:
         raise ValueError(f"AdamW in Triton takes fp32, not {param.dtype}; set PSYSAFE_KERNELS=reference for this model")
     n_rows, n_8bit = len(state.start), state.n_8bit
-    partial_sums = param.new_empty(triton.cdiv(n_rows, BR))
+    partial_sums = param.new_empty(triton.cdiv(n_rows, B_ROWS))
     norm, scalars = param.new_empty(()), param.new_empty(4)
     skipped = state.counters.new_empty(())
     # A multiply and an add fused into one FMA are rounded once; without fusion every rounding is that of the reference.
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    rows, blocks = (state.start, state.length), {"BR": BR, "ROW": ROW}
+    rows, blocks = (state.start, state.length), {"B_ROWS": B_ROWS, "ROW": ROW}
     _norm_partials_kernel[(len(partial_sums),)](grad, *rows, partial_sums, n_rows, **blocks, **options)
     _step_kernel[(1,)](
         *(partial_sums, state.counters, norm, skipped, scalars, len(partial_sums)),
@@ -358,7 +358,7 @@ def adamw_8bit_triton(
         **options,
     )
     moments = (state.code_m, state.code_v, state.absmax_m, state.absmax_v, state.m, state.v)
-    programs = triton.cdiv(n_8bit, BR) + triton.cdiv(n_rows - n_8bit, BR)
+    programs = triton.cdiv(n_8bit, B_ROWS) + triton.cdiv(n_rows - n_8bit, B_ROWS)
     _update_kernel[(programs,)](
         *(param, grad, *rows, state.values, state.borders, *moments, scalars, n_8bit, n_rows, 1 - lr * weight_decay),
         *betas,
@@ -371,4 +371,4 @@ def adamw_8bit_triton(
 def _step_constants(betas: tuple[float, float], eps: float) -> dict[str, float]:
     """The compile-time constants of _step_kernel."""
     log2 = [math.log2(beta) if beta else -math.inf for beta in betas]
-    return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "BP": BP}
+    return {"EPS": eps, "LOG2_BETA1": log2[0], "LOG2_BETA2": log2[1], "B_PARTIALS": B_PARTIALS}

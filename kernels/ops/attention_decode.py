@@ -41,12 +41,12 @@ def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, leng
 @triton.jit
 def _split_kernel(
     p_q, p_k, p_v, p_lengths, p_parts, p_lse,
-    stride_qb, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BS: tl.constexpr,
+    stride_qn, stride_qh, stride_kn, stride_ks, stride_kg, stride_vn, stride_vs, stride_vg, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, BH: tl.constexpr, K: tl.constexpr, BS: tl.constexpr,
     SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Piece i_s of the keys for the query heads of group i_g: p_parts (N, H, SPLITS, K) = softmax(s) v of the piece,
-    p_lse (N, H, SPLITS) = log2 of the sum of its exponentials. ROWS is GROUP = H / G, padded to 16.
+    p_lse (N, H, SPLITS) = log2 of the sum of its exponentials. BH is GROUP = H / G, padded to 16.
     """
     i_n, i_g, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(p_lengths + i_n).to(tl.int32)
@@ -54,22 +54,22 @@ def _split_kernel(
     size = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS, MIN_KEYS)
     first = i_s * size
     last = tl.minimum(first + size, length)
-    o_h = i_g * GROUP + tl.arange(0, ROWS)
-    m_h = tl.arange(0, ROWS) < GROUP
+    o_h = i_g * GROUP + tl.arange(0, BH)
+    m_h = tl.arange(0, BH) < GROUP
     o_k = tl.arange(0, K)
     o_out = (i_n * H + o_h) * SPLITS + i_s
     # -inf tells the second kernel that this piece is empty: its part is neither written nor read.
-    b_m = tl.full([ROWS], float("-inf"), tl.float32)
+    b_m = tl.full([BH], float("-inf"), tl.float32)
     if first < last:
-        b_q = tl.load(p_q + i_n * stride_qb + o_h[:, None] * stride_qh + o_k[None, :], mask=m_h[:, None], other=0.0)
-        b_l = tl.zeros([ROWS], tl.float32)
-        b_acc = tl.zeros([ROWS, K], tl.float32)
+        b_q = tl.load(p_q + i_n * stride_qn + o_h[:, None] * stride_qh + o_k[None, :], mask=m_h[:, None], other=0.0)
+        b_l = tl.zeros([BH], tl.float32)
+        b_acc = tl.zeros([BH, K], tl.float32)
         for j in tl.range(first, last, BS):
             o_s = j + tl.arange(0, BS)
             # Rows behind the length may hold NaN, and 0 * NaN is NaN: they are read as zero.
             m_s = o_s < last
             o_row = o_s.to(tl.int64)[:, None]
-            o_k_head, o_v_head = i_n * stride_kb + i_g * stride_kg, i_n * stride_vb + i_g * stride_vg
+            o_k_head, o_v_head = i_n * stride_kn + i_g * stride_kg, i_n * stride_vn + i_g * stride_vg
             b_k = tl.load(p_k + o_k_head + o_row * stride_ks + o_k[None, :], mask=m_s[:, None], other=0.0)
             b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             b_s = tl.where(m_s[None, :], b_s * scale, float("-inf"))
@@ -109,7 +109,7 @@ STEPS = {2: (64, 8, 2), 4: (32, 4, 1)}
 
 def _sizes(H: int, G: int, K: int, element_size: int) -> dict[str, object]:
     return {
-        "H": H, "GROUP": H // G, "ROWS": max(16, triton.next_power_of_2(H // G)), "K": K, "BS": STEPS[element_size][0],
+        "H": H, "GROUP": H // G, "BH": max(16, triton.next_power_of_2(H // G)), "K": K, "BS": STEPS[element_size][0],
         "SPLITS": SPLITS, "MIN_KEYS": MIN_KEYS, "PRECISION": "ieee" if element_size == 4 else "tf32",
     }  # fmt: skip
 

@@ -73,15 +73,15 @@ def _program(p_items, inner):
 @triton.jit
 def _step(
     b_o, b_m, b_l, b_q, desc_k, desc_v, row, col, b_seen, scale,
-    BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over BK keys from `row` on; b_seen: how many of them each query sees.
+    """One step of the online softmax over BS keys from `row` on; b_seen: how many of them each query sees.
 
-    b_m (BQ,) is the maximum so far, b_l (BQ,) the sum of 2^(s - b_m), b_o (BQ, K) the sum of 2^(s - b_m) v.
+    b_m (BT,) is the maximum so far, b_l (BT,) the sum of 2^(s - b_m), b_o (BT, K) the sum of 2^(s - b_m) v.
     """
     b_s = tl.dot(b_q, desc_k.load([row, col]).T, input_precision=PRECISION)
     if MASKED:
-        b_s = tl.where(tl.arange(0, BK)[None, :] < b_seen[:, None], b_s, float("-inf"))
+        b_s = tl.where(tl.arange(0, BS)[None, :] < b_seen[:, None], b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_m_new[:, None])
     # What was summed with the old maximum becomes smaller by this factor.
@@ -95,28 +95,28 @@ def _step(
 @triton.jit(do_not_specialize=["T", "inner"])
 def _forward_kernel(
     desc_q, desc_k, desc_v, p_o, p_lse, p_items, T, inner, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program: one tile of BQ queries of one head. p_lse (H, T): log2 of the sum of the exponentials."""
+    """Program: one tile of BT queries of one head. p_lse (H, T): log2 of the sum of the exponentials."""
     start, end, first, p_item, i_h = _program(p_items, inner)
     # Query i of the document sees its keys 0 .. i + shift; its key 0 lies in `row`. In training shift is 0.
     row, shift = tl.load(p_item + 3), tl.load(p_item + 4)
-    o_t = first + tl.arange(0, BQ)
+    o_t = first + tl.arange(0, BT)
     m_t = o_t < end
     col = i_h // GROUP * K
     b_q = desc_q.load([first, i_h * K])
-    b_m = tl.full([BQ], float("-inf"), tl.float32)
-    b_l = tl.zeros([BQ], tl.float32)
-    b_o = tl.zeros([BQ, K], tl.float32)
+    b_m = tl.full([BT], float("-inf"), tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    b_o = tl.zeros([BT, K], tl.float32)
     # Keys before `full` are seen by every query of the tile: their blocks need no mask.
-    full = (first - start + shift + 1) // BK * BK
-    last = tl.minimum(first + BQ, end) - start + shift
+    full = (first - start + shift + 1) // BS * BS
+    last = tl.minimum(first + BT, end) - start + shift
     b_seen = o_t - start + shift + 1
-    for j in tl.range(0, full, BK):
-        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen, scale, BK, False, PRECISION)
-    for j in tl.range(full, last, BK):
-        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen - j, scale, BK, True, PRECISION)
+    for j in tl.range(0, full, BS):
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen, scale, BS, False, PRECISION)
+    for j in tl.range(full, last, BS):
+        b_o, b_m, b_l = _step(b_o, b_m, b_l, b_q, desc_k, desc_v, row + j, col, b_seen - j, scale, BS, True, PRECISION)
     tl.store(p_lse + i_h * T + o_t, b_m + tl.log2(b_l), mask=m_t)
     # Stored through pointers: a descriptor stores a whole tile, and the last tile reaches into the next document.
     o_o = o_t.to(tl.int64)[:, None] * (H * K) + i_h * K + tl.arange(0, K)[None, :]
@@ -146,25 +146,25 @@ def _probabilities_t(b_k, b_q, b_lse, o_s, o_t, scale, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "inner", "parts"])
 def _backward_dv_kernel(
     desc_q, desc_k, desc_do, p_lse, p_dv, p_items, T, inner, parts, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv of BK keys, summed over the query heads of the group; p_dv (parts, T, G, K).
+    """dv of BS keys, summed over the query heads of the group; p_dv (parts, T, G, K).
 
     With parts > 1 the group's query heads are split over so many programs, and each writes a sum of its own.
     """
     _, end, first, _, i_head = _program(p_items, inner)
     i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
-    o_s = first + tl.arange(0, BK)
+    o_s = first + tl.arange(0, BS)
     b_k = desc_k.load([first, i_g * K])
-    b_acc = tl.zeros([BK, K], tl.float32)
-    blocks = tl.cdiv(end - first, BQ)
+    b_acc = tl.zeros([BS, K], tl.float32)
+    blocks = tl.cdiv(end - first, BT)
     # One loop over heads and blocks: nested, the pipeline of loads would run empty at the end of every head (and Triton
     # 3.6 would spill). The blocks of queries start at `first`: earlier queries do not see these keys.
     for i in tl.range(0, heads * blocks):
         i_h = i_g * GROUP + i_part * heads + i // blocks
-        j = first + i % blocks * BQ
-        o_t = j + tl.arange(0, BQ)
+        j = first + i % blocks * BT
+        o_t = j + tl.arange(0, BT)
         b_lse = tl.load(p_lse + i_h * T + o_t, mask=o_t < end, other=float("inf"))
         b_p = _probabilities_t(b_k, desc_q.load([j, i_h * K]), b_lse, o_s, o_t, scale, PRECISION)
         b_do = desc_do.load([j, i_h * K])
@@ -177,21 +177,21 @@ def _backward_dv_kernel(
 @triton.jit(do_not_specialize=["T", "inner", "parts"])
 def _backward_dk_kernel(
     desc_q, desc_k, desc_v, desc_do, p_lse, p_delta, p_dk, p_items, T, inner, parts, scale, factor,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of BK keys; programs, loop and parts as for dv. `factor` is 1 / sqrt(K), `scale` log2(e) / sqrt(K)."""
+    """dk of BS keys; programs, loop and parts as for dv. `factor` is 1 / sqrt(K), `scale` log2(e) / sqrt(K)."""
     _, end, first, _, i_head = _program(p_items, inner)
     i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
-    o_s = first + tl.arange(0, BK)
+    o_s = first + tl.arange(0, BS)
     b_k = desc_k.load([first, i_g * K])
     b_v = desc_v.load([first, i_g * K])
-    b_acc = tl.zeros([BK, K], tl.float32)
-    blocks = tl.cdiv(end - first, BQ)
+    b_acc = tl.zeros([BS, K], tl.float32)
+    blocks = tl.cdiv(end - first, BT)
     for i in tl.range(0, heads * blocks):
         i_h = i_g * GROUP + i_part * heads + i // blocks
-        j = first + i % blocks * BQ
-        o_t = j + tl.arange(0, BQ)
+        j = first + i % blocks * BT
+        o_t = j + tl.arange(0, BT)
         m_t = o_t < end
         b_q = desc_q.load([j, i_h * K])
         b_lse = tl.load(p_lse + i_h * T + o_t, mask=m_t, other=float("inf"))
@@ -209,12 +209,12 @@ def _backward_dk_kernel(
 @triton.jit(do_not_specialize=["T", "inner"])
 def _backward_dq_kernel(
     desc_q, desc_k, desc_v, desc_do, p_lse, p_delta, p_dq, p_items, T, inner, scale, factor,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BQ queries of one head: walks over the keys from the document's start to the tile's last query."""
+    """dq of BT queries of one head: walks over the keys from the document's start to the tile's last query."""
     start, end, first, _, i_h = _program(p_items, inner)
-    o_t = first + tl.arange(0, BQ)
+    o_t = first + tl.arange(0, BT)
     m_t = o_t < end
     col = i_h // GROUP * K
     b_q = desc_q.load([first, i_h * K])
@@ -222,9 +222,9 @@ def _backward_dq_kernel(
     # Rows behind the document's end hold the next document; lse = inf makes their p zero.
     b_lse = tl.load(p_lse + i_h * T + o_t, mask=m_t, other=float("inf"))
     b_delta = tl.load(p_delta + i_h * T + o_t, mask=m_t, other=0.0)
-    b_acc = tl.zeros([BQ, K], tl.float32)
-    for j in tl.range(start, tl.minimum(first + BQ, end), BK):
-        o_s = j + tl.arange(0, BK)
+    b_acc = tl.zeros([BT, K], tl.float32)
+    for j in tl.range(start, tl.minimum(first + BT, end), BS):
+        o_s = j + tl.arange(0, BS)
         b_k = desc_k.load([j, col])
         b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
@@ -321,7 +321,7 @@ class _Sizes(NamedTuple):
         return math.log2(math.e) * self.K**-0.5
 
     def options(self, queries: int, keys: int) -> dict:
-        sizes = {"H": self.H, "GROUP": self.group, "K": self.K, "BQ": queries, "BK": keys, "PRECISION": self.precision}
+        sizes = {"H": self.H, "GROUP": self.group, "K": self.K, "BT": queries, "BS": keys, "PRECISION": self.precision}
         return sizes | {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
 
 

@@ -46,20 +46,20 @@ def causal_conv1d_silu_reference(
     return c.split(splits, dim=1)
 
 
-# Triton. Grid: (column blocks, segments). Up to three splits of S0, S1 and S2 channels (0: absent); no block lies in
+# Triton. Grid: (column blocks, segments). Up to three splits of C0, C1 and C2 channels (0: absent); no block lies in
 # two. `lag` counts rows backwards: lag 0 is token t with the last tap, w[:, M-1].
 
 
 @triton.jit
-def _columns(S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, BC: tl.constexpr):
+def _columns(C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: tl.constexpr):
     """This program's split and its size; its columns in the split, and in x; a mask of those that exist."""
     i_b = tl.program_id(0)
-    BLOCKS0: tl.constexpr = (S0 + BC - 1) // BC
-    BLOCKS1: tl.constexpr = (S1 + BC - 1) // BC
+    BLOCKS0: tl.constexpr = (C0 + BC - 1) // BC
+    BLOCKS1: tl.constexpr = (C1 + BC - 1) // BC
     split = (i_b >= BLOCKS0).to(tl.int32) + (i_b >= BLOCKS0 + BLOCKS1).to(tl.int32)
     first = tl.where(split == 0, 0, tl.where(split == 1, BLOCKS0, BLOCKS0 + BLOCKS1))
-    start = tl.where(split == 0, 0, tl.where(split == 1, S0, S0 + S1))
-    size = tl.where(split == 0, S0, tl.where(split == 1, S1, S2))
+    start = tl.where(split == 0, 0, tl.where(split == 1, C0, C0 + C1))
+    size = tl.where(split == 0, C0, tl.where(split == 1, C1, C2))
     o_s = (i_b - first) * BC + tl.arange(0, BC)
     return split, size, o_s, start + o_s, o_s < size
 
@@ -95,16 +95,16 @@ def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C: tl.c
 @triton.jit(do_not_specialize=["T", "length"])
 def _forward_kernel(
     p_x, p_w, p_pos, p_index, p_state, p_c0, p_c1, p_c2, T, length, stride,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (column block, i) takes tokens i * length to (i + 1) * length - 1."""
-    C: tl.constexpr = S0 + S1 + S2
-    split, size, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
-    # S1 > 0 is a constant: without a second split its pointer is None and must not be compiled in.
+    C: tl.constexpr = C0 + C1 + C2
+    split, size, o_s, o_c, m_c = _columns(C0, C1, C2, BC)
+    # C1 > 0 is a constant: without a second split its pointer is None and must not be compiled in.
     p_c = p_c0
-    if S1 > 0 and split == 1:
+    if C1 > 0 and split == 1:
         p_c = p_c1
-    if S2 > 0 and split == 2:
+    if C2 > 0 and split == 2:
         p_c = p_c2
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, T)
@@ -125,15 +125,15 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["T", "length"])
 def _backward_kernel(
     p_dc0, p_dc1, p_dc2, p_x, p_w, p_pos, p_index, p_state, p_dx, T, length, stride_dc0, stride_dc1, stride_dc2, stride,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, M: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel. dx_t is complete at token t + M-1: b_open holds the incomplete sums, the oldest last."""
-    C: tl.constexpr = S0 + S1 + S2
-    split, _, o_s, o_c, m_c = _columns(S0, S1, S2, BC)
+    C: tl.constexpr = C0 + C1 + C2
+    split, _, o_s, o_c, m_c = _columns(C0, C1, C2, BC)
     p_dc, stride_dc = p_dc0, stride_dc0
-    if S1 > 0 and split == 1:
+    if C1 > 0 and split == 1:
         p_dc, stride_dc = p_dc1, stride_dc1
-    if S2 > 0 and split == 2:
+    if C2 > 0 and split == 2:
         p_dc, stride_dc = p_dc2, stride_dc2
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, T)
@@ -176,7 +176,7 @@ def _launch(x: Tensor, splits: tuple[int, ...], stages: int) -> tuple[tuple[int,
     block = min(BC, triton.next_power_of_2(max(splits)))
     blocks = sum(triton.cdiv(size, block) for size in splits)
     length = triton.cdiv(T, persistent_programs(x, T, PER_SM / blocks))
-    constants = {f"S{i}": size for i, size in enumerate(sizes)} | {"BC": block, "STAGES": stages, "num_warps": 4}
+    constants = {f"C{i}": size for i, size in enumerate(sizes)} | {"BC": block, "STAGES": stages, "num_warps": 4}
     return (blocks, triton.cdiv(T, length)), length, constants
 
 

@@ -248,7 +248,7 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log
     if v.dtype not in (torch.float32, torch.bfloat16) or len({x.dtype for x in (q, k, v, a, b)}) > 1:
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v, a, b))
         raise ValueError(f"gated_delta_rule in Triton takes q, k, v, a, b all float32 or all bfloat16, not {dtypes}")
-    for name, size in (("dk", K), ("dv", V)):
+    for name, size in (("K", K), ("V", V)):
         if size not in (16, 32, 64, 128):
             raise ValueError(f"gated_delta_rule in Triton takes head sizes 16, 32, 64 and 128, not {name} = {size}")
     if H % G:

@@ -34,7 +34,7 @@ from kernels.ops.gated_delta_rule_forward import (
 @triton.jit
 def _recompute_kernel(
     p_k, p_v, p_gates, p_norms, p_M, p_initial, p_checkpoints, p_segments, p_R, p_S, s_k, s_v,
-    HAS_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (BV columns of v and S, value head, segment): the forward walk again, without its output."""
@@ -43,31 +43,31 @@ def _recompute_kernel(
     p_row = p_segments + i_row * 5
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk, i_checkpoint = tl.load(p_row + 3), tl.load(p_row + 4)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     dtype: tl.constexpr = p_R.dtype.element_ty
 
-    b_S = tl.zeros((DK, BV), tl.float32)
+    b_S = tl.zeros((K, BV), tl.float32)
     if i_checkpoint >= 0:
-        b_S += tl.load(tile(p_checkpoints, i_checkpoint * H + i_h, DK, DV, o_k, o_v))
+        b_S += tl.load(tile(p_checkpoints, i_checkpoint * H + i_h, K, V, o_k, o_v))
     elif HAS_INITIAL:
-        b_S += tl.load(tile(p_initial, i_document * H + i_h, DK, DV, o_k, o_v)).to(tl.float32)
+        b_S += tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
     for i in range(tl.cdiv(length, BT)):
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        _, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, DK, BT)
+        _, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
-        b_k = load_rows(p_k + i_g * DK, at, left, s_k, o_k, BT)
-        b_v = load_rows(p_v + i_h * DV, at, left, s_v, o_v, BT)
+        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
+        b_v = load_rows(p_v + i_h * V, at, left, s_v, o_v, BT)
         b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
 
         # The same products and roundings as in _states_kernel.
         b_s = b_S.to(dtype)
-        tl.store(tile(p_S, i_gate, DK, DV, o_k, o_v), b_s)
+        tl.store(tile(p_S, i_gate, K, V, o_k, o_v), b_s)
         b_E = tl.dot(b_k, b_s, input_precision=PRECISION)
         b_E = b_beta[:, None] * (b_v.to(tl.float32) - (tl.exp(b_c + b_fine) * b_fk)[:, None] * b_E)
         b_R = tl.dot(b_M, b_E.to(dtype), input_precision=PRECISION)
-        tl.store(tile(p_R, i_gate, BT, DV, o_t, o_v), b_R.to(dtype))
+        tl.store(tile(p_R, i_gate, BT, V, o_t, o_v), b_R.to(dtype))
         # R is stored as P R reads it in o; the factors of the state's update are not part of it.
         b_R *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
         b_S *= tl.exp(last + last_fine)
@@ -78,7 +78,7 @@ def _recompute_kernel(
 def _reverse_kernel(
     p_q, p_k, p_do, p_gates, p_norms, p_M, p_P, p_dfinal, p_documents, p_dv, p_dS, p_dinitial, s_q, s_k,
     HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (BV columns of v and dS, value head, document): from the last chunk to the first."""
     i_v, i_h, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -86,36 +86,36 @@ def _reverse_kernel(
     p_row = p_documents + i_row * 5
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk = tl.load(p_row + 3)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     dtype: tl.constexpr = p_dv.dtype.element_ty
 
-    b_dS = tl.zeros((DK, BV), tl.float32)
+    b_dS = tl.zeros((K, BV), tl.float32)
     if HAS_FINAL:
-        b_dS += tl.load(tile(p_dfinal, i_document * H + i_h, DK, DV, o_k, o_v)).to(tl.float32)
+        b_dS += tl.load(tile(p_dfinal, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
     count = tl.cdiv(length, BT)
     for j in range(count):
         i = count - 1 - j
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, DK, BT)
+        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
         b_decay = tl.exp(b_c + b_fine)
-        b_k = load_rows(p_k + i_g * DK, at, left, s_k, o_k, BT)
-        b_q = load_rows(p_q + i_g * DK, at, left, s_q, o_k, BT)
-        b_do = load_rows(p_do + i_h * DV, at, left, H * DV, o_v, BT)
+        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
+        b_q = load_rows(p_q + i_g * K, at, left, s_q, o_k, BT)
+        b_do = load_rows(p_do + i_h * V, at, left, H * V, o_v, BT)
         b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
         b_P = tl.load(tile(p_P, i_gate, BT, BT, o_t, o_t))
 
         # dR = e^(c_last - c) f_k (k dS') + P^T do.
         b_ds = b_dS.to(dtype)
-        tl.store(tile(p_dS, i_gate, DK, DV, o_k, o_v), b_ds)
+        tl.store(tile(p_dS, i_gate, K, V, o_k, o_v), b_ds)
         b_dR = tl.dot(b_k, b_ds, input_precision=PRECISION)
         b_dR *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
         b_dR = tl.dot(tl.trans(b_P), b_do, b_dR, input_precision=PRECISION)
         # dv = beta M^T dR. Rows without a token get 0, because their beta is 0.
         b_dv = tl.dot(tl.trans(b_M), b_dR.to(dtype), input_precision=PRECISION) * b_beta[:, None]
-        store_rows(p_dv + i_h * DV, b_dv, at, left, H * DV, o_v, BT)
+        store_rows(p_dv + i_h * V, b_dv, at, left, H * V, o_v, BT)
         # dS = e^(c_last) dS' + q^T (e^c f_q do) - k^T (e^c f_k dv): S was carried on, read and erased from.
         b_dS *= tl.exp(last + last_fine)
         b_read = b_do.to(tl.float32) * (b_decay * b_fq)[:, None]
@@ -123,7 +123,7 @@ def _reverse_kernel(
         b_erase = b_dv * -(b_decay * b_fk)[:, None]
         b_dS = tl.dot(tl.trans(b_k), b_erase.to(dtype), b_dS, input_precision=PRECISION)
     if STORE_INITIAL:
-        tl.store(tile(p_dinitial, i_document * H + i_h, DK, DV, o_k, o_v), b_dS)
+        tl.store(tile(p_dinitial, i_document * H + i_h, K, V, o_k, o_v), b_dS)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _through_norm(b_dn, b_x, b_factor):
 def _gradients_kernel(
     p_q, p_k, p_a, p_A_log, p_dt_bias, p_do, p_dv, p_gates, p_norms, p_R, p_S, p_dS, p_chunks,
     p_dc, p_dq, p_dk, p_da, p_db, s_q, s_k, s_a,
-    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (key head, chunk): everything local to the chunk, from R, S, dv and dS' (section 3 of the doc).
@@ -153,36 +153,36 @@ def _gradients_kernel(
     p_dc (NC, H, BT) hands dc from the first pass to the second.
     """
     i_g, i_chunk = tl.program_id(0), tl.program_id(1)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, DK), tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, BV)
     i_norm = i_chunk * (H // GROUP) + i_g
-    p_q += i_g * DK
-    p_k += i_g * DK
+    p_q += i_g * K
+    p_k += i_g * K
     dtype: tl.constexpr = p_R.dtype.element_ty
 
-    # Two passes over the heads, first dq, then dk, so that only one (BT, DK) sum is in registers. q, k and the chunk's
+    # Two passes over the heads, first dq, then dk, so that only one (BT, K) sum is in registers. q, k and the chunk's
     # place are read again (from L2) where they are used: held in registers over the loop, they would be spilled.
-    b_dq = tl.zeros((BT, DK), tl.float32)
+    b_dq = tl.zeros((BT, K), tl.float32)
     for j in range(GROUP):
         i_h = i_g * GROUP + j
         begin, length = load_chunk(p_chunks, i_chunk)
         i_gate = i_chunk * H + i_h
         # Through o = e^c q S: e^c do S^T, and its part of dc.
-        b_read = tl.zeros((BT, DK), tl.float32)
-        for i_v in range(0, DV, BV):
-            b_do = load_rows(p_do + i_h * DV, begin, length, H * DV, i_v + o_v, BT)
-            b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_v))
+        b_read = tl.zeros((BT, K), tl.float32)
+        for i_v in range(0, V, BV):
+            b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
+            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_v))
             b_read = tl.dot(b_do, tl.trans(b_S), b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
+        b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
         b_read *= tl.exp(b_c + b_fine)[:, None]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dc = b_fq * tl.sum(b_q.to(tl.float32) * b_read, 1)
         b_dq += b_read
         # Through o = P R: dP = (do R^T) D. The factors f_k and f_q of P = f_q f_k (q k^T) D go with columns and rows.
         b_dP = tl.zeros((BT, BT), tl.float32)
-        for i_v in range(0, DV, BV):
-            b_do = load_rows(p_do + i_h * DV, begin, length, H * DV, i_v + o_v, BT)
-            b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_v))
+        for i_v in range(0, V, BV):
+            b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
+            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
             b_dP = tl.dot(b_do, tl.trans(b_R), b_dP, input_precision=PRECISION)
         b_dP *= decay_between(b_c, b_fine, True, BT) * b_fk[None, :]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
@@ -195,13 +195,13 @@ def _gradients_kernel(
     begin, length = load_chunk(p_chunks, i_chunk)
     # f_q holds the scale K^-1/2, which is no part of the norm: taken out of the factor, and applied to dq.
     b_raw = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
-    b_fq, _ = load_factors(p_norms, i_norm, DK, BT)
-    b_dq = _through_norm(b_dq * DK**-0.5, b_raw, b_fq * DK**0.5)
-    store_rows(p_dq + i_g * DK, b_dq, begin, length, H // GROUP * DK, o_k, BT)
+    b_fq, _ = load_factors(p_norms, i_norm, K, BT)
+    b_dq = _through_norm(b_dq * K**-0.5, b_raw, b_fq * K**0.5)
+    store_rows(p_dq + i_g * K, b_dq, begin, length, H // GROUP * K, o_k, BT)
     tl.debug_barrier()  # p_dc, written above, is read below by other threads of this program
 
     # Second pass: dk, dbeta and the gates.
-    b_dk = tl.zeros((BT, DK), tl.float32)
+    b_dk = tl.zeros((BT, K), tl.float32)
     for j in range(GROUP):
         i_h = i_g * GROUP + j
         begin, length = load_chunk(p_chunks, i_chunk)
@@ -209,16 +209,16 @@ def _gradients_kernel(
         m_t, o_row = o_t < length, (begin + o_t).to(tl.int64)
         # Through S' = ... + k^T (e^(c_last - c) R): e^(c_last - c) R dS'^T in b_dk_part. The same loop forms R do^T for
         # dP^T. It is not the transpose of do R^T: a transposed accumulator as an operand gave wrong numbers on Hopper.
-        b_dk_part = tl.zeros((BT, DK), tl.float32)
+        b_dk_part = tl.zeros((BT, K), tl.float32)
         b_tile = tl.zeros((BT, BT), tl.float32)
-        for i_v in range(0, DV, BV):
-            b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_v))
-            b_do = load_rows(p_do + i_h * DV, begin, length, H * DV, i_v + o_v, BT)
+        for i_v in range(0, V, BV):
+            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
+            b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
             b_tile = tl.dot(b_R, tl.trans(b_do), b_tile, input_precision=PRECISION)
-            b_dS = tl.load(tile(p_dS, i_gate, DK, DV, o_k, i_v + o_v))
+            b_dS = tl.load(tile(p_dS, i_gate, K, V, o_k, i_v + o_v))
             b_dk_part = tl.dot(b_R, tl.trans(b_dS), b_dk_part, input_precision=PRECISION)
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, DK, BT)
+        b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
         b_dk_part *= tl.exp((last - b_c) + (last_fine - b_fine))[:, None]
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
@@ -235,9 +235,9 @@ def _gradients_kernel(
         # diagonal.
         b_tile = tl.zeros((BT, BT), tl.float32)
         b_transposed = tl.zeros((BT, BT), tl.float32)
-        for i_v in range(0, DV, BV):
-            b_dv = load_rows(p_dv + i_h * DV, begin, length, H * DV, i_v + o_v, BT)
-            b_R = tl.load(tile(p_R, i_gate, BT, DV, o_t, i_v + o_v))
+        for i_v in range(0, V, BV):
+            b_dv = load_rows(p_dv + i_h * V, begin, length, H * V, i_v + o_v, BT)
+            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
             b_tile = tl.dot(b_dv, tl.trans(b_R), b_tile, input_precision=PRECISION)
             b_transposed = tl.dot(b_R, tl.trans(b_dv), b_transposed, input_precision=PRECISION)
         # db = (1 - beta) / beta diag(Z). 1e-30: beta = sigmoid(b) may underflow to 0, and then Z is 0 as well.
@@ -256,10 +256,10 @@ def _gradients_kernel(
         b_dk = tl.dot(b_tile.to(dtype), b_k, b_dk, input_precision=PRECISION)
 
         # Through E = beta (v - e^c k S): -e^c dv S^T.
-        b_dk_part = tl.zeros((BT, DK), tl.float32)
-        for i_v in range(0, DV, BV):
-            b_dv = load_rows(p_dv + i_h * DV, begin, length, H * DV, i_v + o_v, BT)
-            b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_v))
+        b_dk_part = tl.zeros((BT, K), tl.float32)
+        for i_v in range(0, V, BV):
+            b_dv = load_rows(p_dv + i_h * V, begin, length, H * V, i_v + o_v, BT)
+            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_v))
             b_dk_part = tl.dot(b_dv, tl.trans(b_S), b_dk_part, input_precision=PRECISION)
         b_dk_part *= -tl.exp(b_c + b_fine)[:, None]
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
@@ -272,10 +272,10 @@ def _gradients_kernel(
         b_dg = tl.sum(tl.where(o_t[None, :] >= o_t[:, None], b_dc[None, :], b_om[None, :]), 1)
         # e^(c_last) <S, dS'>, because c_last contains every g of the chunk. In half blocks, which need fewer registers.
         o_half = tl.arange(0, BV // 2)
-        b_SdS = tl.zeros((DK, BV // 2), tl.float32)
-        for i_v in range(0, DV, BV // 2):
-            b_S = tl.load(tile(p_S, i_gate, DK, DV, o_k, i_v + o_half)).to(tl.float32)
-            b_SdS += b_S * tl.load(tile(p_dS, i_gate, DK, DV, o_k, i_v + o_half)).to(tl.float32)
+        b_SdS = tl.zeros((K, BV // 2), tl.float32)
+        for i_v in range(0, V, BV // 2):
+            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_half)).to(tl.float32)
+            b_SdS += b_S * tl.load(tile(p_dS, i_gate, K, V, o_k, i_v + o_half)).to(tl.float32)
         b_dg += tl.exp(last + last_fine) * tl.sum(tl.sum(b_SdS, 1), 0)
         b_a = tl.load(p_a + o_row * s_a + i_h, mask=m_t, other=0.0).to(tl.float32)
         # da = -dg exp(A_log) sigmoid(a + dt_bias), as g = -exp(A_log) softplus(a + dt_bias).
@@ -284,8 +284,8 @@ def _gradients_kernel(
         tl.store(p_da + o_row * H + i_h, b_da.to(p_da.dtype.element_ty), mask=m_t)
     begin, length = load_chunk(p_chunks, i_chunk)
     b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
-    _, b_fk = load_factors(p_norms, i_norm, DK, BT)
-    store_rows(p_dk + i_g * DK, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * DK, o_k, BT)
+    _, b_fk = load_factors(p_norms, i_norm, K, BT)
+    store_rows(p_dk + i_g * K, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * K, o_k, BT)
 
 
 def recompute(
@@ -299,7 +299,7 @@ def recompute(
     _recompute_kernel[(V // constants["BV"], H, len(plan.segments))](
         *(k, v, prepared.gates, prepared.norms, prepared.M, initial, checkpoints, plan.segments, R, S),
         *(k.stride(0), v.stride(0)),
-        HAS_INITIAL=initial is not None, H=H, GROUP=H // G, DK=K, DV=V, BT=CHUNK, PRECISION=precision(v),
+        HAS_INITIAL=initial is not None, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v),
         **constants,
     )  # fmt: skip
     return R, S
@@ -318,7 +318,7 @@ def reverse(
         *(q, k, do, *prepared, dfinal, plan.documents, dv, dS, dinitial),
         *(q.stride(0), k.stride(0)),
         HAS_FINAL=dfinal is not None, STORE_INITIAL=initial,
-        H=H, GROUP=H // G, DK=K, DV=V, BT=CHUNK, PRECISION=precision(do), **constants,
+        H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(do), **constants,
     )  # fmt: skip
     return dv, dS, dinitial
 
@@ -336,6 +336,6 @@ def gradients(
     _gradients_kernel[(G, NC)](
         *(q, k, a, A_log, dt_bias, do, dv, prepared.gates, prepared.norms, R, S, dS, plan.chunks, dc, dq, dk, da, db),
         *(q.stride(0), k.stride(0), a.stride(0)),
-        H=H, GROUP=H // G, DK=K, DV=V, BT=CHUNK, PRECISION=precision(do), **constants,
+        H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(do), **constants,
     )  # fmt: skip
     return dq, dk, da, db

@@ -3,7 +3,7 @@
     prepare   a program per chunk and value head: gates, norms, M and P
     states    a program per document, value head and BV columns of v: walks over the chunks with the state in registers
 
-Equations and matrices: gated_delta_rule.py. Sizes: kernels/ops/__init__.py; DK and DV are K and V, BT = 64 tokens.
+Equations and matrices: gated_delta_rule.py. Sizes: kernels/ops/__init__.py; BT = 64 tokens.
 
 The kernels pass on for each chunk, in fp32, `gates (NC, H, 3, BT)`: the coarse and the fine part of c, and beta;
 `norms (NC, G, 2, BT)`: 1/|q| and 1/|k|; and in v's dtype `M, P (NC, H, BT, BT)`.
@@ -101,10 +101,10 @@ def load_gates(p_gates, i_gate, BT: tl.constexpr):
 
 
 @triton.jit
-def load_factors(p_norms, i_norm, DK: tl.constexpr, BT: tl.constexpr):
+def load_factors(p_norms, i_norm, K: tl.constexpr, BT: tl.constexpr):
     """f_q = K^-1/2 / |q| and f_k = 1 / |k|, (BT,) each. i_norm = i_chunk * G + i_g."""
     p = p_norms + i_norm.to(tl.int64) * (2 * BT) + tl.arange(0, BT)
-    return tl.load(p) * DK**-0.5, tl.load(p + BT)
+    return tl.load(p) * K**-0.5, tl.load(p + BT)
 
 
 @triton.jit
@@ -177,14 +177,14 @@ def _invert(b_L, PRECISION: tl.constexpr):
 @triton.jit
 def _prepare_kernel(
     p_q, p_k, p_a, p_b, p_A_log, p_dt_bias, p_chunks, p_gates, p_norms, p_M, p_P, s_q, s_k, s_a, s_b,
-    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (value head, chunk): what the chunk needs before any state is known."""
     i_h, i_chunk = tl.program_id(0), tl.program_id(1)
     i_g = i_h // GROUP
     begin, length = load_chunk(p_chunks, i_chunk)
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, DK)
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
     m_t = o_t < length
     o_row = (begin + o_t).to(tl.int64)
 
@@ -203,8 +203,8 @@ def _prepare_kernel(
     tl.store(p_gate + BT, b_fine)
     tl.store(p_gate + 2 * BT, b_beta)
 
-    b_k = load_rows(p_k + i_g * DK, begin, length, s_k, o_k, BT)
-    b_q = load_rows(p_q + i_g * DK, begin, length, s_q, o_k, BT)
+    b_k = load_rows(p_k + i_g * K, begin, length, s_k, o_k, BT)
+    b_q = load_rows(p_q + i_g * K, begin, length, s_q, o_k, BT)
     b_kf, b_qf = b_k.to(tl.float32), b_q.to(tl.float32)
     # The matrix products below take q and k as they are; 1/|q| and 1/|k| are factors of their rows and columns.
     b_rk = tl.where(m_t, tl.rsqrt(tl.sum(b_kf * b_kf, 1) + EPS), 0.0)
@@ -216,7 +216,7 @@ def _prepare_kernel(
         tl.store(p_norm + BT, b_rk)
 
     b_D = decay_between(b_c, b_fine, True, BT) * b_rk[None, :]
-    b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D * (b_rq * DK**-0.5)[:, None]
+    b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D * (b_rq * K**-0.5)[:, None]
     tl.store(tile(p_P, i_gate, BT, BT, o_t, o_t), b_P.to(p_P.dtype.element_ty))
     b_L = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_D * (b_beta * b_rk)[:, None]
     # L is the part of the key products strictly below the diagonal; P has the diagonal, too.
@@ -228,7 +228,7 @@ def _prepare_kernel(
 def _states_kernel(
     p_q, p_k, p_v, p_gates, p_norms, p_M, p_P, p_initial, p_documents, p_o, p_final, p_checkpoints, s_q, s_k, s_v,
     HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_CHECKPOINTS: tl.constexpr, SEGMENT: tl.constexpr,
-    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (BV columns of v and S, value head, document). The columns of S never mix, so they need no exchange."""
@@ -237,27 +237,27 @@ def _states_kernel(
     p_row = p_documents + i_row * 5
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk, first_checkpoint = tl.load(p_row + 3), tl.load(p_row + 4)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     dtype: tl.constexpr = p_o.dtype.element_ty
 
-    b_S = tl.zeros((DK, BV), tl.float32)
+    b_S = tl.zeros((K, BV), tl.float32)
     if HAS_INITIAL:
-        b_S += tl.load(tile(p_initial, i_document * H + i_h, DK, DV, o_k, o_v)).to(tl.float32)
+        b_S += tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
     for i in range(tl.cdiv(length, BT)):
         # Two ifs: the outer one tests a constant, so that the inner one is compiled only where it is needed.
         if STORE_CHECKPOINTS:  # noqa: SIM102
             if (i % SEGMENT == 0) & (i > 0):
                 i_checkpoint = first_checkpoint + i // SEGMENT - 1
-                tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, DK, DV, o_k, o_v), b_S)
+                tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, K, V, o_k, o_v), b_S)
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, DK, BT)
+        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
         b_decay = tl.exp(b_c + b_fine)
-        b_k = load_rows(p_k + i_g * DK, at, left, s_k, o_k, BT)
-        b_q = load_rows(p_q + i_g * DK, at, left, s_q, o_k, BT)
-        b_v = load_rows(p_v + i_h * DV, at, left, s_v, o_v, BT)
+        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
+        b_q = load_rows(p_q + i_g * K, at, left, s_q, o_k, BT)
+        b_v = load_rows(p_v + i_h * V, at, left, s_v, o_v, BT)
         b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
         b_P = tl.load(tile(p_P, i_gate, BT, BT, o_t, o_t))
 
@@ -270,13 +270,13 @@ def _states_kernel(
         # o = e^c f_q (q S) + P R.
         b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * (b_decay * b_fq)[:, None]
         b_o = tl.dot(b_P, b_R.to(dtype), b_o, input_precision=PRECISION)
-        store_rows(p_o + i_h * DV, b_o, at, left, H * DV, o_v, BT)
+        store_rows(p_o + i_h * V, b_o, at, left, H * V, o_v, BT)
         # S' = e^(c_last) S + k^T (e^(c_last - c) f_k R).
         b_R *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
         b_S *= tl.exp(last + last_fine)
         b_S = tl.dot(tl.trans(b_k), b_R.to(dtype), b_S, input_precision=PRECISION)
     if STORE_FINAL:
-        tl.store(tile(p_final, i_document * H + i_h, DK, DV, o_k, o_v), b_S)
+        tl.store(tile(p_final, i_document * H + i_h, K, V, o_k, o_v), b_S)
 
 
 def precision(x: Tensor) -> str:
@@ -310,7 +310,7 @@ def prepare(q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: 
     _prepare_kernel[(H, NC)](
         *(q, k, a, b, A_log, dt_bias, plan.chunks, gates, norms, M, P),
         *(x.stride(0) for x in (q, k, a, b)),
-        H=H, GROUP=H // G, DK=K, BT=CHUNK, EPS=L2_EPS, PRECISION=precision(k), num_warps=4, num_stages=1,
+        H=H, GROUP=H // G, K=K, BT=CHUNK, EPS=L2_EPS, PRECISION=precision(k), num_warps=4, num_stages=1,
     )  # fmt: skip
     return Prepared(gates, norms, M, P)
 
@@ -329,6 +329,6 @@ def states(
         *(q, k, v, *prepared, initial, plan.documents, o, S_final, checkpoints),
         *(t.stride(0) for t in (q, k, v)),
         HAS_INITIAL=initial is not None, STORE_FINAL=final, STORE_CHECKPOINTS=save and plan.checkpoints > 0,
-        SEGMENT=SEGMENT, H=H, GROUP=H // G, DK=K, DV=V, BT=CHUNK, PRECISION=precision(v), **constants,
+        SEGMENT=SEGMENT, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v), **constants,
     )  # fmt: skip
     return o, S_final, checkpoints

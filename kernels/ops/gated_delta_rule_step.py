@@ -1,4 +1,4 @@
-"""One token of the gated delta rule for each of B sequences, as decoding asks for it.
+"""One token of the gated delta rule for each of N sequences, as decoding asks for it.
 
 The formula is that of gated_delta_rule.py, where the letters and the gates g and beta are defined:
 
@@ -6,10 +6,9 @@ The formula is that of gated_delta_rule.py, where the letters and the gates g an
     S <- S + k beta (v - S^T k)^T
     o = S^T q
 
-The states S (B, H, dk, dv) are fp32, whatever the inputs are, and are updated in place. Everything is computed in fp32;
-o is rounded once, to v's dtype. Bytes: the state is
-read and written once, 131 KB for a head of 128 x 128; everything else is small beside it. There is no backward.
-A program owns 32 columns of one head's state: a column needs no other column.
+The states S (N, H, K, V) are fp32, whatever the inputs are, and are updated in place. Everything is computed in fp32;
+o is rounded once, to v's dtype. Bytes: a state of 128 x 128 is read once and written once, 131,072 B a head; everything
+else is small beside it. There is no backward. A program owns 32 columns of one head's state: a column needs no other.
 """
 
 import torch
@@ -23,8 +22,8 @@ from kernels.ops.gated_delta_rule_forward import L2_EPS, log_decay, tile
 def gated_delta_rule_step_reference(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
 ) -> Tensor:
-    """The recurrence for one token of each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H),
-    state (B, H, dk, dv) fp32, updated in place -> o (B, H, dv) in v's dtype.
+    """The recurrence for one token of each of N sequences: q, k (N, G, K), v (N, H, V), a, b (N, H),
+    state (N, H, K, V) fp32, updated in place -> o (N, H, V) in v's dtype.
     """
     S, out_dtype = state, v.dtype
     q, k, v, g, beta = columns(q, k, v, a, b, A_log, dt_bias, S.dtype)
@@ -38,25 +37,25 @@ def gated_delta_rule_step_reference(
 @triton.jit
 def _step_kernel(
     p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_o, s_q, s_k, s_v, s_a, s_b,
-    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    i_v, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_k, o_v = tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
-    i_hk = i_h // GROUP
-    b_q = tl.load(p_q + i_b * s_q + i_hk * DK + o_k).to(tl.float32)
-    b_k = tl.load(p_k + i_b * s_k + i_hk * DK + o_k).to(tl.float32)
-    b_v = tl.load(p_v + i_b * s_v + i_h * DV + o_v).to(tl.float32)
-    b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + EPS) * DK**-0.5
+    i_v, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_k, o_v = tl.arange(0, K), i_v * BV + tl.arange(0, BV)
+    i_g = i_h // GROUP
+    b_q = tl.load(p_q + i_n * s_q + i_g * K + o_k).to(tl.float32)
+    b_k = tl.load(p_k + i_n * s_k + i_g * K + o_k).to(tl.float32)
+    b_v = tl.load(p_v + i_n * s_v + i_h * V + o_v).to(tl.float32)
+    b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + EPS) * K**-0.5
     b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + EPS)
-    beta = tl.sigmoid(tl.load(p_b + i_b * s_b + i_h).to(tl.float32))
-    g = log_decay(tl.load(p_a + i_b * s_a + i_h), tl.load(p_A_log + i_h), tl.load(p_dt_bias + i_h))
-    p_tile = tile(p_state, i_b * H + i_h, DK, DV, o_k, o_v)
+    beta = tl.sigmoid(tl.load(p_b + i_n * s_b + i_h).to(tl.float32))
+    g = log_decay(tl.load(p_a + i_n * s_a + i_h), tl.load(p_A_log + i_h), tl.load(p_dt_bias + i_h))
+    p_tile = tile(p_state, i_n * H + i_h, K, V, o_k, o_v)
     b_S = tl.load(p_tile) * tl.exp(g)
     b_e = beta * (b_v - tl.sum(b_S * b_k[:, None], 0))
     b_S += b_k[:, None] * b_e[None, :]
     tl.store(p_tile, b_S)
     b_o = tl.sum(b_S * b_q[:, None], 0)
-    tl.store(p_o + (i_b * H + i_h) * DV + o_v, b_o.to(p_o.dtype.element_ty))
+    tl.store(p_o + (i_n * H + i_h) * V + o_v, b_o.to(p_o.dtype.element_ty))
 
 
 def gated_delta_rule_step_triton(
@@ -70,12 +69,12 @@ def gated_delta_rule_step_triton(
     check_state(state, (v.shape[0], v.shape[1], k.shape[2], v.shape[2]))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, state)):
         raise ValueError("gated_delta_rule_step is for decoding and has no backward: call it under torch.no_grad()")
-    (B, H, dv), (Hk, dk) = v.shape, k.shape[1:]
+    (N, H, V), (G, K) = v.shape, k.shape[1:]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    BV = min(dv, 32)
-    _step_kernel[(dv // BV, H, B)](
+    BV = min(V, 32)
+    _step_kernel[(V // BV, H, N)](
         *(q, k, v, a, b, A_log, dt_bias, state, o),
         *(x.stride(0) for x in (q, k, v, a, b)),
-        H=H, GROUP=H // Hk, DK=dk, DV=dv, BV=BV, EPS=L2_EPS, num_warps=4,
+        H=H, GROUP=H // G, K=K, V=V, BV=BV, EPS=L2_EPS, num_warps=4,
     )  # fmt: skip
     return o

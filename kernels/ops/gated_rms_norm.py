@@ -39,28 +39,28 @@ def gated_rms_norm_reference(
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     p_o, p_z, p_w, p_A, p_x, p_u, T, stride_o, stride_z, eps,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    P: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, J: tl.constexpr,
+    PIECES: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, i) takes tokens i, i + programs, ... and of each P pieces of BH heads: the whole row if R > 0.
+    """Program (c, i) takes tokens i, i + programs, ... and of each PIECES pieces of BH heads: the whole row if J > 0.
 
-    R is J, the rows of A. Values lie as (BH, BV), heads by values, so that the norm's mean is a sum over axis 1.
+    Values lie as (BH, BV), heads by values, so that the norm's mean is a sum over axis 1.
     """
-    o_h = tl.program_id(0) * P * BH + tl.arange(0, BH)[:, None]
+    o_h = tl.program_id(0) * PIECES * BH + tl.arange(0, BH)[:, None]
     o_v = tl.arange(0, BV)[None, :]
     b_w = tl.load(p_w + o_v, mask=o_v < V, other=0).to(tl.float32)
     b_A = ()
-    for k in tl.static_range(P):
+    for k in tl.static_range(PIECES):
         m_k = (o_h + k * BH < H) & (o_v < V)
-        for j in tl.static_range(R):
+        for j in tl.static_range(J):
             b_A += (tl.load(p_A + (j * H + o_h + k * BH) * V + o_v, mask=m_k, other=0),)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)  # T * H * V can pass 2^31
         # One sum for every lane; they are added up once, after the last piece of the row.
         b_dots = ()
-        for _ in tl.static_range(R):
+        for _ in tl.static_range(J):
             b_dots += (tl.zeros([BH, BV], tl.float32),)
-        for k in tl.static_range(P):
+        for k in tl.static_range(PIECES):
             o_k = (o_h + k * BH) * V + o_v
             m_k = (o_h + k * BH < H) & (o_v < V)
             b_o = tl.load(p_o + o_t * stride_o + o_k, mask=m_k, other=0).to(tl.float32)
@@ -70,19 +70,19 @@ def _forward_kernel(
             b_x = (b_o * b_rstd * b_w * b_z * tl.sigmoid(b_z)).to(p_x.dtype.element_ty)
             tl.store(p_x + o_t * H * V + o_k, b_x, mask=m_k)
             b_new = ()
-            for j in tl.static_range(R):
-                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            for j in tl.static_range(J):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * J + j],)
             b_dots = b_new
-        for j in tl.static_range(R):
-            tl.store(p_u + o_t * R + j, tl.sum(tl.sum(b_dots[j], 1)))
+        for j in tl.static_range(J):
+            tl.store(p_u + o_t * J + j, tl.sum(tl.sum(b_dots[j], 1)))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     p_dx, p_du, p_o, p_z, p_w, p_A, p_do, p_dz, p_partial, T, stride_dx, stride_o, stride_z, eps,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, J: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (head block, i) takes tokens i, i + programs, ...; p_partial (programs, R, H * V)."""
+    """Program (head block, i) takes tokens i, i + programs, ...; p_partial (programs, J, H * V)."""
     o_h = tl.program_id(0) * BH + tl.arange(0, BH)[:, None]
     o_v = tl.arange(0, BV)[None, :]
     o_f = o_h * V + o_v
@@ -91,7 +91,7 @@ def _backward_kernel(
     # change the layout of every store.
     b_w = tl.load(p_w + 0 * o_h + o_v, mask=m_f, other=0).to(tl.float32)
     b_A, b_dA = (), ()
-    for j in tl.static_range(R):
+    for j in tl.static_range(J):
         b_A += (tl.load(p_A + j * H * V + o_f, mask=m_f, other=0),)
         b_dA += (tl.zeros([BH, BV], tl.float32),)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
@@ -103,10 +103,10 @@ def _backward_kernel(
         b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)
         b_n = b_o * b_rstd
         b_new = ()
-        for j in tl.static_range(R):
+        for j in tl.static_range(J):
             # x as forward rounded it: dA is the gradient of a product with the rounded x.
             b_x = (b_n * b_w * b_z * b_sigmoid).to(p_o.dtype.element_ty).to(tl.float32)
-            b_du = tl.load(p_du + o_t * R + j)
+            b_du = tl.load(p_du + o_t * J + j)
             b_dx += b_du * b_A[j]
             b_new += (b_dA[j] + b_du * b_x,)
         b_dA = b_new
@@ -116,8 +116,8 @@ def _backward_kernel(
         b_dn = b_dx * b_w * b_z * b_sigmoid
         b_do = b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n, 1, keep_dims=True) / V))
         tl.store(p_do + o_t * H * V + o_f, b_do.to(p_do.dtype.element_ty), mask=m_f)
-    for j in tl.static_range(R):
-        p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * H * V
+    for j in tl.static_range(J):
+        p_row = p_partial + (tl.program_id(1) * J + j).to(tl.int64) * H * V
         tl.store(p_row + o_f, b_dA[j], mask=m_f)
 
 
@@ -142,7 +142,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         programs = persistent_programs(o, T, per_sm=2 if J else 6 / columns)
         _forward_kernel[(columns, programs)](
             o, z, weight, lora_A, x, u, T, o.stride(0), z.stride(0), eps,
-            H=H, V=V, R=J, P=pieces_each, **blocks, STAGES=3, num_warps=4,
+            H=H, V=V, J=J, PIECES=pieces_each, **blocks, STAGES=3, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(o, z, lora_A, weight)
         ctx.eps = eps
@@ -162,7 +162,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         dx = adjacent(dx)
         _backward_kernel[(columns, programs)](
             dx, du.contiguous() if J else None, o, z, weight, lora_A, do, dz, partial, T,
-            dx.stride(0), o.stride(0), z.stride(0), ctx.eps, H=H, V=V, R=J, **blocks, STAGES=3, num_warps=4,
+            dx.stride(0), o.stride(0), z.stride(0), ctx.eps, H=H, V=V, J=J, **blocks, STAGES=3, num_warps=4,
         )  # fmt: skip
         return do, dz, partial.sum(0) if J else None, None, None
 

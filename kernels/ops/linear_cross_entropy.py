@@ -73,22 +73,22 @@ def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor) ->
 # addresses that are not multiples of 16.
 @triton.jit(do_not_specialize_on_alignment=["p_label", "p_loss"])
 def _cross_entropy_kernel(
-    p_z, p_label, p_loss, V: tl.constexpr, GRAD: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
+    p_z, p_label, p_loss, VOCAB: tl.constexpr, GRAD: tl.constexpr, B_VOCAB: tl.constexpr, STAGES: tl.constexpr
 ):
-    """One row: loss = logsumexp(z) - z[label]; if GRAD, z becomes softmax(z) - onehot(label). V is the vocabulary."""
+    """One row: loss = logsumexp(z) - z[label]; if GRAD, z becomes softmax(z) - onehot(label)."""
     i_t = tl.program_id(0).to(tl.int64)
-    p_row = p_z + i_t * V
-    o_v = tl.arange(0, BV)
+    p_row = p_z + i_t * VOCAB
+    o_v = tl.arange(0, B_VOCAB)
     label = tl.load(p_label + i_t)
-    exists = (label >= 0) & (label < V)
+    exists = (label >= 0) & (label < VOCAB)
     b_target = tl.load(p_row + label, exists, other=0).to(tl.float32)  # before the second sweep overwrites it
     # Not -inf: a lane without a single logit would compute exp(-inf - -inf) = NaN.
-    b_max = tl.full([BV], -3e38, tl.float32)
-    b_sum = tl.zeros([BV], tl.float32)
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    b_max = tl.full([B_VOCAB], -3e38, tl.float32)
+    b_sum = tl.zeros([B_VOCAB], tl.float32)
+    BLOCKS: tl.constexpr = (VOCAB + B_VOCAB - 1) // B_VOCAB
     for i_v in tl.range(0, BLOCKS, num_stages=STAGES):
-        o = i_v * BV + o_v
-        b_z = tl.load(p_row + o, o < V, other=float("-inf")).to(tl.float32)
+        o = i_v * B_VOCAB + o_v
+        b_z = tl.load(p_row + o, o < VOCAB, other=float("-inf")).to(tl.float32)
         # A larger maximum makes the sum so far smaller by the same factor.
         b_new = tl.maximum(b_max, b_z)
         b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
@@ -100,23 +100,23 @@ def _cross_entropy_kernel(
     tl.store(p_loss + i_t, lse - b_target)
     if GRAD:
         for i_v in tl.range(0, BLOCKS, num_stages=STAGES):
-            o = (BLOCKS - 1 - i_v) * BV + o_v
-            b_z = tl.load(p_row + o, o < V, other=0).to(tl.float32)
+            o = (BLOCKS - 1 - i_v) * B_VOCAB + o_v
+            b_z = tl.load(p_row + o, o < VOCAB, other=0).to(tl.float32)
             b_dz = tl.exp(b_z - lse) - tl.where(o == label, 1.0, 0.0)
-            tl.store(p_row + o, b_dz.to(p_z.dtype.element_ty), o < V)
+            tl.store(p_row + o, b_dz.to(p_z.dtype.element_ty), o < VOCAB)
 
 
 # 1,024 threads: one row a multiprocessor. 132 rows are 66 MB; L2 holds 50 MB of them for the second sweep.
-BV, STAGES, WARPS = 8192, 3, 32
+B_VOCAB, STAGES, WARPS = 8192, 3, 32
 
 
 def cross_entropy_in_place(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
     """logits (rows, vocab) dense, labels (rows,) int64 -> losses (rows,) fp32. If `gradient`, logits become theirs."""
     vocab = logits.shape[1]
-    block = min(BV, triton.next_power_of_2(vocab))
+    block = min(B_VOCAB, triton.next_power_of_2(vocab))
     warps = max(1, min(WARPS, block // 256))
     _cross_entropy_kernel[(len(logits),)](
-        logits, labels, losses, V=vocab, GRAD=gradient, BV=block, STAGES=STAGES, num_warps=warps
+        logits, labels, losses, VOCAB=vocab, GRAD=gradient, B_VOCAB=block, STAGES=STAGES, num_warps=warps
     )
 
 

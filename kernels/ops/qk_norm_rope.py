@@ -57,20 +57,20 @@ def qk_norm_rope_reference(
 
 
 # Triton. Of each pair, `x` is the half with norm and rotation (q or k), `pass` the half that only gets its adapter term
-# (gate or v). i_x and i_pass are their first columns in a row of qgkv. RD is P.
+# (gate or v). i_x and i_pass are their first columns in a row of qgkv.
 
 
 @triton.jit
-def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr):
+def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr):
     """What a head keeps in registers: offsets, masks, 1 + w and B of its dims and of their partners, B of `pass`."""
     o_k = tl.arange(0, BK)
-    m_k, m_rot = o_k < K, o_k < 2 * RD
-    # Dim i is rotated with dim i + RD, its partner, which lies in another lane. So each lane loads both values.
-    o_p = tl.where(o_k < RD, o_k + RD, o_k - RD)
+    m_k, m_rot = o_k < K, o_k < 2 * P
+    # Dim i is rotated with dim i + P, its partner, which lies in another lane. So each lane loads both values.
+    o_p = tl.where(o_k < P, o_k + P, o_k - P)
     b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
     # x1' has -x2 and x2' has +x1: the sign goes into the partner's weight.
     b_wp = 1 + tl.load(p_w + o_p, mask=m_rot, other=0).to(tl.float32)
-    b_wp = tl.where(o_k < RD, -b_wp, b_wp)
+    b_wp = tl.where(o_k < P, -b_wp, b_wp)
     b_B, b_Bp, b_Bpass = 0.0, 0.0, 0.0
     if p_B is not None:
         b_B = tl.load(p_B + i_x + o_k, mask=m_k, other=0)
@@ -83,10 +83,10 @@ def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, RD: tl.constexpr, BK: tl.
 def _forward_head(
     p_in, p_x, p_pass, p_w, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale, i_x, i_pass, i_head,
     COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
-    K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One pair over this program's tokens. COLUMN_X, COLUMN_PASS: their columns in u; STRIDE: of the two outputs."""
-    o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
+    o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, P, BK)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         p_row = p_in + o_t * stride_in
@@ -98,9 +98,9 @@ def _forward_head(
             b_x += b_u * b_B
             b_p += b_u * b_Bp
             b_pass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_Bpass
-        # cos = 1 and sin = 0 leave the dims beyond 2 RD as they are.
-        b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
-        b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
+        # cos = 1 and sin = 0 leave the dims beyond 2 P as they are.
+        b_cos = tl.load(p_cos + o_t * P + o_k % P, mask=m_rot, other=1).to(tl.float32)
+        b_sin = tl.load(p_sin + o_t * P + o_k % P, mask=m_rot, other=0).to(tl.float32)
         # The norm's mean needs the adapter's term in x, so it is taken here and not before.
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
         b_x = b_x * b_rstd * b_w * b_cos + b_p * b_rstd * b_wp * b_sin
@@ -112,20 +112,20 @@ def _forward_head(
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     p_in, p_q, p_gate, p_k, p_v, p_wq, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (head, i) takes tokens i, i + programs, ...; heads 0 .. H-1 are queries, the next G are keys/values."""
     i_h = tl.program_id(0)
     if i_h < H:
         _forward_head(
             p_in, p_q, p_gate, p_wq, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, K, RD, BK, STAGES,
+            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, K, P, BK, STAGES,
         )  # fmt: skip
     else:
         i_g = i_h - H
         _forward_head(
             p_in, p_k, p_v, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, K, RD, BK, STAGES,
+            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, K, P, BK, STAGES,
         )  # fmt: skip
 
 
@@ -133,11 +133,11 @@ def _forward_kernel(
 def _backward_head(
     p_dx, p_dpass, p_in, p_w, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
     i_x, i_pass, i_head, COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
-    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One pair over this program's tokens: din, its part of du, and its rows of dB in registers. N is F."""
-    o_k, m_k, o_p, m_rot, b_w, _, b_B, _, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, RD, BK)
-    b_sign = tl.where(o_k < RD, 1.0, -1.0)
+    """One pair over this program's tokens: din, its part of du, and its rows of dB in registers."""
+    o_k, m_k, o_p, m_rot, b_w, _, b_B, _, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, P, BK)
+    b_sign = tl.where(o_k < P, 1.0, -1.0)
     b_dB = tl.zeros([BK], tl.float32)
     b_dBpass = tl.zeros([BK], tl.float32)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
@@ -147,8 +147,8 @@ def _backward_head(
         b_d = tl.load(p_dx + o_out + o_k, mask=m_k, other=0).to(tl.float32)
         b_dp = tl.load(p_dx + o_out + o_p, mask=m_rot, other=0).to(tl.float32)
         b_dpass = tl.load(p_dpass + o_out + o_k, mask=m_k, other=0).to(tl.float32)
-        b_cos = tl.load(p_cos + o_t * RD + o_k % RD, mask=m_rot, other=1).to(tl.float32)
-        b_sin = tl.load(p_sin + o_t * RD + o_k % RD, mask=m_rot, other=0).to(tl.float32)
+        b_cos = tl.load(p_cos + o_t * P + o_k % P, mask=m_rot, other=1).to(tl.float32)
+        b_sin = tl.load(p_sin + o_t * P + o_k % P, mask=m_rot, other=0).to(tl.float32)
         if p_B is not None:
             # x with its term again, as forward normed it; saved is only the GEMM's output.
             b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
@@ -158,8 +158,8 @@ def _backward_head(
         # Rotated back (the sign is that of the transposed rotation), then through the weight and the norm.
         b_dn = (b_d * b_cos + b_sign * b_dp * b_sin) * b_w
         b_d = b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
-        tl.store(p_din + o_t * N + i_x + o_k, b_d.to(p_din.dtype.element_ty), mask=m_k)
-        tl.store(p_din + o_t * N + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
+        tl.store(p_din + o_t * F + i_x + o_k, b_d.to(p_din.dtype.element_ty), mask=m_k)
+        tl.store(p_din + o_t * F + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
         if p_B is not None:
             b_dB += b_u * b_d
             b_dBpass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_dpass
@@ -171,7 +171,7 @@ def _backward_head(
                 tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B))
                 tl.store(p_slot + COLUMN_PASS * H, scale * tl.sum(b_dpass * b_Bpass))
     if p_B is not None:
-        p_sums = p_partial + tl.program_id(1).to(tl.int64) * N
+        p_sums = p_partial + tl.program_id(1).to(tl.int64) * F
         tl.store(p_sums + i_x + o_k, b_dB, mask=m_k)
         tl.store(p_sums + i_pass + o_k, b_dBpass, mask=m_k)
 
@@ -180,23 +180,23 @@ def _backward_head(
 def _backward_kernel(
     p_dq, p_dgate, p_dk, p_dv, p_in, p_wq, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial,
     T, stride_in, eps, scale,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, RD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs as in the forward kernel. p_du (T, 3, H): columns G .. H-1 of k and v stay zero, as they have only G
     heads. p_partial (programs, F).
     """
-    N: tl.constexpr = 2 * (H + G) * K
+    F: tl.constexpr = 2 * (H + G) * K
     i_h = tl.program_id(0)
     if i_h < H:
         _backward_head(
             p_dq, p_dgate, p_in, p_wq, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, H, N, K, RD, BK, STAGES,
+            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, H, F, K, P, BK, STAGES,
         )  # fmt: skip
     else:
         i_g = i_h - H
         _backward_head(
             p_dk, p_dv, p_in, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, H, N, K, RD, BK, STAGES,
+            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, H, F, K, P, BK, STAGES,
         )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ class _Heads(NamedTuple):
 
     def constants(self, cos: Tensor) -> dict[str, int]:
         BK = triton.next_power_of_2(self.K)
-        return {"H": self.H, "G": self.G, "K": self.K, "RD": cos.shape[1], "BK": BK, **_CONSTANTS}
+        return {"H": self.H, "G": self.G, "K": self.K, "P": cos.shape[1], "BK": BK, **_CONSTANTS}
 
 
 class _QKNormRope(torch.autograd.Function):

@@ -50,25 +50,25 @@ def residual_rms_norm_reference(
 # Triton. A block has a power of two of elements, and 5,120 is none: one block of 8,192 spills registers. So a row is
 # a tuple of ceil(D / BD) pieces; 5 x 1,024 leaves no lane idle. Programs are persistent: each walks over many rows with
 # w, A and B in registers, and the loads of its next rows are in flight (`num_stages`) while one row is summed.
-# A tuple cannot be changed in place, so a running sum is built anew for each row (`b_new`). R is J, the rows of A.
+# A tuple cannot be changed in place, so a running sum is built anew for each row (`b_new`).
 
 
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
-    p_h, p_y, p_u, p_B, p_w, p_A, p_h_out, p_x, p_u_out, p_r, T, stride_h, stride_y, eps, scale,
-    D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    p_h, p_y, p_u, p_B, p_w, p_A, p_h_out, p_x, p_u_out, p_rstd, T, stride_h, stride_y, eps, scale,
+    D: tl.constexpr, J: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program i takes rows i, i + programs, ... p_y None: nothing pending; p_B None: no adapter term in it."""
     PIECES: tl.constexpr = (D + BD - 1) // BD
     o_d = tl.arange(0, BD)
-    # Loaded once a program; piece k of row j of A is b_A[k * R + j].
+    # Loaded once a program; piece k of row j of A is b_A[k * J + j].
     b_w, b_B, b_A = (), (), ()
     for k in tl.static_range(PIECES):
         m_d = k * BD + o_d < D
         b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
         if p_B is not None:
             b_B += (scale * tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
-        for j in tl.static_range(R):
+        for j in tl.static_range(J):
             b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)  # T * D can pass 2^31
@@ -88,33 +88,34 @@ def _forward_kernel(
             b_square += b_h * b_h
             b_rows += (b_h,)
         b_rstd = tl.rsqrt(tl.sum(b_square) / D + eps)
-        tl.store(p_r + o_t, b_rstd)
+        tl.store(p_rstd + o_t, b_rstd)
         b_dots = ()
-        for _ in tl.static_range(R):
+        for _ in tl.static_range(J):
             b_dots += (tl.zeros([BD], tl.float32),)
         for k in tl.static_range(PIECES):
             b_x = (b_rows[k] * b_rstd * b_w[k]).to(p_x.dtype.element_ty)
             tl.store(p_x + o_t * D + k * BD + o_d, b_x, mask=k * BD + o_d < D)
             b_new = ()
-            for j in tl.static_range(R):
-                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            for j in tl.static_range(J):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * J + j],)
             b_dots = b_new
         # One reduction for each row of A at the end, instead of one for each piece.
-        for j in tl.static_range(R):
-            tl.store(p_u_out + o_t * R + j, tl.sum(b_dots[j]))
+        for j in tl.static_range(J):
+            tl.store(p_u_out + o_t * J + j, tl.sum(b_dots[j]))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
-    p_dh, p_dx, p_du_out, p_h, p_r, p_u, p_B, p_w, p_A, p_dy, p_du, p_partial, T, stride_dh, stride_dx, stride_h, scale,
-    D: tl.constexpr, R: tl.constexpr, DA: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    p_dh, p_dx, p_du_out, p_h, p_rstd, p_u, p_B, p_w, p_A, p_dy, p_du, p_partial,
+    T, stride_dh, stride_dx, stride_h, scale,
+    D: tl.constexpr, J: tl.constexpr, WANTS_DA: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """DA: dA is wanted. p_B None: neither du nor dB is wanted. p_dy None: dA alone is wanted.
+    """WANTS_DA: dA is wanted. p_B None: neither du nor dB is wanted. p_dy None: dA alone is wanted.
 
-    p_partial (programs, SUMS, D): R rows of dA if DA, then one row of dB if p_B is given.
+    p_partial (programs, SUMS, D): J rows of dA if WANTS_DA, then one row of dB if p_B is given.
     """
     PIECES: tl.constexpr = (D + BD - 1) // BD
-    DA_ROWS: tl.constexpr = R if DA else 0
+    DA_ROWS: tl.constexpr = J if WANTS_DA else 0
     SUMS: tl.constexpr = DA_ROWS + (p_B is not None)
     o_d = tl.arange(0, BD)
     b_w, b_B, b_A, b_sums = (), (), (), ()
@@ -123,16 +124,16 @@ def _backward_kernel(
         b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
         if p_B is not None:
             b_B += (tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
-        for j in tl.static_range(R):
+        for j in tl.static_range(J):
             b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
         for _ in tl.static_range(SUMS):
             b_sums += (tl.zeros([BD], tl.float32),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
-        b_rstd = tl.load(p_r + o_t)
+        b_rstd = tl.load(p_rstd + o_t)
         b_dus = ()
-        for j in tl.static_range(R):
-            b_dus += (tl.load(p_du_out + o_t * R + j),)
+        for j in tl.static_range(J):
+            b_dus += (tl.load(p_du_out + o_t * J + j),)
         # First sweep over the row: n, dn, the sum of dn n, and the row's part of dA.
         b_n, b_dn, b_new = (), (), ()
         b_dot = tl.zeros([BD], tl.float32)
@@ -147,8 +148,8 @@ def _backward_kernel(
                 b_new += (b_sums[k * SUMS + DA_ROWS],)  # dB's sum waits for dh, in the second sweep
             if p_dy is not None:
                 b_dx = tl.load(p_dx + o_t * stride_dx + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-                for j in tl.static_range(R):
-                    b_dx += b_dus[j] * b_A[k * R + j]
+                for j in tl.static_range(J):
+                    b_dx += b_dus[j] * b_A[k * J + j]
                 b_dn += (b_dx * b_w[k],)
                 b_n += (b_nk,)
                 b_dot += b_dx * b_w[k] * b_nk
@@ -198,7 +199,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
         grid, constants = _launch(h)
         _forward_kernel[grid](
             h, y, u, B, weight, lora_A, h_out, x, u_out, rstd, T, h.stride(0), 0 if y is None else y.stride(0), eps,
-            scale, D=D, R=J, **constants,
+            scale, D=D, J=J, **constants,
         )  # fmt: skip
         ctx.save_for_backward(h_out, rstd, u, B, lora_A, weight)
         ctx.scale = scale
@@ -219,7 +220,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
         dh_out, dx = adjacent(dh_out), adjacent(dx)
         _backward_kernel[grid](
             dh_out, dx, du_out.contiguous() if J else None, h, rstd, u, B, weight, lora_A, dh, du, partial,
-            T, dh_out.stride(0), dx.stride(0), h.stride(0), ctx.scale, D=D, R=J, DA=needs_A, **constants,
+            T, dh_out.stride(0), dx.stride(0), h.stride(0), ctx.scale, D=D, J=J, WANTS_DA=needs_A, **constants,
         )  # fmt: skip
         sums = partial.sum(0)
         dA = sums[:J] if needs_A else None

@@ -31,74 +31,74 @@ def sigmoid_gate_reference(o: Tensor, gate: Tensor, lora_A: Tensor | None = None
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     p_o, p_gate, p_A, p_x, p_u, T, stride_o, stride_gate,
-    N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    F: tl.constexpr, J: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes rows i, i + programs, ... N is F and R is J. A row is a tuple of pieces of BN elements, because
-    6,144 is no power of two; piece k of row j of A is b_A[k * R + j] and stays in registers.
+    """Program i takes rows i, i + programs, ... A row is a tuple of pieces of BF elements, because
+    6,144 is no power of two; piece k of row j of A is b_A[k * J + j] and stays in registers.
     """
-    PIECES: tl.constexpr = (N + BN - 1) // BN
-    o_n = tl.arange(0, BN)
+    PIECES: tl.constexpr = (F + BF - 1) // BF
+    o_f = tl.arange(0, BF)
     b_A = ()
     for k in tl.static_range(PIECES):
-        for j in tl.static_range(R):
-            b_A += (tl.load(p_A + j * N + k * BN + o_n, mask=k * BN + o_n < N, other=0),)
+        for j in tl.static_range(J):
+            b_A += (tl.load(p_A + j * F + k * BF + o_f, mask=k * BF + o_f < F, other=0),)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)  # T * F can pass 2^31
         # One sum for every lane; they are added up once, after the last piece of the row.
         b_dots = ()
-        for _ in tl.static_range(R):
-            b_dots += (tl.zeros([BN], tl.float32),)
+        for _ in tl.static_range(J):
+            b_dots += (tl.zeros([BF], tl.float32),)
         for k in tl.static_range(PIECES):
-            m_n = k * BN + o_n < N
-            b_o = tl.load(p_o + o_t * stride_o + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
-            b_gate = tl.load(p_gate + o_t * stride_gate + k * BN + o_n, mask=m_n, other=0).to(tl.float32)
+            m_f = k * BF + o_f < F
+            b_o = tl.load(p_o + o_t * stride_o + k * BF + o_f, mask=m_f, other=0).to(tl.float32)
+            b_gate = tl.load(p_gate + o_t * stride_gate + k * BF + o_f, mask=m_f, other=0).to(tl.float32)
             b_x = (b_o * tl.sigmoid(b_gate)).to(p_x.dtype.element_ty)
-            tl.store(p_x + o_t * N + k * BN + o_n, b_x, mask=m_n)
+            tl.store(p_x + o_t * F + k * BF + o_f, b_x, mask=m_f)
             # u reads the rounded x, as the GEMM does. A tuple cannot be changed in place, so the sums are built anew.
             b_new = ()
-            for j in tl.static_range(R):
-                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * R + j],)
+            for j in tl.static_range(J):
+                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * J + j],)
             b_dots = b_new
-        for j in tl.static_range(R):
-            tl.store(p_u + o_t * R + j, tl.sum(b_dots[j]))
+        for j in tl.static_range(J):
+            tl.store(p_u + o_t * J + j, tl.sum(b_dots[j]))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     p_dx, p_du, p_o, p_gate, p_A, p_do, p_dgate, p_partial, T, stride_dx, stride_o, stride_gate,
-    N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    F: tl.constexpr, J: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (column block, i) takes tokens i, i + programs, ...; p_partial (programs, R, N)."""
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_n = o_n < N
+    """Program (column block, i) takes tokens i, i + programs, ...; p_partial (programs, J, F)."""
+    o_f = tl.program_id(0) * BF + tl.arange(0, BF)
+    m_f = o_f < F
     b_A, b_dA = (), ()
-    for j in tl.static_range(R):
-        b_A += (tl.load(p_A + j * N + o_n, mask=m_n, other=0),)
-        b_dA += (tl.zeros([BN], tl.float32),)
+    for j in tl.static_range(J):
+        b_A += (tl.load(p_A + j * F + o_f, mask=m_f, other=0),)
+        b_dA += (tl.zeros([BF], tl.float32),)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
-        b_dx = tl.load(p_dx + o_t * stride_dx + o_n, mask=m_n, other=0).to(tl.float32)
-        b_o = tl.load(p_o + o_t * stride_o + o_n, mask=m_n, other=0).to(tl.float32)
-        b_sigmoid = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_n, mask=m_n, other=0).to(tl.float32))
+        b_dx = tl.load(p_dx + o_t * stride_dx + o_f, mask=m_f, other=0).to(tl.float32)
+        b_o = tl.load(p_o + o_t * stride_o + o_f, mask=m_f, other=0).to(tl.float32)
+        b_sigmoid = tl.sigmoid(tl.load(p_gate + o_t * stride_gate + o_f, mask=m_f, other=0).to(tl.float32))
         b_new = ()
-        for j in tl.static_range(R):
-            b_du = tl.load(p_du + o_t * R + j)
+        for j in tl.static_range(J):
+            b_du = tl.load(p_du + o_t * J + j)
             b_dx += b_du * b_A[j]
             # x as forward rounded it: dA is the gradient of a product with the rounded x.
             b_new += (b_dA[j] + b_du * (b_o * b_sigmoid).to(p_o.dtype.element_ty).to(tl.float32),)
         b_dA = b_new
         # From here on b_dx holds dx + du A.
-        tl.store(p_do + o_t * N + o_n, (b_dx * b_sigmoid).to(p_do.dtype.element_ty), mask=m_n)
+        tl.store(p_do + o_t * F + o_f, (b_dx * b_sigmoid).to(p_do.dtype.element_ty), mask=m_f)
         b_dgate = b_dx * b_o * b_sigmoid * (1 - b_sigmoid)
-        tl.store(p_dgate + o_t * N + o_n, b_dgate.to(p_dgate.dtype.element_ty), mask=m_n)
-    for j in tl.static_range(R):
-        p_row = p_partial + (tl.program_id(1) * R + j).to(tl.int64) * N
-        tl.store(p_row + o_n, b_dA[j], mask=m_n)
+        tl.store(p_dgate + o_t * F + o_f, b_dgate.to(p_dgate.dtype.element_ty), mask=m_f)
+    for j in tl.static_range(J):
+        p_row = p_partial + (tl.program_id(1) * J + j).to(tl.int64) * F
+        tl.store(p_row + o_f, b_dA[j], mask=m_f)
 
 
 # 1,024 columns of three bf16 tensors are 6 KB of loads a stage. With three stages in flight while the fourth is in use,
 # the four programs of a multiprocessor keep 72 KB in flight.
-_BACKWARD = {"BN": 1024, "STAGES": 4, "num_warps": 4}
+_BACKWARD = {"BF": 1024, "STAGES": 4, "num_warps": 4}
 
 
 class _SigmoidGate(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _SigmoidGate(torch.autograd.Function):
         u = torch.empty(T, J, dtype=torch.float32, device=o.device) if J else None
         _forward_kernel[(persistent_programs(o, T, per_sm=2),)](
             o, gate, lora_A, x, u, T, o.stride(0), gate.stride(0),
-            N=F, R=J, BN=min(1024, triton.next_power_of_2(F)), STAGES=3, num_warps=4,
+            F=F, J=J, BF=min(1024, triton.next_power_of_2(F)), STAGES=3, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(o, gate, lora_A)
         return x, u
@@ -121,13 +121,13 @@ class _SigmoidGate(torch.autograd.Function):
         T, F = o.shape
         J = 0 if lora_A is None else len(lora_A)
         do, dgate = (torch.empty(T, F, dtype=t.dtype, device=t.device) for t in (o, gate))
-        columns = triton.cdiv(F, _BACKWARD["BN"])
+        columns = triton.cdiv(F, _BACKWARD["BF"])
         programs = persistent_programs(o, T, per_sm=4 / columns)
         partial = o.new_empty(programs, J, F, dtype=torch.float32)
         dx = adjacent(dx)
         _backward_kernel[(columns, programs)](
             dx, du.contiguous() if J else None, o, gate, lora_A, do, dgate, partial, T,
-            dx.stride(0), o.stride(0), gate.stride(0), N=F, R=J, **_BACKWARD,
+            dx.stride(0), o.stride(0), gate.stride(0), F=F, J=J, **_BACKWARD,
         )  # fmt: skip
         return do, dgate, partial.sum(0) if J else None
 

@@ -85,10 +85,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
-    p_dx, p_du_out, p_gate_up, p_u, p_B, p_A, p_dgate_up, p_du_parts, p_sums, T, stride_dx, stride, scale,
-    I: tl.constexpr, DA: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    p_dx, p_du_out, p_gate_up, p_u, p_B, p_A, p_dgate_up, p_du_parts, p_partial, T, stride_dx, stride, scale,
+    I: tl.constexpr, WANTS_DA: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """p_sums (segments, rows, I): dB of gate and dB of up if p_B is given, then dA if DA."""
+    """p_partial (segments, rows, I): dB of gate and dB of up if p_B is given, then dA if WANTS_DA."""
     i_b, blocks = tl.program_id(0), tl.num_programs(0)
     o_i = i_b * BI + tl.arange(0, BI)
     m_i = o_i < I
@@ -113,7 +113,7 @@ def _backward_kernel(
         if p_A is not None:
             b_du_out = tl.load(p_du_out + o_t, m_t, other=0)[:, None]
             b_dx += b_du_out * b_A
-            if DA:
+            if WANTS_DA:
                 # x as forward rounded it (x and dx have one dtype).
                 b_dA += b_du_out * (b_silu * b_up).to(p_dx.dtype.element_ty).to(tl.float32)
         b_dup = b_dx * b_silu
@@ -129,13 +129,13 @@ def _backward_kernel(
             tl.store(p_du, tl.sum(b_dgate * b_B_gate, 1), m_t)
             tl.store(p_du + 1, tl.sum(b_dup * b_B_up, 1), m_t)
     DB_ROWS: tl.constexpr = 2 if p_B is not None else 0
-    p_sums += tl.program_id(1).to(tl.int64) * ((DB_ROWS + DA) * I) + o_i
+    p_partial += tl.program_id(1).to(tl.int64) * ((DB_ROWS + WANTS_DA) * I) + o_i
     if p_B is not None:
         # b_B_* held the scale already, b_u_* did not: dB gets it here, du got it above.
-        tl.store(p_sums, scale * tl.sum(b_dB_gate, 0), m_i)
-        tl.store(p_sums + I, scale * tl.sum(b_dB_up, 0), m_i)
-    if DA:
-        tl.store(p_sums + DB_ROWS * I, tl.sum(b_dA, 0), m_i)
+        tl.store(p_partial, scale * tl.sum(b_dB_gate, 0), m_i)
+        tl.store(p_partial + I, scale * tl.sum(b_dB_up, 0), m_i)
+    if WANTS_DA:
+        tl.store(p_partial + DB_ROWS * I, tl.sum(b_dA, 0), m_i)
 
 
 BI, STAGES = 1024, 4  # 17,408 = 17 x 1,024: no lane idle
@@ -166,7 +166,7 @@ def swiglu_backward(
     dx = adjacent(dx)
     _backward_kernel[grid](
         dx, du_out.contiguous() if lora_A is not None else None, gate_up, u, B, lora_A, dgate_up, parts, sums,
-        T, dx.stride(0), gate_up.stride(0), scale, I=I, DA=wants_A, **constants,
+        T, dx.stride(0), gate_up.stride(0), scale, I=I, WANTS_DA=wants_A, **constants,
     )  # fmt: skip
     total = sums.sum(0)
     du = parts.sum(1) if wants_u else None

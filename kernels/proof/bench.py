@@ -8,7 +8,7 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -128,11 +128,6 @@ def without_adapter(op: Op, size: dict) -> dict | None:
     return None if off == size else off
 
 
-def peer_case(case: Case) -> Case:
-    """The case as a peer takes it: its inputs as one dict."""
-    return Case(case.name, case.inputs, lambda peer, inputs: peer(inputs), case.grads)
-
-
 def right_result(case: Case, op: Op, call: Callable) -> None:
     """AssertionError unless the peer's first output is one of the op's, to bf16's precision."""
     with torch.no_grad():
@@ -162,7 +157,8 @@ def versions_of(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[str, d
                 raise AssertionError("not installed")
             call, bare_cases = peer.prepare(bare, DEVICE), cases(bare)
             right_result(bare_cases[0], op, call)
-            return calls_of([peer_case(case) for case in bare_cases], call)
+            # A peer takes the inputs as one dict.
+            return calls_of([replace(case, call=lambda peer, x: peer(x)) for case in bare_cases], call)
 
         yield peer.name, bare, prepared
 

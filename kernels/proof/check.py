@@ -105,7 +105,7 @@ def mutant_rejected(op: Op, mutant: str, sizes: list[dict], device: str) -> str:
         try:
             _quietly(assert_close_fp32, actual, expected)
         except AssertionError:
-            return case.name
+            return shown(size)
     raise AssertionError(f"mutant accepted by all {len(sizes)} cases ({len(crashes)} crashed)")
 
 

@@ -71,7 +71,6 @@ class Case:
     `grads` names the inputs whose gradients are compared.
     """
 
-    name: str
     inputs: dict[str, Tensor]
     call: Callable[..., dict[str, Tensor | None]]
     grads: tuple[str, ...] = ()

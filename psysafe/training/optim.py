@@ -76,7 +76,7 @@ class AdamW:
 
         These are the tensors themselves, not copies: the next step overwrites them.
         """
-        return self.state.kept()
+        return self.state.saved()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continues from saved `state_tensors`. UserError, and nothing changed, if they are not of this optimiser."""

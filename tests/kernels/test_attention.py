@@ -20,6 +20,7 @@ from kernels.proof.cases import attention_decode as decode_cases
 from kernels.proof.cases import causal_attention as cases
 from kernels.proof.cases._shared import packed
 from kernels.proof.cases.causal_attention import CASES, MUTANTS, make_case
+from kernels.proof.check import shown
 from kernels.proof.closeness import Case, assert_close_bf16, assert_close_fp32, outputs_and_gradients, poisoned_empty
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -61,14 +62,14 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("size", SMALL, ids=lambda size: make_case(**size).name)
+@pytest.mark.parametrize("size", SMALL, ids=shown)
 def test_reference_equals_the_definition(size):
     case = make_case(**size)
     assert_close_fp32(outputs_and_gradients(case, causal_attention_reference, torch.float64), expected(case))
 
 
 @needs_triton
-@pytest.mark.parametrize("size", SMALL, ids=lambda size: make_case(**size).name)
+@pytest.mark.parametrize("size", SMALL, ids=shown)
 def test_triton_equals_the_definition(size):
     case = make_case(**size)
     assert_close_fp32(run_triton(case), expected(case))
@@ -192,7 +193,7 @@ def test_only_the_gradients_that_are_needed(wanted, monkeypatch):
                 return self.kernel[grid]
 
         monkeypatch.setattr(attention, name, Watched(name, kernel))
-    case = Case(case.name, case.inputs, case.call, wanted)
+    case = Case(case.inputs, case.call, wanted)
     assert_close_fp32(run_triton(case), expected(case))
     assert launched == list(wanted)
 
@@ -250,7 +251,7 @@ def test_other_head_sizes_run_the_reference():
 # Decode
 
 
-@pytest.mark.parametrize("size", SMALL_DECODE, ids=lambda size: decode_cases.make_case(**size).name)
+@pytest.mark.parametrize("size", SMALL_DECODE, ids=shown)
 def test_decode_equals_the_definition(size):
     case = decode_cases.make_case(**size)
     assert_close_fp32(outputs_and_gradients(case, attention_decode_reference), expected(case, naive_decode))

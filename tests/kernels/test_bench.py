@@ -89,8 +89,8 @@ def test_calls_time_the_op_alone():
 
 def test_without_adapter():
     sizes = {op.name: without_adapter(op, op.cases[0]) for op in OPERATIONS}
-    assert sizes["residual_rms_norm"] | {"T": 0} == {"T": 0, "D": 5120, "R": 0, "rank": 0}
-    assert sizes["swiglu"]["rank"] == sizes["qk_norm_rope"]["rank"] == sizes["sigmoid_gate"]["R"] == 0
+    assert sizes["residual_rms_norm"] | {"T": 0} == {"T": 0, "D": 5120, "J": 0, "rank": 0}
+    assert sizes["swiglu"]["rank"] == sizes["qk_norm_rope"]["rank"] == sizes["sigmoid_gate"]["J"] == 0
     assert sizes["causal_attention"] is sizes["causal_conv1d_silu"] is sizes["linear_cross_entropy"] is None
 
 

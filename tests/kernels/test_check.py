@@ -42,7 +42,7 @@ def standing_in(name: str) -> Op:
 
 @pytest.fixture
 def gate():
-    return standing_in("sigmoid_gate"), {"T": 9, "N": 40, "R": 1}
+    return standing_in("sigmoid_gate"), {"T": 9, "F": 40, "J": 1}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

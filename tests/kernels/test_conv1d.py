@@ -60,7 +60,7 @@ def test_a_boundary_shows_in_the_gradient_alone():
     def second_document_only(op, x):
         return {name: c[4:] for name, c in case.call(op, x).items()}
 
-    second = Case(case.name, case.inputs, second_document_only, case.grads)
+    second = Case(case.inputs, second_document_only, case.grads)
     dx = outputs_and_gradients(second, causal_conv1d_silu_triton)["dx"]
     assert dx[:4].count_nonzero() == 0 and dx[4:].count_nonzero() == dx[4:].numel()
 

@@ -14,10 +14,10 @@ from tests.kernels import triton_checks as checks
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 SIZES = [
-    {"N": 1, "D": 16, "V": 100},
-    {"N": 65, "D": 24, "V": 64},
-    {"N": 63, "D": 24, "V": 101},
-    {"N": 5, "D": 16, "V": 8209},  # two blocks of columns, the second nearly empty
+    {"T": 1, "D": 16, "vocab": 100},
+    {"T": 65, "D": 24, "vocab": 64},
+    {"T": 63, "D": 24, "vocab": 101},
+    {"T": 5, "D": 16, "vocab": 8209},  # two blocks of columns, the second nearly empty
 ]
 
 
@@ -46,13 +46,13 @@ def test_triton_equals_reference(size):
 @needs_triton
 @pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutants_are_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"N": 7, "D": 24, "V": 101})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 7, "D": 24, "vocab": 101})
 
 
 @needs_triton
 def test_large_logits_do_not_overflow():
     """exp(1000) is infinite in fp32; a wrong maximum would show as inf or NaN."""
-    case = make_case(N=3, D=16, V=100)
+    case = make_case(T=3, D=16, vocab=100)
     x, weight, labels = case.inputs["x"] * 300, case.inputs["weight"], case.inputs["labels"]
     expected = all_logits_at_once(x.double(), weight.double(), labels)
     assert_close_fp32({"loss": linear_cross_entropy_triton(x, weight, labels)}, {"loss": expected})
@@ -62,7 +62,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("label", [-100, 100, 2**40])
 def test_label_out_of_range_poisons_its_own_row(label):
     """It must neither read out of bounds nor train in silence: its row of dx is NaN, the others are as ever."""
-    x, weight, labels = make_case(N=4, D=16, V=100).inputs.values()
+    x, weight, labels = make_case(T=4, D=16, vocab=100).inputs.values()
     labels[2] = label
     x.requires_grad_()
     loss = linear_cross_entropy_triton(x, weight, labels)
@@ -72,7 +72,7 @@ def test_label_out_of_range_poisons_its_own_row(label):
 
 @needs_triton
 def test_backward_twice_and_no_gradient():
-    x, weight, labels = make_case(N=20, D=16, V=100).inputs.values()
+    x, weight, labels = make_case(T=20, D=16, vocab=100).inputs.values()
     with torch.no_grad():
         bare = linear_cross_entropy_triton(x, weight, labels)
     x.requires_grad_()
@@ -101,7 +101,7 @@ def test_chunks_cover_the_rows_evenly(rows):
 
 @needs_triton
 def test_what_triton_refuses():
-    x, weight, labels = make_case(N=4, D=16, V=100).inputs.values()
+    x, weight, labels = make_case(T=4, D=16, vocab=100).inputs.values()
     with pytest.raises(ValueError, match="weight requires grad"):
         linear_cross_entropy_triton(x, weight.requires_grad_(), labels)
     with pytest.raises(ValueError, match="labels"):

@@ -48,7 +48,7 @@ def test_mutants_are_rejected(name):
 
 def test_every_tensor_between_the_kernels():
     """A wrong intermediate shows here by its name. Ragged: full chunk, one token, two chunks; ratio 3."""
-    case = make_case(lengths=(64, 1, 67), key_heads=1, value_heads=3, dk=32, dv=16, state=True)
+    case = make_case(lengths=(64, 1, 67), key_heads=1, value_heads=3, K=32, V=16, state=True)
     x = dict(case.inputs)
     x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
     documents = Documents(torch.tensor([0, 64, 65, 132], dtype=torch.int32))
@@ -107,7 +107,7 @@ def test_equations_equal_autograd():
         order = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "initial_state")
         return Equations.apply(*(x[name] for name in order), documents)
 
-    case = make_case(lengths=(65, 3), key_heads=1, value_heads=2, dv=8, state=True)
+    case = make_case(lengths=(65, 3), key_heads=1, value_heads=2, V=8, state=True)
     actual = outputs_and_gradients(case, op, torch.float64)
     expected = outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64)
     for name, value in expected.items():
@@ -151,7 +151,7 @@ def test_only_wanted_gradients():
 @pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3)], ids=str)
 def test_step_equals_its_reference(heads):
     key_heads, value_heads = heads
-    x = dict(make_case((1, 1, 1), key_heads, value_heads, dk=32, dv=64, state=True).inputs)
+    x = dict(make_case((1, 1, 1), key_heads, value_heads, K=32, V=64, state=True).inputs)
     x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
     state = x.pop("initial_state")
     wide = {name: t.double() for name, t in x.items()} | {"state": state.double()}
@@ -171,7 +171,7 @@ def test_refuses_what_it_cannot_do():
 
     with pytest.raises(ValueError, match="float64"):
         call(**{name: t.double() for name, t in x.items()})
-    with pytest.raises(ValueError, match="dk = 8"):
+    with pytest.raises(ValueError, match="K = 8"):
         call(q=x["q"][..., :8].contiguous(), k=x["k"][..., :8].contiguous())
     with pytest.raises(ValueError, match="keeps A_log frozen"):
         call(A_log=x["A_log"].clone().requires_grad_())

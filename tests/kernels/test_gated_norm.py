@@ -10,19 +10,19 @@ from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 SIZES = [
-    {"T": 1, "H": 2, "V": 32, "R": 1},
+    {"T": 1, "H": 2, "V": 32, "J": 1},
     {"T": 63, "H": 2, "V": 32},
-    {"T": 64, "H": 3, "V": 24, "R": 3},
-    {"T": 65, "H": 1, "V": 16, "R": 1, "strided": True},
-    {"T": 4, "H": 20, "V": 128, "R": 1, "strided": True},  # three pieces of eight heads, the last one masked
+    {"T": 64, "H": 3, "V": 24, "J": 3},
+    {"T": 65, "H": 1, "V": 16, "J": 1, "strided": True},
+    {"T": 4, "H": 20, "V": 128, "J": 1, "strided": True},  # three pieces of eight heads, the last one masked
     {"T": 4, "H": 20, "V": 128},  # two programs share a row
-    {"T": 5, "H": 3, "V": 32, "R": 4},  # more rows than are fused: the plain projection
+    {"T": 5, "H": 3, "V": 32, "J": 4},  # more rows than are fused: the plain projection
 ]
 
 
 def test_reference_equals_transformers():
     """Qwen3_5RMSNormGated computes in fp32 whatever it is given."""
-    x = OP.make_case(T=7, H=3, V=24, R=2).inputs
+    x = OP.make_case(T=7, H=3, V=24, J=2).inputs
     norm = Qwen3_5RMSNormGated(24, eps=1e-6)
     norm.weight.data = x["weight"]
     theirs = norm(x["o"].reshape(-1, 24), x["z"].reshape(-1, 24)).reshape(7, 72)
@@ -38,11 +38,11 @@ def test_triton_equals_the_reference(size):
 
 @pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 3, "V": 24, "R": 1})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 3, "V": 24, "J": 1})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(OP, {"T": 33, "H": 2, "V": 32, "R": 1})
+    checks.check_rounding_points(OP, {"T": 33, "H": 2, "V": 32, "J": 1})
 
 
 def test_errors_name_the_culprit():

@@ -9,17 +9,17 @@ from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 SIZES = [
-    {"T": 1, "N": 64, "R": 1},
-    {"T": 63, "N": 64, "R": 0},
-    {"T": 64, "N": 40, "R": 3},
-    {"T": 65, "N": 48, "R": 1, "strided": True},
-    {"T": 5, "N": 1100, "R": 1},  # two pieces, the second one masked
-    {"T": 5, "N": 2100, "R": 4, "strided": True},  # more rows than are fused: the plain projection
+    {"T": 1, "F": 64, "J": 1},
+    {"T": 63, "F": 64, "J": 0},
+    {"T": 64, "F": 40, "J": 3},
+    {"T": 65, "F": 48, "J": 1, "strided": True},
+    {"T": 5, "F": 1100, "J": 1},  # two pieces, the second one masked
+    {"T": 5, "F": 2100, "J": 4, "strided": True},  # more rows than are fused: the plain projection
 ]
 
 
 def test_reference_equals_the_formula():
-    x = {name: t.double() for name, t in OP.make_case(T=7, N=24, R=2).inputs.items()}
+    x = {name: t.double() for name, t in OP.make_case(T=7, F=24, J=2).inputs.items()}
     expected = x["o"] / (1 + (-x["gate"]).exp())
     y, u = sigmoid_gate_reference(**x)
     assert_close_fp32({"x": y, "u": u}, {"x": expected, "u": torch.einsum("tn,rn->tr", expected, x["lora_A"])})
@@ -32,11 +32,11 @@ def test_triton_equals_the_reference(size):
 
 @pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "N": 40, "R": 1})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "F": 40, "J": 1})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(OP, {"T": 33, "N": 64, "R": 1})
+    checks.check_rounding_points(OP, {"T": 33, "F": 64, "J": 1})
 
 
 def test_errors_name_the_culprit():

@@ -11,22 +11,22 @@ from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 SIZES = [
-    {"T": 1, "D": 64, "R": 1},
-    {"T": 63, "D": 64, "R": 2},
-    {"T": 64, "D": 40, "R": 3},
-    {"T": 65, "D": 64, "R": 0},
-    {"T": 5, "D": 1100, "R": 3},  # two pieces, the second one masked
-    {"T": 5, "D": 2560, "R": 2, "strided": True},  # three pieces
-    {"T": 9, "D": 64, "R": 4, "rank": 4},  # more than is fused: the plain terms
-    {"T": 9, "D": 48, "R": 2, "rank": 0, "strided": True},
-    {"T": 9, "D": 64, "R": 3, "pending": False, "strided": True},  # backward reads the caller's own h
-    {"T": 9, "D": 64, "R": 0, "rank": 0, "pending": False},
+    {"T": 1, "D": 64, "J": 1},
+    {"T": 63, "D": 64, "J": 2},
+    {"T": 64, "D": 40, "J": 3},
+    {"T": 65, "D": 64, "J": 0},
+    {"T": 5, "D": 1100, "J": 3},  # two pieces, the second one masked
+    {"T": 5, "D": 2560, "J": 2, "strided": True},  # three pieces
+    {"T": 9, "D": 64, "J": 4, "rank": 4},  # more than is fused: the plain terms
+    {"T": 9, "D": 48, "J": 2, "rank": 0, "strided": True},
+    {"T": 9, "D": 64, "J": 3, "pending": False, "strided": True},  # backward reads the caller's own h
+    {"T": 9, "D": 64, "J": 0, "rank": 0, "pending": False},
 ]
 
 
 def test_reference_equals_transformers():
     """h + (y + s u B^T) through Qwen3_5RMSNorm, which computes in fp32 whatever it is given."""
-    case = OP.make_case(T=7, D=96, R=2)
+    case = OP.make_case(T=7, D=96, J=2)
     x = case.inputs
     norm = Qwen3_5RMSNorm(96, eps=1e-6)
     norm.weight.data = x["weight"]
@@ -44,16 +44,16 @@ def test_triton_equals_the_reference(size):
 
 @pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "D": 40, "R": 2})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "D": 40, "J": 2})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(OP, {"T": 33, "D": 64, "R": 2})
+    checks.check_rounding_points(OP, {"T": 33, "D": 64, "J": 2})
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_adapter_term_alone(rank):
-    checks.check_adapter_alone(OP, {"T": 9, "D": 64, "R": 1, "rank": rank}, ("h_out",))
+    checks.check_adapter_alone(OP, {"T": 9, "D": 64, "J": 1, "rank": rank}, ("h_out",))
 
 
 def test_one_gradient_serves_h_and_y():

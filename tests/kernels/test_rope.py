@@ -12,23 +12,23 @@ from kernels.proof.closeness import assert_close_fp32
 from tests.kernels import triton_checks as checks
 
 SIZES = [
-    {"T": 1, "H": 2, "G": 1, "K": 32, "RD": 4},
-    {"T": 63, "H": 2, "G": 1, "K": 32, "RD": 4},
-    {"T": 64, "H": 1, "G": 1, "K": 24, "RD": 3},  # no powers of two
-    {"T": 65, "H": 1, "G": 1, "K": 32, "RD": 16, "rank": 0},  # every dim rotated
-    {"T": 4, "H": 4, "G": 2, "K": 64, "RD": 8, "strided": True},
-    {"T": 4, "H": 3, "G": 1, "K": 128, "RD": 16, "rank": 4},  # the plain term
-    {"T": 4, "H": 2, "G": 2, "K": 256, "RD": 32, "strided": True},
+    {"T": 1, "H": 2, "G": 1, "K": 32, "P": 4},
+    {"T": 63, "H": 2, "G": 1, "K": 32, "P": 4},
+    {"T": 64, "H": 1, "G": 1, "K": 24, "P": 3},  # no powers of two
+    {"T": 65, "H": 1, "G": 1, "K": 32, "P": 16, "rank": 0},  # every dim rotated
+    {"T": 4, "H": 4, "G": 2, "K": 64, "P": 8, "strided": True},
+    {"T": 4, "H": 3, "G": 1, "K": 128, "P": 16, "rank": 4},  # the plain term
+    {"T": 4, "H": 2, "G": 2, "K": 256, "P": 32, "strided": True},
 ]
 
 
 def test_reference_equals_transformers():
     """Two documents, so that positions start afresh; the adapter as three separate projections."""
-    T, H, G, K, RD = 7, 4, 2, 16, 3
-    case = OP.make_case(T, H, G, K, RD, rank=2)
+    T, H, G, K, P = 7, 4, 2, 16, 3
+    case = OP.make_case(T, H, G, K, P, rank=2)
     x = {name: t.double() for name, t in case.inputs.items()}
     positions = Documents(torch.tensor([0, 3, T], dtype=torch.int32)).positions
-    angles = positions[:, None] * 1e4 ** -torch.linspace(0, 1, RD, dtype=torch.float64)
+    angles = positions[:, None] * 1e4 ** -torch.linspace(0, 1, P, dtype=torch.float64)
     x["cos"], x["sin"] = angles.cos(), angles.sin()
 
     rows, delta = (2 * H * K, G * K, G * K), []
@@ -54,27 +54,27 @@ def test_triton_equals_the_reference(size):
 
 @pytest.mark.parametrize("mutant", OP.mutants)
 def test_mutant_is_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 2, "G": 1, "K": 24, "RD": 3})
+    checks.check_mutant_is_rejected(OP, mutant, {"T": 5, "H": 2, "G": 1, "K": 24, "P": 3})
 
 
 def test_rounding_points():
-    checks.check_rounding_points(OP, {"T": 17, "H": 2, "G": 1, "K": 32, "RD": 4})
+    checks.check_rounding_points(OP, {"T": 17, "H": 2, "G": 1, "K": 32, "P": 4})
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_adapter_term_alone(rank):
-    checks.check_adapter_alone(OP, {"T": 9, "H": 2, "G": 1, "K": 32, "RD": 4, "rank": rank}, ("gate", "v"))
+    checks.check_adapter_alone(OP, {"T": 9, "H": 2, "G": 1, "K": 32, "P": 4, "rank": rank}, ("gate", "v"))
 
 
 def test_outputs_are_tensors_of_their_own():
     """Attention reads q, k and v as contiguous tensors, also when the GEMM's row is a slice."""
-    case = OP.make_case(T=3, H=2, G=1, K=16, RD=4, strided=True)
+    case = OP.make_case(T=3, H=2, G=1, K=16, P=4, strided=True)
     for y in case.call(qk_norm_rope_triton, case.inputs).values():
         assert y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
 
 
 def test_errors_name_the_culprit():
-    x = OP.make_case(T=3, H=2, G=1, K=16, RD=4, rank=0).inputs
+    x = OP.make_case(T=3, H=2, G=1, K=16, P=4, rank=0).inputs
     with pytest.raises(ValueError, match=r"qgkv is torch.float64"):
         qk_norm_rope_triton(**x | {"qgkv": x["qgkv"].double()}, num_heads=2, num_kv_heads=1, eps=1e-6)
     with pytest.raises(ValueError, match="96 columns; 3/1 heads of 16 with gates make 128"):

@@ -22,6 +22,14 @@ def random_on(device: torch.device | str, seed: int) -> tuple[Callable[..., Tens
     return functools.partial(torch.randn, **options), functools.partial(torch.rand, **options)
 
 
+def rows_of(x: Tensor, strided: bool) -> Tensor:
+    """x (T, ...), or the same as the right half of wider rows, as what one GEMM puts out for several projections.
+
+    A case's call cuts it, because cloning an input makes it dense.
+    """
+    return torch.cat([x, x], 1)[:, x.shape[1] :] if strided else x
+
+
 def with_changes(op: Callable, changes: dict[str, Callable[..., dict]]) -> dict[str, Callable]:
     """Mutants: op with some arguments changed. A change takes all arguments by name and returns the changed ones."""
     signature = inspect.signature(op)

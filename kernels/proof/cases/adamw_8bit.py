@@ -51,17 +51,17 @@ def make_case(
     state.counters[0] = 3
     max_grad_norm = adamw.grad_norm(grad, state).item() / 2
     _avoid_ties(grad, state, max_grad_norm)
-    inputs = {"param": param.to(dtype), "grad": grad, **state.kept()}
+    inputs = {"param": param.to(dtype), "grad": grad, **state.saved()}
     inputs = {name: x.to(device) for name, x in inputs.items()}
-    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in adamw.AdamWState.KEPT}
+    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in adamw.AdamWState.SAVED}
 
     def call(op: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         param = inputs["param"].clone()
-        now = adamw.AdamWState(**fixed, **{name: inputs[name].clone() for name in adamw.AdamWState.KEPT})
+        now = adamw.AdamWState(**fixed, **{name: inputs[name].clone() for name in adamw.AdamWState.SAVED})
         norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
-        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.kept()}
+        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.saved()}
 
-    return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
+    return Case(inputs, call)
 
 
 def _avoid_ties(grad: Tensor, state: adamw.AdamWState, max_grad_norm: float) -> None:
@@ -120,7 +120,7 @@ MUTANTS = {
         step_scalars=lambda t, *rest, right=adamw.step_scalars: right(t + 1, *rest)
     ),
     "moved by the rounded m and v": _with_parts(move=_move_by_rounded),
-    "v > 0 rounds to code 0": _with_parts(spare_zero=lambda code, v: code),
+    "v > 0 rounds to code 0": _with_parts(nonzero_code=lambda code, v: code),
 } | with_changes(adamw.adamw_8bit_reference, {
     "weight decay coupled to the gradient": _coupled_decay,
     "no clipping": lambda **_: {"max_grad_norm": math.inf},
@@ -147,7 +147,7 @@ def compile_specs() -> list[CompileSpec]:
     types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
     types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
     warps = {"num_warps": adamw.NUM_WARPS}
-    rows, betas = warps | {"BR": adamw.BR, "ROW": adamw.ROW}, HYPER["betas"]
+    rows, betas = warps | {"B_ROWS": adamw.B_ROWS, "ROW": adamw.ROW}, HYPER["betas"]
     step = adamw._step_constants(betas, HYPER["eps"]) | warps
     update = rows | {"BETA1": betas[0], "BETA2": betas[1]}
     return [

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ops import attention_decode as ops
-from kernels.proof.cases._shared import compile_spec, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Work
 
@@ -15,17 +15,16 @@ def make_case(
     device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
     """Caches with room for three more tokens than the longest sequence; what is behind a length is huge."""
-    generator = torch.Generator().manual_seed(seed)
-    capacity = max(lengths) + 3
-    inputs = {"q": torch.randn(len(lengths), heads, head_dim, generator=generator)}
+    draw, _ = random_on(device, seed)
+    inputs = {"q": draw(len(lengths), heads, head_dim)}
     for name in ("k_cache", "v_cache"):
-        inputs[name] = torch.randn(len(lengths), capacity, kv_heads, head_dim, generator=generator)
+        inputs[name] = draw(len(lengths), max(lengths) + 3, kv_heads, head_dim)
         for cache, length in zip(inputs[name], lengths, strict=True):
             cache[length:] = 6e4
-    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
     inputs["lengths"] = torch.tensor(lengths, device=device)
     names = ("q", "k_cache", "v_cache", "lengths")
-    return Case(f"{lengths} {heads}/{kv_heads} x {head_dim}", inputs, lambda op, x: {"o": op(*(x[n] for n in names))})
+    return Case(inputs, lambda op, x: {"o": op(*(x[n] for n in names))})
 
 
 _27B = {"heads": 24, "kv_heads": 4, "head_dim": 256}

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import Documents
 from kernels.ops import causal_attention as ops
-from kernels.proof.cases._shared import compile_spec, packed
+from kernels.proof.cases._shared import compile_spec, packed, random_on
 from kernels.proof.closeness import Case
 from kernels.proof.contract import Baseline, CompileSpec, Op, Peer, Work
 
@@ -19,14 +19,15 @@ def make_case(
     device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, logits: float = 1.0,
 ) -> Case:  # fmt: skip
     """Documents of these lengths with normal q, k, v; `logits` multiplies q, so that the softmax gets sharp."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randn(sum(lengths), n, head_dim, generator=generator).to(device, dtype)  # noqa: E731
+    draw, _ = random_on(device, seed)
     documents = packed(lengths, device)
-    inputs = {"q": draw(heads) * logits, "k": draw(kv_heads), "v": draw(kv_heads)}
+    T = sum(lengths)
+    inputs = {"q": logits * draw(T, heads, head_dim)}
+    inputs |= {name: draw(T, kv_heads, head_dim) for name in ("k", "v")}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
     # A lone token's dq and dk are zero: what is computed of them is rounding, which has no relative error.
     grads = ("v",) if max(lengths) == 1 else ("q", "k", "v")
-    name = f"{lengths if len(lengths) < 9 else len(lengths)} {heads}/{kv_heads} x {head_dim}"
-    return Case(name, inputs, lambda op, x: {"o": op(x["q"], x["k"], x["v"], documents)}, grads)
+    return Case(inputs, lambda op, x: {"o": op(x["q"], x["k"], x["v"], documents)}, grads)
 
 
 _27B = {"heads": 24, "kv_heads": 4, "head_dim": 256}

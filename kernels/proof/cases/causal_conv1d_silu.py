@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.ops import causal_conv1d_silu as ops
-from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
+from kernels.proof.cases._shared import compile_spec, packed, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -31,13 +31,10 @@ def make_case(lengths, splits, taps=4, strided=False, state=False, device="cpu",
     inputs["weight"] = inputs["weight"] / taps**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        # A slice of a wider row, as the fused in-projection's output is; cloning inputs would make it dense.
-        rows = torch.cat([x["x"]] * 2, 1)[:, :C] if strided else x["x"]
-        outputs = op(rows, x["weight"], documents, splits, x.get("initial_state"))
+        outputs = op(rows_of(x["x"], strided), x["weight"], documents, splits, x.get("initial_state"))
         return {f"c{i}": c for i, c in enumerate(outputs)}
 
-    name = f"lengths {lengths}, splits {splits}, {taps} taps{', strided' * strided}{', state' * state}"
-    return Case(name, inputs, call, ("x",))
+    return Case(inputs, call, ("x",))
 
 
 def _one_document(documents, **_):
@@ -66,7 +63,7 @@ def compile_specs() -> list[CompileSpec]:
     """C = 10,240 = 2,048 + 2,048 + 6,144 and four taps, as in training; forward also with states, as in decoding."""
     types = {"p_pos": "*i64", "p_index": "*i64", "T": "i32", "length": "i32"}
     types |= dict.fromkeys(("stride", "stride_dc0", "stride_dc1", "stride_dc2"), "i32:16")
-    shape = {"S0": 2048, "S1": 2048, "S2": 6144, "M": 4, "BC": ops.BC}
+    shape = {"C0": 2048, "C1": 2048, "C2": 6144, "M": 4, "BC": ops.BC}
     specs = []
     for kernel, state in ((ops._forward_kernel, False), (ops._forward_kernel, True), (ops._backward_kernel, False)):
         stages = ops.BACKWARD_STAGES if kernel is ops._backward_kernel else ops.FORWARD_STAGES

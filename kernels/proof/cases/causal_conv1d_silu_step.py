@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import causal_conv1d_silu_step as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Work
 
@@ -24,10 +24,10 @@ def make_case(batch, channels, taps=4, strided=False, device="cpu", dtype=torch.
     inputs["weight"] = inputs["weight"] / taps**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        row, tail = torch.cat([x["x"]] * 2, 1)[:, :channels] if strided else x["x"], x["tail"].clone()
-        return {"c": op(row, x["weight"], tail), "tail": tail}
+        tail = x["tail"].clone()
+        return {"c": op(rows_of(x["x"], strided), x["weight"], tail), "tail": tail}
 
-    return Case(f"{batch} sequences, {channels} channels, {taps} taps{', strided' * strided}", inputs, call)
+    return Case(inputs, call)
 
 
 def _shifted_first(x, weight, tail):

@@ -12,20 +12,20 @@ from kernels.ops import gated_delta_rule as rule
 from kernels.ops import gated_delta_rule_backward as backward
 from kernels.ops import gated_delta_rule_forward as forward
 from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
-from kernels.proof.cases._shared import compile_spec, packed, with_changes
+from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 # The 27B layer, then what breaks kernels: one token, both sides of a chunk's end, many short documents, every ratio.
 CASES = (
-    {"lengths": (4096,), "key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128},
-    {"lengths": (4096,) * 4, "key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128},
-    {"lengths": (300, 1, 64, 63, 65, 1027, 212), "key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128},
+    {"lengths": (4096,), "key_heads": 16, "value_heads": 48, "K": 128, "V": 128},
+    {"lengths": (4096,) * 4, "key_heads": 16, "value_heads": 48, "K": 128, "V": 128},
+    {"lengths": (300, 1, 64, 63, 65, 1027, 212), "key_heads": 16, "value_heads": 48, "K": 128, "V": 128},
     {"lengths": (1,), "key_heads": 1, "value_heads": 1},
     {"lengths": (63, 1, 64, 2), "key_heads": 1, "value_heads": 2, "state": True},
     {"lengths": (65, 130), "key_heads": 1, "value_heads": 3},
-    {"lengths": (3, 1, 1, 5, 1, 2, 1, 4), "key_heads": 2, "value_heads": 2, "dk": 32, "state": True},
-    {"lengths": (66,), "key_heads": 1, "value_heads": 6, "dv": 32},
+    {"lengths": (3, 1, 1, 5, 1, 2, 1, 4), "key_heads": 2, "value_heads": 2, "K": 32, "state": True},
+    {"lengths": (66,), "key_heads": 1, "value_heads": 6, "V": 32},
     {"lengths": (70, 5), "key_heads": 1, "value_heads": 2, "shift": 20.0, "state": True},
     {"lengths": (70, 5), "key_heads": 1, "value_heads": 2, "shift": -20.0, "state": True},
     {"lengths": (1090, 3), "key_heads": 1, "value_heads": 1, "state": True},
@@ -35,28 +35,23 @@ CASES = (
 
 
 def make_case(
-    lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, shift: float = 0.0,
+    lengths: tuple[int, ...], key_heads: int, value_heads: int, K: int = 16, V: int = 16, shift: float = 0.0,
     state: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
     """shift moves a: log-decays of -20 to -50 at 20, none at -20. a and b are column slices of one tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    T, n = sum(lengths), len(lengths)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    normal, uniform = random_on(device, seed)
+    T = sum(lengths)
     documents = packed(lengths, device)
     inputs = {
-        "q": normal(T, key_heads, dk),
-        "k": normal(T, key_heads, dk),
-        "v": normal(T, value_heads, dv),
-        "ab": normal(T, 2 * value_heads) + torch.tensor([shift, 0.0]).repeat_interleave(value_heads),
+        "q": normal(T, key_heads, K),
+        "k": normal(T, key_heads, K),
+        "v": normal(T, value_heads, V),
+        "ab": normal(T, 2 * value_heads) + torch.tensor([shift, 0.0], device=device).repeat_interleave(value_heads),
     }
-    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
-    for name in ("A_log", "dt_bias"):
-        inputs[name] = torch.rand(value_heads, generator=generator).to(device)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs |= {"A_log": uniform(value_heads), "dt_bias": uniform(value_heads)}
     if state:
-        inputs["initial_state"] = normal(n, value_heads, dk, dv).to(device)
+        inputs["initial_state"] = normal(len(lengths), value_heads, K, V)
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
         x = dict(x)
@@ -65,7 +60,7 @@ def make_case(
         return {"o": o, "final_state": final}
 
     grads = ("q", "k", "v", "ab", *(("initial_state",) if state else ()))
-    return Case(f"{lengths} {key_heads}/{value_heads} {dk}x{dv} shift {shift}", inputs, call, grads)
+    return Case(inputs, call, grads)
 
 
 def _one_document(q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False):
@@ -140,17 +135,17 @@ MUTANTS = {
 })  # fmt: skip
 
 
-def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 16, dv: int = 16, **_) -> Work:
+def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, K: int = 16, V: int = 16, **_) -> Work:
     """bf16 inputs, outputs and their gradients once; the dots of the chunk form, a chunk padded to 64 tokens.
 
     Per chunk and value head, forward: K K^T, Q K^T; M E, P R; K S, Q S, K^T R. Backward: two through M and P, dP and Z,
     three with K or Q, six of the size of the state. Not counted: the inverse, and what backward recomputes.
     """
     T, chunks = sum(lengths), sum(-(-n // CHUNK) for n in lengths)
-    keys, values, gates = T * key_heads * dk, T * value_heads * dv, T * value_heads
-    square, wide = 2 * CHUNK * CHUNK, 2 * CHUNK * dk * dv
-    per_head = square * (2 * dk + 2 * dv) + 3 * wide
-    backward_per_head = square * (4 * dv + 3 * dk) + 6 * wide
+    keys, values, gates = T * key_heads * K, T * value_heads * V, T * value_heads
+    square, wide = 2 * CHUNK * CHUNK, 2 * CHUNK * K * V
+    per_head = square * (2 * K + 2 * V) + 3 * wide
+    backward_per_head = square * (4 * V + 3 * K) + 6 * wide
     return Work(
         forward_bytes=2 * (2 * keys + 2 * values + 2 * gates),
         backward_bytes=2 * (4 * keys + 3 * values + 4 * gates),
@@ -161,7 +156,7 @@ def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, dk: int = 1
 
 def compile_specs() -> list[CompileSpec]:
     """The kernels as they are launched at 27B: 16 key heads, 48 value heads of 128."""
-    sizes = {"H": 48, "GROUP": 3, "DK": 128, "DV": 128, "BT": CHUNK, "PRECISION": "tf32", "EPS": L2_EPS}
+    sizes = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BT": CHUNK, "PRECISION": "tf32", "EPS": L2_EPS}
     sizes["SEGMENT"] = forward.SEGMENT
     fp32 = ("p_gates", "p_norms", "p_initial", "p_final", "p_dfinal", "p_dinitial", "p_checkpoints", "p_dc", "p_A_log")
     tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
@@ -214,29 +209,29 @@ def rounded_delta_rule(
 
     Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
     """
-    dtype, wide, group, dk = v.dtype, compute_dtype(v), v.shape[1] // k.shape[1], k.shape[2]
+    dtype, wide, group, K = v.dtype, compute_dtype(v), v.shape[1] // k.shape[1], k.shape[2]
     dot = lambda x, y: _RoundedDot.apply(x, y, dtype)  # noqa: E731
-    Q, K = (x.to(wide).repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))  # (H, T, dk)
-    V = v.to(wide).transpose(0, 1)
-    fq, fk = ((x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (Q, K))
-    fq, beta, g = fq * dk**-0.5, b.to(wide).sigmoid().T[..., None], rule.decay(a, A_log, dt_bias).T[..., None]
+    q, k = (x.to(wide).repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))  # (H, T, K)
+    v = v.to(wide).transpose(0, 1)
+    fq, fk = ((x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (q, k))
+    fq, beta, g = fq * K**-0.5, b.to(wide).sigmoid().T[..., None], rule.decay(a, A_log, dt_bias).T[..., None]
     outs, finals = [], []
     for i, (first, last) in enumerate(zip(documents.bounds, documents.bounds[1:], strict=False)):
-        S = V.new_zeros(len(V), dk, V.shape[2]) if initial_state is None else initial_state[i]
+        S = v.new_zeros(len(v), K, v.shape[2]) if initial_state is None else initial_state[i]
         for begin in range(first, last, CHUNK):
             rows = slice(begin, min(begin + CHUNK, last))
-            Qc, Kc, Vc, q_scale, k_scale, beta_c, g_c = (x[:, rows] for x in (Q, K, V, fq, fk, beta, g))
+            q_c, k_c, v_c, q_scale, k_scale, beta_c, g_c = (x[:, rows] for x in (q, k, v, fq, fk, beta, g))
             c = g_c.cumsum(1)
             # Exponents that are always 0 are no differences of c (see gated_delta_rule_reference).
             rest = F.pad(g_c[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
             eye = torch.eye(c.shape[1], device=c.device, dtype=wide)
             below = torch.ones_like(eye, dtype=torch.bool).tril(-1)
             D = (c - c.mT).masked_fill(~below, float("-inf")).exp() + eye
-            M = torch.linalg.inv(eye + (beta_c * k_scale * k_scale.mT * dot(Kc, Kc.mT) * D).tril(-1))
-            P = q_scale * k_scale.mT * dot(Qc, Kc.mT) * D
-            R = dot(M, beta_c * (Vc - c.exp() * k_scale * dot(Kc, S)))
-            outs.append(c.exp() * q_scale * dot(Qc, S) + dot(P, R))
-            S = c[:, -1:].exp() * S + dot(Kc.mT, rest.exp() * k_scale * R)
+            M = torch.linalg.inv(eye + (beta_c * k_scale * k_scale.mT * dot(k_c, k_c.mT) * D).tril(-1))
+            P = q_scale * k_scale.mT * dot(q_c, k_c.mT) * D
+            R = dot(M, beta_c * (v_c - c.exp() * k_scale * dot(k_c, S)))
+            outs.append(c.exp() * q_scale * dot(q_c, S) + dot(P, R))
+            S = c[:, -1:].exp() * S + dot(k_c.mT, rest.exp() * k_scale * R)
         finals.append(S)
     o = torch.cat(outs, 1).transpose(0, 1).to(dtype)
     return o, torch.stack(finals) if output_final_state else None
@@ -258,7 +253,7 @@ def _fla(size: dict, device: str):
     return call
 
 
-_27B = {"key_heads": 16, "value_heads": 48, "dk": 128, "dv": 128}
+_27B = {"key_heads": 16, "value_heads": 48, "K": 128, "V": 128}
 OP = Op(
     "gated_delta_rule", rule.gated_delta_rule_reference, rule.gated_delta_rule_triton, CASES, make_case, MUTANTS, work,
     compile_specs, plain=rounded_delta_rule, weights=("A_log", "dt_bias"), by_document=("initial_state", "final_state"),

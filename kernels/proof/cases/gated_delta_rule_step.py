@@ -11,16 +11,16 @@ from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Work
 
 CASES = (
-    {"batch": 64, "key_heads": 16, "value_heads": 48, "d": 128},
-    {"batch": 2, "key_heads": 16, "value_heads": 48, "d": 128},
-    {"batch": 3, "key_heads": 1, "value_heads": 3, "d": 32},
+    {"batch": 64, "key_heads": 16, "value_heads": 48, "K": 128},
+    {"batch": 2, "key_heads": 16, "value_heads": 48, "K": 128},
+    {"batch": 3, "key_heads": 1, "value_heads": 3, "K": 32},
 )
 
 
-def make_case(batch, key_heads, value_heads, d, device="cpu", dtype=torch.float32, seed=0) -> Case:
+def make_case(batch, key_heads, value_heads, K, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """One token for each of `batch` sequences. With bf16 inputs only o is compared: the state is fp32 on both sides."""
     like = {"state": True, "device": device, "dtype": dtype, "seed": seed}
-    inputs = dict(gated_delta_rule.make_case((1,) * batch, key_heads, value_heads, d, d, **like).inputs)
+    inputs = dict(gated_delta_rule.make_case((1,) * batch, key_heads, value_heads, K, K, **like).inputs)
     inputs["state"] = inputs.pop("initial_state")
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -30,7 +30,7 @@ def make_case(batch, key_heads, value_heads, d, device="cpu", dtype=torch.float3
         o = op(**x, a=a, b=b, state=state)
         return {"o": o, "state": None if dtype == torch.bfloat16 else state}
 
-    return Case(f"{batch} sequences, {key_heads}/{value_heads} heads of {d}", inputs, call)
+    return Case(inputs, call)
 
 
 def _state_kept(q, k, v, a, b, A_log, dt_bias, state):
@@ -43,16 +43,16 @@ MUTANTS = {
 }
 
 
-def work(batch, key_heads, value_heads, d) -> Work:
+def work(batch, key_heads, value_heads, K) -> Work:
     """The fp32 states read and written, the rest in bf16. Three products with the state."""
-    states = batch * value_heads * d * d
-    return Work(8 * states + 2 * batch * (2 * key_heads + 2 * value_heads) * d, 0, 6 * states)
+    states = batch * value_heads * K * K
+    return Work(8 * states + 2 * batch * (2 * key_heads + 2 * value_heads) * K, 0, 6 * states)
 
 
 def compile_specs() -> list[CompileSpec]:
     """16 key heads, 48 value heads of 128."""
     types = dict.fromkeys(("s_q", "s_k", "s_v", "s_a", "s_b"), "i32:16") | {"p_state": "*fp32", "p_A_log": "*fp32"}
-    constants = {"H": 48, "GROUP": 3, "DK": 128, "DV": 128, "BV": 32, "EPS": L2_EPS, "num_stages": 1}
+    constants = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BV": 32, "EPS": L2_EPS, "num_stages": 1}
     return [compile_spec("delta rule step", ops._step_kernel, types, constants)]
 
 

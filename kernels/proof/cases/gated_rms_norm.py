@@ -6,34 +6,31 @@ import torch
 from torch import Tensor
 
 from kernels.ops import gated_rms_norm as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
-    {"T": 4096, "H": 48, "V": 128, "R": 0},
-    {"T": 4096, "H": 48, "V": 128, "R": 1},
-    {"T": 65, "H": 16, "V": 128, "R": 4},
-    {"T": 63, "H": 5, "V": 96, "R": 1, "strided": True},
+    {"T": 4096, "H": 48, "V": 128, "J": 0},
+    {"T": 4096, "H": 48, "V": 128, "J": 1},
+    {"T": 65, "H": 16, "V": 128, "J": 4},
+    {"T": 63, "H": 5, "V": 96, "J": 1, "strided": True},
 ]
 
 
-def make_case(T, H, V, R=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
-    """R rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
+def make_case(T, H, V, J=0, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """J rows of lora_A, 0 for none; strided: o and z are slices of wider rows. Sizes of o down to 0.001: eps counts."""
     draw, uniform = random_on(device, seed)
     sizes = 10 ** (-3 * uniform(T, H, 1))
     inputs = {"o": (draw(T, H, V) * sizes).to(dtype), "z": (2 * draw(T, H * V)).to(dtype), "weight": 1 + 0.1 * draw(V)}
-    if R:
-        inputs["lora_A"] = draw(R, H * V) / (H * V) ** 0.5
+    if J:
+        inputs["lora_A"] = draw(J, H * V) / (H * V) ** 0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        # Cut here, because cloning an input makes it dense.
-        o, z = ((torch.cat([t, t], dim=1)[:, t.shape[1] :] if strided else t) for t in (x["o"], x["z"]))
-        y, u = op(o, z, x["weight"], 1e-6, x.get("lora_A"))
+        y, u = op(rows_of(x["o"], strided), rows_of(x["z"], strided), x["weight"], 1e-6, x.get("lora_A"))
         return {"x": y, "u": u}
 
-    name = f"T {T}, H {H}, V {V}, R {R}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+    return Case(inputs, call, tuple(n for n in inputs if n != "weight"))
 
 
 def _norm_over_all_heads(o, weight, **_):
@@ -47,10 +44,10 @@ MUTANTS = with_changes(ops.gated_rms_norm_triton, {
 }) | {"gradient of u lost": without_u_gradient(ops.gated_rms_norm_triton)}  # fmt: skip
 
 
-def work(T, H, V, R=0, strided=False) -> Work:
+def work(T, H, V, J=0, strided=False) -> Work:
     """In bf16. Forward: o, z in, x out; backward: dx, o, z in, do, dz out."""
-    row, adapter = 2 * T * H * V, 4 * R * (T + H * V)
-    return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * R * T * H * V, 4 * R * T * H * V)
+    row, adapter = 2 * T * H * V, 4 * J * (T + H * V)
+    return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * J * T * H * V, 4 * J * T * H * V)
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -58,12 +55,12 @@ def compile_specs() -> list[CompileSpec]:
     types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32", "T": "i32"}
     types |= dict.fromkeys(("stride_o", "stride_z", "stride_dx"), "i32:16")
     specs = []
-    for R in (0, 1):
-        absent = {} if R else dict.fromkeys(("p_A", "p_u", "p_du"))
-        forward = {"P": 6 if R else 2, **ops._blocks(48, 128)}
+    for J in (0, 1):
+        absent = {} if J else dict.fromkeys(("p_A", "p_u", "p_du"))
+        forward = {"PIECES": 6 if J else 2, **ops._blocks(48, 128)}
         for kernel, sizes in ((ops._forward_kernel, forward), (ops._backward_kernel, ops._blocks(48, 128))):
-            constants = absent | {"H": 48, "V": 128, "R": R, "STAGES": 3} | sizes
-            specs.append(compile_spec(f"gated_rms_norm{kernel.__name__} R {R}", kernel, types, constants))
+            constants = absent | {"H": 48, "V": 128, "J": J, "STAGES": 3} | sizes
+            specs.append(compile_spec(f"gated_rms_norm{kernel.__name__} J {J}", kernel, types, constants))
     return specs
 
 
@@ -74,5 +71,5 @@ def _fla(size: dict, device: str):
 
 OP = Op(
     "gated_rms_norm", ops.gated_rms_norm_reference, ops.gated_rms_norm_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, without_lora={"R": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
+    compile_specs, without_lora={"J": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
 )  # fmt: skip

@@ -6,31 +6,30 @@ import torch
 from torch import Tensor
 
 from kernels.ops import linear_cross_entropy as ops
-from kernels.proof.cases._shared import compile_spec, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
-    {"N": 2048, "D": 5120, "V": 248320},
-    {"N": 65, "D": 64, "V": 8209},
-    {"N": 1, "D": 16, "V": 100},
+    {"T": 2048, "D": 5120, "vocab": 248320},
+    {"T": 65, "D": 64, "vocab": 8209},
+    {"T": 1, "D": 16, "vocab": 100},
 ]
 
 
-def make_case(N, D, V, device="cpu", dtype=torch.float32, seed=0) -> Case:
+def make_case(T, D, vocab, device="cpu", dtype=torch.float32, seed=0) -> Case:
     """Logits of size one around a few large ones; labels include the first and the last word."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(N, D, generator=generator, device=device)
-    weight = torch.randn(V, D, generator=generator, device=device) / D**0.5
-    weight[:: max(1, V // 7)] *= 10
-    labels = torch.randint(V, (N,), generator=generator, device=device)
-    labels[:2] = torch.tensor([V - 1, 0], device=device)[:N]
+    draw, uniform = random_on(device, seed)
+    x, weight = draw(T, D), draw(vocab, D) / D**0.5
+    weight[:: max(1, vocab // 7)] *= 10
+    labels = (vocab * uniform(T)).long()
+    labels[:2] = torch.tensor([vocab - 1, 0], device=device)[:T]
 
     def call(op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"loss": op(inputs["x"], inputs["weight"], inputs["labels"])}
 
     inputs = {"x": x.to(dtype), "weight": weight.to(dtype), "labels": labels}
-    return Case(f"N {N}, D {D}, V {V}", inputs, call, ("x",))
+    return Case(inputs, call, ("x",))
 
 
 MUTANTS = with_changes(ops.linear_cross_entropy_triton, {
@@ -44,17 +43,18 @@ MUTANTS = with_changes(ops.linear_cross_entropy_triton, {
 }  # fmt: skip
 
 
-def work(N, D, V) -> Work:
+def work(T, D, vocab) -> Work:
     """In bf16: x, W and dx, and the logits written, read, overwritten and read again; the gradient is made forward."""
-    return Work(2 * (2 * N * D + 2 * V * D + 4 * N * V), 2 * (2 * N * D), 4 * N * D * V, N * D)
+    return Work(2 * (2 * T * D + 2 * vocab * D + 4 * T * vocab), 2 * (2 * T * D), 4 * T * D * vocab, T * D)
 
 
 def compile_specs() -> list[CompileSpec]:
-    """V = 248,320 with gradient (training) and without (validation)."""
+    """vocab = 248,320 with gradient (training) and without (validation)."""
     types = {"p_label": "*i64", "p_loss": "*fp32"}
     specs = []
     for gradient in (True, False):
-        constants = {"V": 248320, "GRAD": gradient, "BV": ops.BV, "STAGES": ops.STAGES, "num_warps": ops.WARPS}
+        constants = {"VOCAB": 248320, "GRAD": gradient, "B_VOCAB": ops.B_VOCAB}
+        constants |= {"STAGES": ops.STAGES, "num_warps": ops.WARPS}
         name = f"cross_entropy_kernel{' with gradient' * gradient}"
         specs.append(compile_spec(name, ops._cross_entropy_kernel, types, constants, unaligned=("p_label", "p_loss")))
     return specs

@@ -5,43 +5,40 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm
 from kernels.ops import qk_norm_rope as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Work
 
 CASES = [
-    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32},
-    {"T": 4096, "H": 24, "G": 4, "K": 256, "RD": 32, "rank": 0},
-    {"T": 65, "H": 8, "G": 2, "K": 256, "RD": 32, "rank": 4},
-    {"T": 63, "H": 3, "G": 1, "K": 96, "RD": 12, "strided": True},
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "P": 32},
+    {"T": 4096, "H": 24, "G": 4, "K": 256, "P": 32, "rank": 0},
+    {"T": 65, "H": 8, "G": 2, "K": 256, "P": 32, "rank": 4},
+    {"T": 63, "H": 3, "G": 1, "K": 96, "P": 12, "strided": True},
 ]
 
 
-def make_case(T, H, G, K, RD, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
-    """RD rotated pairs a head; rank 0: no adapter. Heads from 1 down to 0.001, so that eps counts."""
+def make_case(T, H, G, K, P, rank=1, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """P rotated pairs a head; rank 0: no adapter. Heads from 1 down to 0.001, so that eps counts."""
     draw, uniform = random_on(device, seed)
-    N = 2 * (H + G) * K
+    F = 2 * (H + G) * K
     sizes = 10 ** (-3 * uniform(T, 2 * (H + G), 1))
-    angles = torch.arange(T, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, RD, device=device)
+    angles = torch.arange(T, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, P, device=device)
     inputs = {
-        "qgkv": (draw(T, 2 * (H + G), K) * sizes).reshape(T, N).to(dtype),
+        "qgkv": (draw(T, 2 * (H + G), K) * sizes).reshape(T, F).to(dtype),
         "q_weight": (0.1 * draw(K)).to(dtype),
         "k_weight": (0.1 * draw(K)).to(dtype),
         "cos": angles.cos(),
         "sin": angles.sin(),
     }
     if rank:
-        inputs |= {"u": 0.1 * draw(T, 3 * rank), "B": 0.01 * draw(N, rank)}
+        inputs |= {"u": 0.1 * draw(T, 3 * rank), "B": 0.01 * draw(F, rank)}
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Cut here, because cloning an input makes it dense.
-        row = torch.cat([x["qgkv"], x["qgkv"]], dim=1)[:, :N] if strided else x["qgkv"]
         lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
-        outputs = op(row, x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
+        outputs = op(rows_of(x["qgkv"], strided), x["q_weight"], x["k_weight"], x["cos"], x["sin"], H, G, 1e-6, lora)
         return dict(zip(("q", "gate", "k", "v"), outputs, strict=True))
 
-    name = f"T {T}, heads {H}/{G} of {K}, rotated {2 * RD}, rank {rank}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
+    return Case(inputs, call, tuple(n for n in ("qgkv", "u", "B") if n in inputs))
 
 
 def _u_changed(change):
@@ -59,11 +56,11 @@ MUTANTS = with_changes(ops.qk_norm_rope_triton, {
 })  # fmt: skip
 
 
-def work(T, H, G, K, RD, rank=1, strided=False) -> Work:
+def work(T, H, G, K, P, rank=1, strided=False) -> Work:
     """In bf16. Forward: the row in, q, gate, k, v out; backward: their gradients, q and k in, the row's out."""
-    N = 2 * (H + G) * K
-    adapter, angles, flops = 4 * rank * (3 * T + N), 8 * T * RD, 2 * rank * T * N
-    return Work(4 * T * N + adapter + angles, 5 * T * N + 2 * adapter + angles, flops, 2 * flops)
+    F = 2 * (H + G) * K
+    adapter, angles, flops = 4 * rank * (3 * T + F), 8 * T * P, 2 * rank * T * F
+    return Work(4 * T * F + adapter + angles, 5 * T * F + 2 * adapter + angles, flops, 2 * flops)
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -73,7 +70,7 @@ def compile_specs() -> list[CompileSpec]:
     specs = []
     for adapted in (True, False):
         absent = {} if adapted else dict.fromkeys(("p_u", "p_B", "p_du", "p_partial"))
-        constants = absent | {"H": 24, "G": 4, "K": 256, "RD": 32, "BK": 256} | ops._CONSTANTS
+        constants = absent | {"H": 24, "G": 4, "K": 256, "P": 32, "BK": 256} | ops._CONSTANTS
         for kernel in (ops._forward_kernel, ops._backward_kernel):
             name = f"qk_norm_rope{kernel.__name__}{' rank 1' if adapted else ''}"
             specs.append(compile_spec(name, kernel, types, constants))

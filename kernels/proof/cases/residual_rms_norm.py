@@ -7,22 +7,22 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm, Pending
 from kernels.ops import residual_rms_norm as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
 CASES = [
-    {"T": 4096, "D": 5120, "R": 2},
-    {"T": 4096, "D": 5120, "R": 3},
-    {"T": 4096, "D": 5120, "R": 0, "rank": 0},
-    {"T": 4095, "D": 5120, "R": 3, "rank": 0, "pending": False},
-    {"T": 65, "D": 2560, "R": 2, "rank": 4},
-    {"T": 63, "D": 1000, "R": 4, "strided": True},
+    {"T": 4096, "D": 5120, "J": 2},
+    {"T": 4096, "D": 5120, "J": 3},
+    {"T": 4096, "D": 5120, "J": 0, "rank": 0},
+    {"T": 4095, "D": 5120, "J": 3, "rank": 0, "pending": False},
+    {"T": 65, "D": 2560, "J": 2, "rank": 4},
+    {"T": 63, "D": 1000, "J": 4, "strided": True},
 ]
 
 
-def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
-    """Rows from 1 down to 0.001, so that eps counts. R rows of lora_A; rank of the pending adapter, 0 for none."""
+def make_case(T, D, J=0, rank=1, pending=True, strided=False, device="cpu", dtype=torch.float32, seed=0) -> Case:
+    """Rows from 1 down to 0.001, so that eps counts. J rows of lora_A; rank of the pending adapter, 0 for none."""
     draw, uniform = random_on(device, seed)
     rank = rank if pending else 0
     sizes = 10 ** (-3 * uniform(T, 1))
@@ -31,18 +31,16 @@ def make_case(T, D, R=0, rank=1, pending=True, strided=False, device="cpu", dtyp
         inputs["y"] = (draw(T, D) * sizes).to(dtype)
     if rank:
         inputs |= {"u": draw(T, rank) * sizes, "B": 0.01 * draw(D, rank)}
-    if R:
-        inputs["lora_A"] = draw(R, D) / D**0.5
+    if J:
+        inputs["lora_A"] = draw(J, D) / D**0.5
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        # A slice of a wider row, as a fused GEMM's output is; cloning inputs would make it dense, so it is cut here.
-        h, y = ((torch.cat([t, t], dim=1)[:, :D] if strided else t) for t in (x["h"], x.get("y", x["h"])))
         lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
-        h, y, u = op(h, Pending(y, lora) if pending else None, x["weight"], 1e-6, x.get("lora_A"))
+        term = Pending(rows_of(x["y"], strided), lora) if pending else None
+        h, y, u = op(rows_of(x["h"], strided), term, x["weight"], 1e-6, x.get("lora_A"))
         return {"h_out": h, "x": y, "u_out": u}
 
-    name = f"T {T}, D {D}, R {R}, rank {rank}{'' if pending else ', nothing pending'}{', strided' if strided else ''}"
-    return Case(name, inputs, call, tuple(n for n in inputs if n != "weight"))
+    return Case(inputs, call, tuple(n for n in inputs if n != "weight"))
 
 
 MUTANTS = with_changes(ops.residual_rms_norm_triton, {
@@ -53,11 +51,11 @@ MUTANTS = with_changes(ops.residual_rms_norm_triton, {
 }) | {"gradient of u lost": without_u_gradient(ops.residual_rms_norm_triton)}  # fmt: skip
 
 
-def work(T, D, R=0, rank=1, pending=True, strided=False) -> Work:
+def work(T, D, J=0, rank=1, pending=True, strided=False) -> Work:
     """In bf16. Forward: h, y in, h', x out (h in, x out where nothing is pending); backward: dh', dx, h' in, dh out."""
     rank = rank if pending else 0
-    row, adapter = 2 * T * D, 4 * (R + rank) * (T + D)
-    flops = 2 * T * D * (R + rank)
+    row, adapter = 2 * T * D, 4 * (J + rank) * (T + D)
+    flops = 2 * T * D * (J + rank)
     return Work((4 if pending else 2) * row + adapter, 4 * row + 2 * adapter, flops, 2 * flops)
 
 
@@ -67,11 +65,12 @@ def compile_specs() -> list[CompileSpec]:
     types |= dict.fromkeys(("stride_h", "stride_y", "stride_dh", "stride_dx"), "i32:16")
     types |= dict.fromkeys(("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy"), "*bf16")
     specs = []
-    for R, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
-        absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if R else ("p_A", "p_u_out", "p_du_out"))
-        constants = dict.fromkeys(absent) | {"D": 5120, "R": R, "BD": 1024, "STAGES": 3, "DA": R > 0, "num_warps": 8}
+    for J, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
+        absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if J else ("p_A", "p_u_out", "p_du_out"))
+        constants = dict.fromkeys(absent) | {"D": 5120, "J": J, "WANTS_DA": J > 0, "BD": 1024}
+        constants |= {"STAGES": 3, "num_warps": 8}
         for kernel in (ops._forward_kernel, ops._backward_kernel):
-            name = f"residual_rms_norm{kernel.__name__} R {R}{' + B' if adapted else ''}"
+            name = f"residual_rms_norm{kernel.__name__} J {J}{' + B' if adapted else ''}"
             specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
     return specs
 
@@ -83,5 +82,5 @@ def _liger(size: dict, device: str):
 
 OP = Op(
     "residual_rms_norm", ops.residual_rms_norm_reference, ops.residual_rms_norm_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, without_lora={"R": 0, "rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
+    compile_specs, without_lora={"J": 0, "rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm
 from kernels.ops import swiglu as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes, without_u_gradient
+from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
 from kernels.proof.contract import CompileSpec, Op, Peer, Work
 
@@ -27,12 +27,11 @@ def make_case(T, I, rank=1, strided=False, device="cpu", dtype=torch.float32, se
         inputs |= {"u": draw(T, 2 * rank), "B": 0.01 * draw(2 * I, rank), "lora_A": draw(rank, I) / I**0.5}
 
     def call(op, x: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        # A slice of a wider row, as a fused GEMM's output is; cloning inputs would make it dense, so it is cut here.
-        gate_up = torch.cat([x["gate_up"]] * 2, 1)[:, : 2 * I] if strided else x["gate_up"]
-        out, u = op(gate_up, LoRATerm(x["u"], x["B"], 32.0) if rank else None, x.get("lora_A"))
+        lora = LoRATerm(x["u"], x["B"], 32.0) if rank else None
+        out, u = op(rows_of(x["gate_up"], strided), lora, x.get("lora_A"))
         return {"x": out, "u_out": u}
 
-    return Case(f"T {T}, I {I}, rank {rank}{', strided' if strided else ''}", inputs, call, tuple(inputs))
+    return Case(inputs, call, tuple(inputs))
 
 
 def _swap_halves(lora, **_):
@@ -60,7 +59,7 @@ def compile_specs() -> list[CompileSpec]:
     for kernel, BT in ((ops._forward_kernel, ops.FORWARD_BT), (ops._backward_kernel, ops.BACKWARD_BT)):
         for adapted in (True, False):
             absent = () if adapted else ("p_u", "p_B", "p_A", "p_u_parts", "p_du_out", "p_du_parts")
-            constants = dict.fromkeys(absent) | {"I": 17408, "DA": adapted, "BT": BT, "BI": ops.BI}
+            constants = dict.fromkeys(absent) | {"I": 17408, "WANTS_DA": adapted, "BT": BT, "BI": ops.BI}
             constants["STAGES"] = ops.STAGES
             name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
             specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
