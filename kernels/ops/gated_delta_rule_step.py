@@ -1,4 +1,4 @@
-"""One token of the gated delta rule for each of B sequences, as decoding asks for it.
+"""One token of the gated delta rule for each of N sequences, when text is generated token by token.
 
 The formula is that of gated_delta_rule.py, where the letters and the gates g and beta are defined:
 
@@ -6,10 +6,9 @@ The formula is that of gated_delta_rule.py, where the letters and the gates g an
     S <- S + k beta (v - S^T k)^T
     o = S^T q
 
-The states S (B, H, dk, dv) are fp32, whatever the inputs are, and are updated in place. Everything is computed in fp32;
-o is rounded once, to v's dtype. Bytes: the state is
-read and written once, 131 KB for a head of 128 x 128; everything else is small beside it. There is no backward.
-A program owns 32 columns of one head's state: a column needs no other column.
+The states S (N, H, K, V) are fp32, whatever the inputs are, and are updated in place. Everything is computed in fp32;
+o is rounded once, to v's dtype. Bytes: the state is read and written once, 131 KB for a head of 128 x 128; everything
+else is small beside it. No gradients. A program owns 32 columns of one head's state: a column needs no other column.
 """
 
 import torch
@@ -23,8 +22,8 @@ from kernels.ops.gated_delta_rule_forward import L2_EPS, log_decay, tile
 def gated_delta_rule_step_reference(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
 ) -> Tensor:
-    """The recurrence for one token of each of B sequences: q, k (B, Hk, dk), v (B, H, dv), a, b (B, H),
-    state (B, H, dk, dv) fp32, updated in place -> o (B, H, dv) in v's dtype.
+    """The recurrence for one token of each of N sequences: q, k (N, G, K), v (N, H, V), a, b (N, H),
+    state (N, H, K, V) fp32, updated in place -> o (N, H, V) in v's dtype.
     """
     S, out_dtype = state, v.dtype
     q, k, v, g, beta = columns(q, k, v, a, b, A_log, dt_bias, S.dtype)
@@ -70,12 +69,12 @@ def gated_delta_rule_step_triton(
     check_state(state, (v.shape[0], v.shape[1], k.shape[2], v.shape[2]))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, state)):
         raise ValueError("gated_delta_rule_step is for decoding and has no backward: call it under torch.no_grad()")
-    (B, H, dv), (Hk, dk) = v.shape, k.shape[1:]
+    (N, H, V), (G, K) = v.shape, k.shape[1:]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    BV = min(dv, 32)
-    _step_kernel[(dv // BV, H, B)](
+    BV = min(V, 32)
+    _step_kernel[(V // BV, H, N)](
         *(q, k, v, a, b, A_log, dt_bias, state, o),
         *(x.stride(0) for x in (q, k, v, a, b)),
-        H=H, GROUP=H // Hk, DK=dk, DV=dv, BV=BV, EPS=L2_EPS, num_warps=4,
+        H=H, GROUP=H // G, DK=K, DV=V, BV=BV, EPS=L2_EPS, num_warps=4,
     )  # fmt: skip
     return o
