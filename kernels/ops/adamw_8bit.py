@@ -66,16 +66,16 @@ class AdamWState:
     v: Tensor  # (fp32 rows, 256)
     counters: Tensor  # (2,) int32: applied steps; consecutive skipped steps up to now
 
-    KEPT = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
+    SAVED = ("code_m", "code_v", "absmax_m", "absmax_v", "m", "v", "counters")
 
     @property
     def n_8bit(self) -> int:
         """The number of 8-bit rows."""
         return self.code_m.shape[0]
 
-    def kept(self) -> dict[str, Tensor]:
+    def saved(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs; the others follow from the segments."""
-        return {name: getattr(self, name) for name in self.KEPT}
+        return {name: getattr(self, name) for name in self.SAVED}
 
     @classmethod
     def zeros(

@@ -51,15 +51,15 @@ def make_case(
     state.counters[0] = 3
     max_grad_norm = adamw.grad_norm(grad, state).item() / 2
     _avoid_ties(grad, state, max_grad_norm)
-    inputs = {"param": param.to(dtype), "grad": grad, **state.kept()}
+    inputs = {"param": param.to(dtype), "grad": grad, **state.saved()}
     inputs = {name: x.to(device) for name, x in inputs.items()}
-    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in adamw.AdamWState.KEPT}
+    fixed = {f.name: getattr(state, f.name).to(device) for f in fields(state) if f.name not in adamw.AdamWState.SAVED}
 
     def call(op: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         param = inputs["param"].clone()
-        now = adamw.AdamWState(**fixed, **{name: inputs[name].clone() for name in adamw.AdamWState.KEPT})
+        now = adamw.AdamWState(**fixed, **{name: inputs[name].clone() for name in adamw.AdamWState.SAVED})
         norm, skipped = op(param, inputs["grad"], now, **HYPER, max_grad_norm=max_grad_norm)
-        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.kept()}
+        return {"moved": param - inputs["param"], "norm": norm, "skipped": skipped, **now.saved()}
 
     return Case(f"{len(sizes)} segments, {sum(sizes)} elements, 8 bits from {min_8bit_size}", inputs, call)
 
