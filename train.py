@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     with Watchdog(runtime, config.timeout) as watch:  # of several ranks: when one dies or hangs, all end
         run = prepare(config, sources, runtime, watch)
+        # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
         flops, validated = run.useful_flops_per_token, not run.validation_due
         log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated)
         with log, StopRequest() as stop:
@@ -131,12 +132,12 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
             try:
                 result = train_step(run)
             except torch.OutOfMemoryError as error:
-                # The adapter still is what the step before left, so only this step is lost.
+                # The adapter is still that of the step before, so only this step is lost.
                 save_run(run, log)
                 saved = run.runtime.is_main and not run.save_error
                 raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
-            # One step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no work.
-            # When the next step is queued, this one's numbers can be read while the GPU is busy.
+            # Logged one step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no
+            # work. Once the next step is queued, this one's numbers can be read while the GPU is busy.
             log.later(result)
             run.finish_step()
     return 0
@@ -145,8 +146,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
 def validate_and_save(run: Run, log: RunLog) -> None:
     """At the end of each epoch, and before the first step.
 
-    Before the first: fresh adapters add nothing (B = 0), so this is the base's own loss, to which all later ones are
-    compared; and a disk that cannot hold a state shows it now, not after the first epoch.
+    Why before the first step: fresh adapters add nothing (B = 0), so this is the base's own loss, to which all later
+    ones are compared. And a disk that cannot hold a state shows it now, not after the first epoch.
     """
     log.catch_up()
     if run.val_set is not None:
@@ -200,7 +201,7 @@ def validate(run: Run) -> float:
     runtime, documents = run.runtime, run.val_set.documents
     total = torch.zeros((), dtype=torch.float64)
     for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(max(1, run.step))
+        run.watch.progress(max(1, run.step))  # the watchdog counts steps from 1, also before the first
         total += batch_loss(run.model, batch, runtime.device).cpu()
     if runtime.world_size > 1:
         dist.all_reduce(total)
@@ -208,7 +209,7 @@ def validate(run: Run) -> float:
 
 
 def finish(run: Run) -> int:
-    """Say where the adapter lies. Exit code 1 when its last save failed."""
+    """Print where the adapter lies. Exit code 1 when its last save failed."""
     out = run.config.out
     if run.save_error:
         print(f"error: {run.save_error}; make room and finish with --resume auto", file=sys.stderr)

@@ -67,9 +67,9 @@ def describe(device: torch.device, head_dim: int) -> str:
 
 
 def switch(reference: Callable, triton_op: Callable) -> Callable:
-    """The operation that runs one or the other by where its first argument lies. Both have the same signature.
+    """The operation: runs one of the two, depending on the device of its first argument. Both have one signature.
 
-    They are its attributes `reference` and `triton`: a test puts a wrong version in the place of one of them.
+    They are its attributes `reference` and `triton`, so that a test can replace one of them by a wrong version.
     """
 
     @functools.wraps(reference)

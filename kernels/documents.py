@@ -12,7 +12,8 @@ class Documents:
 
     Document i is tokens cu_seqlens[i] to cu_seqlens[i+1] - 1. Raises ValueError for boundaries that do not rise from 0.
     The boundaries are also stored as a list on the host, so that no operation has to wait for the device to read them.
-    Pass a CPU tensor, which is copied to `device` without waiting, or a tensor on the device, which is read once, here.
+    Pass a CPU tensor, which is copied to `device` without waiting. A tensor on the device is read once, here, which
+    waits for the device.
     """
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device | str | None = None):

@@ -1,6 +1,7 @@
 """LoRA's term s u B^T between two operations: one computes u = x A^T, a later one adds the term.
 
-The letters are explained in kernels/ops/__init__.py.
+T tokens, D hidden size, F output features of the layer, r rank, J columns of u (r for each projection). All letters:
+kernels/ops/__init__.py.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from torch import Tensor
 class LoRATerm(NamedTuple):
     """The term scale * u @ B.T of a linear layer, not yet added to the layer's output. All in fp32 (fp64 for fp64).
 
-    u (T, J) is x @ A.T. One layer may fuse several projections: then u holds r columns for each of them, and B (F, r)
-    the B matrix of each, one above the other. The operation that adds the term knows how many rows belong to which.
+    u (T, J) is x @ A.T, and B is (F, r). One layer may fuse several projections: then u holds r columns for each of
+    them (J = r * projections), and B their B matrices one above the other. The operation that adds the term knows the
+    output features of each projection.
     """
 
     u: Tensor

@@ -1,4 +1,4 @@
-"""Who may import whom, and which packages at run time. CONTRIBUTING.md has the laws; each has a wrong example here."""
+"""Who may import whom, and which packages at run time. CONTRIBUTING.md has the rules; each has a wrong example here."""
 
 import ast
 import subprocess

@@ -10,7 +10,7 @@ Rounding: softmax and all sums are fp32; o, dq, dk and dv are rounded once. In T
 and ds also enter their products in the dtype of the inputs. fp32 inputs are multiplied in full fp32.
 
 There are four kernels with matrix products: forward, dv, dk and dq. A program owns a tile of 128 queries or keys of one
-document and head. Each of the three backward kernels computes s again. dk and dv are two kernels, because two fp32
+document and head. Each of the three backward kernels recomputes s. dk and dv are two kernels, because two fp32
 accumulators of 128 x 256 do not fit in a program's registers; and with tiles of 64 keys both warpgroups would compute
 the same s (9 dots instead of 8). Saving ds for the third kernel would save two dots, but ptxas serialises the wgmma of
 every pipelined kernel that stores ds. No operand is a transposed accumulator: s^T is computed as k q^T.

@@ -5,9 +5,10 @@ head, q scaled by K^-1/2, beta = sigmoid(b) and g = -exp(A_log) softplus(a + dt_
 
     S <- e^g S          e = v - S^T k          S <- S + k (beta e)^T          o = S^T q
 
-`gated_delta_rule_recurrent` is these lines, token by token; one of them is `gated_delta_rule_step`. The reference,
-which a CPU runs, is the chunk form. In a chunk of BT tokens the rows q_t, k_t, v_t, o_t are the matrices q, k (BT, K)
-and v, o (BT, V). With c = cumulative sum of g, c_last its last element, and D_ts = e^(c_t - c_s) for s <= t,
+`gated_delta_rule_recurrent` is this line, token by token; `gated_delta_rule_step` is it for a single token. The
+reference, which a CPU runs, is the chunk form. In a chunk of BT tokens the rows q_t, k_t, v_t, o_t are the matrices q,
+k (BT, K) and v, o (BT, V); row t of R (BT, V) is the beta e of token t; S is the state before the chunk. With c =
+cumulative sum of g, c_last its last element, and D_ts = e^(c_t - c_s) for s <= t,
 
     L_ts = beta_t (k_t . k_s) D_ts (s < t)       (I + L) R = beta (v - e^c k S)
     o = e^c q S + (q k^T * D) R                  S <- e^(c_last) S + (e^(c_last - c) k)^T R
@@ -70,8 +71,8 @@ def columns(
 ) -> tuple[Tensor, ...]:
     """The inputs of the recurrence as columns, for each value head and in `dtype`.
 
-    q, k (T, G, K), v (T, H, V), a, b (T, H) -> normalised q and k (T, H, K, 1), v (T, H, V, 1), g and beta (T, H, 1,
-    1).
+    q, k (T, G, K), v (T, H, V), a, b (T, H)
+    -> normalised q and k (T, H, K, 1), v (T, H, V, 1), g and beta (T, H, 1, 1).
     """
     K, group = k.shape[2], v.shape[1] // k.shape[1]
     q = l2_normalise(q.to(dtype)).repeat_interleave(group, dim=1) * K**-0.5

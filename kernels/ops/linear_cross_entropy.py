@@ -9,7 +9,7 @@ gradient, as operands of GEMMs, in the activation dtype; log-sum-exp and loss in
 The weight gets no gradient: the head is frozen.
 
 In Triton a chunk is a GEMM, a kernel and a GEMM. A program owns a row of logits. Its first sweep computes the
-log-sum-exp online: each lane keeps a maximum and a sum of its own, and they are joined at the end. The second sweep
+log-sum-exp online: each lane has a maximum and a sum of its own, and they are joined at the end. The second sweep
 replaces logits by their gradient, from the end of the row to its start, because L2 still holds the end.
 Bytes a row at vocab = 248,320 in bf16: 1.5 MB at most (two reads, one write), 0.5 MB where no gradient is wanted. One
 buffer of logits serves all chunks. The host never waits: the losses of the rows are added on the device, in a fixed

@@ -1,4 +1,4 @@
-"""Residual add + RMSNorm, with the adapter term of the layer before and the A projections of the layers after.
+"""Residual addition and RMSNorm, with the adapter term of the GEMM before and the A projections of the GEMM after.
 
     h' = round(h + y + s u B^T)            the residual stream, in the activation dtype
     x  = round(h' rstd (1 + w))            rstd = rsqrt(mean(h'^2) + eps)
@@ -9,12 +9,12 @@ Backward, with n = h' rstd and the gradients dh' (from the residual path), dx an
     dx += du' A          dn = dx (1 + w)         dh = dh' + rstd (dn - n mean(dn n))
     dA = du'^T x         dy = dh                 du = s dh B            dB = s dh^T u
 
-h, y, h', x (T, D); w (D,); u (T, r), B (D, r); A (J, D), u' (T, J).
+h, y, h', x (T, D); w (D,); u (T, r), B (D, r) of the GEMM before; A (J, D), u' (T, J) of the GEMM after.
 
 Rounding: everything between loads and stores is fp32; only h' and x are rounded. u' reads the rounded x, as the GEMM
 does. Bytes a token at D = 5,120 in bf16: forward reads h and y and writes h' and x (40,960 B), backward reads dh', dx
 and h' and writes dh (40,960 B). The adapter adds u, A and B once, and in backward the fp32 partial sums of dA and dB:
-for each sum one row of D from every multiprocessor. Saved for backward: h', which is the residual stream itself, and
+each multiprocessor writes one row of D for each sum. Saved for backward: h', which is the residual stream itself, and
 rstd, 4 B a token; x is recomputed from them. dh and dy are one tensor.
 Source: transformers `Qwen3_5RMSNorm`, whose weight is zero-centred: it multiplies by 1 + w.
 """

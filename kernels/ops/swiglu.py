@@ -9,9 +9,9 @@ A (r, I), u' (T, r).
 
 Rounding: fp32 from load to store; x, dgate and dup are rounded once. u' reads the rounded x. In Triton a program owns a
 block of columns and walks over tokens, with its part of B, A and of the sums dB and dA in registers. So it reads B and
-A once. (A program that owned rows would read 209 KB of them from L2 for every row of 104 KB.) In return the row sums u'
-and du are sums over programs: each writes one float a token (17 column blocks at I = 17,408), and a second pass adds
-them. So it is with dB and dA, of which each segment of tokens writes one row.
+A once. (A program that owned rows would read 209 KB of them from L2 for every row of 104 KB.) The price: u' and du sum
+over a row, so each program writes one float a token (17 column blocks at I = 17,408), and a second pass adds them. dB
+and dA likewise: each segment of tokens writes one row of each, and a second pass adds them.
 
 Bytes a token at I = 17,408 in bf16: forward reads gate_up and writes x (104,448 B), backward reads dx and gate_up and
 writes dgate_up (174,080 B); the partial sums add under 2 % at 4,096 tokens. Saved for backward: gate_up, the GEMM's own

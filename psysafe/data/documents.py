@@ -1,4 +1,8 @@
-"""Rows go in, packed micro-batches come out: rows -> token ids and mask -> the documents of a step -> one flat row."""
+"""From rows of a file to packed micro-batches.
+
+Every row becomes a document (token ids, and which of them are trained). A step takes some documents, and packs them one
+after the other into micro-batches: flat rows of tokens, without padding.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows, in the order of the rows, and what encoding did to them."""
+    """Encoded rows, in the order of the rows; how many of them were cut, and how many have no reasoning."""
 
     documents: list[Document]
     max_tokens: int
@@ -61,7 +65,7 @@ class MicroBatch:
 
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
     the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
-    weight: what its loss counts for, 0 in a padding micro-batch.
+    weight: the factor of its loss, 1, or 0 in a padding micro-batch (`pack_share`).
     """
 
     tokens: torch.Tensor
@@ -78,11 +82,11 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
     """
     encoded = [encode_row(row, tokenizer, max_tokens, system) for row in rows]
     documents = [document for document, _ in encoded]
-    useless = [document.source for document in documents if document.n_targets == 0]
-    if useless:
-        named = ", ".join(useless[:10]) + (f" and {len(useless) - 10:,} more" if len(useless) > 10 else "")
+    untrained = [document.source for document in documents if document.n_targets == 0]
+    if untrained:
+        names = ", ".join(untrained[:10]) + (f" and {len(untrained) - 10:,} more" if len(untrained) > 10 else "")
         expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
-        raise UserError(f"{named}: no trained token in it; expected {expected}")
+        raise UserError(f"{names}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
     n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
@@ -106,7 +110,8 @@ def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list
         raise UserError(f"{len(rows)} row cannot be split into training and validation; give a validation file")
     n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     validation = set(_permutation(len(rows), seed, 0)[:n_validation])
-    return [r for i, r in enumerate(rows) if i not in validation], [r for i, r in enumerate(rows) if i in validation]
+    train_rows = [row for i, row in enumerate(rows) if i not in validation]
+    return train_rows, [row for i, row in enumerate(rows) if i in validation]
 
 
 def steps_per_epoch(n_documents: int, batch_size: int) -> int:
@@ -114,9 +119,10 @@ def steps_per_epoch(n_documents: int, batch_size: int) -> int:
 
 
 def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """The documents of a step (counted from 0 over the whole run): a pure function, so a resumed run needs no iterator.
+    """The indices of the documents of a step, which is counted from 0 over the whole run.
 
-    Every epoch is a fresh permutation; its last batch may be short.
+    Every epoch is a new permutation; its last batch may be short. The result follows from the arguments alone, so a
+    resumed run needs no saved iterator.
     """
     epoch, i = divmod(step, steps_per_epoch(n_documents, batch_size))
     return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]

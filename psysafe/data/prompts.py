@@ -25,7 +25,7 @@ def system_text(name: str) -> str | None:
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The conversation with `system` in front, unless it brings its own system message or `system` is None."""
-    # Rows of users come here unchecked: a message may be anything.
+    """The conversation with `system` in front, unless it has its own system message or `system` is None."""
+    # Messages of a file come here unchecked: one may be of any type.
     has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
     return list(messages) if system is None or has_system else [{"role": "system", "content": system}, *messages]

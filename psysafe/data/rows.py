@@ -1,4 +1,4 @@
-"""Rows from files of every format, each with its file and line to name in errors; and what a row must hold.
+"""Rows from files of every format. Each row knows its file and line, so that an error can name them.
 
     read_file    any file, nothing checked         read_prompts   rows that a model can answer
     read_rows    training rows                     read_table     rows with the fields that a benchmark needs
@@ -73,7 +73,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> list[Entry]:
-    """A JSON array, or JSONL: told apart by the first character, since both go by any name."""
+    """A JSON array or JSONL. The first character decides, because files of both kinds have any name."""
     text = _text(path)
     if text.lstrip().startswith("["):
         return [(fields, None) for fields in _parsed(text, path, first_line=1)]
@@ -141,8 +141,11 @@ def _checked(rows: list[Row], expected: str, required: Sequence[str], optional: 
 
 
 def schema_problems(fields: object, expected: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
-    """What is wrong with the fields of a row that has no `messages`: required texts that are missing or blank, optional
-    ones that are no texts. Of a row with `messages` only that they are no list: the chat template checks the rest."""
+    """What is wrong with the fields of a row, one text for each problem.
+
+    A required field must be a text that is not blank, an optional one a text or None. Of a row with `messages` only
+    their type is checked here: the chat template checks the rest.
+    """
     if not isinstance(fields, dict):
         return [f"{_shown(fields)}, {expected}"]
     if "messages" in fields:
@@ -154,8 +157,8 @@ def schema_problems(fields: object, expected: str, required: Sequence[str], opti
             problems.append(f"no {key} in it (found: {_names(fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
             problems.append(f"{key} is {_shown(fields[key])}, expected a text that is not empty")
-    wrong = [key for key in optional if not isinstance(fields.get(key), str | None)]
-    return problems + [f"{key} is {_shown(fields[key])}, expected a text" for key in wrong]
+    no_texts = [key for key in optional if not isinstance(fields.get(key), str | None)]
+    return problems + [f"{key} is {_shown(fields[key])}, expected a text" for key in no_texts]
 
 
 def _names(fields: dict) -> str:
@@ -186,13 +189,17 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
 
 
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
-    """The row as a conversation. `system` goes in front unless the row brings its own; None sends no system message."""
+    """The row as a conversation. `system` goes in front unless the row has its own; None sends no system message."""
     messages = row.fields.get("messages")
     if messages is None:
         reasoning, answer = row.reasoning, row.fields["answer"]
-        tags = [("reasoning", reasoning, THINK), ("reasoning", reasoning, THINK_END), ("answer", answer, THINK_END)]
-        for key, text, tag in tags:
-            # The template takes the content apart again at these tags and would lose text without a word.
+        forbidden = (
+            ("reasoning", reasoning, THINK),
+            ("reasoning", reasoning, THINK_END),
+            ("answer", answer, THINK_END),
+        )
+        for key, text, tag in forbidden:
+            # The template splits the content at these tags, and would drop text in silence.
             if tag in text:
                 raise UserError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
         content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"

@@ -1,8 +1,8 @@
 """Text to token ids: tokenizer.json, the chat template of Qwen3.5, and which tokens of a conversation are trained.
 
 Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the
-last user query begin with a think block, and they are what training teaches: everything after their marker
-`<|im_start|>assistant\\n<think>`, up to and with the turn's last newline.
+last user query begin with a think block. They are what is trained: everything after their marker
+`<|im_start|>assistant\\n<think>`, up to and including the turn's last newline.
 """
 
 import re
@@ -36,8 +36,8 @@ class Tokenizer:
         missing = [token for token in (IM_START, IM_END, THINK, THINK_END) if token not in added]
         if missing:
             raise UserError(f"no added token {', '.join(missing)}: expected the tokenizer of a Qwen3.5 model")
-        # What a file may ask for besides the encoding itself would break the rule that nothing is added or moved. A
-        # post-processor also trims spaces off the offsets, and then a token of spaces alone has no place in the text.
+        # A tokenizer.json may also ask for truncation and padding, which cut and add ids, and for a post-processor,
+        # which can trim spaces off the offsets: a token of spaces alone would then have no place in the text.
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None
@@ -47,7 +47,7 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), max(added.values()) + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; added tokens such as `<|im_end|>` in it are recognised, nothing is put around it."""
+        """Token ids of `text`; added tokens such as `<|im_end|>` in it are recognised, none is added."""
         return self._backend.encode(_checked(text), add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -69,8 +69,8 @@ class Tokenizer:
         """The conversation as the text that the model reads. UserError for a conversation the template refuses.
 
         messages: [{"role", "content"}, ...]; an assistant may carry "reasoning_content", else a think block in its
-        content is split off. Thinking is off only for `enable_thinking=False` (the templates of 0.8B and 2B have it
-        off unless true: pass what you want).
+        content is split off. Thinking is off only for `enable_thinking=False`, as in the templates of 4B, 9B and 27B.
+        (In those of 0.8B and 2B it is off unless `enable_thinking` is True: for these models pass True or False.)
         """
         text = "".join(piece for piece, _ in rendered_pieces(messages))
         if add_generation_prompt:
@@ -82,10 +82,10 @@ class Tokenizer:
     def encode_trained(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids of the rendered conversation, and for each whether it is trained.
 
-        The text is tokenised once, as a whole: joined pieces would give other ids (the prompt `<think>\\n` ends in the
-        token "\\n", an empty reasoning makes it "\\n\\n"). What is trained is known from how the text was put together
-        and never searched for in it, so a user who writes the marker out is not trained on. A trained piece lies
-        between added tokens, which no other token reaches across.
+        The text is tokenised once, as a whole: pieces tokenised one by one would give other ids ("\\n" twice is two
+        tokens, "\\n\\n" is one). Which pieces are trained is known from how the text was put together. The marker is
+        never searched for in the text: a user may have typed it. A trained piece lies between added tokens, so no token
+        belongs to two pieces.
         """
         pieces = rendered_pieces(messages)
         ids, offsets = self.encode_with_offsets("".join(piece for piece, _ in pieces))

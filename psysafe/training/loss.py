@@ -3,8 +3,8 @@
     loss = 1/N  sum over the step's trained tokens t of  -log p(token t | the tokens before t in its document)
 
 N is the number of trained tokens of the whole step, over all its micro-batches and ranks (`count_targets`). So every
-trained token weighs the same, however the documents are cut into micro-batches and dealt to ranks. A mean in each
-micro-batch, and then a mean of these, would give a token in a short micro-batch more weight than one in a long one.
+trained token weighs the same, however the documents are cut into micro-batches and dealt to ranks. A mean of the
+micro-batches' means would give a token in a short micro-batch more weight than one in a long one.
 
 Labels are not shifted here: a micro-batch already names the rows of the hidden states that predict a trained token,
 and that token (psysafe/data/documents.py).
@@ -20,7 +20,7 @@ from psysafe.model.decoder import Qwen3_5
 
 
 def count_targets(documents: Sequence[Document]) -> int:
-    """N: the trained tokens of these documents. A document's first token is none, for nothing predicts it."""
+    """N: the trained tokens of these documents, without any document's first token, which nothing predicts."""
     return sum(document.n_targets for document in documents)
 
 
@@ -32,6 +32,6 @@ def batch_loss(model: Qwen3_5, batch: MicroBatch, device: torch.device) -> torch
     # Only rows that predict a trained token go through the last MLP and the head: (N, D) instead of (T, D).
     hidden = model(tokens, documents, rows=documents.to_device(batch.rows))
     loss = kernels.linear_cross_entropy(hidden, model.head, documents.to_device(batch.labels))
-    # 1, or 0 for a padding micro-batch: a rank with fewer micro-batches than another runs those to take part in every
-    # gathering of sharded weights. They run forward and backward like any other, and add zeros.
+    # The weight is 1, or 0 for a padding micro-batch. A rank with fewer micro-batches than the others runs padding
+    # ones, because all ranks gather sharded weights together. They run like any other, and add zeros.
     return batch.weight * loss

@@ -1,7 +1,7 @@
 """The optimiser of the adapter: AdamW over one flat buffer, with 8-bit or full states, and the learning-rate schedule.
 
 All adapter tensors are views of one buffer, their gradients views of a second one. One call of `step` computes the
-norm of the gradient, clips, and moves every tensor; kernels/ops/adamw_8bit.py holds the arithmetic and the layout of
+norm of the gradient, clips, and updates every tensor; kernels/ops/adamw_8bit.py holds the arithmetic and the layout of
 the states.
 """
 
@@ -19,13 +19,13 @@ from psysafe.program import UserError
 
 
 class AdamW:
-    """AdamW with decoupled weight decay, clipping by the global norm, and the rule that such a norm must be finite.
+    """AdamW with decoupled weight decay and clipping by the global norm; a step whose norm is not finite is skipped.
 
-    flat_param (P,), flat_grad (P,): the two buffers, fp32 (or fp64, for which the moments are fp64 too).
+    flat_param, flat_grad (elements,): the two buffers, fp32 (or fp64, for which the moments are fp64 too).
     segments: the tensors in them. Elements outside all segments are never changed, and the norm leaves them out.
     betas: decay rates of the moments, in [0, 1). eps: added to the root of the corrected second moment.
     weight_decay: each step multiplies the parameters by 1 - lr * weight_decay.
-    max_grad_norm: a longer gradient is scaled down to it; math.inf turns clipping off.
+    max_grad_norm: a gradient with a larger norm is scaled down to it; math.inf turns clipping off.
     state_bits: 8, or 32 for full moments throughout (then equal to torch.optim.AdamW).
     min_8bit_size: with state_bits 8, tensors with fewer elements keep full moments.
 
@@ -34,7 +34,7 @@ class AdamW:
     can read them one step late instead of waiting.
 
     Memory: 2 bytes an element and 8 for every 256 of them, or 8 bytes an element; a step allocates 4 bytes for every
-    1,024 elements in Triton, and in the reference about 70 MB at most, whatever P is.
+    1,024 elements in Triton, and in the reference about 70 MB at most, for any number of elements.
     """
 
     def __init__(
