@@ -9,6 +9,7 @@ from kernels.documents import Documents
 from kernels.ops.causal_conv1d_silu import causal_conv1d_silu_reference
 from kernels.ops.causal_conv1d_silu_step import causal_conv1d_silu_step_reference, causal_conv1d_silu_step_triton
 from kernels.proof.closeness import assert_close_fp32
+from tests.mistakes import refused
 
 
 def step_by_step(x, weight, op):
@@ -33,11 +34,7 @@ class TestTriton:
 
     def test_errors_name_the_culprit(self):
         x, weight, tail = torch.randn(2, 8), torch.randn(8, 4), torch.zeros(2, 3, 8)
-        with pytest.raises(ValueError, match=r"x is torch.float64"):
-            causal_conv1d_silu_step_triton(x.double(), weight, tail)
-        with pytest.raises(ValueError, match=r"tail is torch.float32 \(2, 4, 8\)"):
-            causal_conv1d_silu_step_triton(x, weight, torch.zeros(2, 4, 8))
-        with pytest.raises(ValueError, match=r"tail is torch\.bfloat16"):
-            causal_conv1d_silu_step_triton(x, weight, tail.bfloat16())
-        with pytest.raises(ValueError, match="no gradient"):
-            causal_conv1d_silu_step_triton(x.requires_grad_(), weight, tail)
+        refused(r"x is torch.float64", causal_conv1d_silu_step_triton, x.double(), weight, tail)
+        refused(r"tail is torch.float32 \(2, 4, 8\)", causal_conv1d_silu_step_triton, x, weight, torch.zeros(2, 4, 8))
+        refused(r"tail is torch\.bfloat16", causal_conv1d_silu_step_triton, x, weight, tail.bfloat16())
+        refused("no gradient", causal_conv1d_silu_step_triton, x.requires_grad_(), weight, tail)

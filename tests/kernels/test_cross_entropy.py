@@ -10,6 +10,7 @@ from kernels.ops.linear_cross_entropy import linear_cross_entropy_reference, lin
 from kernels.proof.cases.linear_cross_entropy import make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients
 from tests.kernels.trials import TRIALS
+from tests.mistakes import refused
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
@@ -83,7 +84,5 @@ def test_chunks_cover_the_rows_evenly(rows):
 @needs_triton
 def test_what_triton_refuses():
     x, weight, labels = make_case(N=4, D=16, V=100).inputs.values()
-    with pytest.raises(ValueError, match="weight requires grad"):
-        linear_cross_entropy_triton(x, weight.requires_grad_(), labels)
-    with pytest.raises(ValueError, match="labels"):
-        linear_cross_entropy_triton(x, weight.detach(), labels[:2])
+    refused("weight requires grad", linear_cross_entropy_triton, x, weight.requires_grad_(), labels)
+    refused("labels", linear_cross_entropy_triton, x, weight.detach(), labels[:2])

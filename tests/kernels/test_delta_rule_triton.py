@@ -14,6 +14,7 @@ from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference, g
 from kernels.proof.cases.gated_delta_rule import make_case
 from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients, poisoned_empty
 from tests.kernels import delta_rule_equations as equations
+from tests.mistakes import refused
 
 
 def gates_apart(case: Case) -> dict[str, Tensor]:
@@ -134,18 +135,12 @@ def test_refuses_what_it_cannot_do():
     def call(**changes):
         return gated_delta_rule_triton(**(x | {"documents": documents} | changes))
 
-    with pytest.raises(ValueError, match="float64"):
-        call(**{name: t.double() for name, t in x.items()})
-    with pytest.raises(ValueError, match="dk = 8"):
-        call(q=x["q"][..., :8].contiguous(), k=x["k"][..., :8].contiguous())
-    with pytest.raises(ValueError, match="keeps A_log frozen"):
-        call(A_log=x["A_log"].clone().requires_grad_())
-    with pytest.raises(ValueError, match="ends at 2, v has 3"):
-        call(documents=Documents(torch.tensor([0, 2])))
-    with pytest.raises(ValueError, match="rows of v are not contiguous"):
-        call(v=x["v"].transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(ValueError, match=r"shape \(1, 2, 16, 16\)"):
-        call(initial_state=torch.zeros(2, 2, 16, 16))
+    refused("float64", call, **{name: t.double() for name, t in x.items()})
+    refused("dk = 8", call, q=x["q"][..., :8].contiguous(), k=x["k"][..., :8].contiguous())
+    refused("keeps A_log frozen", call, A_log=x["A_log"].clone().requires_grad_())
+    refused("ends at 2, v has 3", call, documents=Documents(torch.tensor([0, 2])))
+    refused("rows of v are not contiguous", call, v=x["v"].transpose(1, 2).contiguous().transpose(1, 2))
+    refused(r"shape \(1, 2, 16, 16\)", call, initial_state=torch.zeros(2, 2, 16, 16))
     with pytest.raises(ValueError, match="no backward"):
         x["v"].requires_grad_()
         gated_delta_rule_step_triton(**x, state=torch.zeros(3, 2, 16, 16))

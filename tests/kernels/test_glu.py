@@ -9,6 +9,7 @@ from kernels.ops.swiglu import swiglu_reference, swiglu_triton
 from kernels.proof.cases.swiglu import make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
 from tests.kernels.trials import TRIALS
+from tests.mistakes import refused
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
@@ -57,7 +58,5 @@ def test_bf16_rounds_once():
 
 @needs_triton
 def test_what_triton_refuses():
-    with pytest.raises(ValueError, match="float64"):
-        swiglu_triton(torch.zeros(2, 8, dtype=torch.float64))
-    with pytest.raises(ValueError, match="strides"):
-        swiglu_triton(torch.zeros(8, 2).T, LoRATerm(torch.zeros(2, 2), torch.zeros(8, 1), 1.0))
+    refused("float64", swiglu_triton, torch.zeros(2, 8, dtype=torch.float64))
+    refused("strides", swiglu_triton, torch.zeros(8, 2).T, LoRATerm(torch.zeros(2, 2), torch.zeros(8, 1), 1.0))
