@@ -98,3 +98,11 @@ def multimodal_model(seed: int = 0) -> Qwen3_5ForConditionalGeneration:
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.5 if p.dim() == 1 else 0.06))
     return model
+
+
+def randomise_lora_B(adapters, seed: int) -> None:
+    """As after some training: while B is zero, A gets no gradient and the adapter adds nothing."""
+    torch.manual_seed(seed)
+    for name, x in adapters.tensors().items():
+        if name.endswith("lora_B"):
+            x.copy_(torch.randn_like(x) * 0.1)

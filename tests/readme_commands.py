@@ -3,7 +3,9 @@
 Lines that begin with `#` and blocks marked otherwise (`console` for output, `text`) are left out.
 """
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,20 @@ def commands(text: str) -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     lines = (line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def run_page(page: Path, count: int, replaced: dict[str, str]) -> None:
+    """Runs every command of the page, in order, as it stands there but for what is replaced. It has to have `count`."""
+    listed = commands(page.read_text(encoding="utf-8"))
+    assert len(listed) == count
+    for command in listed:
+        here = command
+        for old, new in replaced.items():
+            here = here.replace(old, new)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        shell = ["bash", "-euo", "pipefail", "-c", here]
+        done = subprocess.run(shell, cwd=page.parents[1], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 if __name__ == "__main__":

@@ -43,14 +43,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        prompt = body["messages"][-1]["content"]
+        body, prompt = self.request_body()
         with self.server.lock:
             self.server.seen.append((dict(self.headers), body, time.monotonic()))
             turn = self.server.tries[prompt]
             self.server.tries[prompt] += 1
         steps = prompt.split(" ", 9)
         getattr(self, "do_" + steps[min(turn, len(steps) - 1)].split(":")[0])(steps[min(turn, len(steps) - 1)])
+
+    def request_body(self) -> tuple[dict, str]:
+        """The request, and the last message of it."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        return body, body["messages"][-1]["content"]
 
     def answer(self, content, finish: str = "stop", **message) -> None:
         reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "system_fingerprint": "",
@@ -118,3 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b" ")
             self.wfile.flush()
             time.sleep(0.1)
+
+
+def reply_by(monkeypatch, function) -> None:
+    """Every request is answered by function(its last message); None is a reply without content."""
+    monkeypatch.setattr(Handler, "do_POST", lambda self: self.answer(function(self.request_body()[1])))

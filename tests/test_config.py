@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from psysafe.files import ASSETS, expand
 from psysafe.training import config as config_module
 from psysafe.training.config import DEFAULT_FILE, KEYS, TrainConfig, resolve, sentences, to_toml
+from tests.mistakes import refused
 
 RECIPE = {  # the paper's numbers, written down a second time on purpose
     **{"model": "Qwen/Qwen3.5-27B", "lora_rank": 1, "lora_alpha": 32.0, "max_tokens": 4096, "batch_size": 4},
@@ -129,10 +130,8 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
 
 
 def test_a_config_built_in_python_is_checked_as_well():
-    with pytest.raises(ValueError, match="lora_rank is 0; expected a whole number, 1 or more"):
-        TrainConfig(lora_rank=0)
-    with pytest.raises(ValueError, match=r"lr is -1\.0"):
-        dataclasses.replace(TrainConfig(), lr=-1)
+    refused("lora_rank is 0; expected a whole number, 1 or more", TrainConfig, lora_rank=0)
+    refused(r"lr is -1\.0", dataclasses.replace, TrainConfig(), lr=-1)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)

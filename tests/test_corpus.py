@@ -13,6 +13,7 @@ from psysafe.data.rows import read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.files import ASSETS
+from tests.mistakes import refused
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
 
@@ -106,8 +107,7 @@ def test_split_is_stratified_and_reproducible(tmp_path, capsys):
         chance.shuffle(members)
         by_hand += members[:100]
     assert [r.fields["prompt"] for r in parts["val"]] == by_hand
-    with pytest.raises(ValueError, match="'substance' has 250 rows, too few"):
-        split(read_rows(path), 200, 100)
+    refused("'substance' has 250 rows, too few", split, read_rows(path), 200, 100)
 
 
 def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
@@ -157,8 +157,7 @@ def test_a_benchmark_without_prompts_is_no_clean_one(tmp_path, capsys):
     """Nothing would leak into it, whatever its prompts are called."""
     for name, content in (("b.csv", "id,ask\n1,Clean?\n"), ("b.jsonl", '{"ask": "Clean?"}\n')):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=f"{name}: no prompt in any row"):
-            prompts_of(tmp_path / name)
+        refused(f"{name}: no prompt in any row", prompts_of, tmp_path / name)
 
 
 def test_validate_names_line_and_problem(tmp_path, capsys):

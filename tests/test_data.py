@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from psysafe.data.documents import Document, encode_rows, pack, split_rows, step
 from psysafe.data.rows import Row, read_file, read_rows, read_table, row_messages
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.program import main_guard
+from tests.mistakes import error_line, refused, refused_by
 from tests.real_tokenizer import real_tokenizer_folder
 
 ROW = {"prompt": "I feel low.", "answer": "I am sorry.", "reasoning": "The user is sad.", "risk cluster": "none"}
@@ -75,25 +77,16 @@ BAD_FILES = {
 }
 
 
-def one_line(error: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_files(tmp_path, content, message):
     path = tmp_path / "rows.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        read_rows([path])
-    assert one_line(error).startswith(str(path)) and message in str(error.value)
+    assert refused(re.escape(message), read_rows, [path]).startswith(str(path))
 
 
 def test_unreadable_files(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(ValueError, match="cannot be read") as error:
-            read_rows([path])
-        assert one_line(error).startswith(str(path))
+        assert refused("cannot be read", read_rows, [path]).startswith(str(path))
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
@@ -124,9 +117,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
 def test_bad_files_of_other_formats(tmp_path, name, content, message):
     pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        read_rows(tmp_path / name)
-    assert one_line(error).startswith(str(tmp_path / name)) and message in str(error.value)
+    assert refused(re.escape(message), read_rows, tmp_path / name).startswith(str(tmp_path / name))
 
 
 def test_a_table_has_the_fields_that_were_asked_for(tmp_path):
@@ -139,9 +130,7 @@ def test_a_table_has_the_fields_that_were_asked_for(tmp_path):
         ('{"prompt": "a"\n', "malformed JSON at line 1"),
     ):
         path.write_text(content)
-        with pytest.raises(ValueError) as error:
-            read_table(path, ["prompt"])
-        assert message in one_line(error)
+        refused(re.escape(message), read_table, path, ["prompt"])
 
 
 # Encoding
@@ -168,8 +157,7 @@ def test_row_messages():
 @pytest.mark.parametrize(("key", "tag"), [("reasoning", "</think>"), ("reasoning", "<think>"), ("answer", "</think>")])
 def test_text_that_the_template_would_lose_is_refused(key, tag):
     (row,) = rows_of(ROW | {key: f"a{tag}b"})
-    with pytest.raises(ValueError, match=f"rows.json row 1: {key} holds {tag}"):
-        row_messages(row)
+    refused(f"rows.json row 1: {key} holds {tag}", row_messages, row)
 
 
 def check_trained_text(tokenizer: Tokenizer, document: Document) -> None:
@@ -206,13 +194,11 @@ def test_long_rows_are_cut_at_the_end_and_counted(tokenizer):
 def test_rows_with_nothing_to_train_are_refused(tokenizer):
     question = {"messages": [{"role": "user", "content": "u"}]}
     turns = [*question["messages"], {"role": "assistant", "content": "a"}, *question["messages"]]
-    with pytest.raises(ValueError, match=r"rows.json row 2, rows.json row 3: no trained token") as error:
-        encode_rows(rows_of(ROW, question, {"messages": turns}), tokenizer, max_tokens=4096)
-    one_line(error)
+    untrained = rows_of(ROW, question, {"messages": turns})
+    refused("rows.json row 2, rows.json row 3: no trained token", encode_rows, untrained, tokenizer, max_tokens=4096)
     with pytest.raises(ValueError, match=r"rows.json row 10 and 2 more: .* within max_tokens 8"):
         encode_rows(rows_of(*[ROW] * 12), tokenizer, max_tokens=8)
-    with pytest.raises(ValueError, match="max_tokens is 0"):
-        encode_rows(rows_of(ROW), tokenizer, max_tokens=0)
+    refused("max_tokens is 0", encode_rows, rows_of(ROW), tokenizer, max_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +211,7 @@ def test_rows_with_nothing_to_train_are_refused(tokenizer):
     ],
 )
 def test_refused_conversations_name_their_row(tokenizer, fields, message):
-    with pytest.raises(ValueError, match=f"rows.json row 2: .*{message}") as error:
-        encode_rows(rows_of(ROW, fields), tokenizer, max_tokens=4096)
-    one_line(error)
+    refused(f"rows.json row 2: .*{message}", encode_rows, rows_of(ROW, fields), tokenizer, max_tokens=4096)
 
 
 # Split and order
@@ -241,8 +225,7 @@ def test_split():
     assert train == sorted(train, key=lambda row: row.number)
     assert split_rows(rows, seed=3407, fraction=0.1) == (train, validation) != split_rows(rows, seed=3408, fraction=0.1)
     assert [len(part) for part in split_rows(rows[:2], seed=0, fraction=0.1)] == [1, 1]
-    with pytest.raises(ValueError, match="1 row cannot be split"):
-        split_rows(rows[:1], seed=0, fraction=0.1)
+    refused("1 row cannot be split", split_rows, rows[:1], seed=0, fraction=0.1)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 3))
@@ -384,8 +367,7 @@ def test_show(capsys, rows_file, monkeypatch, tokenizer):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
         assert ("\x1b[32m" in show(capsys, "--show", rows_file)[1]) == colored
     for args, message in ((["--row", 3], "--row 3, expected 1 to 2"), (["--max-tokens", 0], "max_tokens is 0")):
-        code, out, err = show(capsys, "--show", rows_file, *args)
-        assert (code, out) == (2, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
+        assert message in refused_by(show_command.main, ["--show", rows_file, *args], capsys)
 
 
 def test_command_line_errors(tmp_path):
@@ -394,5 +376,5 @@ def test_command_line_errors(tmp_path):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "psysafe.data", "--show", path]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {path} row 1: no answer in it") and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert error_line(done.stdout, done.stderr).startswith(f"error: {path} row 1: no answer in it")

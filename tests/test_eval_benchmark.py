@@ -10,10 +10,9 @@ import eval as script
 from psysafe.data.rows import read_table
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows
 from psysafe.evaluation.result import Table, percent
-from psysafe.program import main_guard
-from tests.stub_endpoint import Handler, StubEndpoint
-
-MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
+from tests.mistakes import refused_by
+from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_eval_run import MODEL, run
 
 
 class Politeness(Benchmark):
@@ -60,21 +59,16 @@ def politeness(monkeypatch, tmp_path):
     return [*words, "--model", MODEL, "--device", "cpu", "--max-new-tokens", "3", "--system", "none,v0"]
 
 
-def run(*argv: str) -> int:
-    return main_guard(script.main, list(argv))
-
-
 def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkeypatch):
     """Answers of both variants, a failed item by name, notes, overlap, settings; then only what is missing is asked."""
     asked, failing = [], ["question 3"]
 
-    def do_POST(self):
-        text = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][-1]["content"]
+    def verdict(text):
         prompt = text.split("\n")[0]
         asked.append(prompt)
-        self.answer(None if prompt in failing else "Yes" if prompt == "question 1" else "No")
+        return None if prompt in failing else "Yes" if prompt == "question 1" else "No"
 
-    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    reply_by(monkeypatch, verdict)
     out = tmp_path / "out"
     with StubEndpoint() as stub:
         words = [*politeness, "--judge-url", stub.url, "--judge-model", "stub", "--out", str(out)]
@@ -109,5 +103,4 @@ def test_its_rules_and_its_help(politeness, tmp_path, capsys):
 
 
 def test_without_data_and_without_a_hub(politeness, tmp_path, capsys):
-    assert run("politeness", "--judge", "rules", "--out", str(tmp_path)) == 2
-    assert "--data" in capsys.readouterr().err
+    assert "--data" in refused_by(script.main, ["politeness", "--judge", "rules", "--out", tmp_path], capsys)

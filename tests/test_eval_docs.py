@@ -1,14 +1,12 @@
 """docs/evaluation.md: every command of the page, in order, as it stands there."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.readme_commands import commands
-from tests.stub_endpoint import Handler, StubEndpoint
+from tests.readme_commands import run_page
+from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_judge import VALUES, reply
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,20 +17,10 @@ def test_the_whole_page(tmp_path, monkeypatch):
     """Only the endpoint's address and the folder of the results are this machine's own. The judge behind the endpoint
     says the same of everything."""
 
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][-1]["content"]
-        self.answer("1" if asked.endswith("[Score]") else reply(VALUES))
-
-    monkeypatch.setattr(Handler, "do_POST", do_POST)
-    page = commands((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"))
-    assert len(page) == 10
+    reply_by(monkeypatch, lambda asked: "1" if asked.endswith("[Score]") else reply(VALUES))
     with StubEndpoint() as stub:
-        for command in page:
-            here = command.replace("http://localhost:8000/v1", stub.url).replace("runs/evaluation", str(tmp_path))
-            shell = ["bash", "-euo", "pipefail", "-c", here]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        here = {"http://localhost:8000/v1": stub.url, "runs/evaluation": str(tmp_path)}
+        run_page(ROOT / "docs" / "evaluation.md", 10, here)
     content = json.loads((tmp_path / "report" / "report.json").read_text())
     by_folder = {Path(part["folder"]).name: part for part in content["evaluations"]}
     # Even one epoch shows: by the words that it looks for, the tuned model supports where the base did not.

@@ -12,18 +12,14 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 import eval as script
 from psysafe.data.rows import read_table
-from psysafe.program import main_guard
-from tests.stub_endpoint import Handler, StubEndpoint
+from tests.mistakes import error_line, refused, refused_by
+from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_eval_run import MODEL, run
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "eval"
-MODEL = f"random:{FIXTURES / 'model' / 'config.json'}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-
-
-def run(*argv: str) -> int:
-    return main_guard(script.main, list(argv))
 
 
 @pytest.fixture
@@ -91,8 +87,7 @@ def test_sorry_bench_takes_all_files_from_one_commit(hub, tmp_path, monkeypatch)
     """The branch is asked once; the other files come from the commit that it named then."""
     for file in ("question.jsonl", "question_question.jsonl"):
         hub.holds["sorry-bench/sorry-bench-202503", file] = FIXTURES / "sorry" / file
-    monkeypatch.setattr(Handler, "do_POST", lambda self: (self.rfile.read(int(self.headers["content-length"])),
-                                                          self.answer("0")))  # fmt: skip
+    reply_by(monkeypatch, lambda asked: "0")
     with StubEndpoint() as stub:
         words = ["--model", MODEL, "--device", "cpu", "--max-new-tokens", "2", "--judge-url", stub.url]
         assert run("sorry-bench", *words, "--judge-model", "j", "--mutations", "question", "--out", str(tmp_path)) == 0
@@ -120,10 +115,8 @@ class Response:
 )
 def test_without_a_hub_one_line_names_data(hub, error, named, tmp_path, capsys):
     hub.holds["Paul/XSTest", "xstest_prompts.csv"] = error
-    assert run("xstest", "--judge", "rules", "--out", str(tmp_path)) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: Paul/XSTest: ") and line.count("\n") == 1
-    assert all(word in line for word in named)
+    line = refused_by(script.main, ["xstest", "--judge", "rules", "--out", tmp_path], capsys)
+    assert line.startswith("error: Paul/XSTest: ") and all(word in line for word in named)
 
 
 def test_really_offline(tmp_path):
@@ -131,22 +124,19 @@ def test_really_offline(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, str(ROOT / "eval.py"), "hellaswag", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: Rowan/hellaswag: ") and "give --data" in done.stderr
+    line = error_line(done.stdout, done.stderr)
+    assert done.returncode == 2 and line.startswith("error: Rowan/hellaswag: ") and "give --data" in line
 
 
 def test_a_revision_of_a_local_file_is_a_contradiction(tmp_path, capsys):
-    assert run("mmlu", "--data", "x.jsonl", "--data-revision", "main", "--out", str(tmp_path)) == 2
-    assert "--data-revision" in capsys.readouterr().err
+    words = ["mmlu", "--data", "x.jsonl", "--data-revision", "main", "--out", tmp_path]
+    assert "--data-revision" in refused_by(script.main, words, capsys)
 
 
 def test_parquet_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     broken = tmp_path / "x.parquet"
     broken.write_bytes(b"PAR1 not really")
-    with pytest.raises(ValueError, match=r"x\.parquet: cannot be read"):
-        read_table(broken, ["question"])
-    with pytest.raises(ValueError, match=r"y\.parquet: no such file"):
-        read_table(tmp_path / "y.parquet", ["question"])
+    refused(r"x\.parquet: cannot be read", read_table, broken, ["question"])
+    refused(r"y\.parquet: no such file", read_table, tmp_path / "y.parquet", ["question"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"pip install pyarrow.*--data"):
-        read_table(broken, ["question"])
+    refused(r"pip install pyarrow.*--data", read_table, broken, ["question"])

@@ -14,6 +14,7 @@ from psysafe.evaluation.benchmarks import agreement
 from psysafe.evaluation.benchmarks.four_criteria import align
 from psysafe.evaluation.criteria import Scores, Summary, overall, parse, relative_change, summarise
 from psysafe.files import ASSETS
+from tests.mistakes import refused
 
 NAMES = {1: "Refusal", 2: "Psychological Grounding", 3: "External References", 4: "Relevance"}
 LABELS = {1: "Refusal presence", 2: "Rating", 3: "External references presence", 4: "Rating"}
@@ -236,8 +237,7 @@ def test_people_are_matched_by_prompt_and_variant(tmp_path):
     assert pairs == {"refusal": [(1, 1)], "grounding": [(3, 3)], "references": [], "relevance": []}
     with pytest.raises(ValueError, match=r"labels\.csv row 1: refusal is 'maybe'"):
         agreement.pair([people[0] | {"refusal": "maybe"}], judged, "labels.csv")
-    with pytest.raises(ValueError, match="no column variant"):
-        agreement.pair([{"prompt": "a"}], judged, "labels.csv")
+    refused("no column variant", agreement.pair, [{"prompt": "a"}], judged, "labels.csv")
 
 
 # The word lists
@@ -280,8 +280,7 @@ def test_a_lost_part_is_seen():
 def test_a_blunt_refusal_scores_as_one():
     verdict = word_list_judge.judge("I want to drink.", "I can't help with that.", "substance")
     assert verdict.scores == Scores(True, 1, False, 1, "none") and not any(verdict.parts)
-    with pytest.raises(ValueError, match="risk cluster is 'benign'"):
-        word_list_judge.judge("a", "b", "benign")
+    refused("risk cluster is 'benign'", word_list_judge.judge, "a", "b", "benign")
 
 
 def test_numbers_are_words_of_their_own():

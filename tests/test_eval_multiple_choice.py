@@ -14,11 +14,13 @@ from psysafe import load_model
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.benchmarks import log_likelihood, mmlu, multiple_choice
 from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
+from psysafe.evaluation.benchmarks.log_likelihood import encode
 from psysafe.evaluation.benchmarks.mmlu import MMLU
 from psysafe.evaluation.benchmarks.multiple_choice import correct, mean, pooled, request
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))
+hellaswag_item = HellaSwag.item
 VARIANTS = ("plain", "system", "chat")
 
 
@@ -101,82 +103,62 @@ def test_the_fixture_holds_what_it_is_for(tokenizer):
     assert any(context.endswith((" ", "\n")) for context, _ in (ask(item, "chat", tokenizer) for item in items))
 
 
-def _break_without_moved_space(monkeypatch):
-    def encode(tokenizer, context, continuations, max_tokens):
-        head = tokenizer.encode(context)
-        tails = [tokenizer.encode(context + k)[len(head) :] for k in continuations]
-        return [
-            log_likelihood.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
-            for i, tail in enumerate(tails)
-        ]
-
-    monkeypatch.setattr(log_likelihood, "encode", encode)
+def without_moved_space(tokenizer, context, continuations, max_tokens):
+    head = tokenizer.encode(context)
+    tails = [tokenizer.encode(context + k)[len(head) :] for k in continuations]
+    return [
+        log_likelihood.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
+        for i, tail in enumerate(tails)
+    ]
 
 
-def _break_cut_by_one(monkeypatch):
-    right = log_likelihood.encode
-    monkeypatch.setattr(log_likelihood, "encode", lambda t, c, k, most: right(t, c, k, most - 1))
+def cut_by_one(tokenizer, context, continuations, max_tokens):
+    return encode(tokenizer, context, continuations, max_tokens - 1)
 
 
-def _break_bytes_for_characters(monkeypatch):
-    def wrong(item, lls):
-        norm = [ll / len(choice.encode()) for ll, choice in zip(lls, item.choices, strict=True)]
-        return correct(item, lls) | {"acc_norm": float(norm.index(max(norm)) == item.gold)}
-
-    monkeypatch.setattr(multiple_choice, "correct", wrong)
+def bytes_for_characters(item, lls):
+    norm = [ll / len(choice.encode()) for ll, choice in zip(lls, item.choices, strict=True)]
+    return correct(item, lls) | {"acc_norm": float(norm.index(max(norm)) == item.gold)}
 
 
-def _break_field_ctx(monkeypatch):
-    right = HellaSwag.item
-    monkeypatch.setattr(HellaSwag, "item", lambda self, row: right(self, row | {"ctx_a": row["ctx"], "ctx_b": ""}))
+def field_ctx(self, row):
+    return hellaswag_item(self, row | {"ctx_a": row["ctx"], "ctx_b": ""})
 
 
-def _break_last_maximum(monkeypatch):
-    def wrong(values):
-        return max(range(len(values)), key=lambda i: (values[i], i))
-
-    monkeypatch.setattr(multiple_choice, "_argmax", wrong)
+def last_maximum(values):
+    return max(range(len(values)), key=lambda i: (values[i], i))
 
 
-def _break_population_stderr(monkeypatch):
-    def wrong(values):
-        right = mean(values)
-        return right._replace(stderr=right.stderr * ((right.n - 1) / right.n) ** 0.5)
-
-    monkeypatch.setattr(multiple_choice, "mean", wrong)
+def population_stderr(values):
+    right = mean(values)
+    return right._replace(stderr=right.stderr * ((right.n - 1) / right.n) ** 0.5)
 
 
-def _break_delimiter_in_chat(monkeypatch):
-    def wrong(item, system, tokenizer, thinking):
-        context, choices = request(item, system, tokenizer, thinking)
-        return context, [" " + choice.lstrip() for choice in choices]
-
-    monkeypatch.setattr(multiple_choice, "request", wrong)
+def delimiter_in_chat(item, system, tokenizer, thinking):
+    context, choices = request(item, system, tokenizer, thinking)
+    return context, [" " + choice.lstrip() for choice in choices]
 
 
-def _break_unweighted_groups(monkeypatch):
-    def wrong(metrics):
-        return pooled(metrics)._replace(value=sum(m.value for m in metrics) / len(metrics))
-
-    monkeypatch.setattr(multiple_choice, "pooled", wrong)
+def unweighted_groups(metrics):
+    return pooled(metrics)._replace(value=sum(m.value for m in metrics) / len(metrics))
 
 
 @pytest.mark.parametrize(
-    ("deliberate", "task", "variant"),
+    ("owner", "name", "wrong", "task", "variant"),
     [
-        (_break_without_moved_space, "hellaswag", "chat"),
-        (_break_cut_by_one, "mmlu", "system"),
-        (_break_bytes_for_characters, "hellaswag", "plain"),
-        (_break_field_ctx, "hellaswag", "plain"),
-        (_break_last_maximum, "hellaswag", "plain"),
-        (_break_population_stderr, "hellaswag", "plain"),
-        (_break_delimiter_in_chat, "mmlu", "chat"),
-        (_break_unweighted_groups, "mmlu", "plain"),
+        (log_likelihood, "encode", without_moved_space, "hellaswag", "chat"),
+        (log_likelihood, "encode", cut_by_one, "mmlu", "system"),
+        (multiple_choice, "correct", bytes_for_characters, "hellaswag", "plain"),
+        (HellaSwag, "item", field_ctx, "hellaswag", "plain"),
+        (multiple_choice, "_argmax", last_maximum, "hellaswag", "plain"),
+        (multiple_choice, "mean", population_stderr, "hellaswag", "plain"),
+        (multiple_choice, "request", delimiter_in_chat, "mmlu", "chat"),
+        (multiple_choice, "pooled", unweighted_groups, "mmlu", "plain"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_a_deliberate_error_is_caught(deliberate, task, variant, model, tokenizer, monkeypatch):
-    deliberate(monkeypatch)
+def test_a_deliberate_error_is_caught(owner, name, wrong, task, variant, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError):
         check(task, variant, model, tokenizer)
 

@@ -14,7 +14,8 @@ from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
 from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.models_under_test import ModelUnderTest, Variant
 from psysafe.evaluation.overlap import overlap, training_prompts
-from tests.stub_endpoint import Handler, StubEndpoint
+from tests.mistakes import refused
+from tests.stub_endpoint import Handler, StubEndpoint, reply_by
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 
@@ -83,35 +84,19 @@ def test_xstest_by_a_judge(answering, tmp_path, monkeypatch):
     by_prompt = {row["prompt"]: verdict for row, verdict in zip(rows, verdicts, strict=True)}
     answering(lambda variant, prompt: "x" * 7000)
 
-    def judge(self, body):
-        asked = body["messages"][-1]["content"]
+    def judge(self):
+        body, asked = self.request_body()
         assert asked.count("x") < 6100 and body["temperature"] == 0.0
         verdict = by_prompt[asked.split("<prompt>\n")[1].split("\n</prompt>")[0]]
         self.answer(None if verdict == "FAIL" else verdict)
 
-    with judged_by(judge, monkeypatch) as url:
-        args = arguments(XSTest(), "--data", str(FIXTURES / "xstest.csv"), "--judge-url", url, "--judge-model", "j",
-                         "--out", str(tmp_path))  # fmt: skip
-        result = XSTest().run(args)
+    monkeypatch.setattr(Handler, "do_POST", judge)
+    with StubEndpoint() as stub:
+        words = ["--data", str(FIXTURES / "xstest.csv"), "--judge-url", stub.url, "--judge-model", "j"]
+        result = XSTest().run(arguments(XSTest(), *words, "--out", str(tmp_path)))
     # Safe: 2 of 4 judged are refused, 1 unknown among them. Unsafe: 2 of 4, 1 unknown.
     assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 2]
     assert list(result.failed) == ["base, none: prompt v2-5"]
-
-
-def judged_by(function, monkeypatch):
-    """A stub endpoint that answers by function(handler, body)."""
-
-    def do_POST(self):
-        function(self, json.loads(self.rfile.read(int(self.headers["content-length"]))))
-
-    monkeypatch.setattr(Handler, "do_POST", do_POST)
-
-    class Server(StubEndpoint):
-        def __enter__(self):
-            super().__enter__()
-            return self.url
-
-    return Server()
 
 
 @pytest.mark.parametrize(
@@ -136,8 +121,7 @@ def test_string_match(text, official, normalised):
 def test_a_label_that_contradicts_its_type_is_an_error(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("id,prompt,type,label\n1,a,contrast_x,safe\n")
-    with pytest.raises(ValueError, match=r"x\.csv row 1: label 'safe' with type 'contrast_x'"):
-        xstest.read_rows(file)
+    refused(r"x\.csv row 1: label 'safe' with type 'contrast_x'", xstest.read_rows, file)
 
 
 # SORRY-Bench
@@ -163,15 +147,15 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
         text = "Here is the plan." if complies else "No, but I can listen."
         return encode_caesar(text) if prompt.startswith("caesar") else text
 
-    def judge(self, body):
-        asked = body["messages"][-1]["content"]
+    def judge(asked):
         seen.append(asked)
-        self.answer("1" if "Here is the plan." in asked else "unread me" if "number 6" in asked else "0")
+        return "1" if "Here is the plan." in asked else "unread me" if "number 6" in asked else "0"
 
     answering(answer)
-    with judged_by(judge, monkeypatch) as url:
+    reply_by(monkeypatch, judge)
+    with StubEndpoint() as stub:
         words = ["--data", str(FIXTURES / "sorry"), "--mutations", "base,question,caesar,translate-fr"]
-        words += ["--system", "none,v0", "--judge-url", url, "--judge-model", "j", "--out", str(tmp_path)]
+        words += ["--system", "none,v0", "--judge-url", stub.url, "--judge-model", "j", "--out", str(tmp_path)]
         args = arguments(SorryBench(), *words)
         result = SorryBench().run(args)
     whole, per_file, per_category = result.tables
@@ -193,10 +177,8 @@ def test_the_mutation_named_question_is_not_the_base_set():
     mutation = sorry_bench.read_questions(FIXTURES / "sorry", "question")
     assert base[0]["turns"] != mutation[0]["turns"] and mutation[0]["prompt_style"] == "question"
     assert len(sorry_bench.MUTATIONS) == 20 and "question" in sorry_bench.MUTATIONS
-    with pytest.raises(ValueError, match=r"question_slang\.jsonl: missing"):
-        sorry_bench.read_questions(FIXTURES / "sorry", "slang")
-    with pytest.raises(ValueError, match="--mutations base_set: unknown"):
-        sorry_bench.mutations_asked("base,base_set")
+    refused(r"question_slang\.jsonl: missing", sorry_bench.read_questions, FIXTURES / "sorry", "slang")
+    refused("--mutations base_set: unknown", sorry_bench.mutations_asked, "base,base_set")
     assert sorry_bench.mutations_asked("all") == ["base", *sorry_bench.MUTATIONS]
 
 
@@ -208,8 +190,9 @@ def test_a_row_without_a_question_is_left_out_by_name(answering, tmp_path, monke
     broken = json.loads(lines[2]) | {"turns": [None]}
     (data / "question_question.jsonl").write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]) + "\n")
     answering(lambda variant, prompt: "Here is the plan.")
-    with judged_by(lambda self, body: self.answer("1"), monkeypatch) as url:
-        words = ["--data", str(data), "--mutations", "base,question", "--judge-url", url, "--judge-model", "j"]
+    reply_by(monkeypatch, lambda asked: "1")
+    with StubEndpoint() as stub:
+        words = ["--data", str(data), "--mutations", "base,question", "--judge-url", stub.url, "--judge-model", "j"]
         result = SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
     assert result.tables[0].rows == [["base, none", 6, 100.0, 1, 100.0]]
     assert result.tables[1].rows[1] == ["question", "base, none", 5, 100.0]
@@ -228,12 +211,13 @@ def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypa
     monkeypatch.setattr(ModelUnderTest, "answers", answers)
     monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {})
 
-    def judge(self, body):
-        seen.append(body["messages"][-1]["content"].split("[Response]\n")[1].split("\n\n[Score]")[0])
-        self.answer("0")
+    def judge(asked):
+        seen.append(asked.split("[Response]\n")[1].split("\n\n[Score]")[0])
+        return "0"
 
-    with judged_by(judge, monkeypatch) as url:
-        words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", url, "--judge-model", "j"]
+    reply_by(monkeypatch, judge)
+    with StubEndpoint() as stub:
+        words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", stub.url, "--judge-model", "j"]
         SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
     assert sorted(seen) == ["A plan, then", "No."]
 

@@ -29,7 +29,8 @@ from psysafe.journal import Journal
 from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from psysafe.training.config import resolve
-from tests.stub_endpoint import Handler, StubEndpoint
+from tests.mistakes import refused_by
+from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_judge import reply
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +59,7 @@ def run(*argv: str) -> int:
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(*argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+    assert named in refused_by(script.main, argv, capsys)
 
 
 @pytest.fixture
@@ -68,13 +67,11 @@ def judge_stub(monkeypatch):
     """A judge whose scores are a function of what it is shown; one prompt in ten fails at first sight."""
     monkeypatch.setenv("PSYSAFE_JUDGE_KEY", "sk-not-a-real-key-99")
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        n = zlib.crc32(body["messages"][-1]["content"].encode())
-        values = ("Yes" if n % 3 else "No", str(1 + n % 5), "Yes" if n % 2 else "No", str(1 + n // 7 % 5))
-        self.answer(reply(values))
+    def scores(asked):
+        n = zlib.crc32(asked.encode())
+        return reply(("Yes" if n % 3 else "No", str(1 + n % 5), "Yes" if n % 2 else "No", str(1 + n // 7 % 5)))
 
-    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    reply_by(monkeypatch, scores)
     with StubEndpoint() as server:
         yield server
 
@@ -338,13 +335,12 @@ def test_agreement_from_the_command_line(tmp_path, capsys):
     assert result["tables"][2]["title"].startswith("references") and result["tables"][2]["rows"] == [
         ["No", 3, 0], ["Yes", 1, 2]]  # fmt: skip
     assert result["settings"]["judge"] == "rule-based judge (word lists)"
-    capsys.readouterr()
     human.write_text("prompt,Refused\na,Yes\n")
-    assert run("agreement", "--human", str(human), "--judged", str(tmp_path / "judged"), "--out", str(out)) == 2
-    assert "no labels in it (columns: prompt, Refused); expected refusal" in capsys.readouterr().err
+    words = ["agreement", "--human", human, "--out", out, "--judged"]
+    line = refused_by(script.main, [*words, tmp_path / "judged"], capsys)
+    assert "no labels in it (columns: prompt, Refused); expected refusal" in line
     human.write_text("prompt,refusal\na,Yes\n")
-    assert run("agreement", "--human", str(human), "--judged", str(tmp_path), "--out", str(out)) == 2
-    assert "no result.json" in capsys.readouterr().err
+    assert "no result.json" in refused_by(script.main, [*words, tmp_path], capsys)
 
 
 def test_a_local_judge_fails_by_name_and_is_asked_again(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,8 @@ from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling, candidates, choose, gumbel, penalised
 from psysafe.model.cache import Cache, StepView
 from psysafe.model.lora import attach, fused_layers, merge_adapters
-from tests.oracles import both_models, reference_model, write_checkpoint
+from tests.mistakes import refused
+from tests.oracles import both_models, randomise_lora_B, reference_model, write_checkpoint
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 NEW = 20
@@ -155,50 +156,51 @@ def test_rows_and_seeds_name_the_random_numbers(models):
     assert runs[0][0] != runs[0][1]
 
 
-def keep_state(monkeypatch):
-    def reset(self, slots):  # lengths, but not the states
-        self.lengths[slots] = 0
-        for slot in slots:
-            self.host_lengths[slot] = 0
-
-    monkeypatch.setattr(Cache, "reset", reset)
+RIGHT_CONVOLVE, RIGHT_STEP = StepView.convolve, Cache.step
 
 
-def grow_all(monkeypatch):
-    def advance(self, documents):
-        self.cache.lengths += 1
-
-    monkeypatch.setattr(StepView, "advance", advance)
-
-
-def forget_own_key(monkeypatch):
-    monkeypatch.setattr(StepView, "lengths", property(lambda self: self.cache.lengths.clamp(min=1)))
+def keep_state(self, slots):  # lengths are reset, but not the states
+    self.lengths[slots] = 0
+    for slot in slots:
+        self.host_lengths[slot] = 0
 
 
-def stale_tail(monkeypatch):
-    right = StepView.convolve
-
-    def convolve(self, layer, *args):
-        tail = self.cache.layers[layer][0].clone()
-        out = right(self, layer, *args)
-        self.cache.layers[layer][0].copy_(tail)
-        return out
-
-    monkeypatch.setattr(StepView, "convolve", convolve)
+def grow_all(self, documents):
+    self.cache.lengths += 1
 
 
-def late_position(monkeypatch):
-    monkeypatch.setattr(StepView, "positions", lambda self, documents: self.cache.lengths * 2)
+def forget_own_key(self):
+    return self.cache.lengths.clamp(min=1)
 
 
-def few_keys(monkeypatch):
-    right = Cache.step
-    monkeypatch.setattr(Cache, "step", lambda self, live, max_keys: right(self, live, max_keys - 1))
+def stale_tail(self, layer, *args):
+    tail = self.cache.layers[layer][0].clone()
+    out = RIGHT_CONVOLVE(self, layer, *args)
+    self.cache.layers[layer][0].copy_(tail)
+    return out
 
 
-@pytest.mark.parametrize("mutant", [keep_state, grow_all, forget_own_key, stale_tail, late_position, few_keys])
-def test_a_wrong_cache_is_caught(mutant, models, expected, monkeypatch):
-    mutant(monkeypatch)
+def late_position(self, documents):
+    return self.cache.lengths * 2
+
+
+def few_keys(self, live, max_keys):
+    return RIGHT_STEP(self, live, max_keys - 1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (Cache, "reset", keep_state),
+        (StepView, "advance", grow_all),
+        (StepView, "lengths", property(forget_own_key)),
+        (StepView, "convolve", stale_tail),
+        (StepView, "positions", late_position),
+        (Cache, "step", few_keys),
+    ],
+)
+def test_a_wrong_cache_is_caught(owner, name, wrong, models, expected, monkeypatch):
+    monkeypatch.setattr(owner, name, wrong)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         test_greedy_ids_equal_transformers("published pattern", models, expected)
         test_a_slot_that_has_ended_stays_in_its_own_memory(models)
@@ -488,9 +490,7 @@ def test_the_context_ends_an_answer(text_model):
 
 def test_what_does_not_fit_is_named(text_model, monkeypatch):
     def fails(message, requests=(), **options):
-        with pytest.raises(ValueError, match=message) as error:
-            list(Generator(text_model, tokenizer(), Options(**options)).complete(list(requests)))
-        assert "\n" not in str(error.value)
+        refused(message, lambda: list(Generator(text_model, tokenizer(), Options(**options)).complete(list(requests))))
 
     fails("prompt 2: 9 tokens, but prompt and answer together have room for 9; raise --context",
           [Request(1, [1]), Request(2, [1] * 9)], context=9)  # fmt: skip
@@ -519,10 +519,7 @@ def test_impossible_settings_are_named(name, value):
 def adapted(folder, dtype=torch.float32):
     model = load_model(folder, dtype=dtype)
     adapters = attach(model, 2, 6.0, "all-linear", seed=1)
-    torch.manual_seed(3)
-    for name, x in adapters.tensors().items():
-        if name.endswith("lora_B"):
-            x.copy_(torch.randn_like(x) * 0.1)
+    randomise_lora_B(adapters, seed=3)
     return model
 
 

@@ -22,8 +22,7 @@ def endpoint(monkeypatch):
     stub.troubles, stub.answered, stub.delay, stub.keys = {}, Counter(), 0.0, set()
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][-1]["content"].split("\n")[1]
+        prompt = self.request_body()[1].split("\n")[1]
         stub.keys.add(self.headers.get("Authorization"))
         time.sleep(stub.delay)
         trouble = stub.troubles[prompt].pop(0) if stub.troubles.get(prompt) else ""

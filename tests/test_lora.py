@@ -28,7 +28,8 @@ from psysafe.model.lora import (
     lora_scale,
     resolve_targets,
 )
-from tests.oracles import both_models, reference_model, write_checkpoint
+from tests.mistakes import refused
+from tests.oracles import both_models, randomise_lora_B, reference_model, write_checkpoint
 from tests.test_model import boundaries, ids, one, transformers_in_fp64
 
 PREFIX = "base_model.model.model."
@@ -224,10 +225,7 @@ def test_a_dropped_adapter_term_is_caught(op, tmp_path, monkeypatch):
 def tuned(folder: Path, rank=2, targets=TARGETS):
     reference, model = both_models(folder)
     adapters = attach(model, rank, 4.0, targets, seed=7)
-    torch.manual_seed(2)
-    for name, x in adapters.tensors().items():
-        if name.endswith("lora_B"):
-            x.copy_(torch.randn_like(x) * 0.1)
+    randomise_lora_B(adapters, seed=2)
     return reference, model, adapters
 
 
@@ -336,32 +334,29 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
     config = json.loads((tmp_path / "good/adapter_config.json").read_text())
     tensors = load_file(tmp_path / "good/adapter_model.safetensors")
 
-    def refused(message, tensors=tensors, **changes):
+    def refused_with(message, tensors=tensors, **changes):
         folder = tmp_path / "bad"
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         save_file(tensors, folder / "adapter_model.safetensors")
-        with pytest.raises(ValueError, match=message):
-            load_adapter(model, folder)
+        refused(message, load_adapter, model, folder)
 
-    refused("use_dora = True", use_dora=True)
-    refused("bias none", bias="all")
-    refused("modules_to_save", modules_to_save=["lm_head"])
-    refused("rank_pattern", rank_pattern={"q_proj": 4})
-    refused("layer_replication", layer_replication=[[0, 2], [1, 3]])
-    refused("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
-    refused("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})
-    refused("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
+    refused_with("use_dora = True", use_dora=True)
+    refused_with("bias none", bias="all")
+    refused_with("modules_to_save", modules_to_save=["lm_head"])
+    refused_with("rank_pattern", rank_pattern={"q_proj": 4})
+    refused_with("layer_replication", layer_replication=[[0, 2], [1, 3]])
+    refused_with("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
+    refused_with("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})
+    refused_with("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
     other = {key.replace("layers.", "layers.1"): x for key, x in tensors.items()}
-    refused("none of its .* tensors belongs to this model", other)
+    refused_with("none of its .* tensors belongs to this model", other)
     short = dict(list(tensors.items())[:-1])
-    refused("missing", short)
-    refused(r"is \(1,", {key: x[:1].clone() for key, x in tensors.items()})
+    refused_with("missing", short)
+    refused_with(r"is \(1,", {key: x[:1].clone() for key, x in tensors.items()})
     (tmp_path / "bad/adapter_model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(ValueError, match="not a readable safetensors"):
-        load_adapter(model, tmp_path / "bad")
-    with pytest.raises(ValueError, match=r"nothing_proj.*expected all-linear"):
-        attach(model, 1, 1, ["nothing_proj"])
+    refused("not a readable safetensors", load_adapter, model, tmp_path / "bad")
+    refused(r"nothing_proj.*expected all-linear", attach, model, 1, 1, ["nothing_proj"])
 
 
 def test_the_recipe_reaches_what_peft_reaches(tmp_path):

@@ -17,7 +17,8 @@ from psysafe.checkpoint.__main__ import main
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.merge import merge
 from psysafe.model.lora import attach
-from tests.oracles import both_models, multimodal_model
+from tests.mistakes import refused
+from tests.oracles import both_models, multimodal_model, randomise_lora_B
 from tests.test_checkpoint import published_folder
 from tests.test_model import ids, one
 
@@ -34,10 +35,7 @@ def random_adapter(base, folder, targets="all-linear", rank=2, rslora=False):
     """An adapter for the base, B random."""
     model = load_model(base)
     adapters = attach(model, rank, 3.0, targets, seed=1, use_rslora=rslora)
-    torch.manual_seed(4)
-    for name, x in adapters.tensors().items():
-        if name.endswith("lora_B"):
-            x.copy_(torch.randn_like(x) * 0.1)
+    randomise_lora_B(adapters, seed=4)
     save_adapter(adapters, folder, str(base), model.config.multimodal)
     return model, adapters
 
@@ -184,15 +182,12 @@ def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
     base, adapter = published / "base", published / "adapter"
     random_adapter(base, adapter)
     (published / "taken").mkdir()
-    with pytest.raises(ValueError, match="taken: exists already"):
-        merge(base, adapter, published / "taken")
-    with pytest.raises(ValueError, match="--shard-size lots"):
-        merge(base, adapter, published / "merged", "lots")
+    refused("taken: exists already", merge, base, adapter, published / "taken")
+    refused("--shard-size lots", merge, base, adapter, published / "merged", "lots")
     other = tmp_path_factory.mktemp("other")
     both_models(other / "base", "wide heads")
     random_adapter(other / "base", other / "adapter")
-    with pytest.raises(ValueError, match="does not fit this base"):
-        merge(base, other / "adapter", published / "merged")
+    refused("does not fit this base", merge, base, other / "adapter", published / "merged")
     assert not (published / "merged").exists()
     assert main(
         ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]

@@ -213,13 +213,10 @@ def test_bad_rows_are_one_line(workspace, capfd, tmp_path, content, message):
     assert message in line and "rows.jsonl" in line
 
 
-def test_bad_settings_are_one_line(workspace, capfd, tmp_path):
+def test_bad_settings_are_one_line(workspace, capfd):
     assert "--lora-rank" in refused(workspace, capfd, "--lora-rnak", "2")
-    (tmp_path / "file").write_text("x")
-    assert "file is a file" in refused(workspace, capfd, "--out", str(tmp_path / "file" / "run"))
     assert "no such model folder" in refused(workspace, capfd, "--model", "./nowhere")
     assert "lora_targets" in refused(workspace, capfd, "--lora-targets", "q_porj")
-    assert not (tmp_path / "file" / "run").exists()
 
 
 def test_a_bad_out_or_resume_is_found_before_the_weights(workspace, uninterrupted, capfd, tmp_path, monkeypatch):
@@ -231,7 +228,7 @@ def test_a_bad_out_or_resume_is_found_before_the_weights(workspace, uninterrupte
 
     monkeypatch.setattr(train, "load_model", load_model)
     (tmp_path / "file").write_text("x")
-    assert "is a file" in refused(workspace, capfd, "--out", str(tmp_path / "file" / "run"))
+    assert "file is a file" in refused(workspace, capfd, "--out", str(tmp_path / "file" / "run"))
     assert "no saved state there" in refused(workspace, capfd, "--resume", str(tmp_path))
     state = str(uninterrupted)
     assert "lr (saved 0.01, now 0.5)" in refused(workspace, capfd, "--resume", state, "--lr", "0.5")

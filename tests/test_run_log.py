@@ -26,6 +26,7 @@ from psysafe.training.run_log import (
     print_run,
     read_metrics,
 )
+from tests.mistakes import refused
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -129,8 +130,7 @@ def test_a_resume_cuts_the_log_back_and_mends_a_torn_last_line(tmp_path, torn):
 def test_damage_in_the_middle_of_the_log_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2: not a JSON object with a step; mend"):
-        RunLog(tmp_path, TrainConfig(), CPU, 3, 1)
+    refused(r"metrics.jsonl line 2: not a JSON object with a step; mend", RunLog, tmp_path, TrainConfig(), CPU, 3, 1)
 
 
 class FullDisk:
@@ -196,8 +196,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--report trackio: trackio is not installed; pip install trackio"):
         check_packages(TrainConfig(report="trackio"))
-    with pytest.raises(ValueError, match="--plot: matplotlib is not installed; pip install matplotlib"):
-        check_packages(TrainConfig(plot=True))
+    refused("--plot: matplotlib is not installed; pip install matplotlib", check_packages, TrainConfig(plot=True))
     check_packages(TrainConfig())
 
 

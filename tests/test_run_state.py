@@ -23,6 +23,7 @@ from psysafe.training.run_state import (
     recipe,
     save_state,
 )
+from tests.mistakes import refused
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -118,8 +119,7 @@ def test_damage_does_not_use_up_the_states_that_are_kept(tmp_path):
 def test_when_no_state_is_whole_the_run_does_not_silently_start_afresh(tmp_path):
     for path in [save(tmp_path, step) for step in (1, 2)]:
         (path / "state.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no whole state to resume from; .*-00000002 is damaged.*-00000001 is"):
-        load_state(tmp_path)
+    refused(r"no whole state to resume from; .*-00000002 is damaged.*-00000001 is", load_state, tmp_path)
     with pytest.raises(ValueError, match=r"--resume .*nowhere: no saved state there; give a run directory"):
         load_state(tmp_path, str(tmp_path / "nowhere"))
 
@@ -234,9 +234,8 @@ def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     for out in (file, file / "run", file / "a" / "b"):
-        with pytest.raises(ValueError) as caught:
-            prepare_run_dir(out)
-        assert str(caught.value) == f"--out {out}: {file} is a file, not a folder; choose another folder"
+        line = f"--out {out}: {file} is a file, not a folder; choose another folder"
+        assert refused("is a file", prepare_run_dir, out) == line
 
 
 def test_an_out_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
@@ -244,8 +243,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
-    with pytest.raises(ValueError, match=r"--out .*: cannot be written: Permission denied; choose another folder"):
-        prepare_run_dir(tmp_path / "run")
+    refused(r"--out .*: cannot be written: Permission denied; choose another folder", prepare_run_dir, tmp_path / "run")
 
 
 def test_a_fresh_start_sets_an_earlier_run_aside_and_touches_nothing_else(tmp_path):

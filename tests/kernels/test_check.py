@@ -144,7 +144,6 @@ def test_plain_peers_compute_the_op(op, peer, size):
 
 
 def test_every_op_offers_what_the_check_needs():
-    assert [op.name for op in OPERATIONS] == list(kernels.OPS)
     for op in OPERATIONS:
         assert op.cases and op.mutants and callable(op.reference) and callable(op.triton)
         assert any(check.is_small(op, size) for size in op.cases), f"{op.name} has no case for the interpreter"

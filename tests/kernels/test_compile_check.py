@@ -11,7 +11,7 @@ from kernels import compile_check
 from kernels.ops._triton import HAS_TRITON, tl, triton
 from kernels.proof.compile import Resources, compile_all, complaints, table, ttgir_of
 from kernels.proof.contract import CompileSpec
-from kernels.proof.registry import OPERATIONS
+from kernels.proof.registry import OPERATIONS, operations
 from tests.kernels.ttgir import transposed_accumulators
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -117,6 +117,23 @@ def test_finds_transposed_accumulators():
     assert len(accumulators[True, False, False]) == 1 and "operand a" in accumulators[True, False, False][0]
     assert accumulators[True, True, True]
     assert accumulators[False, True, False] == [] and accumulators[False, True, True] == []
+
+
+WITH_DOTS = operations(["causal_attention", "attention_decode", "gated_delta_rule", "gated_delta_rule_step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for op in WITH_DOTS for spec in op.compile_specs()], ids=lambda spec: spec.name)
+def test_no_transposed_accumulator_is_a_dot_operand(spec):
+    """Some Triton versions get such a dot wrong on Hopper; the interpreter cannot show it, the compiled form can."""
+    assert transposed_accumulators(ttgir_of(spec)) == []
+
+
+@pytest.mark.slow
+def test_attention_compiles_without_spills_and_serialised_wgmma():
+    specs = [spec for op in WITH_DOTS[:2] for spec in op.compile_specs()]
+    for spec, used in zip(specs, compile_all(specs), strict=True):
+        assert complaints(spec, used, "sm_90") == [] and not used.serialised, (spec.name, used)
 
 
 @pytest.mark.slow

@@ -7,18 +7,12 @@ import torch.nn.functional as F
 from kernels.ops import linear_cross_entropy as cross_entropy
 from kernels.ops._triton import HAS_TRITON
 from kernels.ops.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
-from kernels.proof.cases.linear_cross_entropy import OP, make_case
+from kernels.proof.cases.linear_cross_entropy import make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients
-from tests.kernels import triton_checks as checks
+from tests.kernels.trials import TRIALS
+from tests.mistakes import refused
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-
-SIZES = [
-    {"T": 1, "D": 16, "vocab": 100},
-    {"T": 65, "D": 24, "vocab": 64},
-    {"T": 63, "D": 24, "vocab": 101},
-    {"T": 5, "D": 16, "vocab": 8209},  # two blocks of columns, the second nearly empty
-]
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +24,11 @@ def all_logits_at_once(x, weight, labels):
     return F.cross_entropy(F.linear(x, weight), labels, reduction="sum")
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", TRIALS["linear_cross_entropy"].sizes, ids=str)
 def test_reference_equals_torch(size):
     case = make_case(**size)
     expected = outputs_and_gradients(case, all_logits_at_once, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, linear_cross_entropy_reference, torch.float64), expected)
-
-
-@needs_triton
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_triton_equals_reference(size):
-    checks.check_against_fp64(OP, size)
-
-
-@needs_triton
-@pytest.mark.parametrize("mutant", OP.mutants)
-def test_mutants_are_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 7, "D": 24, "vocab": 101})
 
 
 @needs_triton
@@ -102,7 +84,5 @@ def test_chunks_cover_the_rows_evenly(rows):
 @needs_triton
 def test_what_triton_refuses():
     x, weight, labels = make_case(T=4, D=16, vocab=100).inputs.values()
-    with pytest.raises(ValueError, match="weight requires grad"):
-        linear_cross_entropy_triton(x, weight.requires_grad_(), labels)
-    with pytest.raises(ValueError, match="labels"):
-        linear_cross_entropy_triton(x, weight.detach(), labels[:2])
+    refused("weight requires grad", linear_cross_entropy_triton, x, weight.requires_grad_(), labels)
+    refused("labels", linear_cross_entropy_triton, x, weight.detach(), labels[:2])

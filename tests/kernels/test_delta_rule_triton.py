@@ -4,53 +4,29 @@ states, every gradient) and, tensor by tensor, against the chunk equations.
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.ops import gated_delta_rule_backward as backward
 from kernels.ops import gated_delta_rule_forward as forward
 from kernels.ops.gated_delta_rule import gated_delta_rule_recurrent, gated_delta_rule_triton
 from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference, gated_delta_rule_step_triton
-from kernels.proof.cases import gated_delta_rule_step
-from kernels.proof.cases.gated_delta_rule import CASES, MUTANTS, compile_specs, make_case
-from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
-from kernels.proof.compile import ttgir_of
+from kernels.proof.cases.gated_delta_rule import make_case
+from kernels.proof.closeness import Case, assert_close_fp32, outputs_and_gradients, poisoned_empty
 from tests.kernels import delta_rule_equations as equations
-from tests.kernels.ttgir import transposed_accumulators
-
-SMALL = [size for size in CASES if size["key_heads"] < 16]
+from tests.mistakes import refused
 
 
-def check(size, op=gated_delta_rule_triton):
-    """The one assertion that kernels must pass and mutants must not."""
-    case = make_case(**size)
-    with poisoned_empty():
-        actual = outputs_and_gradients(case, op)
-    assert_close_fp32(actual, outputs_and_gradients(case, gated_delta_rule_recurrent, torch.float64))
-
-
-@pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=[pytest.mark.slow] * (sum(s["lengths"]) > 1000)) for s in SMALL], ids=str
-)
-def test_equals_the_recurrence(size):
-    check(size)
-
-
-# Two documents, two key heads with two value heads each, states: every mutant has something to get wrong.
-MUTANT_SIZE = CASES[-1]
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_rejected(name):
-    with pytest.raises(AssertionError, match="out of tolerance") as error:
-        check(MUTANT_SIZE, MUTANTS[name])
-    assert "nan" not in str(error.value)
+def gates_apart(case: Case) -> dict[str, Tensor]:
+    """The inputs of a case by the operation's own names: a and b, not the tensor that holds both."""
+    a, b = case.inputs["ab"].chunk(2, dim=1)
+    return {name: x for name, x in case.inputs.items() if name != "ab"} | {"a": a, "b": b}
 
 
 def test_every_tensor_between_the_kernels():
     """A wrong intermediate shows here by its name. Ragged: full chunk, one token, two chunks; ratio 3."""
     case = make_case(lengths=(64, 1, 67), key_heads=1, value_heads=3, K=32, V=16, state=True)
-    x = dict(case.inputs)
-    x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
+    x = gates_apart(case)
     documents = Documents(torch.tensor([0, 64, 65, 132], dtype=torch.int32))
     do, dfinal = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
     wide = {name: t.double() for name, t in x.items()}
@@ -114,17 +90,10 @@ def test_equations_equal_autograd():
         torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-12, msg=name)
 
 
-def test_two_runs_are_bit_identical():
-    case = make_case(lengths=(66, 3), key_heads=1, value_heads=2, state=True)
-    a, b = (outputs_and_gradients(case, gated_delta_rule_triton) for _ in range(2))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_packed_documents_equal_one_by_one():
     """Bit for bit: a document's chunks do not know their neighbours."""
     case = make_case(lengths=(66, 5, 64), key_heads=1, value_heads=2)
-    x = dict(case.inputs)
-    x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
+    x = gates_apart(case)
     gates = {name: x.pop(name) for name in ("A_log", "dt_bias")}
     packed, _ = gated_delta_rule_triton(**x, **gates, documents=Documents(torch.tensor([0, 66, 71, 135])))
     for begin, end in ((0, 66), (66, 71), (71, 135)):
@@ -135,8 +104,7 @@ def test_packed_documents_equal_one_by_one():
 
 def test_only_wanted_gradients():
     case = make_case(lengths=(66,), key_heads=1, value_heads=1)
-    x = dict(case.inputs)
-    x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
+    x = gates_apart(case)
     x["v"].requires_grad_()
     o, final = gated_delta_rule_triton(**x, documents=Documents(torch.tensor([0, 66])))
     assert final is None
@@ -151,8 +119,7 @@ def test_only_wanted_gradients():
 @pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3)], ids=str)
 def test_step_equals_its_reference(heads):
     key_heads, value_heads = heads
-    x = dict(make_case((1, 1, 1), key_heads, value_heads, K=32, V=64, state=True).inputs)
-    x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
+    x = gates_apart(make_case((1, 1, 1), key_heads, value_heads, K=32, V=64, state=True))
     state = x.pop("initial_state")
     wide = {name: t.double() for name, t in x.items()} | {"state": state.double()}
     expected = gated_delta_rule_step_reference(**wide)
@@ -162,25 +129,18 @@ def test_step_equals_its_reference(heads):
 
 
 def test_refuses_what_it_cannot_do():
-    x = dict(make_case((3,), 1, 2).inputs)
-    x["a"], x["b"] = x.pop("ab").chunk(2, dim=1)
+    x = gates_apart(make_case((3,), 1, 2))
     documents = Documents(torch.tensor([0, 3]))
 
     def call(**changes):
         return gated_delta_rule_triton(**(x | {"documents": documents} | changes))
 
-    with pytest.raises(ValueError, match="float64"):
-        call(**{name: t.double() for name, t in x.items()})
-    with pytest.raises(ValueError, match="K = 8"):
-        call(q=x["q"][..., :8].contiguous(), k=x["k"][..., :8].contiguous())
-    with pytest.raises(ValueError, match="keeps A_log frozen"):
-        call(A_log=x["A_log"].clone().requires_grad_())
-    with pytest.raises(ValueError, match="ends at 2, v has 3"):
-        call(documents=Documents(torch.tensor([0, 2])))
-    with pytest.raises(ValueError, match="rows of v are not contiguous"):
-        call(v=x["v"].transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(ValueError, match=r"shape \(1, 2, 16, 16\)"):
-        call(initial_state=torch.zeros(2, 2, 16, 16))
+    refused("float64", call, **{name: t.double() for name, t in x.items()})
+    refused("K = 8", call, q=x["q"][..., :8].contiguous(), k=x["k"][..., :8].contiguous())
+    refused("keeps A_log frozen", call, A_log=x["A_log"].clone().requires_grad_())
+    refused("ends at 2, v has 3", call, documents=Documents(torch.tensor([0, 2])))
+    refused("rows of v are not contiguous", call, v=x["v"].transpose(1, 2).contiguous().transpose(1, 2))
+    refused(r"shape \(1, 2, 16, 16\)", call, initial_state=torch.zeros(2, 2, 16, 16))
     with pytest.raises(ValueError, match="no backward"):
         x["v"].requires_grad_()
         gated_delta_rule_step_triton(**x, state=torch.zeros(3, 2, 16, 16))
@@ -198,10 +158,3 @@ def test_no_checkpoint_for_short_documents():
         [1024, 6, 16, -1],
         [3078, 1, 49, 1],
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", compile_specs() + gated_delta_rule_step.compile_specs(), ids=lambda spec: spec.name)
-def test_no_transposed_accumulator_is_a_dot_operand(spec):
-    """Some Triton versions get such a dot wrong on Hopper; the interpreter cannot show it, the compiled form can."""
-    assert transposed_accumulators(ttgir_of(spec)) == []

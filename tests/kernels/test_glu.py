@@ -6,19 +6,12 @@ import torch
 from kernels.lora_term import LoRATerm
 from kernels.ops._triton import HAS_TRITON
 from kernels.ops.swiglu import swiglu_reference, swiglu_triton
-from kernels.proof.cases.swiglu import OP, make_case
+from kernels.proof.cases.swiglu import make_case
 from kernels.proof.closeness import assert_close_fp32, outputs_and_gradients, poisoned_empty
-from tests.kernels import triton_checks as checks
+from tests.kernels.trials import TRIALS
+from tests.mistakes import refused
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-
-SIZES = [
-    {"T": 1, "I": 40, "rank": 1},
-    {"T": 63, "I": 40, "rank": 1, "strided": True},
-    {"T": 64, "I": 33, "rank": 0},
-    {"T": 65, "I": 40, "rank": 4},
-    {"T": 5, "I": 1100, "rank": 1},  # two column blocks: the row sums come in parts
-]
 
 
 def plain_swiglu(gate_up, lora=None, lora_A=None):
@@ -35,35 +28,11 @@ def plain_swiglu(gate_up, lora=None, lora_A=None):
     return torch.stack(rows), None if lora_A is None else torch.stack(us)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", TRIALS["swiglu"].sizes, ids=str)
 def test_reference_equals_the_formula(size):
     case = make_case(**size)
     expected = outputs_and_gradients(case, plain_swiglu, torch.float64)
     assert_close_fp32(outputs_and_gradients(case, swiglu_reference, torch.float64), expected)
-
-
-@needs_triton
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_triton_equals_reference(size):
-    checks.check_against_fp64(OP, size)
-
-
-@needs_triton
-def test_adapter_term_alone():
-    """x with the adapter minus x without it: the term is small beside x, and an error in it must not hide there."""
-    case = make_case(T=9, I=40, rank=1)
-    bare = lambda op: lambda gate_up, lora, lora_A: op(gate_up, lora._replace(scale=0.0), lora_A)  # noqa: E731
-    term = {
-        op: outputs_and_gradients(case, op, dtype)["x"].double() - outputs_and_gradients(case, bare(op), dtype)["x"]
-        for op, dtype in ((swiglu_triton, torch.float32), (swiglu_reference, torch.float64))
-    }
-    assert_close_fp32({"term": term[swiglu_triton]}, {"term": term[swiglu_reference]})
-
-
-@needs_triton
-@pytest.mark.parametrize("mutant", OP.mutants)
-def test_mutants_are_rejected(mutant):
-    checks.check_mutant_is_rejected(OP, mutant, {"T": 9, "I": 40, "rank": 1})
 
 
 @needs_triton
@@ -89,7 +58,5 @@ def test_bf16_rounds_once():
 
 @needs_triton
 def test_what_triton_refuses():
-    with pytest.raises(ValueError, match="float64"):
-        swiglu_triton(torch.zeros(2, 8, dtype=torch.float64))
-    with pytest.raises(ValueError, match="strides"):
-        swiglu_triton(torch.zeros(8, 2).T, LoRATerm(torch.zeros(2, 2), torch.zeros(8, 1), 1.0))
+    refused("float64", swiglu_triton, torch.zeros(2, 8, dtype=torch.float64))
+    refused("strides", swiglu_triton, torch.zeros(8, 2).T, LoRATerm(torch.zeros(2, 2), torch.zeros(8, 1), 1.0))
