@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = (ROOT / "docs" / "lesson.md").read_text(encoding="utf-8")
@@ -28,8 +29,12 @@ def run(page: str) -> None:
 
 def test_every_number_of_the_lesson(monkeypatch):
     monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()  # the lesson takes one
     assert LESSON.count("```python") == len(steps(LESSON)) >= 5
-    run(LESSON)
+    try:
+        run(LESSON)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_wrong_number_is_seen():
