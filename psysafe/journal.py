@@ -77,6 +77,7 @@ class AppendFile:
             self._file.truncate(size)
 
     def _add(self, row: dict, where: str) -> None:
+        """Takes in one row that the file holds; each kind of file defines it, and refuses what is not its own."""
         raise NotImplementedError
 
 

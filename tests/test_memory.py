@@ -161,8 +161,8 @@ def test_bytes_of_the_published_model():
     batch = Sizes.of([4096])
     for layer, cheap, expected in ((1, ("conv", "delta_rule"), 123_072), (3, ("rope",), 131_072)):
         saved = saved_bytes(CONFIG, layer, batch, TARGETS)
-        kept = saved.always + sum(size for name, size in saved.stages.items() if name not in cheap)
-        assert kept / 4096 == pytest.approx(expected, rel=0.002)
+        planned = saved.always + sum(size for name, size in saved.stages.items() if name not in cheap)
+        assert planned / 4096 == pytest.approx(expected, rel=0.002)
 
 
 def test_4096_tokens_fit_an_80_gb_gpu():
@@ -209,8 +209,8 @@ def test_useful_flops_of_the_published_model():
         "attention core": (13.2, 33.0),
         "delta rule": (6.9, 19.8),
     }
-    found = CONFIG.useful_flops(context=4096)
-    assert {name: tuple(round(x * 16384 / 1e12, 1) for x in part) for name, part in found.items()} == expected
+    flops = CONFIG.useful_flops(context=4096)
+    assert {name: tuple(round(x * 16384 / 1e12, 1) for x in part) for name, part in flops.items()} == expected
     assert flops_per_token(CONFIG, 4096) == pytest.approx(106.7e9, rel=5e-4)
 
 

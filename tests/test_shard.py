@@ -215,8 +215,8 @@ def test_gradients_of_the_first_step(tmp_path):
     for ranks, sharded in ((2, False), (2, True), (3, True)):
         spawn(ranks, first_steps, tmp_path, tmp_path / f"{ranks}{sharded}", sharded)
         for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-            alone, found = (load_file(f"{tmp_path / name}-{dtype}") for name in ("1", f"{ranks}{sharded}"))
-            errors = {name: relative_error(x, alone[name]) for name, x in found.items()}
+            alone, several = (load_file(f"{tmp_path / name}-{dtype}") for name in ("1", f"{ranks}{sharded}"))
+            errors = {name: relative_error(x, alone[name]) for name, x in several.items()}
             print(ranks, sharded, dtype, max(errors.values()))
             assert all(error <= limit for error in errors.values()), errors  # max() can lose a NaN
             assert all(x.abs().max() > 0 for x in alone.values())

@@ -136,6 +136,7 @@ def attention_decode_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise ValueError("attention_decode has no gradient: call it under torch.no_grad()")
     sizes, (_, warps, stages) = _sizes(H, G, K, q.element_size()), STEPS[q.element_size()]
+    # Always SPLITS parts, also for a short sequence: the shapes must not depend on lengths, which the host never sees.
     parts = torch.empty(N, H, SPLITS, K, dtype=torch.float32, device=q.device)
     lse = torch.empty(N, H, SPLITS, dtype=torch.float32, device=q.device)
     o = torch.empty(N, H, K, dtype=q.dtype, device=q.device)

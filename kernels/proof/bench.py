@@ -104,6 +104,7 @@ def calls_of(cases: list[Case], op: Callable) -> tuple[list[Callable], list[Call
             caught.append((args, kwargs))
             raise _Caught
 
+        # The case calls `catch` in place of the op, with everything prepared; the exception stops it there.
         inputs = {n: x.detach().requires_grad_(n in case.grads) for n, x in case.inputs.items()}
         with contextlib.suppress(_Caught):
             case.call(catch, inputs)

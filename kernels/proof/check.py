@@ -112,6 +112,7 @@ def mutant_rejected(op: Op, mutant: str, sizes: list[dict], device: str) -> str:
 def permuted_documents(op: Op, size: dict, dtype: torch.dtype, device: str) -> None:
     """The documents in another order: the same bits for each of them, outputs and gradients."""
     lengths = size[op.lengths]
+    # The odd ones, then the even ones, backwards: no document keeps its place.
     order = [*range(1, len(lengths), 2), *range(0, len(lengths), 2)][::-1]
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]).to(device)
@@ -128,6 +129,7 @@ def permuted_documents(op: Op, size: dict, dtype: torch.dtype, device: str) -> N
     case = op.make_case(**size, device=device, dtype=dtype)
     permuted = size | {op.lengths: type(lengths)(lengths[i] for i in order)}
     other = dataclasses.replace(op.make_case(**permuted, device=device, dtype=dtype), inputs=permute(case.inputs))
+    # The same random weights for both orders, permuted like the outputs they multiply.
     with torch.no_grad():
         weights = draw_cotangents({n: y for n, y in case.call(op.triton, case.inputs).items() if y is not None})
     with poisoned_empty():

@@ -47,6 +47,7 @@ def save_adapter(
 
 
 def _peft_config(adapters: Adapters, base: str, revision: str) -> dict:
+    # The options that are off are written, too: a reader must not have to guess a default.
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -111,6 +112,7 @@ def read_adapter_config(directory: str | Path) -> dict:
     if not file.exists():
         raise UserError(f"{directory}: no adapter there (an adapter_config.json); train.py --out makes one")
     config = read_json(file)
+    # Whatever would make the adapter mean something else than y = W x + s B A x is refused, never ignored.
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{file}: {key} = {config[key]!r:.60} is not supported")
@@ -122,6 +124,7 @@ def read_adapter_config(directory: str | Path) -> dict:
         )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{file}: expected peft_type LORA with bias none")
+    # type() and not isinstance(): JSON's true is an int in Python. The bound keeps a file from asking for terabytes.
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         if type(config.get(key)) not in kinds or not 0 < config[key] < 2**31:
             raise UserError(f"{file}: {key} is {config.get(key)!r:.60}, expected a number above 0 and below 2^31")

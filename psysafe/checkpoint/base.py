@@ -259,6 +259,7 @@ def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
             raise UserError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
         shards: dict[str, set[str]] = {}
         for key, shard in weight_map.items():
+            # An index is somebody else's text: `../x` or `/x` in it would read outside the model's folder.
             if not is_plain_name(shard):
                 raise UserError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
             shards.setdefault(shard, set()).add(key)
@@ -271,6 +272,7 @@ def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
         try:
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())
+                # Found here, and not minutes later, when the tensor is to be filled.
                 if keys - present:
                     raise UserError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
                 for key in sorted(keys or present):

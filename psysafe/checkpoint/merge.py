@@ -43,6 +43,7 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     updates = _Updates(expand(str(adapter)), entries, base)
     limit = _bytes(shard_size) if shard_size else 0
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Everything is written beside `out` and renamed at the end: a folder of that name is always a whole checkpoint.
     temporary = temporary_for(out)
     try:
         temporary.mkdir()
@@ -83,6 +84,7 @@ class _Updates:
         config, tensors = read_adapter(adapter)
         check_matrices(config, tensors, adapter)
         self.scale = lora_scale(config["r"], config["lora_alpha"], config.get("use_rslora", False))
+        # The adapter's names and the base's differ by prefixes; both are compared by the decoder's own names.
         names = {decoder_name(entry.key): entry for entry in entries}
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         faults = []
@@ -97,6 +99,7 @@ class _Updates:
                 faults.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
             else:
                 self.pairs[entry.key] = A, B
+        # All faults in one error: an adapter of another model has hundreds, and one alone would mislead.
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise UserError(f"{adapter}: does not fit this base, {base}: {'; '.join(faults[:5])}{more}")

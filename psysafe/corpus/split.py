@@ -56,6 +56,7 @@ def split(
         quoted = any(normalise(prompt_of(row.fields)) in text for text in system_prompts)
         (parts["train"] if quoted else clusters.setdefault(cluster, [])).append(row)
     generator = random.Random(seed)
+    # Sorted, so that the one generator gives the same split whatever the order of the rows' clusters in the file.
     for cluster in sorted(clusters):
         members = clusters[cluster]
         if len(members) < val + test:

@@ -112,7 +112,7 @@ class Benchmark(Evaluation):
         return self.repository
 
     def judge_by_rules(self, item: Item, answer: str) -> Any:
-        """The verdict of --judge rules."""
+        """The verdict of --judge rules; a benchmark that sets `rules` defines it."""
         raise NotImplementedError
 
     def answer_text(self, answer: dict) -> str:
@@ -141,6 +141,7 @@ class Benchmark(Evaluation):
         if judge is None and not self.rules:
             remedy = "give --judge-url and --judge-model, or --judge-local"
             raise UserError(f"{self.name} has no rule-based judge; {remedy}")
+        # Rows before models: a missing file is found in a second, weights take minutes.
         path, origin = datasets.locate(self.needed(args), args)
         rows = self.load(args, path)
         model, variants = models_under_test.from_arguments(args)
@@ -149,6 +150,7 @@ class Benchmark(Evaluation):
         failed = {}
         for part, items in rows.parts.items():
             suffix = f"_{part}.jsonl" if part else ".jsonl"
+            # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
             answers = model.answers(variants, questions, out / f"answers{suffix}")
             answered = {v.name: [self.answer_text(answers[v][q.number]) for q in questions] for v in variants}

@@ -100,6 +100,7 @@ def judge(prompt: str, response: str, cluster: str) -> Verdict:
     of_cluster = clusters()["clusters"][cluster]
     text = plain(response)
     refusal = bool(REFUSAL.search(text))
+    # A step counts only in the paragraph that names the strategy, and the name itself may hold words of a step.
     strategy, paragraph = _strategy(text)
     fitting = strategy in of_cluster["strategies"]
     acknowledged = bool(ACKNOWLEDGEMENT.search(text))

@@ -80,6 +80,7 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
     say(f"{adapter}: {n_prompts - len(missing):,} of {n_prompts:,} rows are in {file.path} already")
     if not missing:
         return
+    # A conversation that the template refuses ends the run here, not after hours of answers.
     requests = []
     for row in missing:
         try:

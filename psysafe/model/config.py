@@ -175,6 +175,7 @@ _LAYER_TYPES = ("linear_attention", "full_attention")
 def _from_dict(config: dict) -> ModelConfig:
     text = _object(config, "text_config") if "text_config" in config else config
     rope = _object(text, "rope_parameters") if text.get("rope_parameters") is not None else {}
+    # What another architecture would need: refused by name, because ignored it would give other logits without a word.
     for key, expected, value in (
         ("hidden_act", "silu", text.get("hidden_act", "silu")),
         ("attention_bias", False, text.get("attention_bias", False)),
@@ -187,11 +188,13 @@ def _from_dict(config: dict) -> ModelConfig:
     sizes = {key: _number(text, key, maximum) for key, maximum in _REQUIRED.items()}
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
     interval = _number({"full_attention_interval": 4, **text}, "full_attention_interval", _MAX_COUNT)
+    # A file may name the interval alone: every 4th layer is attention.
     layer_types = text.get("layer_types") or [_LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers)]
     one_per_layer = isinstance(layer_types, list | tuple) and len(layer_types) == layers
     if not one_per_layer or any(kind not in _LAYER_TYPES for kind in layer_types):
         raise UserError(f"layer_types must name {layers} layers, each one of {', '.join(_LAYER_TYPES)}")
     head_dim = _number({"head_dim": text.get("head_dim") or sizes["hidden_size"] // heads}, "head_dim", _MAX_SIZE)
+    # The value may stand in rope_parameters or, in older files, beside them.
     factor = _number({"partial_rotary_factor": 0.25, **text, **rope}, "partial_rotary_factor", 1, float)
     rotary = int(head_dim * factor)
     if rotary < 2 or rotary % 2:

@@ -211,6 +211,7 @@ class Plan:
         rest = self.fixed + WORKSPACE + self.scratch(sizes)
         recomputed: list[set[str]] = [set() for _ in layers]
         seconds = 0.0
+        # Start with everything saved; recompute the stages with the fewest seconds per byte until it fits.
         for price, i, stage in self._by_price(saved, sizes):
             if rest + total <= self.limit:
                 break

@@ -156,6 +156,7 @@ class RunLog:
         self._write(row)
         self.steps_seen += step - self.last_step
         self.last_step = step
+        # From this process's own steps: a resumed run has not spent the time of those before.
         left = (time.monotonic() - self.began) / max(self.steps_seen, 1) * (self.total_steps - step)
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         if self.bar is not None:

@@ -212,9 +212,9 @@ def elementwise(state):
     """Codes and the moments they stand for by element, and which elements exceed 1e-4 of their row's maximum."""
     _, inside = adamw.elements(state, slice(0, None))
     m, v = state.values[0][state.code_m.int()], state.values[1][state.code_v.int()]
-    found = {"code_m": state.code_m, "code_v": state.code_v, "large": (m.abs() > 1e-4) & (v > 1e-4)}
-    found |= {"m": m * state.absmax_m[:, None], "v": v * state.absmax_v[:, None]}
-    return {name: x[inside] for name, x in found.items()}
+    moments = {"code_m": state.code_m, "code_v": state.code_v, "large": (m.abs() > 1e-4) & (v > 1e-4)}
+    moments |= {"m": m * state.absmax_m[:, None], "v": v * state.absmax_v[:, None]}
+    return {name: x[inside] for name, x in moments.items()}
 
 
 @pytest.mark.parametrize("op", OPS)

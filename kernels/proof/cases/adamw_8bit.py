@@ -81,6 +81,7 @@ def _avoid_ties(grad: Tensor, state: adamw.AdamWState, max_grad_norm: float) -> 
                 absmax = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
                 above = torch.bucketize(x / absmax, borders).clamp(max=adamw.ROW - 2)
                 gap = torch.stack([borders[above], borders[(above - 1).clamp(min=0)]]).sub(x / absmax).abs().amin(0)
+                # 1e-5 of what was added up is far above fp32's rounding (6e-8): outside, both precisions take one code.
                 tie = inside & (gap < 1e-5 * size / absmax)
                 near += tie.sum().item()
                 code[rows] = torch.where(tie, torch.where(code[rows] < 200, code[rows] + 1, code[rows] - 1), code[rows])
