@@ -36,6 +36,7 @@ CHOICES = ("auto", "triton", "reference")
 
 def choice() -> str:
     """The value of PSYSAFE_KERNELS, checked."""
+    # Read at every call, so that a test can switch in the middle of a process.
     value = os.environ.get("PSYSAFE_KERNELS", "auto")
     if value not in CHOICES:
         raise ValueError(f"PSYSAFE_KERNELS={value}: expected one of {', '.join(CHOICES)}")
@@ -60,6 +61,7 @@ def describe(device: torch.device, head_dim: int) -> str:
     if not runs_triton(x):
         return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
     line = "Triton" + ("" if x.is_cuda else "'s interpreter")
+    # Only attention has a size of head that its Triton kernels may not take.
     if triton_supports(head_dim):
         return line
     names = ("causal_attention", "attention_decode")
@@ -74,7 +76,9 @@ def switch(reference: Callable, triton_op: Callable) -> Callable:
 
     @functools.wraps(reference)
     def op(*args, **kwargs):
+        # The first argument is always a tensor of the batch, or of the flat buffer in adamw_8bit.
         x = args[0] if args else next(iter(kwargs.values()))
+        # Looked up on op at each call: a test's wrong version, set as op.triton, is the one that runs.
         return (op.triton if runs_triton(x) else op.reference)(*args, **kwargs)
 
     op.reference, op.triton = reference, triton_op

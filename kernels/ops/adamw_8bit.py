@@ -129,10 +129,10 @@ def adamw_8bit_reference(
         g = torch.where(inside, grad[index].to(norm.dtype), 0) * clip
         m, v = load_moments(state, rows, inside)
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * (g * g)
-        moved = move(p, m, v, step_size, eps, lr, weight_decay)
-        # A boolean index would wait for the device. So lanes behind a row's end write the row's last element once more.
-        moved = torch.where(inside, moved, moved.gather(1, state.length[rows, None].long() - 1))
-        param[index] = torch.where(applied, moved, p).to(param.dtype)
+        new_p = move(p, m, v, step_size, eps, lr, weight_decay)
+        # A boolean index would wait for the device. So lanes past a row's end write the row's last element once more.
+        new_p = torch.where(inside, new_p, new_p.gather(1, state.length[rows, None].long() - 1))
+        param[index] = torch.where(applied, new_p, p).to(param.dtype)
         store_moments(state, rows, m, v, applied)
 
     state.counters[0] += applied
@@ -149,7 +149,7 @@ def row_groups(state: AdamWState) -> list[slice]:
 def elements(state: AdamWState, rows: slice) -> tuple[Tensor, Tensor]:
     """(rows, 256) each: where the rows' elements lie in the flat buffer, and which lanes are inside their row.
 
-    Lanes behind the end of a row point to its last element.
+    Lanes past the end of a row point to its last element.
     """
     lane, length = torch.arange(ROW, device=state.start.device), state.length[rows, None]
     return state.start[rows, None] + torch.minimum(lane, length - 1), lane < length
@@ -183,7 +183,7 @@ def move(p: Tensor, m: Tensor, v: Tensor, step_size: Tensor, eps: Tensor, lr: fl
 
 
 def load_moments(state: AdamWState, rows: slice, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """m and v (rows, 256), 0 in the lanes behind a row's end."""
+    """m and v (rows, 256), 0 in the lanes past a row's end."""
     if rows.start >= state.n_8bit:
         fp32_rows = slice(rows.start - state.n_8bit, rows.stop - state.n_8bit)
         return state.m[fp32_rows], state.v[fp32_rows]

@@ -25,8 +25,8 @@ from kernels.ops._triton import tl, triton
 def attention_decode_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """One query a sequence over its cache: q (N, H, K), caches (N, S, G, K), lengths (N,) int -> o (N, H, K).
 
-    The query sees the first lengths[n] rows of its cache; its own key is already among them. The rows behind may hold
-    any finite value. All S rows are read and then masked, so that the host does not wait for the lengths.
+    The query sees the first lengths[n] rows of its cache; its own key is already among them. The rows after them may
+    hold any finite value. All S rows are read and then masked, so that the host does not wait for the lengths.
     """
     (N, H, K), (S, G), dtype = q.shape, k_cache.shape[1:3], compute_dtype(q)
     q = q.to(dtype).reshape(N, G, H // G, K)  # query head j reads key/value head j // (H/G)
@@ -66,7 +66,7 @@ def _split_kernel(
         b_acc = tl.zeros([BH, K], tl.float32)
         for j in tl.range(first, last, BS):
             o_s = j + tl.arange(0, BS)
-            # Rows behind the length may hold NaN, and 0 * NaN is NaN: they are read as zero.
+            # Rows past the length may hold NaN, and 0 * NaN is NaN: they are read as zero.
             m_s = o_s < last
             o_row = o_s.to(tl.int64)[:, None]
             o_k_head, o_v_head = i_n * stride_kn + i_g * stride_kg, i_n * stride_vn + i_g * stride_vg

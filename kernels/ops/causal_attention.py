@@ -219,7 +219,7 @@ def _backward_dq_kernel(
     col = i_h // GROUP * K
     b_q = desc_q.load([first, i_h * K])
     b_do = desc_do.load([first, i_h * K])
-    # Rows behind the document's end hold the next document; lse = inf makes their p zero.
+    # Rows after the document's end hold the next document; lse = inf makes their p zero.
     b_lse = tl.load(p_lse + i_h * T + o_t, mask=m_t, other=float("inf"))
     b_delta = tl.load(p_delta + i_h * T + o_t, mask=m_t, other=0.0)
     b_acc = tl.zeros([BT, K], tl.float32)

@@ -4,7 +4,7 @@
     da_t = dc_t sigmoid(a_t) (1 + a_t (1 - sigmoid(a_t)))       dx_t = round(sum_m w[:, m] da_{t+M-1-m})
 
 x, a, c (T, C); w (C, M), M taps. Both sums stay within the document of token t: rows of x before its start are zero (or
-its initial state), rows of da behind its end are zero.
+its initial state), rows of da after its end are zero.
 
 Rounding: sums in fp32; c and dx are rounded once. The output is split by columns into q, k and v, three tensors, so
 that the delta rule needs no copy. In Triton a program owns a block of columns of one split and walks over a segment of
@@ -143,7 +143,7 @@ def _backward_kernel(
         b_w += (tl.load(p_w + o_c * M + M - 1 - lag, m_c, other=0).to(tl.float32),)
         b_past += (_before(p_x, p_index, p_state, begin, pos, lag, o_c, m_c & (begin < T), stride, C, M),)
         b_open += (tl.zeros([BC], tl.float32),)
-    # M-1 tokens behind the segment still add to dx of its last rows. Behind T, dc is read as zero.
+    # M-1 tokens behind the segment still add to dx of its last rows. After T, dc is read as zero.
     for i_t in tl.range(begin, end + M - 1, num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         m = m_c & (i_t < T)

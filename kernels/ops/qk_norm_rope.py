@@ -49,7 +49,7 @@ def qk_norm_rope_reference(
     """
     T, H, G, K, dtype = len(qgkv), num_heads, num_kv_heads, q_weight.shape[0], qgkv.dtype
     qg, k, v = add_lora_by_projection(qgkv, lora, (H * 2 * K, G * K, G * K))
-    q, gate = qg.view(T, H, 2 * K).split(K, dim=-1)  # (T, H, K) each: q_proj puts a head's gate behind its query
+    q, gate = qg.view(T, H, 2 * K).split(K, dim=-1)  # (T, H, K) each: q_proj puts a head's gate after its query
     k, v = k.view(T, G, K), v.view(T, G, K)
     q = rotate(rms_norm_reference(q, q_weight, eps), cos, sin)
     k = rotate(rms_norm_reference(k, k_weight, eps), cos, sin)

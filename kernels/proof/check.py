@@ -79,10 +79,12 @@ def closeness_of(
         expected.append(outputs_and_gradients(case, op.reference, torch.float64))
         with poisoned_empty():
             actual.append(outputs_and_gradients(case, op.triton))
+            # A second run has to give the same bits: a race or an atomic addition would show here.
             again.append(outputs_and_gradients(case, op.triton))
         if dtype != torch.float32:
             rounded.append(outputs_and_gradients(case, plain or op.plain or op.reference))
     actual, expected = _stack(actual), _stack(expected)
+    # bf16 against plain PyTorch's own rounding error; fp32 has none worth that name, so a fixed bound.
     if rounded:
         _quietly(assert_close_bf16, actual, _stack(rounded), expected)
     else:
@@ -155,6 +157,7 @@ def tasks(op: Op, seeds: int, device: str) -> Iterator[tuple[str, str, Callable]
             if dtype == torch.float32 and op.work(**size).forward_flops > FP32_FLOPS:
                 continue
             yield shown(size), _name(dtype), functools.partial(closeness_of, op, size, dtype, seeds, device)
+    # Small cases first: most mutants fail there, in a fraction of a second.
     every = small + [size for size in op.cases if size not in small and device != "cpu"]
     for mutant in op.mutants:
         rejecting = functools.partial(mutant_rejected, op, mutant, every, device)
@@ -193,7 +196,9 @@ def check_op(op: Op, seeds: int, device: str) -> Iterator[Row]:
             first = (str(problem).strip() or "no message").splitlines()[0]
             result = first if isinstance(problem, AssertionError) else f"{type(problem).__name__}: {first}"
         if device != "cpu":
+            # The largest cases leave gigabytes in the allocator's cache, in blocks that fit no other case.
             torch.cuda.empty_cache()
+        # One row at a time, so that a run cut off by its time limit has printed all it did.
         yield Row(op.name, case, dtype, error, result, time.perf_counter() - began)
 
 

@@ -20,6 +20,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if a.shape != b.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     difference, scale = (a - b).abs().max().item() if a.numel() else 0.0, b.abs().max().item() if b.numel() else 0.0
+    # A NaN in either tensor: it would pass every `<=` below unnoticed.
     if difference != difference:
         return float("nan")
     return 0.0 if difference == 0 else difference / scale if scale else float("inf")
@@ -32,6 +33,7 @@ def assert_close_fp32(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
     for name, b in expected.items():
         a, b = actual[name].detach().double().cpu(), b.detach().double().cpu()
         assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        # assert_close's default atol would accept an all-zero gradient of size 1e-6; this one scales with b.
         allowed = 1e-5 * b.abs() + 1e-5 * b.square().mean().sqrt()
         # `not (x <= y)` so that a NaN, which compares false, is a failure.
         bad = ~((a - b).abs() <= allowed)
@@ -51,6 +53,7 @@ def assert_close_bf16(actual: dict[str, Tensor], plain: dict[str, Tensor], expec
         for x in (actual, plain):
             assert x[name].shape == b.shape, f"{name}: shape {tuple(x[name].shape)}, expected {tuple(b.shape)}"
         ours, theirs = ((x[name].detach().double().cpu() - b) for x in (actual, plain))
+        # The largest error finds a broken element, the RMS a small bias in all of them.
         for what, limit, error in (
             ("max", 2.0, lambda e: e.abs().max().item()),
             ("RMS", 1.5, lambda e: e.square().mean().sqrt().item()),
@@ -86,16 +89,19 @@ def outputs_and_gradients(
     """
     inputs = {}
     for name, x in case.inputs.items():
+        # A copy, because an op may overwrite its inputs, and the next run needs them unchanged.
         inputs[name] = x.detach().to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True)
         inputs[name].requires_grad_(name in case.grads)
     outputs = {name: y for name, y in case.call(op, inputs).items() if y is not None}
     results = {name: y.detach() for name, y in outputs.items()}
     if case.grads:
+        # A plain sum as the loss would give every output the gradient 1, which hides a permuted or scaled one.
         cotangents = cotangents or draw_cotangents(results)
         weights = [cotangents[name].to(y) for name, y in outputs.items()]
         wanted = [inputs[name] for name in case.grads]
         grads = torch.autograd.grad(list(outputs.values()), wanted, weights, allow_unused=True)
         for name, x, g in zip(case.grads, wanted, grads, strict=True):
+            # None and zero mean the same to a caller; a kernel may return either.
             results["d" + name] = torch.zeros_like(x) if g is None else g
     return results
 

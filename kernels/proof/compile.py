@@ -38,7 +38,7 @@ class Resources:
     shared: int = 0
     spills: int = 0
     stack: int = 0
-    serialised: bool = False  # ptxas put a wait behind every wgmma: correct, and slow
+    serialised: bool = False  # ptxas put a wait after every wgmma: correct, and slow
     error: str = ""
 
 

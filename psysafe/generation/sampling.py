@@ -64,9 +64,11 @@ def choose(
 
     prompted, written (n, V) bool: the tokens of the prompt and of the answer so far; needed where sampling penalises.
     """
+    # Penalties and the division by the temperature would round bf16 logits a second time.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.penalises:
         logits = penalised(logits, sampling, prompted, written)
+    # After the penalties, which also change the most likely token.
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores, tokens = candidates(logits, sampling)
@@ -77,6 +79,7 @@ def choose(
 def penalised(logits: Tensor, sampling: Sampling, prompted: Tensor, written: Tensor) -> Tensor:
     """Repetition penalty of CTRL (arXiv 1909.05858) over prompt and answer, presence penalty over the answer alone."""
     penalty = sampling.repetition_penalty
+    # A negative logit is multiplied: divided, it would make the token more likely.
     repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(prompted | written, repeated, logits) - sampling.presence_penalty * written
 
@@ -91,6 +94,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         scores, tokens = logits.sort(descending=True)
     else:
         scores, tokens = logits, torch.arange(vocab, device=logits.device).expand_as(logits)
+    # After top-k, which no division changes, so that it divides k numbers instead of V.
     scores = scores / sampling.temperature
     keep = torch.ones_like(scores, dtype=torch.bool)
     if sampling.top_p < 1:  # scores are sorted: a token stays while those before it have not reached top_p

@@ -70,7 +70,7 @@ class CacheView:
     def __init__(self, cache: Cache, slots: list[int]):
         self.cache, self.host_slots = cache, slots
         self.slots = torch.tensor(slots, device=cache.lengths.device)
-        self.past = cache.lengths[self.slots]
+        self.past = cache.lengths[self.slots]  # a copy: `advance` changes the cache's own
         self.host_past = [cache.host_lengths[slot] for slot in slots]
 
     def positions(self, documents: Documents) -> Tensor:
@@ -96,6 +96,7 @@ class CacheView:
         k_cache, v_cache = (x.transpose(1, 2) for x in self.cache.layers[layer])  # (slots, max_tokens, G, K)
         where = self.slots[documents.index], documents.positions + self.past[documents.index]
         k_cache[where], v_cache[where] = k, v
+        # Without a past the new keys are all keys: no gather from the cache.
         if not any(self.host_past):
             return kernels.causal_attention(q, k, v, documents)
         keys, where = self._all_keys(documents)
@@ -128,6 +129,7 @@ class CacheView:
         """Old and new keys of every document: their boundaries, and their slots and positions."""
 
         def build(_: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
+            # Keyed by slots and lengths, because every attention layer of this pass asks for the same table.
             totals = [past + new for past, new in zip(self.host_past, documents.lengths, strict=True)]
             keys = Documents(torch.tensor([0, *totals]).cumsum(0).to(torch.int32), documents.device)
             return keys, (self.slots[keys.index], keys.positions)
@@ -168,6 +170,7 @@ class StepView:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         k_cache, v_cache = self.cache.layers[layer]
+        # index_copy_ with fixed shapes: an assignment under a mask of live slots would make the host wait.
         k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
         v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
         k, v = (x[:, :, : self.max_keys].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, max_keys, G, K)

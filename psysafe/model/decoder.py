@@ -5,8 +5,8 @@ A block maps (h, pending) to (h, pending): `pending` is what its last GEMM wrote
 added; the next residual + RMSNorm adds both. Every fused operation comes from `kernels`; the GEMMs in between are plain
 `F.linear` on frozen, fused weights. Equations: transformers' `modeling_qwen3_5.py`.
 
-Shapes: T tokens, D hidden, H query heads, G key/value heads, K head size, P rotary half, I intermediate, r rank, V
-vocabulary.
+Shapes, with the letters of kernels/ops/__init__.py: T tokens, D hidden, H query heads, G key/value heads, K head size,
+P pairs that RoPE rotates, I intermediate, r rank, J columns of u (r for each projection of x).
 """
 
 from typing import NamedTuple
@@ -109,7 +109,7 @@ class Block(nn.Module):
     def add_and_norm(
         self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """h' = h + y + s u B^T (T, D), x = rms_norm(h') (T, D), and u = x A^T (T, P*r) for the P projections of x."""
+        """h' = h + y + s u B^T (T, D), x = rms_norm(h') (T, D), and u = x A^T (T, J) of the projections of x."""
         return kernels.residual_rms_norm(h, pending, weight, self.eps, lora_A)
 
     def mix(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
@@ -131,7 +131,7 @@ class Qwen3_5(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """(V, D): the output matrix, which tied models share with the embedding."""
+        """(vocab, D): the output matrix, which tied models share with the embedding."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def forward(
@@ -168,7 +168,7 @@ class Qwen3_5(nn.Module):
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) -> (N, V), in the activation dtype."""
+        """hidden (N, D) -> (N, vocab), in the activation dtype."""
         return F.linear(hidden, self.head)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:

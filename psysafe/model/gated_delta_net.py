@@ -5,8 +5,8 @@
     o              = gated delta rule(q, k, v, a, b)
     y              = out_proj(rms_norm(o) * w * silu(z))
 
-Convolution and state start afresh at every document. Shapes: T tokens, D hidden, Hk key heads of dk, H value heads of
-dv, C = 2 Hk dk + H dv convolved channels, M taps, r rank.
+Convolution and state start afresh at every document. Shapes: T tokens, D hidden, G key heads of size K, H value heads
+of size V, C = 2*G*K + H*V convolved channels, M taps, r rank.
 """
 
 import torch
@@ -43,21 +43,21 @@ class GatedDeltaNet(nn.Module):
         self, x: Tensor, u: Tensor | None, documents: Documents, cache: CacheView | StepView | None, layer: int
     ) -> Pending:
         """x (T, D), u (T, 4r) of in_proj's adapter -> y (T, D) of out_proj, its adapter's term pending."""
-        qkv, z, b, a = self.project(x, self.in_proj.lora_term(u))  # (T, C), (T, H*dv), (T, H), (T, H)
+        qkv, z, b, a = self.project(x, self.in_proj.lora_term(u))  # (T, C), (T, H*V), (T, H), (T, H)
         if cache is None:
-            q, k, v = self.heads(*self.conv(qkv, documents))  # (T, Hk, dk), (T, Hk, dk), (T, H, dv)
-            o = self.delta_rule(q, k, v, a, b, documents)  # (T, H, dv)
+            q, k, v = self.heads(*self.conv(qkv, documents))  # (T, G, K), (T, G, K), (T, H, V)
+            o = self.delta_rule(q, k, v, a, b, documents)  # (T, H, V)
         else:
             q, k, v = self.heads(*cache.convolve(layer, qkv, self.conv1d, documents, self.qkv_sizes))
             o = cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, documents)
-        x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)  # (T, H*dv), (T, r)
+        x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)  # (T, H*V), (T, r)
         return Pending(self.out_proj(x), self.out_proj.lora_term(u))
 
     def project(self, x: Tensor, lora_term: LoRATerm | None) -> tuple[Tensor, ...]:
-        """x (T, D) -> q|k|v (T, C), z (T, H*dv), b (T, H), a (T, H): column slices of one GEMM's output."""
+        """x (T, D) -> q|k|v (T, C), z (T, H*V), b (T, H), a (T, H): column slices of one GEMM's output."""
         sizes = tuple(self.in_proj.parts.values())
         if lora_term is not None:
-            # No operation behind this GEMM takes the term. An adapter here, which the paper's recipe does not have, is
+            # No operation after this GEMM takes the term. An adapter here, which the paper's recipe does not have, is
             # added in a pass of its own.
             y = self.in_proj(x)
             return tuple(part.to(y.dtype) for part in add_lora_by_projection(y, lora_term, sizes))
@@ -66,7 +66,7 @@ class GatedDeltaNet(nn.Module):
         return self.in_proj(x).split(sizes, dim=1)
 
     def conv(self, qkv: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-        """q|k|v (T, C) -> silu(causal convolution): q (T, Hk*dk), k (T, Hk*dk), v (T, H*dv)."""
+        """q|k|v (T, C) -> silu(causal convolution): q (T, G*K), k (T, G*K), v (T, H*V)."""
         return kernels.causal_conv1d_silu(qkv, self.conv1d, documents, self.qkv_sizes)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class GatedDeltaNet(nn.Module):
         return q.view(T, *self.key_shape), k.view(T, *self.key_shape), v.view(T, *self.value_shape)
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, documents: Documents) -> Tensor:
-        """q, k (T, Hk, dk), v (T, H, dv), decay input a (T, H), write strength b (T, H) -> o (T, H, dv)."""
+        """q, k (T, G, K), v (T, H, V), decay input a (T, H), write strength b (T, H) -> o (T, H, V)."""
         o, _ = kernels.gated_delta_rule(q, k, v, a, b, self.A_log, self.dt_bias, documents)
         return o
 

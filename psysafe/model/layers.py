@@ -23,11 +23,11 @@ class FusedLinear(nn.Module):
 
     @property
     def lora_A(self) -> Tensor | None:
-        """(P*r, in) of the P parts, for the operation before this GEMM: it returns u = x A^T."""
+        """(J, in), r rows for each part, for the operation before this GEMM: it returns u = x A^T (T, J)."""
         return None if self.adapter is None else self.adapter.A
 
     def lora_term(self, u: Tensor | None) -> LoRATerm | None:
-        """s u B^T, u (T, P*r), for the operation behind this GEMM: it adds the term to the output."""
+        """s u B^T, u (T, J), for the operation after this GEMM: it adds the term to the output."""
         return None if self.adapter is None else LoRATerm(u, self.adapter.B, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:

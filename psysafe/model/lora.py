@@ -55,7 +55,7 @@ def lora_linear_reference(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: flo
 
 
 class Adapter(nn.Module):
-    """The adapters of one fused layer of P projections: A (P*r, in), B (out, r), views of the model's flat buffers.
+    """The adapters of one fused layer: A (J, in), r rows for each projection, B (out, r), views of the flat buffers.
 
     Projections that are no targets have zero rows in both. These stay zero: A = 0 and B = 0 make each other's gradient
     vanish.
@@ -79,7 +79,7 @@ class Segment:
 
 @dataclass
 class Adapters:
-    """All adapters of a model. `param` and `grad` (P,) are flat; the layers' A and B are views of them."""
+    """All adapters of a model. `param` and `grad` (elements,) are flat; the layers' A and B are views of them."""
 
     rank: int
     alpha: float
@@ -122,6 +122,7 @@ def attach(
         dtype=torch.promote_types(model.embed_tokens.dtype, torch.float32),
         device=model.norm.device,  # not the embedding's, which may lie in host memory
     )
+    # Fixed memory instead of a new .grad each step: the optimiser and the all-reduce keep one address.
     grad = torch.zeros_like(param)
     scale = lora_scale(rank, alpha, use_rslora)
     segments, start = [], 0
@@ -167,6 +168,7 @@ def merge_adapters(model: Qwen3_5) -> None:
         adapter, sizes = layer.adapter, tuple(layer.parts.values())
         if adapter is None:
             continue
+        # The parts' weights, A and B lie one above the other in the same order, so the three splits go in step.
         rank = adapter.B.shape[1]
         for W, A, B in zip(layer.weight.split(sizes), adapter.A.split(rank), adapter.B.split(sizes), strict=True):
             W.copy_(W.to(B.dtype) + adapter.scale * (B @ A))
@@ -199,6 +201,7 @@ def _targeted_layers(model: Qwen3_5, targets: tuple[str, ...], rank: int) -> lis
     layers = [(path, layer) for path, layer in fused_layers(model) if set(layer.parts) & set(targets)]
     if not layers:
         raise UserError(f"lora_targets {list(targets)}: the model has none of these projections")
+    # A larger rank than the matrix has adds parameters and nothing that they could express.
     max_rank = max(min(layer.weight.shape) for _, layer in layers)
     if rank > max_rank:
         raise UserError(f"lora_rank {rank:,}: the model's projections have at most {max_rank:,}")
@@ -214,7 +217,7 @@ def _b_size(layer: FusedLinear, rank: int) -> int:
 
 
 def _matrices(flat: Tensor, start: int, layer: FusedLinear, rank: int) -> tuple[Tensor, Tensor]:
-    """The layer's A (P*r, in) and B (out, r) in a flat buffer, one behind the other from element `start`."""
+    """The layer's A (J, in) and B (out, r) in a flat buffer, one after the other from element `start`."""
     out_features, in_features = layer.weight.shape
     middle = start + _a_size(layer, rank)
     A, B = flat[start:middle], flat[middle : middle + _b_size(layer, rank)]
@@ -242,4 +245,6 @@ def _initialise(adapters: Adapters, seed: int) -> None:
     for name, tensor in adapters.tensors().items():
         if name.endswith("lora_A"):
             bound = 1 / math.sqrt(tensor.shape[1])
+            # Drawn on the host: a GPU's generator gives other numbers, and the start would depend on the device.
+            # kaiming_uniform_(a=sqrt(5)) of a matrix (r, in) is uniform within 1 / sqrt(in).
             tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))

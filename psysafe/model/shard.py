@@ -70,7 +70,7 @@ def _leave_inputs_alone(model: Qwen3_5) -> None:
     """Keeps the inputs from FSDP's own hook on the model, which would move them to the GPU.
 
     Tokens for an embedding in host memory would have to come back, and that waits for the GPU in every micro-batch. One
-    hook before FSDP's takes the inputs away, one behind it puts them back.
+    hook before FSDP's takes the inputs away, one after it puts them back.
     """
     hidden_inputs = []
 

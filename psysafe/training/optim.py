@@ -58,8 +58,10 @@ class AdamW:
             [(segment.start, segment.stop) for segment in segments],
             min_8bit_size if state_bits == 8 else math.inf,
             flat_param.device,
+            # Moments in fp64 for an fp64 model, whose curve is compared with torch's AdamW to 1e-7.
             compute_dtype(flat_param),
         )
+        # On the device from the start, so that the loop never asks whether a step has been done yet.
         self.grad_norm = torch.zeros((), dtype=compute_dtype(flat_param), device=flat_param.device)
         self.skipped = torch.zeros((), dtype=torch.int32, device=flat_param.device)
 
@@ -81,6 +83,7 @@ class AdamW:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continues from saved `state_tensors`. UserError, and nothing changed, if they are not of this optimiser."""
         current = self.state_tensors()
+        # All checks come before the first copy: a state that fits halfway would leave a mixture of two runs.
         if tensors.keys() != current.keys():
             saved, expected = (", ".join(sorted(names)) or "nothing" for names in (tensors, current))
             raise UserError(f"optimiser state holds {saved}; expected {expected}")
@@ -104,6 +107,7 @@ def check_layout(flat_param: Tensor, flat_grad: Tensor, segments: Sequence[Segme
     assert flat_param.shape == flat_grad.shape and flat_param.dtype == flat_grad.dtype
     assert flat_param.device == flat_grad.device and segments
     end = 0
+    # Gaps are allowed: zero rows of projections that are no targets lie between the segments.
     for segment in sorted(segments, key=lambda segment: segment.start):
         assert end <= segment.start < segment.stop, f"{segment} is empty or overlaps what ends at {end}"
         end = segment.stop
@@ -118,5 +122,6 @@ def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak_lr: flo
     """
     if step < warmup_steps:
         return peak_lr * (step / warmup_steps)
+    # max(1, ...): a run whose steps are all warm-up would divide by zero here.
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak_lr * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

@@ -14,7 +14,7 @@ def make_case(
     lengths: list[int], heads: int, kv_heads: int, head_dim: int,
     device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
-    """Caches with room for three more tokens than the longest sequence; what is behind a length is huge."""
+    """Caches with room for three more tokens than the longest sequence; what lies past a length is huge."""
     draw, _ = random_on(device, seed)
     inputs = {"q": draw(len(lengths), heads, head_dim)}
     for name in ("k_cache", "v_cache"):

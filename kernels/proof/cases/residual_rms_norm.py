@@ -60,7 +60,7 @@ def work(T, D, J=0, rank=1, pending=True, strided=False) -> Work:
 
 
 def compile_specs() -> list[CompileSpec]:
-    """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows behind a rank-1 or a plain output."""
+    """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows after a rank-1 or a plain output."""
     types = {"T": "i32", "scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(("stride_h", "stride_y", "stride_dh", "stride_dx"), "i32:16")
     types |= dict.fromkeys(("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy"), "*bf16")

@@ -46,7 +46,7 @@ def encode(tokenizer: Tokenizer, context: str, continuations: Sequence[str], max
     """An item's continuations by their common context, cut at its left where it is too long.
 
     As in lm-eval, spaces at the end of the context belong to the continuation, and the ids of the continuation are
-    those of the whole text behind the ids of the context alone. Raises UserError for a choice that cannot be scored.
+    those of the whole text after the ids of the context alone. Raises UserError for a choice that cannot be scored.
     """
     head = tokenizer.encode(context.rstrip())
     by_prefix: dict[tuple[int, ...], Branches] = {}

@@ -42,6 +42,7 @@ class MMLU(MultipleChoice):
 
     def item(self, row: dict) -> Item:
         choices, answer = listed(row["choices"]), str(row["answer"]).strip()
+        # The hub's files number the answer, the authors' own have its letter.
         gold = "ABCD".index(answer) if answer in ("A", "B", "C", "D") else int(answer)
         lines = [row["question"].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))]
         subject = row["subject"].replace("_", " ")
@@ -58,6 +59,7 @@ class MMLU(MultipleChoice):
             whole.append([variant, *pooled(list(accuracy.values()))])
             groups: dict[str, list[Metric]] = {}
             for subject, metric in accuracy.items():
+                # A subject of one's own file is counted, in a group that says that nobody knows it.
                 groups.setdefault(GROUP_OF.get(subject, "unknown subject"), []).append(metric)
                 by_subject.append([subject, variant, *metric])
             by_group += [[group, variant, *pooled(metrics)] for group, metrics in groups.items()]
@@ -81,6 +83,7 @@ def read_folder(folder: Path) -> list[dict]:
     rows = []
     for path in sorted(folder.glob("*_test.csv")):
         with open(path, newline="", encoding="utf-8") as file:
+            # csv, not split: questions contain quoted commas and line breaks.
             for number, line in enumerate(csv.reader(file), 1):
                 if len(line) != 6:
                     raise UserError(f"{path} row {number}: {len(line)} fields; expected question, A, B, C, D, letter")

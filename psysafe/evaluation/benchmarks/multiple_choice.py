@@ -1,6 +1,6 @@
 """Multiple choice by log-likelihood, 0-shot, numerically equal to lm-eval 0.4.13: what MMLU and HellaSwag share.
 
-A choice's log-likelihood is that of its text behind the question's. acc takes the likeliest choice, acc_norm the
+A choice's log-likelihood is that of its text after the question's. acc takes the likeliest choice, acc_norm the
 likeliest per character. Equality covers the request strings, the cut between question and choice in tokens, the metrics
 and their standard errors (lm-eval: `api/task.py`, `api/model.py`, `tasks/hellaswag/utils.py`, `tasks/mmlu/default`).
 """
