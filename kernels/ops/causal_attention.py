@@ -136,11 +136,20 @@ def _delta_kernel(p_o, p_do, p_delta, T, stride_do, H: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def _probabilities_t(b_k, b_q, b_lse, o_s, o_t, scale, PRECISION: tl.constexpr):
-    """p^T (keys, queries), recomputed from the saved lse. b_lse = inf makes the column of a query zero."""
-    b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+def _dv_step(
+    b_dv, b_k, desc_q, desc_do, p_lse, i_h, j, o_s, end, T, scale,
+    K: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv (keys, K) += p^T do over BT queries of head i_h from `j` on; p^T (keys, queries) comes from the saved lse."""
+    o_t = j + tl.arange(0, BT)
+    # Rows after the document's end hold the next document; lse = inf makes their p zero.
+    b_lse = tl.load(p_lse + i_h * T + o_t, mask=o_t < end, other=float("inf"))
+    b_s = tl.dot(b_k, desc_q.load([j, i_h * K]).T, input_precision=PRECISION)
     b_p = tl.exp2(b_s * scale - b_lse[None, :])
-    return tl.where(o_s[:, None] <= o_t[None, :], b_p, 0.0)
+    if MASKED:
+        b_p = tl.where(o_s[:, None] <= o_t[None, :], b_p, 0.0)
+    b_do = desc_do.load([j, i_h * K])
+    return tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "inner", "parts"])
@@ -155,23 +164,30 @@ def _backward_dv_kernel(
     """
     _, end, first, _, i_head = _program(p_items, inner)
     i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
+    i_h = i_g * GROUP + i_part * heads
     o_s = first + tl.arange(0, BS)
     b_k = desc_k.load([first, i_g * K])
-    b_acc = tl.zeros([BS, K], tl.float32)
+    b_dv = tl.zeros([BS, K], tl.float32)
+    # The blocks of queries start at `first`: earlier queries do not see these keys. Those up to the tile's last key see
+    # a part of them, later ones all. The mask takes two fifths of a step's instructions, so later blocks go without it.
     blocks = tl.cdiv(end - first, BT)
+    masked = tl.minimum(blocks, BS // BT)
     # One loop over heads and blocks: nested, the pipeline of loads would run empty at the end of every head (and Triton
-    # 3.6 would spill). The blocks of queries start at `first`: earlier queries do not see these keys.
-    for i in tl.range(0, heads * blocks):
-        i_h = i_g * GROUP + i_part * heads + i // blocks
-        j = first + i % blocks * BT
-        o_t = j + tl.arange(0, BT)
-        b_lse = tl.load(p_lse + i_h * T + o_t, mask=o_t < end, other=float("inf"))
-        b_p = _probabilities_t(b_k, desc_q.load([j, i_h * K]), b_lse, o_s, o_t, scale, PRECISION)
-        b_do = desc_do.load([j, i_h * K])
-        b_acc = tl.dot(b_p.to(b_do.dtype), b_do, b_acc, input_precision=PRECISION)
+    # 3.6 would spill).
+    for i in tl.range(0, heads * masked):
+        j = first + i % masked * BT
+        b_dv = _dv_step(
+            b_dv, b_k, desc_q, desc_do, p_lse, i_h + i // masked, j, o_s, end, T, scale, K, BT, True, PRECISION
+        )
+    unmasked = blocks - masked
+    for i in tl.range(0, heads * unmasked):
+        j = first + (masked + i % unmasked) * BT
+        b_dv = _dv_step(
+            b_dv, b_k, desc_q, desc_do, p_lse, i_h + i // unmasked, j, o_s, end, T, scale, K, BT, False, PRECISION
+        )
     G: tl.constexpr = H // GROUP
     o_out = (i_part.to(tl.int64) * T + o_s)[:, None] * (G * K) + i_g * K + tl.arange(0, K)[None, :]
-    tl.store(p_dv + o_out, b_acc.to(p_dv.dtype.element_ty), mask=(o_s < end)[:, None])
+    tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=(o_s < end)[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "inner", "parts"])
@@ -180,30 +196,35 @@ def _backward_dk_kernel(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of BS keys; programs, loop and parts as for dv. `factor` is 1 / sqrt(K), `scale` log2(e) / sqrt(K)."""
+    """dk of BS keys; programs and parts as for dv. `factor` is 1 / sqrt(K), `scale` log2(e) / sqrt(K)."""
     _, end, first, _, i_head = _program(p_items, inner)
     i_g, i_part, heads = i_head // parts, i_head % parts, GROUP // parts
     o_s = first + tl.arange(0, BS)
     b_k = desc_k.load([first, i_g * K])
     b_v = desc_v.load([first, i_g * K])
-    b_acc = tl.zeros([BS, K], tl.float32)
+    b_dk = tl.zeros([BS, K], tl.float32)
     blocks = tl.cdiv(end - first, BT)
     for i in tl.range(0, heads * blocks):
         i_h = i_g * GROUP + i_part * heads + i // blocks
         j = first + i % blocks * BT
         o_t = j + tl.arange(0, BT)
         m_t = o_t < end
+        # Both loads and both products that need no arithmetic come first: with three stages they are in flight while
+        # the step before this one still computes.
         b_q = desc_q.load([j, i_h * K])
+        b_do = desc_do.load([j, i_h * K])
         b_lse = tl.load(p_lse + i_h * T + o_t, mask=m_t, other=float("inf"))
-        b_p = _probabilities_t(b_k, b_q, b_lse, o_s, o_t, scale, PRECISION)
         b_delta = tl.load(p_delta + i_h * T + o_t, mask=m_t, other=0.0)
-        b_dp = tl.dot(b_v, desc_do.load([j, i_h * K]).T, input_precision=PRECISION)
+        b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, b_do.T, input_precision=PRECISION)
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        b_p = tl.where(o_s[:, None] <= o_t[None, :], b_p, 0.0)
         # ds^T, (keys, queries). The factor of the scores' derivative waits until after the loop: one multiply a value.
         b_ds = b_p * (b_dp - b_delta[None, :])
-        b_acc = tl.dot(b_ds.to(b_q.dtype), b_q, b_acc, input_precision=PRECISION)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     G: tl.constexpr = H // GROUP
     o_out = (i_part.to(tl.int64) * T + o_s)[:, None] * (G * K) + i_g * K + tl.arange(0, K)[None, :]
-    tl.store(p_dk + o_out, (b_acc * factor).to(p_dk.dtype.element_ty), mask=(o_s < end)[:, None])
+    tl.store(p_dk + o_out, (b_dk * factor).to(p_dk.dtype.element_ty), mask=(o_s < end)[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "inner"])
@@ -219,21 +240,22 @@ def _backward_dq_kernel(
     col = i_h // GROUP * K
     b_q = desc_q.load([first, i_h * K])
     b_do = desc_do.load([first, i_h * K])
-    # Rows after the document's end hold the next document; lse = inf makes their p zero.
     b_lse = tl.load(p_lse + i_h * T + o_t, mask=m_t, other=float("inf"))
     b_delta = tl.load(p_delta + i_h * T + o_t, mask=m_t, other=0.0)
-    b_acc = tl.zeros([BT, K], tl.float32)
+    b_dq = tl.zeros([BT, K], tl.float32)
     for j in tl.range(start, tl.minimum(first + BT, end), BS):
         o_s = j + tl.arange(0, BS)
+        # In the order of dk's loop, for the same reason.
         b_k = desc_k.load([j, col])
+        b_v = desc_v.load([j, col])
         b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+        b_dp = tl.dot(b_do, b_v.T, input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_p = tl.where(o_s[None, :] <= o_t[:, None], b_p, 0.0)
-        b_dp = tl.dot(b_do, desc_v.load([j, col]).T, input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_acc = tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision=PRECISION)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     o_out = o_t.to(tl.int64)[:, None] * (H * K) + i_h * K + tl.arange(0, K)[None, :]
-    tl.store(p_dq + o_out, (b_acc * factor).to(p_dq.dtype.element_ty), mask=m_t[:, None])
+    tl.store(p_dq + o_out, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_t[:, None])
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
@@ -251,6 +273,9 @@ def _add_parts_kernel(p_parts, p_sum, n, parts, BLOCK: tl.constexpr):
 class Tiles(NamedTuple):
     """Block shapes of one dtype and head size. A program owns `block` rows (of queries or keys); `forward`, `dv`, `dk`
     and `dq` are how many rows of the other kind each kernel reads at a time.
+
+    `backward_stages` are those of dv, dk and dq. With two, a load is issued at the end of a step and awaited at the
+    start of the next, so that nothing hides it; with three it has a whole step.
     """
 
     block: int
@@ -259,18 +284,19 @@ class Tiles(NamedTuple):
     dk: int
     dq: int
     warps: int
-    stages: int
+    forward_stages: int
+    backward_stages: int
 
 
 # (bytes per element, head size) -> tiles. Chosen by compiling for sm_90: the widest that neither spill nor serialise.
 # fp32 runs without tensor cores, and spills; it exists to check the other code and is not meant to be fast.
 TILES = {
-    (2, 64): Tiles(128, 64, 64, 64, 64, 8, 3),
-    (2, 128): Tiles(128, 64, 64, 64, 64, 8, 2),
-    (2, 256): Tiles(128, 64, 64, 32, 32, 8, 2),
-    (4, 64): Tiles(32, 16, 16, 16, 16, 8, 1),
-    (4, 128): Tiles(32, 16, 16, 16, 16, 8, 1),
-    (4, 256): Tiles(32, 16, 16, 16, 16, 16, 1),
+    (2, 64): Tiles(128, 64, 64, 64, 64, 8, 3, 3),
+    (2, 128): Tiles(128, 64, 64, 64, 64, 8, 2, 3),
+    (2, 256): Tiles(128, 64, 32, 32, 32, 8, 2, 3),
+    (4, 64): Tiles(32, 16, 16, 16, 16, 8, 1, 1),
+    (4, 128): Tiles(32, 16, 16, 16, 16, 8, 1, 1),
+    (4, 256): Tiles(32, 16, 16, 16, 16, 16, 1, 1),
 }
 
 
@@ -320,9 +346,15 @@ class _Sizes(NamedTuple):
         """log2(e) / sqrt(K): the kernels use exp2, which the hardware has, instead of exp."""
         return math.log2(math.e) * self.K**-0.5
 
-    def options(self, queries: int, keys: int) -> dict:
+    def forward_options(self) -> dict:
+        return self._options(self.tiles.block, self.tiles.forward, self.tiles.forward_stages)
+
+    def backward_options(self, queries: int, keys: int) -> dict:
+        return self._options(queries, keys, self.tiles.backward_stages)
+
+    def _options(self, queries: int, keys: int, stages: int) -> dict:
         sizes = {"H": self.H, "GROUP": self.group, "K": self.K, "BT": queries, "BS": keys, "PRECISION": self.precision}
-        return sizes | {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
+        return sizes | {"num_warps": self.tiles.warps, "num_stages": stages}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Documents) -> tuple[Tensor, Tensor]:
@@ -334,7 +366,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Docume
     grid, inner = head_grid(keys.total, len(items), k.shape[1], sizes.group)
     _forward_kernel[grid](
         _tma("q", q, sizes.tiles.block), _tma("k", k, block, keys.total), _tma("v", v, block, keys.total),
-        o, lse, items, T, inner, sizes.scale, **sizes.options(sizes.tiles.block, block),
+        o, lse, items, T, inner, sizes.scale, **sizes.forward_options(),
     )  # fmt: skip
     return o, lse
 
@@ -359,7 +391,7 @@ def _backward(
         (grid, inner), rows = head_grid(T, len(items), G, sizes.group), sizes.tiles.dq
         _backward_dq_kernel[grid](
             _tma("q", q, block), _tma("k", k, rows), _tma("v", v, rows), _tma("do", do, block), lse, delta, dq,
-            items, T, inner, sizes.scale, sizes.K**-0.5, **sizes.options(block, rows),
+            items, T, inner, sizes.scale, sizes.K**-0.5, **sizes.backward_options(block, rows),
         )  # fmt: skip
     # dk and dv have the same programs, and one after the other they use the same buffer for their parts.
     parts = head_parts(documents, sizes.group, G, block)
@@ -371,14 +403,15 @@ def _backward(
         _backward_dk_kernel[grid](
             _tma("q", q, rows), _tma("k", k, block), _tma("v", v, block), _tma("do", do, rows), lse, delta,
             dk if partial is None else partial, items, T, inner, parts, sizes.scale, sizes.K**-0.5,
-            **sizes.options(rows, block),
+            **sizes.backward_options(rows, block),
         )  # fmt: skip
         _add_parts(partial, dk)
     if dv is not None:
         rows = sizes.tiles.dv
         _backward_dv_kernel[grid](
             _tma("q", q, rows), _tma("k", k, block), _tma("do", do, rows), lse,
-            dv if partial is None else partial, items, T, inner, parts, sizes.scale, **sizes.options(rows, block),
+            dv if partial is None else partial, items, T, inner, parts, sizes.scale,
+            **sizes.backward_options(rows, block),
         )  # fmt: skip
         _add_parts(partial, dv)
     return dq, dk, dv

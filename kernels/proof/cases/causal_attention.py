@@ -84,13 +84,14 @@ def compile_specs() -> list[CompileSpec]:
     types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
     types |= dict.fromkeys(("T", "inner", "parts", "n"), "i32") | {"stride_do": "i32:16", "p_parts": "*fp32"}
 
-    def spec(name: str, fn, queries: int, keys: int, **out: str) -> CompileSpec:
+    def spec(name: str, fn, queries: int, keys: int, options: dict | None = None, **out: str) -> CompileSpec:
         boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
         descriptors = {name: f"tensordesc<bf16[{rows},256]>" for name, rows in boxes.items()}
-        return compile_spec(f"attention {name}", fn, types | descriptors | out, s.options(queries, keys))
+        options = options or s.backward_options(queries, keys)
+        return compile_spec(f"attention {name}", fn, types | descriptors | out, options)
 
     return [
-        spec("forward", ops._forward_kernel, block, s.tiles.forward),
+        spec("forward", ops._forward_kernel, block, s.tiles.forward, s.forward_options()),
         spec("dv", ops._backward_dv_kernel, s.tiles.dv, block),
         spec("dv parts", ops._backward_dv_kernel, s.tiles.dv, block, p_dv="*fp32"),
         spec("dk", ops._backward_dk_kernel, s.tiles.dk, block),
