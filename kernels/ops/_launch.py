@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from kernels.ops._triton import TensorDescriptor
+
 # The rows of A and the running sums of dA stay in registers. At D = 5,120 three rows (q, k and v) fit; a fourth spills.
 MAX_FUSED_ROWS = 3
 
@@ -48,3 +50,25 @@ def _multiprocessors(device: torch.device) -> int:
     # In the interpreter as on a GPU of three: several programs, so that tests cover the partial sums, and few, so that
     # they are quick.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def tma_reads(x: Tensor) -> bool:
+    """Whether TMA can read x (T, heads, K) as a matrix (T, heads * K): contiguous rows at multiples of 16 bytes."""
+    T, heads, K = x.shape
+    dense = x.stride(2) == 1 and (heads == 1 or x.stride(1) == K) and (T == 1 or x.stride(0) >= heads * K)
+    return dense and x.data_ptr() % 16 == 0 and (T == 1 or x.stride(0) * x.element_size() % 16 == 0)
+
+
+def tma(name: str, x: Tensor, rows: int, total: int | None = None, columns: int | None = None) -> "TensorDescriptor":
+    """x (T, heads, K) as a matrix (T, heads * K), read by TMA in boxes of `rows` x K; zeros from row `total` on.
+
+    columns: another width of the boxes, a part of a head. ValueError for a layout that TMA cannot read.
+    """
+    if not tma_reads(x):
+        raise ValueError(
+            f"{name}: strides {tuple(x.stride())} at address {x.data_ptr():#x}; expected (row, {x.shape[2]}, 1) with "
+            f"rows at multiples of 16 bytes: pass {name}.contiguous()"
+        )
+    T, width = x.shape[0], x[0].numel()
+    shape, strides = [T if total is None else total, width], [width if T == 1 else x.stride(0), 1]
+    return TensorDescriptor(x, shape, strides, [rows, columns or x.shape[2]])

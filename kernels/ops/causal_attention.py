@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.documents import Documents
-from kernels.ops._triton import TensorDescriptor, tl, triton
+from kernels.ops._launch import tma, tma_reads
+from kernels.ops._triton import tl, triton
 from kernels.ops.attention_schedule import head_grid, head_parts, tile_items
 
 
@@ -305,28 +306,6 @@ def triton_supports(head_dim: int) -> bool:
     return (2, head_dim) in TILES
 
 
-def _tma_reads(x: Tensor) -> bool:
-    """Whether TMA can read x (T, heads, K) as a matrix (T, heads * K): contiguous rows at multiples of 16 bytes."""
-    T, heads, K = x.shape
-    dense = x.stride(2) == 1 and (heads == 1 or x.stride(1) == K) and (T == 1 or x.stride(0) >= heads * K)
-    return dense and x.data_ptr() % 16 == 0 and (T == 1 or x.stride(0) * x.element_size() % 16 == 0)
-
-
-def _tma(name: str, x: Tensor, rows: int, total: int | None = None) -> "TensorDescriptor":
-    """x (T, heads, K) as a matrix (T, heads * K), read by TMA in boxes of `rows` x K; zeros from row `total` on.
-
-    ValueError for a layout that TMA cannot read.
-    """
-    if not _tma_reads(x):
-        raise ValueError(
-            f"{name}: strides {tuple(x.stride())} at address {x.data_ptr():#x}; expected (row, {x.shape[2]}, 1) with "
-            f"rows at multiples of 16 bytes: pass {name}.contiguous()"
-        )
-    T, width = x.shape[0], x[0].numel()
-    shape, strides = [T if total is None else total, width], [width if T == 1 else x.stride(0), 1]
-    return TensorDescriptor(x, shape, strides, [rows, x.shape[2]])
-
-
 class _Sizes(NamedTuple):
     """The sizes of one call that all its launches share."""
 
@@ -365,7 +344,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Docume
     block, items = sizes.tiles.forward, tile_items(documents, keys, sizes.tiles.block, late_first=True)
     grid, inner = head_grid(keys.total, len(items), k.shape[1], sizes.group)
     _forward_kernel[grid](
-        _tma("q", q, sizes.tiles.block), _tma("k", k, block, keys.total), _tma("v", v, block, keys.total),
+        tma("q", q, sizes.tiles.block), tma("k", k, block, keys.total), tma("v", v, block, keys.total),
         o, lse, items, T, inner, sizes.scale, **sizes.forward_options(),
     )  # fmt: skip
     return o, lse
@@ -390,7 +369,7 @@ def _backward(
         items = tile_items(documents, documents, block, late_first=True)
         (grid, inner), rows = head_grid(T, len(items), G, sizes.group), sizes.tiles.dq
         _backward_dq_kernel[grid](
-            _tma("q", q, block), _tma("k", k, rows), _tma("v", v, rows), _tma("do", do, block), lse, delta, dq,
+            tma("q", q, block), tma("k", k, rows), tma("v", v, rows), tma("do", do, block), lse, delta, dq,
             items, T, inner, sizes.scale, sizes.K**-0.5, **sizes.backward_options(block, rows),
         )  # fmt: skip
     # dk and dv have the same programs, and one after the other they use the same buffer for their parts.
@@ -401,7 +380,7 @@ def _backward(
     if dk is not None:
         rows = sizes.tiles.dk
         _backward_dk_kernel[grid](
-            _tma("q", q, rows), _tma("k", k, block), _tma("v", v, block), _tma("do", do, rows), lse, delta,
+            tma("q", q, rows), tma("k", k, block), tma("v", v, block), tma("do", do, rows), lse, delta,
             dk if partial is None else partial, items, T, inner, parts, sizes.scale, sizes.K**-0.5,
             **sizes.backward_options(rows, block),
         )  # fmt: skip
@@ -409,7 +388,7 @@ def _backward(
     if dv is not None:
         rows = sizes.tiles.dv
         _backward_dv_kernel[grid](
-            _tma("q", q, rows), _tma("k", k, block), _tma("do", do, rows), lse,
+            tma("q", q, rows), tma("k", k, block), tma("do", do, rows), lse,
             dv if partial is None else partial, items, T, inner, parts, sizes.scale,
             **sizes.backward_options(rows, block),
         )  # fmt: skip
@@ -436,7 +415,7 @@ class _CausalAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do: Tensor):
         # Autograd may pass a gradient that is expanded (from a sum) or permuted: TMA can read neither.
-        do = do if _tma_reads(do) else do.contiguous()
+        do = do if tma_reads(do) else do.contiguous()
         return *_backward(do, *ctx.saved_tensors, ctx.documents, ctx.needs_input_grad[:3]), None
 
 

@@ -29,7 +29,8 @@ and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). The launc
 
     prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P        ops/gated_delta_rule_forward.py
     states       the walk over the chunks of a document: o, final state, checkpoints
-    recompute    R and S of every chunk again, in segments of 16 chunks              ops/gated_delta_rule_backward.py
+    walk         the factors of the walk again: they are not saved                   ops/gated_delta_rule_backward.py
+    recompute    R and S of every chunk again, in segments of 16 chunks
     reverse      the walk back: dv, dS'
     gradients    dq, dk summed over the value heads of a key head, da, db, through norms and gates
 
@@ -193,7 +194,7 @@ def _chunk_slots(documents: Documents, BT: int) -> tuple[Tensor, list[int]]:
     return documents.table(("delta rule chunks", BT), build)
 
 
-# Triton: the chunk form in five launches.
+# Triton: the chunk form in six launches.
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -202,9 +203,9 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, a, b, initial_state, frozen):
         A_log, dt_bias, plan, wants_final = frozen
-        prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        prepared, walk = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
         save = any(ctx.needs_input_grad)
-        o, final, checkpoints = forward.states(q, k, v, prepared, initial_state, plan, wants_final, save)
+        o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial_state, plan, wants_final, save)
         if save:
             ctx.save_for_backward(q, k, v, a, initial_state, A_log, dt_bias, checkpoints, *prepared)
             ctx.plan = plan
@@ -218,11 +219,13 @@ class _GatedDeltaRule(torch.autograd.Function):
         prepared, plan = forward.Prepared(*prepared), ctx.plan
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        dv, dS, dinitial = backward.reverse(q, k, do, prepared, dfinal, plan, ctx.needs_input_grad[5])
+        walk = backward.walk_factors(prepared, k.shape[2])
+        dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, ctx.needs_input_grad[5])
         dq = dk = da = db = None
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3, 4)):
-            R, S = backward.recompute(k, v, prepared, initial_state, checkpoints, plan)
-            dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, R, S, dS, plan)
+            RT, ST = backward.recompute(k, v, prepared, walk, initial_state, checkpoints, plan)
+            del walk  # no part of the peak, which is reached with dq and dk
+            dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
         return dq, dk, dv, da, db, dinitial, None
 
 
@@ -230,7 +233,7 @@ def gated_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
     initial_state: Tensor | None = None, output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`gated_delta_rule_reference` in two Triton launches forward, three backward.
+    """`gated_delta_rule_reference` in two Triton launches forward, four backward.
 
     q, k, v, a, b have one dtype, fp32 or bf16; each token's row is contiguous, with any stride between rows. K and V
     are powers of two from 16 to 128. ValueError for anything else, and if A_log or dt_bias requires a gradient.

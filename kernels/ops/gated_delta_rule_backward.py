@@ -1,13 +1,14 @@
-"""The three backward kernels of the gated delta rule.
+"""The four backward kernels of the gated delta rule.
 
+    walk        a program per chunk and value head: the factors of the walk, from the saved gates and norms
     recompute   a program per segment of 16 chunks: R and the state before every chunk, from the saved checkpoints
     reverse     a program per document: walks over the chunks backwards with dS in registers; writes dv, and dS of the
                 state after every chunk
     gradients   a program per chunk and key head: dq, dk, da, db, summed over the value heads that share the key head
 
 Equations: kernels/ops/gated_delta_rule.py and docs/gated-delta-rule.md. Sizes and layouts: gated_delta_rule_forward.py.
-Between the kernels, for one layer at a time: R (NC, H, BT, V), S and dS (NC, H, K, V) in v's dtype, and dc, one fp32
-number for each token and head. In the equations S' is the state after the chunk; p_dS holds dS'.
+Between the kernels, for one layer at a time, as the walks have them: R^T (NC, H, V, BT), S^T and dS'^T (NC, H, V, K) in
+v's dtype, and dc, one fp32 number for each token and head. S' is the state after the chunk. In names, RT is R^T.
 """
 
 import torch
@@ -18,22 +19,44 @@ from kernels.ops.gated_delta_rule_forward import (
     CHUNK,
     Prepared,
     Schedule,
+    Walk,
     decay_between,
+    descriptors,
+    load_beta,
     load_chunk,
+    load_erase,
     load_factors,
     load_gates,
     load_last,
+    load_read,
     load_rows,
+    load_write,
     options,
     precision,
     store_rows,
+    store_walk,
     tile,
+    tile_descriptor,
 )
 
 
 @triton.jit
+def _walk_kernel(
+    p_gates, p_norms, p_walk, p_carry,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Program (value head, chunk): the factors of the walk from the saved gates and norms, for the backward pass."""
+    i_h, i_chunk = tl.program_id(0), tl.program_id(1)
+    i_gate = i_chunk * H + i_h
+    b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
+    b_fq, b_fk = load_factors(p_norms, i_chunk * (H // GROUP) + i_h // GROUP, K, BT)
+    last, last_fine = load_last(p_gates, i_gate, BT)
+    store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_fq, b_fk, BT)
+
+
+@triton.jit
 def _recompute_kernel(
-    p_k, p_v, p_gates, p_norms, p_M, p_initial, p_checkpoints, p_segments, p_R, p_S, s_k, s_v,
+    desc_k, desc_v, desc_M, p_gates, p_walk, p_carry, p_initial, p_checkpoints, p_segments, p_RT, p_ST,
     HAS_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,39 +67,38 @@ def _recompute_kernel(
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk, i_checkpoint = tl.load(p_row + 3), tl.load(p_row + 4)
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
-    dtype: tl.constexpr = p_R.dtype.element_ty
+    dtype: tl.constexpr = p_RT.dtype.element_ty
 
-    b_S = tl.zeros((K, BV), tl.float32)
+    b_ST = tl.zeros((BV, K), tl.float32)
     if i_checkpoint >= 0:
-        b_S += tl.load(tile(p_checkpoints, i_checkpoint * H + i_h, K, V, o_k, o_v))
+        b_ST += tl.load(tile(p_checkpoints, i_checkpoint * H + i_h, V, K, o_v, o_k))
     elif HAS_INITIAL:
-        b_S += tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
+        b_ST += tl.trans(tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32))
     for i in range(tl.cdiv(length, BT)):
         i_gate = (first_chunk + i) * H + i_h
-        at, left = begin + i * BT, length - i * BT
-        b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        _, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
-        last, last_fine = load_last(p_gates, i_gate, BT)
-        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
-        b_v = load_rows(p_v + i_h * V, at, left, s_v, o_v, BT)
-        b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
+        at = begin + i * BT
+        b_erase, b_write = load_erase(p_walk, i_gate, BT), load_write(p_walk, i_gate, BT)
+        carry = tl.load(p_carry + i_gate)
+        b_k = desc_k.load([at, i_g * K])
+        b_v = desc_v.load([at, i_h * V + i_v * BV])
+        b_M = desc_M.load([i_gate * BT, 0])
 
         # The same products and roundings as in _states_kernel.
-        b_s = b_S.to(dtype)
-        tl.store(tile(p_S, i_gate, K, V, o_k, o_v), b_s)
-        b_E = tl.dot(b_k, b_s, input_precision=PRECISION)
-        b_E = b_beta[:, None] * (b_v.to(tl.float32) - (tl.exp(b_c + b_fine) * b_fk)[:, None] * b_E)
-        b_R = tl.dot(b_M, b_E.to(dtype), input_precision=PRECISION)
-        tl.store(tile(p_R, i_gate, BT, V, o_t, o_v), b_R.to(dtype))
+        b_st = b_ST.to(dtype)
+        tl.store(tile(p_ST, i_gate, V, K, o_v, o_k), b_st)
+        b_ET = tl.dot(b_st, tl.trans(b_k), input_precision=PRECISION)
+        b_ET = (tl.trans(b_v).to(tl.float32) - b_erase[None, :] * b_ET) * load_beta(p_gates, i_gate, BT)[None, :]
+        b_RT = tl.dot(b_ET.to(dtype), tl.trans(b_M), input_precision=PRECISION)
+        tl.store(tile(p_RT, i_gate, V, BT, o_v, o_t), b_RT.to(dtype))
         # R is stored as P R reads it in o; the factors of the state's update are not part of it.
-        b_R *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
-        b_S *= tl.exp(last + last_fine)
-        b_S = tl.dot(tl.trans(b_k), b_R.to(dtype), b_S, input_precision=PRECISION)
+        b_RT *= b_write[None, :]
+        b_ST *= carry
+        b_ST = tl.dot(b_RT.to(dtype), b_k, b_ST, input_precision=PRECISION)
 
 
 @triton.jit
 def _reverse_kernel(
-    p_q, p_k, p_do, p_gates, p_norms, p_M, p_P, p_dfinal, p_documents, p_dv, p_dS, p_dinitial, s_q, s_k,
+    desc_q, desc_k, desc_do, desc_M, desc_P, p_gates, p_walk, p_carry, p_dfinal, p_documents, p_dv, p_dST, p_dinitial,
     HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,44 +108,43 @@ def _reverse_kernel(
     p_row = p_documents + i_row * 5
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk = tl.load(p_row + 3)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
+    o_k, o_v = tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     dtype: tl.constexpr = p_dv.dtype.element_ty
 
-    b_dS = tl.zeros((K, BV), tl.float32)
+    b_dST = tl.zeros((BV, K), tl.float32)
     if HAS_FINAL:
-        b_dS += tl.load(tile(p_dfinal, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
+        b_dST += tl.trans(tl.load(tile(p_dfinal, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32))
     count = tl.cdiv(length, BT)
     for j in range(count):
         i = count - 1 - j
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
-        b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
-        last, last_fine = load_last(p_gates, i_gate, BT)
-        b_decay = tl.exp(b_c + b_fine)
-        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
-        b_q = load_rows(p_q + i_g * K, at, left, s_q, o_k, BT)
-        b_do = load_rows(p_do + i_h * V, at, left, H * V, o_v, BT)
-        b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
-        b_P = tl.load(tile(p_P, i_gate, BT, BT, o_t, o_t))
+        b_read, b_write = load_read(p_walk, i_gate, BT), load_write(p_walk, i_gate, BT)
+        carry = tl.load(p_carry + i_gate)
+        b_k = desc_k.load([at, i_g * K])
+        b_q = desc_q.load([at, i_g * K])
+        b_do = desc_do.load([at, i_h * V + i_v * BV])
+        b_M = desc_M.load([i_gate * BT, 0])
+        b_P = desc_P.load([i_gate * BT, 0])
 
+        b_dst = b_dST.to(dtype)
+        tl.store(tile(p_dST, i_gate, V, K, o_v, o_k), b_dst)
+        # dS = e^(c_last) dS' + q^T (e^c f_q do) - k^T (e^c f_k dv): S was carried on, read and erased from. The erased
+        # part has to wait for dv.
+        b_dST *= carry
+        b_x = tl.trans(b_do).to(tl.float32) * b_read[None, :]
+        b_dST = tl.dot(b_x.to(dtype), b_q, b_dST, input_precision=PRECISION)
         # dR = e^(c_last - c) f_k (k dS') + P^T do.
-        b_ds = b_dS.to(dtype)
-        tl.store(tile(p_dS, i_gate, K, V, o_k, o_v), b_ds)
-        b_dR = tl.dot(b_k, b_ds, input_precision=PRECISION)
-        b_dR *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
-        b_dR = tl.dot(tl.trans(b_P), b_do, b_dR, input_precision=PRECISION)
+        b_dRT = tl.dot(b_dst, tl.trans(b_k), input_precision=PRECISION) * b_write[None, :]
+        b_dRT = tl.dot(tl.trans(b_do), b_P, b_dRT, input_precision=PRECISION)
         # dv = beta M^T dR. Rows without a token get 0, because their beta is 0.
-        b_dv = tl.dot(tl.trans(b_M), b_dR.to(dtype), input_precision=PRECISION) * b_beta[:, None]
-        store_rows(p_dv + i_h * V, b_dv, at, left, H * V, o_v, BT)
-        # dS = e^(c_last) dS' + q^T (e^c f_q do) - k^T (e^c f_k dv): S was carried on, read and erased from.
-        b_dS *= tl.exp(last + last_fine)
-        b_read = b_do.to(tl.float32) * (b_decay * b_fq)[:, None]
-        b_dS = tl.dot(tl.trans(b_q), b_read.to(dtype), b_dS, input_precision=PRECISION)
-        b_erase = b_dv * -(b_decay * b_fk)[:, None]
-        b_dS = tl.dot(tl.trans(b_k), b_erase.to(dtype), b_dS, input_precision=PRECISION)
+        b_dvT = tl.dot(b_dRT.to(dtype), b_M, input_precision=PRECISION) * load_beta(p_gates, i_gate, BT)[None, :]
+        # Loaded only here: with all three factors from the start, registers are spilled.
+        b_x = b_dvT * -load_erase(p_walk, i_gate, BT)[None, :]
+        b_dST = tl.dot(b_x.to(dtype), b_k, b_dST, input_precision=PRECISION)
+        store_rows(p_dv + i_h * V, tl.trans(b_dvT.to(dtype)), at, left, H * V, o_v, BT)
     if STORE_INITIAL:
-        tl.store(tile(p_dinitial, i_document * H + i_h, K, V, o_k, o_v), b_dS)
+        tl.store(tile(p_dinitial, i_document * H + i_h, K, V, o_k, o_v), tl.trans(b_dST))
 
 
 @triton.jit
@@ -135,7 +156,7 @@ def _through_norm(b_dn, b_x, b_factor):
 
 @triton.jit
 def _gradients_kernel(
-    p_q, p_k, p_a, p_A_log, p_dt_bias, p_do, p_dv, p_gates, p_norms, p_R, p_S, p_dS, p_chunks,
+    p_q, p_k, p_a, p_A_log, p_dt_bias, p_do, p_dv, p_gates, p_norms, p_RT, p_ST, p_dST, p_chunks,
     p_dc, p_dq, p_dk, p_da, p_db, s_q, s_k, s_a,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -157,7 +178,7 @@ def _gradients_kernel(
     i_norm = i_chunk * (H // GROUP) + i_g
     p_q += i_g * K
     p_k += i_g * K
-    dtype: tl.constexpr = p_R.dtype.element_ty
+    dtype: tl.constexpr = p_RT.dtype.element_ty
 
     # Two passes over the heads, first dq, then dk, so that only one (BT, K) sum is in registers. q, k and the chunk's
     # place are read again (from L2) where they are used: held in registers over the loop, they would be spilled.
@@ -170,8 +191,8 @@ def _gradients_kernel(
         b_read = tl.zeros((BT, K), tl.float32)
         for i_v in range(0, V, BV):
             b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
-            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_v))
-            b_read = tl.dot(b_do, tl.trans(b_S), b_read, input_precision=PRECISION)
+            b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_v, o_k))
+            b_read = tl.dot(b_do, b_ST, b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
         b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
         b_read *= tl.exp(b_c + b_fine)[:, None]
@@ -182,8 +203,8 @@ def _gradients_kernel(
         b_dP = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, V, BV):
             b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
-            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
-            b_dP = tl.dot(b_do, tl.trans(b_R), b_dP, input_precision=PRECISION)
+            b_RT = tl.load(tile(p_RT, i_gate, V, BT, i_v + o_v, o_t))
+            b_dP = tl.dot(b_do, b_RT, b_dP, input_precision=PRECISION)
         b_dP *= decay_between(b_c, b_fine, True, BT) * b_fk[None, :]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
@@ -212,11 +233,11 @@ def _gradients_kernel(
         b_dk_part = tl.zeros((BT, K), tl.float32)
         b_tile = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, V, BV):
-            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
+            b_RT = tl.load(tile(p_RT, i_gate, V, BT, i_v + o_v, o_t))
             b_do = load_rows(p_do + i_h * V, begin, length, H * V, i_v + o_v, BT)
-            b_tile = tl.dot(b_R, tl.trans(b_do), b_tile, input_precision=PRECISION)
-            b_dS = tl.load(tile(p_dS, i_gate, K, V, o_k, i_v + o_v))
-            b_dk_part = tl.dot(b_R, tl.trans(b_dS), b_dk_part, input_precision=PRECISION)
+            b_tile = tl.dot(tl.trans(b_RT), tl.trans(b_do), b_tile, input_precision=PRECISION)
+            b_dST = tl.load(tile(p_dST, i_gate, V, K, i_v + o_v, o_k))
+            b_dk_part = tl.dot(tl.trans(b_RT), b_dST, b_dk_part, input_precision=PRECISION)
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
         b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
@@ -237,9 +258,9 @@ def _gradients_kernel(
         b_transposed = tl.zeros((BT, BT), tl.float32)
         for i_v in range(0, V, BV):
             b_dv = load_rows(p_dv + i_h * V, begin, length, H * V, i_v + o_v, BT)
-            b_R = tl.load(tile(p_R, i_gate, BT, V, o_t, i_v + o_v))
-            b_tile = tl.dot(b_dv, tl.trans(b_R), b_tile, input_precision=PRECISION)
-            b_transposed = tl.dot(b_R, tl.trans(b_dv), b_transposed, input_precision=PRECISION)
+            b_RT = tl.load(tile(p_RT, i_gate, V, BT, i_v + o_v, o_t))
+            b_tile = tl.dot(b_dv, b_RT, b_tile, input_precision=PRECISION)
+            b_transposed = tl.dot(tl.trans(b_RT), tl.trans(b_dv), b_transposed, input_precision=PRECISION)
         # db = (1 - beta) / beta diag(Z). 1e-30: beta = sigmoid(b) may underflow to 0, and then Z is 0 as well.
         b_dbeta = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_tile, 0.0), 1) / tl.maximum(b_beta, 1e-30)
         p_b = p_db + o_row * H + i_h
@@ -259,8 +280,8 @@ def _gradients_kernel(
         b_dk_part = tl.zeros((BT, K), tl.float32)
         for i_v in range(0, V, BV):
             b_dv = load_rows(p_dv + i_h * V, begin, length, H * V, i_v + o_v, BT)
-            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_v))
-            b_dk_part = tl.dot(b_dv, tl.trans(b_S), b_dk_part, input_precision=PRECISION)
+            b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_v, o_k))
+            b_dk_part = tl.dot(b_dv, b_ST, b_dk_part, input_precision=PRECISION)
         b_dk_part *= -tl.exp(b_c + b_fine)[:, None]
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
         b_dc += b_fk * tl.sum(b_k.to(tl.float32) * b_dk_part, 1)
@@ -272,10 +293,10 @@ def _gradients_kernel(
         b_dg = tl.sum(tl.where(o_t[None, :] >= o_t[:, None], b_dc[None, :], b_om[None, :]), 1)
         # e^(c_last) <S, dS'>, because c_last contains every g of the chunk. In half blocks, which need fewer registers.
         o_half = tl.arange(0, BV // 2)
-        b_SdS = tl.zeros((K, BV // 2), tl.float32)
+        b_SdS = tl.zeros((BV // 2, K), tl.float32)
         for i_v in range(0, V, BV // 2):
-            b_S = tl.load(tile(p_S, i_gate, K, V, o_k, i_v + o_half)).to(tl.float32)
-            b_SdS += b_S * tl.load(tile(p_dS, i_gate, K, V, o_k, i_v + o_half)).to(tl.float32)
+            b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_half, o_k)).to(tl.float32)
+            b_SdS += b_ST * tl.load(tile(p_dST, i_gate, V, K, i_v + o_half, o_k)).to(tl.float32)
         b_dg += tl.exp(last + last_fine) * tl.sum(tl.sum(b_SdS, 1), 0)
         b_a = tl.load(p_a + o_row * s_a + i_h, mask=m_t, other=0.0).to(tl.float32)
         # da = -dg exp(A_log) sigmoid(a + dt_bias), as g = -exp(A_log) softplus(a + dt_bias).
@@ -288,53 +309,64 @@ def _gradients_kernel(
     store_rows(p_dk + i_g * K, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * K, o_k, BT)
 
 
+def walk_factors(prepared: Prepared, K: int) -> Walk:
+    """The factors of the walk again, from what was saved."""
+    NC, H, _, BT = prepared.gates.shape
+    G, walk = prepared.norms.shape[1], Walk.empty(NC, H, prepared.gates.device)
+    _walk_kernel[(H, NC)](prepared.gates, prepared.norms, *walk, H=H, GROUP=H // G, K=K, BT=BT, num_warps=2)
+    return walk
+
+
 def recompute(
-    k: Tensor, v: Tensor, prepared: Prepared, initial: Tensor | None, checkpoints: Tensor, plan: Schedule
+    k: Tensor, v: Tensor, prepared: Prepared, walk: Walk, initial: Tensor | None, checkpoints: Tensor, plan: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """R (NC, H, BT, V) and S (NC, H, K, V), the state before every chunk, in v's dtype."""
+    """R^T (NC, H, V, BT) and S^T (NC, H, V, K), the state before every chunk, in v's dtype."""
     (G, K), (H, V), NC = k.shape[1:], v.shape[1:], len(plan.chunks)
-    R = torch.empty(NC, H, CHUNK, V, dtype=v.dtype, device=v.device)
-    S = torch.empty(NC, H, K, V, dtype=v.dtype, device=v.device)
+    RT = torch.empty(NC, H, V, CHUNK, dtype=v.dtype, device=v.device)
+    ST = torch.empty(NC, H, V, K, dtype=v.dtype, device=v.device)
     constants = options("recompute", v.dtype, V)
     _recompute_kernel[(V // constants["BV"], H, len(plan.segments))](
-        *(k, v, prepared.gates, prepared.norms, prepared.M, initial, checkpoints, plan.segments, R, S),
-        *(k.stride(0), v.stride(0)),
+        *(*descriptors(constants["BV"], k=k, v=v), tile_descriptor("M", prepared.M)),
+        *(prepared.gates, *walk, initial, checkpoints, plan.segments, RT, ST),
         HAS_INITIAL=initial is not None, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v),
         **constants,
     )  # fmt: skip
-    return R, S
+    return RT, ST
 
 
 def reverse(
-    q: Tensor, k: Tensor, do: Tensor, prepared: Prepared, dfinal: Tensor | None, plan: Schedule, initial: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dv (T, H, V), dS (NC, H, K, V) of the state after every chunk, and if `initial` that of the initial states."""
+    q: Tensor, k: Tensor, do: Tensor, prepared: Prepared, walk: Walk, dfinal: Tensor | None, plan: Schedule,
+    initial: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dv (T, H, V), dS^T (NC, H, V, K) of the state after every chunk, and if `initial` that of the initial states."""
     (G, K), (H, V), NC, N = k.shape[1:], do.shape[1:], len(plan.chunks), len(plan.documents)
     dv = torch.empty(do.shape, dtype=do.dtype, device=do.device)
-    dS = torch.empty(NC, H, K, V, dtype=do.dtype, device=do.device)
+    dST = torch.empty(NC, H, V, K, dtype=do.dtype, device=do.device)
     dinitial = torch.empty(N, H, K, V, dtype=torch.float32, device=do.device) if initial else None
     constants = options("reverse", do.dtype, V)
     _reverse_kernel[(V // constants["BV"], H, N)](
-        *(q, k, do, *prepared, dfinal, plan.documents, dv, dS, dinitial),
-        *(q.stride(0), k.stride(0)),
+        *descriptors(constants["BV"], q=q, k=k, do=do),
+        *(tile_descriptor("M", prepared.M), tile_descriptor("P", prepared.P)),
+        *(prepared.gates, *walk, dfinal, plan.documents, dv, dST, dinitial),
         HAS_FINAL=dfinal is not None, STORE_INITIAL=initial,
         H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(do), **constants,
     )  # fmt: skip
-    return dv, dS, dinitial
+    return dv, dST, dinitial
 
 
 def gradients(
     q: Tensor, k: Tensor, a: Tensor, A_log: Tensor, dt_bias: Tensor, do: Tensor, dv: Tensor,
-    prepared: Prepared, R: Tensor, S: Tensor, dS: Tensor, plan: Schedule,
+    prepared: Prepared, RT: Tensor, ST: Tensor, dST: Tensor, plan: Schedule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk (T, G, K), da, db (T, H). dv and dS come from `reverse`, R and S from `recompute`."""
+    """dq, dk (T, G, K), da, db (T, H). dv and dS^T come from `reverse`, R^T and S^T from `recompute`."""
     (T, G, K), (H, V), NC = k.shape, do.shape[1:], len(plan.chunks)
     dq, dk = (torch.empty(T, G, K, dtype=k.dtype, device=k.device) for _ in range(2))
     da, db = (torch.empty(T, H, dtype=a.dtype, device=a.device) for _ in range(2))  # a and b share a dtype
     dc = torch.empty(NC, H, CHUNK, dtype=torch.float32, device=k.device)
     constants = options("gradients", do.dtype, V)
     _gradients_kernel[(G, NC)](
-        *(q, k, a, A_log, dt_bias, do, dv, prepared.gates, prepared.norms, R, S, dS, plan.chunks, dc, dq, dk, da, db),
+        *(q, k, a, A_log, dt_bias, do, dv, prepared.gates, prepared.norms, RT, ST, dST, plan.chunks),
+        *(dc, dq, dk, da, db),
         *(q.stride(0), k.stride(0), a.stride(0)),
         H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(do), **constants,
     )  # fmt: skip

@@ -1,16 +1,22 @@
 """The two forward kernels of the gated delta rule, and the schedule that all its kernels share.
 
-    prepare   a program per chunk and value head: gates, norms, M and P
+    prepare   a program per chunk and value head: gates, norms, M and P, and the factors of the walk
     states    a program per document, value head and BV columns of v: walks over the chunks with the state in registers
 
 Equations and matrices: gated_delta_rule.py. Sizes: kernels/ops/__init__.py; BT = 64 tokens.
 
 The kernels pass on for each chunk, in fp32, `gates (NC, H, 3, BT)`: the coarse and the fine part of c, and beta;
-`norms (NC, G, 2, BT)`: 1/|q| and 1/|k|; and in v's dtype `M, P (NC, H, BT, BT)`.
+`norms (NC, G, 2, BT)`: 1/|q| and 1/|k|; and in v's dtype `M, P (NC, H, BT, BT)`. The walks read `walk (NC, H, 3, BT)`:
+e^c f_q, e^c f_k and e^(c_last - c) f_k, with which q and k read, erase and write; and `carry (NC, H)`: e^(c_last).
+
+The walks hold the state transposed, S^T (V, K), and compute everything transposed: E^T, R^T, o^T. Then the left operand
+of every product is what the product before it left in registers. Untransposed it would be the right operand, which
+tensor cores read from shared memory only: each chunk would write the state there, wait, and read it.
 
 A chunk at a document's end may have rows without a token. They hold c = the last valid c, beta = 1/|q| = 1/|k| = 0,
-rows of the identity in M and zeros in P. So the later kernels need no mask for them. (With c = 0 there, e^(c_t - c_s)
-would be inf under strong decay, and inf * 0 = NaN.)
+rows of the identity in M and zeros in P, so the later kernels need no mask for them. (With c = 0 there, e^(c_t - c_s)
+would be inf under strong decay, and inf * 0 = NaN.) TMA reads the next document's rows in their place: finite numbers
+that are multiplied by these zeros.
 """
 
 from typing import NamedTuple
@@ -19,7 +25,8 @@ import torch
 from torch import Tensor
 
 from kernels.documents import Documents
-from kernels.ops._triton import tl, triton
+from kernels.ops._launch import tma, tma_reads
+from kernels.ops._triton import TensorDescriptor, tl, triton
 
 CHUNK = 64
 L2_EPS = 1e-6
@@ -101,6 +108,12 @@ def load_gates(p_gates, i_gate, BT: tl.constexpr):
 
 
 @triton.jit
+def load_beta(p_gates, i_gate, BT: tl.constexpr):
+    """beta (BT,)."""
+    return tl.load(p_gates + i_gate.to(tl.int64) * (3 * BT) + 2 * BT + tl.arange(0, BT))
+
+
+@triton.jit
 def load_factors(p_norms, i_norm, K: tl.constexpr, BT: tl.constexpr):
     """f_q = K^-1/2 / |q| and f_k = 1 / |k|, (BT,) each. i_norm = i_chunk * G + i_g."""
     p = p_norms + i_norm.to(tl.int64) * (2 * BT) + tl.arange(0, BT)
@@ -112,6 +125,35 @@ def load_last(p_gates, i_gate, BT: tl.constexpr):
     """The coarse and the fine part of c at the chunk's last row."""
     p = p_gates + i_gate.to(tl.int64) * (3 * BT) + BT - 1
     return tl.load(p), tl.load(p + BT)
+
+
+@triton.jit
+def load_read(p_walk, i_gate, BT: tl.constexpr):
+    """e^c f_q (BT,): the factors with which q reads the state."""
+    return tl.load(p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT))
+
+
+@triton.jit
+def load_erase(p_walk, i_gate, BT: tl.constexpr):
+    """e^c f_k (BT,): the factors with which k reads what the state already holds."""
+    return load_read(p_walk + BT, i_gate, BT)
+
+
+@triton.jit
+def load_write(p_walk, i_gate, BT: tl.constexpr):
+    """e^(c_last - c) f_k (BT,): the factors with which k writes into the state."""
+    return load_read(p_walk + 2 * BT, i_gate, BT)
+
+
+@triton.jit
+def store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_fq, b_fk, BT: tl.constexpr):
+    """What load_read, load_erase and load_write load, and e^(c_last), by which the state is multiplied."""
+    p = p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
+    b_decay = tl.exp(b_c + b_fine)
+    tl.store(p, b_decay * b_fq)
+    tl.store(p + BT, b_decay * b_fk)
+    tl.store(p + 2 * BT, tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)
+    tl.store(p_carry + i_gate, tl.exp(last + last_fine))
 
 
 @triton.jit
@@ -176,7 +218,7 @@ def _invert(b_L, PRECISION: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    p_q, p_k, p_a, p_b, p_A_log, p_dt_bias, p_chunks, p_gates, p_norms, p_M, p_P, s_q, s_k, s_a, s_b,
+    p_q, p_k, p_a, p_b, p_A_log, p_dt_bias, p_chunks, p_gates, p_norms, p_M, p_P, p_walk, p_carry, s_q, s_k, s_a, s_b,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -215,6 +257,10 @@ def _prepare_kernel(
         tl.store(p_norm, b_rq)
         tl.store(p_norm + BT, b_rk)
 
+    m_last = o_t == BT - 1
+    last, last_fine = tl.sum(tl.where(m_last, b_c, 0.0), 0), tl.sum(tl.where(m_last, b_fine, 0.0), 0)
+    store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_rq * K**-0.5, b_rk, BT)
+
     b_D = decay_between(b_c, b_fine, True, BT) * b_rk[None, :]
     b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D * (b_rq * K**-0.5)[:, None]
     tl.store(tile(p_P, i_gate, BT, BT, o_t, o_t), b_P.to(p_P.dtype.element_ty))
@@ -226,7 +272,8 @@ def _prepare_kernel(
 
 @triton.jit
 def _states_kernel(
-    p_q, p_k, p_v, p_gates, p_norms, p_M, p_P, p_initial, p_documents, p_o, p_final, p_checkpoints, s_q, s_k, s_v,
+    desc_q, desc_k, desc_v, desc_M, desc_P, p_gates, p_walk, p_carry, p_initial, p_documents,
+    p_o, p_final, p_checkpoints,
     HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_CHECKPOINTS: tl.constexpr, SEGMENT: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -237,46 +284,44 @@ def _states_kernel(
     p_row = p_documents + i_row * 5
     i_document, begin, length = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     first_chunk, first_checkpoint = tl.load(p_row + 3), tl.load(p_row + 4)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
+    o_k, o_v = tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     dtype: tl.constexpr = p_o.dtype.element_ty
 
-    b_S = tl.zeros((K, BV), tl.float32)
+    b_ST = tl.zeros((BV, K), tl.float32)
     if HAS_INITIAL:
-        b_S += tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32)
+        b_ST += tl.trans(tl.load(tile(p_initial, i_document * H + i_h, K, V, o_k, o_v)).to(tl.float32))
     for i in range(tl.cdiv(length, BT)):
         # Two ifs: the outer one tests a constant, so that the inner one is compiled only where it is needed.
         if STORE_CHECKPOINTS:  # noqa: SIM102
             if (i % SEGMENT == 0) & (i > 0):
                 i_checkpoint = first_checkpoint + i // SEGMENT - 1
-                tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, K, V, o_k, o_v), b_S)
+                tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, V, K, o_v, o_k), b_ST)
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
-        b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, (first_chunk + i) * (H // GROUP) + i_g, K, BT)
-        last, last_fine = load_last(p_gates, i_gate, BT)
-        b_decay = tl.exp(b_c + b_fine)
-        b_k = load_rows(p_k + i_g * K, at, left, s_k, o_k, BT)
-        b_q = load_rows(p_q + i_g * K, at, left, s_q, o_k, BT)
-        b_v = load_rows(p_v + i_h * V, at, left, s_v, o_v, BT)
-        b_M = tl.load(tile(p_M, i_gate, BT, BT, o_t, o_t))
-        b_P = tl.load(tile(p_P, i_gate, BT, BT, o_t, o_t))
+        b_read, b_erase = load_read(p_walk, i_gate, BT), load_erase(p_walk, i_gate, BT)
+        carry = tl.load(p_carry + i_gate)
+        b_k = desc_k.load([at, i_g * K])
+        b_q = desc_q.load([at, i_g * K])
+        b_v = desc_v.load([at, i_h * V + i_v * BV])
+        b_M = desc_M.load([i_gate * BT, 0])
+        b_P = desc_P.load([i_gate * BT, 0])
 
-        # E = beta (v - e^c f_k (k S)), R = M E. The products read the state rounded to the inputs' dtype; b_S itself,
+        # E = beta (v - e^c f_k (k S)), R = M E. The products read the state rounded to the inputs' dtype; b_ST itself,
         # which goes from chunk to chunk, stays fp32.
-        b_s = b_S.to(dtype)
-        b_E = tl.dot(b_k, b_s, input_precision=PRECISION)
-        b_E = b_beta[:, None] * (b_v.to(tl.float32) - (b_decay * b_fk)[:, None] * b_E)
-        b_R = tl.dot(b_M, b_E.to(dtype), input_precision=PRECISION)
+        b_st = b_ST.to(dtype)
+        b_ET = tl.dot(b_st, tl.trans(b_k), input_precision=PRECISION)
+        b_ET = (tl.trans(b_v).to(tl.float32) - b_erase[None, :] * b_ET) * load_beta(p_gates, i_gate, BT)[None, :]
+        b_RT = tl.dot(b_ET.to(dtype), tl.trans(b_M), input_precision=PRECISION)
         # o = e^c f_q (q S) + P R.
-        b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * (b_decay * b_fq)[:, None]
-        b_o = tl.dot(b_P, b_R.to(dtype), b_o, input_precision=PRECISION)
-        store_rows(p_o + i_h * V, b_o, at, left, H * V, o_v, BT)
+        b_oT = tl.dot(b_st, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :]
+        b_oT = tl.dot(b_RT.to(dtype), tl.trans(b_P), b_oT, input_precision=PRECISION)
         # S' = e^(c_last) S + k^T (e^(c_last - c) f_k R).
-        b_R *= (tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)[:, None]
-        b_S *= tl.exp(last + last_fine)
-        b_S = tl.dot(tl.trans(b_k), b_R.to(dtype), b_S, input_precision=PRECISION)
+        b_RT *= load_write(p_walk, i_gate, BT)[None, :]
+        b_ST *= carry
+        b_ST = tl.dot(b_RT.to(dtype), b_k, b_ST, input_precision=PRECISION)
+        store_rows(p_o + i_h * V, tl.trans(b_oT.to(dtype)), at, left, H * V, o_v, BT)
     if STORE_FINAL:
-        tl.store(tile(p_final, i_document * H + i_h, K, V, o_k, o_v), b_S)
+        tl.store(tile(p_final, i_document * H + i_h, K, V, o_k, o_v), tl.trans(b_ST))
 
 
 def precision(x: Tensor) -> str:
@@ -288,7 +333,8 @@ def options(kernel: str, dtype: torch.dtype, V: int) -> dict[str, int]:
     """BV, warps and stages of a kernel: those with which it fits when compiled for sm_90."""
     if dtype == torch.float32:
         return {"BV": min(V, 32), "num_warps": 8, "num_stages": 1}
-    warps, stages = {"states": (8, 2), "recompute": (4, 2), "reverse": (8, 2), "gradients": (8, 1)}[kernel]
+    # Three stages where one program fills a multiprocessor: with two, a load is issued when it is already awaited.
+    warps, stages = {"states": (4, 3), "recompute": (4, 2), "reverse": (4, 3), "gradients": (8, 1)}[kernel]
     return {"BV": min(V, 64), "num_warps": warps, "num_stages": stages}
 
 
@@ -301,33 +347,61 @@ class Prepared(NamedTuple):
     P: Tensor  # (NC, H, BT, BT), in v's dtype
 
 
-def prepare(q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, plan: Schedule) -> Prepared:
-    """q, k (T, G, K), a, b (T, H), A_log and dt_bias (H,) -> gates, norms, M and P of every chunk."""
+class Walk(NamedTuple):
+    """The factors that the walks read. Not saved: gates and norms have all that they follow from."""
+
+    rows: Tensor  # (NC, H, 3, BT) fp32: e^c f_q, e^c f_k, e^(c_last - c) f_k
+    carry: Tensor  # (NC, H) fp32: e^(c_last)
+
+    @staticmethod
+    def empty(chunks: int, heads: int, device: torch.device) -> "Walk":
+        rows = torch.empty(chunks, heads, 3, CHUNK, dtype=torch.float32, device=device)
+        return Walk(rows, torch.empty(chunks, heads, dtype=torch.float32, device=device))
+
+
+def prepare(
+    q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, plan: Schedule
+) -> tuple[Prepared, Walk]:
+    """q, k (T, G, K), a, b (T, H), A_log and dt_bias (H,) -> gates, norms, M, P and walk factors of every chunk."""
     (G, K), H, NC = k.shape[1:], a.shape[1], len(plan.chunks)
     gates = torch.empty(NC, H, 3, CHUNK, dtype=torch.float32, device=k.device)
     norms = torch.empty(NC, G, 2, CHUNK, dtype=torch.float32, device=k.device)
     M, P = (torch.empty(NC, H, CHUNK, CHUNK, dtype=k.dtype, device=k.device) for _ in range(2))
+    walk = Walk.empty(NC, H, k.device)
     _prepare_kernel[(H, NC)](
-        *(q, k, a, b, A_log, dt_bias, plan.chunks, gates, norms, M, P),
+        *(q, k, a, b, A_log, dt_bias, plan.chunks, gates, norms, M, P, *walk),
         *(x.stride(0) for x in (q, k, a, b)),
         H=H, GROUP=H // G, K=K, BT=CHUNK, EPS=L2_EPS, PRECISION=precision(k), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return Prepared(gates, norms, M, P)
+    return Prepared(gates, norms, M, P), walk
+
+
+def descriptors(BV: int, **tensors: Tensor) -> list:
+    """TMA descriptors of token tensors: q and k (T, G, K) in boxes of BT x K, v and do (T, H, V) of BT x BV."""
+    # From the convolution all rows are adjacent; a caller's slice of something wider may not be readable.
+    tensors = {name: x if tma_reads(x) else x.contiguous() for name, x in tensors.items()}
+    return [tma(name, x, CHUNK, columns=BV if name in ("v", "do") else None) for name, x in tensors.items()]
+
+
+def tile_descriptor(name: str, x: Tensor) -> "TensorDescriptor":
+    """M or P (NC, H, BT, BT) in boxes of one chunk and head."""
+    return tma(name, x.view(-1, 1, CHUNK), CHUNK)
 
 
 def states(
-    q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, initial: Tensor | None, plan: Schedule,
+    q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, walk: Walk, initial: Tensor | None, plan: Schedule,
     final: bool, save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """o (T, H, V), the final states (N, H, K, V) if `final`, the checkpoints (plan.checkpoints, H, K, V) if `save`."""
+    """o (T, H, V), the final states (N, H, K, V) if `final`, the checkpoints (plan.checkpoints, H, V, K) if `save`."""
     (G, K), (H, V), N = k.shape[1:], v.shape[1:], len(plan.documents)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     S_final = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device) if final else None
-    checkpoints = torch.empty(plan.checkpoints, H, K, V, dtype=torch.float32, device=v.device) if save else None
+    checkpoints = torch.empty(plan.checkpoints, H, V, K, dtype=torch.float32, device=v.device) if save else None
     constants = options("states", v.dtype, V)
     _states_kernel[(V // constants["BV"], H, N)](
-        *(q, k, v, *prepared, initial, plan.documents, o, S_final, checkpoints),
-        *(t.stride(0) for t in (q, k, v)),
+        *descriptors(constants["BV"], q=q, k=k, v=v),
+        *(tile_descriptor("M", prepared.M), tile_descriptor("P", prepared.P)),
+        *(prepared.gates, *walk, initial, plan.documents, o, S_final, checkpoints),
         HAS_INITIAL=initial is not None, STORE_FINAL=final, STORE_CHECKPOINTS=save and plan.checkpoints > 0,
         SEGMENT=SEGMENT, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v), **constants,
     )  # fmt: skip

@@ -39,11 +39,13 @@ def test_every_tensor_between_the_kernels():
             x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias", "initial_state")
         )
         plan = forward.schedule(documents)
-        prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
-        o, final, checkpoints = forward.states(q, k, v, prepared, initial, plan, final=True, save=True)
-        R, S = backward.recompute(k, v, prepared, initial, checkpoints, plan)
-        dv, dS, dinitial = backward.reverse(q, k, do, prepared, dfinal, plan, initial=True)
-        dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, R, S, dS, plan)
+        prepared, walk = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial, plan, final=True, save=True)
+        RT, ST = backward.recompute(k, v, prepared, walk, initial, checkpoints, plan)
+        dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, initial=True)
+        dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
+    # Backward computes the walk's factors from what was saved: the same bits.
+    assert all(torch.equal(x, y) for x, y in zip(walk, backward.walk_factors(prepared, k.shape[2]), strict=True))
     gates, norms = prepared.gates, prepared.norms
     assert_close_fp32(
         {
@@ -51,7 +53,7 @@ def test_every_tensor_between_the_kernels():
             "beta": gates[:, :, 2],
             "rq": norms[:, :, 0],
             "rk": norms[:, :, 1],
-            **{"M": prepared.M, "P": prepared.P, "o": o, "final": final, "R": R, "S": S, "dS": dS},
+            **{"M": prepared.M, "P": prepared.P, "o": o, "final": final, "R": RT.mT, "S": ST.mT, "dS": dST.mT},
         },
         {
             **{name: expected[name].squeeze(-1) for name in ("c", "beta")},

@@ -102,13 +102,13 @@ def _tiled_heads(q, k, v, **_):
 class _WithoutOm(rule._GatedDeltaRule):
     @staticmethod
     def backward(ctx, do, dfinal):
-        def wrong(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan):
-            dq, dk, da, db = right(q, k, a, A_log, dt_bias, do, dv, x, R, S, dS, plan)
+        def wrong(q, k, a, A_log, dt_bias, do, dv, x, RT, ST, dST, plan):
+            dq, dk, da, db = right(q, k, a, A_log, dt_bias, do, dv, x, RT, ST, dST, plan)
             for i, (begin, length) in enumerate(plan.chunks.tolist()):
                 rows = slice(begin, begin + length)
                 K = rule.l2_normalise(k[rows]).repeat_interleave(v_heads // k.shape[1], 1).transpose(0, 1)
                 c = x.gates[i, :, :2].sum(1)[:, :length]
-                om = (c[:, -1:] - c).exp() * (K * (R[i, :, :length] @ dS[i].mT)).sum(-1)
+                om = (c[:, -1:] - c).exp() * (K * (RT[i, :, :, :length].mT @ dST[i])).sum(-1)
                 slope = A_log.exp() * (a[rows] + dt_bias).sigmoid()
                 da[rows] += F.pad(om, (1, -1)).cumsum(-1).T * slope
             return dq, dk, da, db
@@ -158,11 +158,14 @@ def compile_specs() -> list[CompileSpec]:
     """The kernels as they are launched at 27B: 16 key heads, 48 value heads of 128."""
     sizes = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BT": CHUNK, "PRECISION": "tf32", "EPS": L2_EPS}
     sizes["SEGMENT"] = forward.SEGMENT
-    fp32 = ("p_gates", "p_norms", "p_initial", "p_final", "p_dfinal", "p_dinitial", "p_checkpoints", "p_dc", "p_A_log")
+    fp32 = ("p_gates", "p_norms", "p_walk", "p_carry", "p_checkpoints", "p_dc", "p_A_log")
+    fp32 += ("p_initial", "p_final", "p_dfinal", "p_dinitial")
     tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
+    boxes = {"q": 128, "k": 128, "v": 64, "do": 64, "M": CHUNK, "P": CHUNK}
 
     def spec(name: str, fn, launch: dict[str, int], *absent: str, spills: int = 0, why: str = "", **flags: bool):
-        types = {n: "i32:16" for n in fn.arg_names if not n.startswith("p_")} | tables | dict.fromkeys(fp32, "*fp32")
+        types = {n: "i32:16" for n in fn.arg_names if n.startswith("s_")} | tables | dict.fromkeys(fp32, "*fp32")
+        types |= {f"desc_{n}": f"tensordesc<bf16[{CHUNK},{width}]>" for n, width in boxes.items()}
         constants = sizes | launch | flags | dict.fromkeys(absent)
         return compile_spec(f"delta rule {name}", fn, types, constants, spill_budget=spills, why=why)
 
@@ -170,6 +173,7 @@ def compile_specs() -> list[CompileSpec]:
     launch = {name: forward.options(name, torch.bfloat16, 128) for name in names}
     return [
         spec("prepare", forward._prepare_kernel, {"num_warps": 4, "num_stages": 1}),
+        spec("walk", backward._walk_kernel, {"num_warps": 2}),
         spec("states", forward._states_kernel, launch["states"], "p_initial", "p_final",
              HAS_INITIAL=False, STORE_FINAL=False, STORE_CHECKPOINTS=True),
         spec("states, prefill", forward._states_kernel, launch["states"], "p_checkpoints",
