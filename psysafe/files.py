@@ -88,6 +88,19 @@ def remove_leftovers(folder: str | Path, name: str) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def new_folder(out: str | Path) -> Path:
+    """`out`, which must be a new name or an empty folder; nothing is created. Raises UserError."""
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: exists already and is no empty folder; give --out a new one")
+    return out
+
+
 def expand(path: str) -> str:
     """`assets:NAME` as a path into the package's assets; any other text as it is."""
     return str(ASSETS / path.removeprefix("assets:")) if path.startswith("assets:") else path
+
+
+def as_asset(path: str) -> str:
+    """The inverse of `expand`: a path into the package's assets as `assets:NAME`."""
+    return f"assets:{Path(path).relative_to(ASSETS)}" if Path(path).is_relative_to(ASSETS) else path
