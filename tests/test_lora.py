@@ -349,6 +349,9 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
     refused_with("layer_replication", layer_replication=[[0, 2], [1, 3]])
     refused_with("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
     refused_with("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})
+    for value in (float("nan"), float("inf")):
+        name, x = next(iter(tensors.items()))
+        refused_with(f"{name} holds NaN or infinity", {**tensors, name: torch.full_like(x, value)})
     refused_with("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
     other = {key.replace("layers.", "layers.1"): x for key, x in tensors.items()}
     refused_with("none of its .* tensors belongs to this model", other)

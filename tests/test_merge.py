@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from kernels.proof.closeness import relative_error
@@ -193,3 +193,65 @@ def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
         ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]
     ) == 0
     assert "read back and checked" in capsys.readouterr().out
+
+
+def changed(folder, name, change) -> None:
+    """Writes one tensor of a sharded checkpoint anew."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+
+
+TOUCHED, VISION = "model.language_model.layers.0.mlp.up_proj.weight", "model.visual.patch_embed.proj.bias"
+
+
+@pytest.mark.parametrize("name", [TOUCHED, VISION])
+def test_a_base_with_nan_is_refused_by_name(name, published):
+    random_adapter(published / "base", published / "adapter")
+    changed(published / "base", name, lambda x: torch.full_like(x, float("nan")))
+    refused(f"{name} holds NaN or infinity", merge, published / "base", published / "adapter", published / "merged")
+    assert {path.name for path in published.iterdir()} == {"base", "adapter"}
+
+
+def test_an_adapter_with_nan_is_refused_by_name(published):
+    random_adapter(published / "base", published / "adapter")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    changed(published / "adapter", name, lambda x: torch.full_like(x, float("nan")))
+    refused(f"{name} holds NaN or infinity", merge, published / "base", published / "adapter", published / "merged")
+
+
+def test_what_is_quantised_is_not_merged_into(published):
+    """Eight bits without the scale that stands in another tensor are no weight."""
+    random_adapter(published / "base", published / "adapter")
+    name = TOUCHED
+    changed(published / "base", name, lambda x: x.to(torch.float8_e4m3fn))
+    message = f"{name} is F8_E4M3; merge into the base before it was quantised"
+    refused(message, merge, published / "base", published / "adapter", published / "merged")
+
+
+def test_a_single_file_is_merged_and_not_the_stale_shards_beside_it(published, tmp_path_factory):
+    base, fresh = published / "base", tmp_path_factory.mktemp("fresh")
+    both_models(fresh)
+    (fresh / "model.safetensors").rename(base / "model.safetensors")
+    (fresh / "config.json").rename(base / "config.json")
+    model, _ = random_adapter(base, published / "adapter")
+    merge(base, published / "adapter", published / "merged")
+    assert [path.name for path in (published / "merged").glob("model*")] == ["model.safetensors"]
+    merged = AutoModelForCausalLM.from_pretrained(published / "merged")
+    with torch.no_grad():
+        expected = model.logits(model(ids(20), one(20)))
+        assert relative_error(merged(ids(20)[None], use_cache=False).logits[0], expected) <= 1e-5
+
+
+def test_a_head_that_differs_from_the_tied_embedding_stays(tmp_path):
+    both_models(tmp_path / "base", "tied, ratio 1")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0).contiguous()}
+    save_file(tensors | head, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    model, _ = random_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = model.logits(model(ids(20), one(20)))
+        assert relative_error(merged(ids(20)[None], use_cache=False).logits[0], expected) <= 1e-5

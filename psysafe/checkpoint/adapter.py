@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from psysafe.checkpoint.tensor_files import NOT_FINITE, all_finite
 from psysafe.files import as_asset, expand, new_folder, read_json, write_atomic
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import ALL_LINEAR, Adapters, attach
@@ -178,6 +179,8 @@ def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             for key in list(file.keys()):
                 x, name = file.get_tensor(key), _our_name(key, path)
+                if x.is_floating_point() and not all_finite(x):
+                    raise UserError(f"{path}: {key} {NOT_FINITE}")
                 # Which of two values counts would depend on the class that reads them.
                 if not torch.equal(x, tensors.setdefault(name, x)):
                     raise UserError(f"{path}: holds {name} under the names of both layouts, with different values")

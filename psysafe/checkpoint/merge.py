@@ -18,12 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from psysafe.checkpoint.adapter import check_matrices, read_adapter
-from psysafe.checkpoint.base import TensorEntry, decoder_name, resolve_model, tensor_entries
+from psysafe.checkpoint.base import resolve_model
+from psysafe.checkpoint.tensor_files import (
+    INDEX,
+    NOT_FINITE,
+    READABLE,
+    TensorEntry,
+    all_finite,
+    decoder_name,
+    tensor_entries,
+)
 from psysafe.files import expand, sync, temporary_for
 from psysafe.model.lora import lora_scale
 from psysafe.program import UserError
 
-INDEX = "model.safetensors.index.json"
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -65,7 +73,11 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
 
 def _write_file(path: Path, members: list[TensorEntry], updates: "_Updates") -> None:
     """In a function of its own, so that its tensors are freed before the next file's are read."""
-    save_file({entry.key: updates.apply(entry) for entry in members}, path, metadata={"format": "pt"})
+    tensors = {entry.key: updates.apply(entry) for entry in members}
+    for entry in members:
+        if tensors[entry.key].is_floating_point() and not all_finite(tensors[entry.key]):
+            raise UserError(f"{entry.path}: {entry.key} {NOT_FINITE}")
+    save_file(tensors, path, metadata={"format": "pt"})
     sync(path)
 
 
@@ -95,6 +107,8 @@ class _Updates:
                 faults.append(f"{name} has only one of lora_A and lora_B")
             elif entry is None:
                 faults.append(f"the base has no {name}.weight")
+            elif entry.dtype not in READABLE:  # 8 bits alone are no number: their scales are another tensor
+                faults.append(f"{entry.key} is {entry.dtype}; merge into the base before it was quantised")
             elif (B.shape[0], A.shape[1]) != entry.shape or A.shape[0] != B.shape[1]:
                 faults.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
             else:
