@@ -4,8 +4,10 @@ Also reads JSON: any defect raises UserError.
 """
 
 import functools
+import glob
 import json
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -31,9 +33,11 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
     """
     path = Path(path)
     temporary = temporary_for(path)
+    remove_leftovers(path.parent, glob.escape(path.name))
     try:
         if callable(content):
             content(temporary)
+            make_readable(temporary)
         else:
             # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes its JSON escape again.
             temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
@@ -82,12 +86,50 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def make_readable(path: str | Path) -> None:
+    """Give a file the permissions that open() gives a new one: safetensors' own can be read by nobody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def remove_leftovers(folder: str | Path, name: str) -> None:
-    """Remove what an interrupted write of a name (or glob pattern) left in a folder."""
+    """Remove what a killed write of a name (or glob pattern) left in a folder. What a living process writes stays."""
     for path in Path(folder).glob(f"{name}{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        if not _is_written(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether the process that a temporary is named after is another one that runs on this machine."""
+    pid = temporary.name.rpartition(TEMPORARY)[2]
+    # Our own id: an earlier process had it, as in a container, where every start counts from 1.
+    if not re.fullmatch(r"[1-9]\d{0,8}", pid) or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)  # signal 0 asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user's
+        return True
+    return True
+
+
+def new_folder(out: str | Path) -> Path:
+    """`out`, which must be a new name or an empty folder; nothing is created. Raises UserError."""
+    out = Path(out)
+    if os.path.ismount(out):  # nothing can be renamed to it, and what is prepared beside it lies on another disk
+        raise UserError(f"{out}: a disk is mounted there; give --out a folder in it")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: exists already and is no empty folder; give --out a new one")
+    return out
 
 
 def expand(path: str) -> str:
     """`assets:NAME` as a path into the package's assets; any other text as it is."""
     return str(ASSETS / path.removeprefix("assets:")) if path.startswith("assets:") else path
+
+
+def as_asset(path: str) -> str:
+    """The inverse of `expand`: a path into the package's assets as `assets:NAME`."""
+    return f"assets:{Path(path).relative_to(ASSETS)}" if Path(path).is_relative_to(ASSETS) else path

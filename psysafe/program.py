@@ -6,10 +6,11 @@
     130, 143 stopped by Ctrl-C, SIGTERM · 141 nobody reads the output any more
 """
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 
@@ -50,6 +51,22 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def ending_cleans_up() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit, so that what is half-written is removed: code 143 or 129."""
+
+    def end(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,12 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint.base import fill, matching_tensors, published_tensors
+from psysafe.checkpoint.tensor_files import all_finite
 from tests.mistakes import refused
 from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.test_model import ids, one
@@ -226,3 +228,73 @@ def test_loading_peaks_at_the_model(tmp_path):
     print(f"peak over model: {ratio:.3f} at {size / 1e6:.0f} MB")
     assert size > 100e6
     assert 0.9 <= ratio <= 1.2
+
+
+def same_as_transformers(folder):
+    """Our logits and AutoModelForCausalLM's, from the folder alone."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = theirs(ids(20)[None], use_cache=False).logits[0]
+    assert relative_error(logits(load_model(folder)), expected) <= 1e-5
+    return expected
+
+
+def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_them(tmp_path, capsys):
+    reference = reference_model("tied, ratio 1")
+    write_checkpoint(reference, tmp_path)
+    tied = same_as_transformers(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(same_as_transformers(tmp_path), tied) and load_model(tmp_path).lm_head is None
+    assert "lm_head" not in capsys.readouterr().err
+    tensors["lm_head.weight"][-1] += 1  # the last row, which is compared last
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert relative_error(same_as_transformers(tmp_path), tied) > 1e-2
+    assert "lm_head.weight has other values" in capsys.readouterr().err
+    tensors["lm_head.weight"] = torch.ones(7, 48)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(r"lm_head.weight is \[7, 48\]", load_model, tmp_path)
+
+
+def test_a_single_file_counts_and_not_the_index_and_shards_beside_it(tmp_path, capsys):
+    """What a small model leaves that is saved over a large one's folder; transformers reads the single file, too."""
+    write_checkpoint(reference_model(seed=1), tmp_path)
+    shard(tmp_path, load_file(tmp_path / "model.safetensors"), 3)
+    stale = same_as_transformers(tmp_path)
+    assert "left alone" not in capsys.readouterr().err
+    write_checkpoint(reference_model(seed=2), tmp_path / "new")
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
+    assert relative_error(same_as_transformers(tmp_path), stale) > 1e-2
+    assert "index.json beside it and its shards are left alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_no_number_is_refused_by_name(value, dtype, tmp_path):
+    write_checkpoint(reference_model(), tmp_path)
+    tensors = {name: x.to(dtype) for name, x in load_file(tmp_path / "model.safetensors").items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][17, 5] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(r"model.safetensors: model.layers.1.mlp.up_proj.weight holds NaN or infinity", load_model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_place_of_a_tensor_is_looked_at(dtype):
+    """Vector registers, their remainder, and the scalars behind it."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in range(67):
+            x = torch.linspace(-1, 1, 67, dtype=dtype)
+            assert all_finite(x)
+            x[place] = value
+            assert not all_finite(x), (value, place)
+    assert all_finite(torch.zeros(0, dtype=dtype)) and not all_finite(torch.tensor(float("nan"), dtype=dtype))
+
+
+def test_two_names_for_one_weight_are_refused(tmp_path):
+    write_checkpoint(reference_model(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused("model.norm.weight and model.language_model.norm.weight are two tensors", load_model, tmp_path)

@@ -259,12 +259,13 @@ def test_peft_adapter_loads_here(tmp_path):
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
-@pytest.mark.parametrize("layout", ["text", "multimodal"])
-def test_both_key_layouts_round_trip(layout, tmp_path):
+@pytest.mark.parametrize("layout", ["text", "multimodal", "both"])
+def test_key_layouts_round_trip(layout, tmp_path):
     _, model, adapters = tuned(tmp_path / "base")
-    save_adapter(adapters, tmp_path / layout, base="base", multimodal=False, layout=layout)
-    keys = load_file(tmp_path / layout / "adapter_model.safetensors").keys()
-    assert all(("language_model" in key) == (layout == "multimodal") for key in keys)
+    save_adapter(adapters, tmp_path / layout, base="base", multimodal=True, layout=layout)
+    nested = ["language_model" in key for key in load_file(tmp_path / layout / "adapter_model.safetensors")]
+    count = len(adapters.segments)
+    assert (nested.count(False), nested.count(True)) == (count * (layout != "multimodal"), count * (layout != "text"))
     again = load_adapter(model, tmp_path / layout)
     assert torch.equal(again.param, adapters.param)
 
@@ -348,6 +349,9 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
     refused_with("layer_replication", layer_replication=[[0, 2], [1, 3]])
     refused_with("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
     refused_with("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})
+    for value in (float("nan"), float("inf")):
+        name, x = next(iter(tensors.items()))
+        refused_with(f"{name} holds NaN or infinity", {**tensors, name: torch.full_like(x, value)})
     refused_with("is no LoRA matrix", {**tensors, PREFIX + "layers.0.mlp.lora_magnitude_vector": torch.ones(2)})
     other = {key.replace("layers.", "layers.1"): x for key, x in tensors.items()}
     refused_with("none of its .* tensors belongs to this model", other)

@@ -1,6 +1,8 @@
 """Merged checkpoints: what the adapter touches is rounded once, everything else is the base's, byte for byte."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,7 +10,7 @@ import textwrap
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from kernels.proof.closeness import relative_error
@@ -174,22 +176,165 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_finished(published):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == -9
     assert not (published / "merged").exists()
+    assert len(list(published.glob("merged.tmp-*"))) == 1
+    other = published / f"merged.tmp-{os.getppid()}"  # a process that runs
+    other.mkdir()
     merge(published / "base", published / "adapter", published / "merged")
-    assert (published / "merged").exists()
+    assert (published / "merged").exists() and list(published.glob("merged.tmp-*")) == [other]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_stopped_in_the_middle_nothing_stays(number, code, published):
+    random_adapter(published / "base", published / "adapter")
+    script = f"""
+        import os, sys
+        import psysafe.checkpoint.merge as m
+        from psysafe.checkpoint.__main__ import main
+        from psysafe.program import main_guard
+        save = m.save_file
+        def stopped(*args, **kwargs):
+            save(*args, **kwargs)
+            assert len([path for path in os.listdir({str(published)!r}) if ".tmp-" in path]) == 1
+            os.kill(os.getpid(), {int(number)})
+        m.save_file = stopped
+        arguments = ["merge", "--adapter", {str(published / "adapter")!r}, "--out", {str(published / "merged")!r}]
+        sys.exit(main_guard(main, arguments))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert {path.name for path in published.iterdir()} == {"base", "adapter"}
+
+
+def test_without_a_model_it_is_the_adapter_s_base_and_an_empty_folder_may_be_there(published, capsys):
+    random_adapter(published / "base", published / "adapter")
+    (published / "merged").mkdir()
+    assert main(["merge", "--adapter", str(published / "adapter"), "--out", str(published / "merged")]) == 0
+    merge(published / "base", published / "adapter", published / "named")
+    ours, named = all_tensors(published / "merged"), all_tensors(published / "named")
+    assert ours.keys() == named.keys() and all(torch.equal(ours[key], named[key]) for key in ours)
+    assert "merged checkpoint in" in capsys.readouterr().out
+
+
+def test_merged_files_can_be_read_by_whom_the_umask_lets(published):
+    random_adapter(published / "base", published / "adapter")
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            merge(published / "base", published / "adapter", published / f"merged-{mask}")
+            assert os.umask(mask) == mask
+        finally:
+            os.umask(before)
+        modes = {path.stat().st_mode & 0o777 for path in (published / f"merged-{mask}").iterdir()}
+        assert modes == {mode}
+
+
+def test_folders_of_the_base_come_along_without_their_weights(published):
+    """Also where the merged folder is to lie inside the base's own, whose unfinished copy must not copy itself."""
+    base = published / "base"
+    random_adapter(base, published / "adapter")
+    for name in ("assets/figure.png", "assets/deep/notes.txt", "original/consolidated.pth", ".cache/lock"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(name)
+    merge(base, published / "adapter", base / "assets" / "merged")
+    copied = base / "assets/merged"
+    assert (copied / "assets/figure.png").read_text() == "assets/figure.png"
+    assert (copied / "assets/deep/notes.txt").read_text() == "assets/deep/notes.txt"
+    assert {path.name for path in copied.iterdir() if path.is_dir()} == {"assets"}
+    assert {path.name for path in (copied / "assets").iterdir()} == {"figure.png", "deep"}
+
+
+def test_new_shards_have_the_names_and_sizes_that_transformers_gives(tmp_path):
+    multimodal_model().save_pretrained(tmp_path / "base")
+    model, _ = random_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", "0.1 MB")
+    names = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    count = len(names)
+    assert count > 2 and names == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    sizes = [sum(x.nbytes for x in load_file(tmp_path / "merged" / name).values()) for name in names]
+    assert max(sizes) <= 100_000
+    merged = Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = model.logits(model(ids(20), one(20)))
+        assert relative_error(merged(ids(20)[None], use_cache=False).logits[0], expected) <= 1e-5
 
 
 def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
     base, adapter = published / "base", published / "adapter"
     random_adapter(base, adapter)
     (published / "taken").mkdir()
-    refused("taken: exists already", merge, base, adapter, published / "taken")
-    refused("--shard-size lots", merge, base, adapter, published / "merged", "lots")
+    (published / "taken/note.txt").write_text("mine")
+    refused("taken: exists already and is no empty folder", merge, base, adapter, published / "taken")
+    (published / "link").symlink_to(published / "nowhere")
+    refused("link: exists already", merge, base, adapter, published / "link")
+    refused("/proc: a disk is mounted there", merge, base, adapter, "/proc")
+    for size in ("lots", "5", "0GB", "-1GB", "1e3GB", "5GBs", "0.0001KB"):
+        refused(f"--shard-size {size}: expected a size with its unit", merge, base, adapter, published / "merged", size)
     other = tmp_path_factory.mktemp("other")
     both_models(other / "base", "wide heads")
     random_adapter(other / "base", other / "adapter")
     refused("does not fit this base", merge, base, other / "adapter", published / "merged")
     assert not (published / "merged").exists()
-    assert main(
-        ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]
-    ) == 0
+    assert main(["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(published / "merged")]) == 0
     assert "read back and checked" in capsys.readouterr().out
+
+
+def changed(folder, name, change) -> None:
+    """Writes one tensor of a sharded checkpoint anew."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+
+
+TOUCHED, VISION = "model.language_model.layers.0.mlp.up_proj.weight", "model.visual.patch_embed.proj.bias"
+
+
+@pytest.mark.parametrize("name", [TOUCHED, VISION])
+def test_a_base_with_nan_is_refused_by_name(name, published):
+    random_adapter(published / "base", published / "adapter")
+    changed(published / "base", name, lambda x: torch.full_like(x, float("nan")))
+    refused(f"{name} holds NaN or infinity", merge, published / "base", published / "adapter", published / "merged")
+    assert {path.name for path in published.iterdir()} == {"base", "adapter"}
+
+
+def test_an_adapter_with_nan_is_refused_by_name(published):
+    random_adapter(published / "base", published / "adapter")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    changed(published / "adapter", name, lambda x: torch.full_like(x, float("nan")))
+    refused(f"{name} holds NaN or infinity", merge, published / "base", published / "adapter", published / "merged")
+
+
+def test_what_is_quantised_is_not_merged_into(published):
+    """Eight bits without the scale that stands in another tensor are no weight."""
+    random_adapter(published / "base", published / "adapter")
+    name = TOUCHED
+    changed(published / "base", name, lambda x: x.to(torch.float8_e4m3fn))
+    message = f"{name} is F8_E4M3; merge into the base before it was quantised"
+    refused(message, merge, published / "base", published / "adapter", published / "merged")
+
+
+def test_a_single_file_is_merged_and_not_the_stale_shards_beside_it(published, tmp_path_factory):
+    base, fresh = published / "base", tmp_path_factory.mktemp("fresh")
+    both_models(fresh)
+    (fresh / "model.safetensors").rename(base / "model.safetensors")
+    (fresh / "config.json").rename(base / "config.json")
+    model, _ = random_adapter(base, published / "adapter")
+    merge(base, published / "adapter", published / "merged")
+    assert [path.name for path in (published / "merged").glob("model*")] == ["model.safetensors"]
+    merged = AutoModelForCausalLM.from_pretrained(published / "merged")
+    with torch.no_grad():
+        expected = model.logits(model(ids(20), one(20)))
+        assert relative_error(merged(ids(20)[None], use_cache=False).logits[0], expected) <= 1e-5
+
+
+def test_a_head_that_differs_from_the_tied_embedding_stays(tmp_path):
+    both_models(tmp_path / "base", "tied, ratio 1")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0).contiguous()}
+    save_file(tensors | head, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    model, _ = random_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = model.logits(model(ids(20), one(20)))
+        assert relative_error(merged(ids(20)[None], use_cache=False).logits[0], expected) <= 1e-5

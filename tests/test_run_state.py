@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -267,3 +268,15 @@ def test_a_resumed_run_keeps_its_recipe():
     check_resume(saved, TrainConfig(data=["b"], out="x", resume="auto", micro_batch_tokens=64, plot=True))
     with pytest.raises(ValueError, match=r"differ: epochs \(saved 5, now 6\), lr \(saved 0.0001, now 0.001\); set"):
         check_resume(saved, TrainConfig(lr=1e-3, epochs=6))
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next_write_of_that_name(tmp_path):
+    """Of the file that is written, whatever characters its name has; not what another living process is writing."""
+    name = "answers [1].jsonl"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f"{name}.tmp-{os.getppid()}", "other.jsonl.tmp-1234567", "answers 1.jsonl.tmp-1234567"]
+    for path in (f"{name}.tmp-{dead.pid}", f"{name}.tmp-{os.getpid()}", f"{name}.tmp-x", *kept):
+        (tmp_path / path).write_text("half")
+    write_atomic(tmp_path / name, "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {name, *kept}

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -42,11 +41,13 @@ class Parser(argparse.ArgumentParser):
 
 def write_json(path: Path, document: dict) -> None:
     """Writes the whole file or none of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+    # Not by the tempfile module: its files can be read by their owner only, and the result would keep that.
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(document, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(temporary, path)
 
 
 def in_interpreter(module: str, arguments: list[str]) -> int:

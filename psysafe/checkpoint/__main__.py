@@ -1,28 +1,45 @@
-"""Checkpoints out.
+"""Checkpoints and adapters out.
 
-    python -m psysafe.checkpoint merge --model DIR|HUB_ID --adapter DIR --out DIR
+    python -m psysafe.checkpoint merge --adapter DIR --out DIR
+    python -m psysafe.checkpoint adapter RUN --layout both|text|multimodal --out DIR
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from psysafe.checkpoint.adapter import LAYOUTS, convert_adapter
 from psysafe.checkpoint.merge import merge
-from psysafe.program import main_guard
+from psysafe.cli import Parser
+from psysafe.program import ending_cleans_up, main_guard
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m psysafe.checkpoint", description="Checkpoints out.")
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m psysafe.checkpoint", description=__doc__, formatter_class=kind, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
+
     command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
-    command.add_argument("--model", required=True, metavar="DIR|HUB_ID", help="the base")
+    command.add_argument("--model", default="", metavar="DIR|HUB_ID", help="the base (the one that the adapter names)")
     command.add_argument("--adapter", required=True, metavar="DIR", help="an adapter of this project's or PEFT's")
-    command.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged checkpoint")
+    command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the merged checkpoint")
     command.add_argument("--revision", default="", help="commit or branch of a hub id")
     command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
+
+    command = commands.add_parser("adapter", help="write an adapter under the key names of other classes")
+    command.add_argument("adapter", metavar="RUN", help="an adapter of this project's or PEFT's")
+    names = "text: as AutoModelForCausalLM has them; multimodal: as AutoModelForImageTextToText; both: equal doubles"
+    command.add_argument("--layout", required=True, choices=LAYOUTS, help=names)
+    command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+
     args = parser.parse_args(argv)
-    out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
-    print(f"merged checkpoint in {out}, read back and checked")
+    if args.command == "adapter":
+        out = convert_adapter(args.adapter, args.out, args.layout)
+        print(f"adapter in {out}, under the key names of layout {args.layout}")
+    else:
+        with ending_cleans_up():  # what is half-written may be 54 GB
+            out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
+        print(f"merged checkpoint in {out}, read back and checked")
     return 0
 
 

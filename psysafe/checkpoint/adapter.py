@@ -3,11 +3,17 @@
     save_adapter(adapters, "runs/x", base="Qwen/Qwen3.5-27B", multimodal=True)
     adapters = load_adapter(model, "runs/x")
 
+A multimodal base has two classes in transformers, and PEFT looks for other names under each: `model.layers...` where
+AutoModelForCausalLM loaded it, `model.language_model.layers...` under AutoModelForImageTextToText. PEFT passes over
+names that it does not know, with a warning, and the model is then the bare base. So the file holds every tensor under
+both names (layout "both"), and either class finds its own.
+
 Files of others are checked before anything is attached: what PEFT would compute otherwise than y = W x + s B A x is
 refused by name.
 """
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -15,10 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from psysafe.files import expand, read_json, write_atomic
+from psysafe.checkpoint.tensor_files import NOT_FINITE, all_finite
+from psysafe.files import as_asset, expand, new_folder, read_json, write_atomic
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import ALL_LINEAR, Adapters, attach
 from psysafe.program import UserError
+
+# Key prefixes of the two classes of a multimodal base.
+LAYOUTS = {"text": ("base_model.model.model.",), "multimodal": ("base_model.model.model.language_model.",)}
+LAYOUTS["both"] = LAYOUTS["text"] + LAYOUTS["multimodal"]
 
 # Fields of PEFT's adapter_config.json under which y = W x + s B A x would not be what the adapter means.
 UNSUPPORTED = (
@@ -30,20 +41,47 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
-    adapters: Adapters, directory: str | Path, base: str, multimodal: bool, layout: str = "auto", revision: str = ""
+    adapters: Adapters, directory: str | Path, base: str, multimodal: bool, layout: str = "both", revision: str = ""
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does (0.21), each file whole or not at all.
 
-    layout: the key names follow the base's class: `multimodal` has a `language_model.` in them, `text` has not.
+    multimodal: whether the base is. layout: `text` names the tensors as the base's text class does, `multimodal` has a
+    `language_model.` in the names; `both` writes both for a multimodal base (a text base has one class, and one name).
     """
-    nested = multimodal if layout == "auto" else layout == "multimodal"
-    prefix = "base_model.model.model." + ("language_model." if nested else "")
-    tensors = {f"{prefix}{name}.weight": x.detach().float().cpu() for name, x in adapters.tensors().items()}
-    directory = Path(directory)
+    layout = "text" if layout == "both" and not multimodal else layout
+    tensors = {name: x.detach().float().cpu() for name, x in adapters.tensors().items()}
+    _write(Path(directory), tensors, _peft_config(adapters, base, revision), layout)
+
+
+def convert_adapter(source: str | Path, out: str | Path, layout: str) -> Path:
+    """Writes an adapter of ours or PEFT's under the key names of another layout to `out`, a new or empty folder, and
+    returns it. The numbers, their type and every other entry of the config stay. Raises UserError as `load_adapter`."""
+    config, tensors = read_adapter(source)
+    check_matrices(config, tensors, source)
+    out = new_folder(out)
+    config = {**config, "base_model_name_or_path": expand(config.get("base_model_name_or_path") or "") or None}
+    _write(out, tensors, config, layout)
+    return out
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict, layout: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config = json.dumps(_peft_config(adapters, base, revision), indent=2) + "\n"
-    write_atomic(directory / "adapter_config.json", config.encode())
+    # Copies, because safetensors refuses two names for one memory (20 MB more for the 27B's adapter).
+    named = {f"{prefix}{name}.weight": x.clone() for prefix in LAYOUTS[layout] for name, x in tensors.items()}
+    write_atomic(directory / "adapter_model.safetensors", save(named, metadata={"format": "pt"}))
+    write_atomic(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def check_in_peft(directory: str | Path, base: str) -> str:
+    """A command that shows whether PEFT, at the user's place, really applies this adapter; or why there is none."""
+    if base.startswith("random:"):
+        return f"PEFT cannot load it by itself: its base, {base}, is no folder or hub id"
+    code = (
+        f"import torch, peft; model = peft.AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}); "
+        "ids = torch.arange(9)[None]; on = model(ids).logits; model.base_model.disable_adapter_layers(); "
+        "print((on - model(ids).logits).abs().max().item())"
+    )
+    return f"in PEFT check that it is on, by the same prompt without it (above 0):\n  python -c {shlex.quote(code)}"
 
 
 def _peft_config(adapters: Adapters, base: str, revision: str) -> dict:
@@ -51,7 +89,7 @@ def _peft_config(adapters: Adapters, base: str, revision: str) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": expand(base),  # assets:NAME is a name that only this project knows
         "revision": revision or None,
         "inference_mode": True,
         "r": adapters.rank,
@@ -93,7 +131,7 @@ def base_of_adapter(directory: str | Path) -> tuple[str, str]:
     config = read_adapter_config(expand(str(directory)))
     if not config.get("base_model_name_or_path"):
         raise UserError(f"{directory}/adapter_config.json names no base model; give --model")
-    return config["base_model_name_or_path"], config.get("revision") or ""
+    return as_asset(config["base_model_name_or_path"]), config.get("revision") or ""
 
 
 def read_adapter(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -135,15 +173,19 @@ def read_adapter_config(directory: str | Path) -> dict:
 
 
 def read_adapter_tensors(path: Path) -> dict[str, Tensor]:
-    """PEFT's tensors by our names: "layers.3.self_attn.q_proj.lora_A" from either key layout."""
+    """PEFT's tensors by our names: "layers.3.self_attn.q_proj.lora_A" from either key layout, or from both."""
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            tensors = {_our_name(key, path): file.get_tensor(key) for key in keys}
+            for key in list(file.keys()):
+                x, name = file.get_tensor(key), _our_name(key, path)
+                if x.is_floating_point() and not all_finite(x):
+                    raise UserError(f"{path}: {key} {NOT_FINITE}")
+                # Which of two values counts would depend on the class that reads them.
+                if not torch.equal(x, tensors.setdefault(name, x)):
+                    raise UserError(f"{path}: holds {name} under the names of both layouts, with different values")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    if len(tensors) < len(keys):
-        raise UserError(f"{path}: holds a tensor twice, under the names of both layouts")
     return tensors
 
 

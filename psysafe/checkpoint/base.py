@@ -8,18 +8,18 @@ one by one into the fused weights, so the peak is the model plus one tensor. A p
 prefix here ("layers.0.mlp.gate_proj.weight").
 """
 
-import math
-import re
 import zlib
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from psysafe.checkpoint.adapter import load_adapter
+from psysafe.checkpoint.tensor_files import NOT_FINITE, READABLE, TensorEntry, all_finite, decoder_name, tensor_entries
+from psysafe.cli import say
 from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_folder
 from psysafe.model.config import ModelConfig
@@ -30,11 +30,8 @@ from psysafe.model.shard import local_part, rank_count, shard_blocks
 from psysafe.program import UserError
 from psysafe.runtime import memory_total
 
-# The vision tower and the multi-token-prediction head: published with the decoder, not part of it.
-SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
-PREFIXES = ("model.language_model.", "model.")
-READABLE = ("BF16", "F16", "F32", "F64")
 MAX_FAULTS = 8  # of a checkpoint, named in one error
+HEAD_ROWS = 4096  # of head and embedding that are compared at a time: 40 MB of each for the 27B's width
 
 
 @torch.inference_mode(False)  # a tensor that is created in inference mode can never be trained
@@ -58,6 +55,9 @@ def load_model(
     random = source.startswith("random:")
     config_file = folder / (Path(expand(source.removeprefix("random:"))).name if random else "config.json")
     config = ModelConfig.from_dict(read_json(config_file), config_file)
+    if config.tie_word_embeddings and not random and has_own_head(folder, dtype):
+        say(f"{folder}: tied by its config.json, but lm_head.weight has other values: it is used, as in transformers")
+        config = replace(config, tie_word_embeddings=False)
 
     # Checked on tensors without memory: a checkpoint that does not fit costs neither memory nor time.
     model = build(config, "meta", dtype)
@@ -102,6 +102,24 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
     return folder, folder.name
 
 
+def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a checkpoint holds an output matrix that is not, in this dtype, its embedding: then transformers does not
+    tie the two, whatever the config says. Where both are there, both are read."""
+    entries = {decoder_name(entry.key): entry for entry in tensor_entries(folder)}
+    head, embedding = entries.get("lm_head.weight"), entries.get("embed_tokens.weight")
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape:
+        return True
+    with safe_open(head.path, framework="pt") as a, safe_open(embedding.path, framework="pt") as b:
+        slices = a.get_slice(head.key), b.get_slice(embedding.key)
+        for first in range(0, head.shape[0], HEAD_ROWS):  # in parts, so that a difference is mostly found in the first
+            rows, others = (part[first : first + HEAD_ROWS].to(dtype) for part in slices)
+            if not torch.equal(rows, others):
+                return True
+    return False
+
+
 def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:
     """Raises UserError for weights that the whole device could not hold; a few wrong digits may ask for terabytes."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -121,9 +139,11 @@ def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]
     locations, faults = {}, []
     for entry in tensor_entries(folder):
         name = decoder_name(entry.key)
-        # A tied model's head may be published although it is the embedding.
+        # A tied model's head may be published although it is the embedding (`has_own_head` has compared them).
         if name is None or (name == "lm_head.weight" and model.lm_head is None):
             continue
+        if name in locations:
+            faults.append(f"{entry.key} and {locations[name][1]} are two tensors for one place")
         locations[name] = entry.path, entry.key
         faults += _faults(entry, shapes.get(name))
     faults += [f"missing tensor {name}" for name in shapes if name not in locations]
@@ -134,7 +154,7 @@ def matching_tensors(model: Qwen3_5, folder: Path) -> dict[str, tuple[Path, str]
     return locations
 
 
-def _faults(entry: "TensorEntry", shape: tuple[int, ...] | None) -> list[str]:
+def _faults(entry: TensorEntry, shape: tuple[int, ...] | None) -> list[str]:
     """What is wrong with a tensor of the checkpoint. shape: the decoder's; None where it has no such tensor."""
     if shape is None:
         return [f"unknown tensor {entry.key}"]
@@ -158,7 +178,10 @@ def build(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -
 
 
 def fill(model: Qwen3_5, locations: dict[str, tuple[Path, str]]) -> None:
-    """Copies the `matching_tensors` of a folder into the decoder, one tensor at a time."""
+    """Copies the `matching_tensors` of a folder into the decoder, one tensor at a time.
+
+    Raises UserError naming the first tensor that holds NaN or infinity.
+    """
     places = destinations(model)
     # File by file, as the disk reads best.
     for name, (path, key) in sorted(locations.items(), key=lambda item: item[1][0]):
@@ -168,6 +191,9 @@ def fill(model: Qwen3_5, locations: dict[str, tuple[Path, str]]) -> None:
         # Opened anew for each tensor: the pages of a mapped file stay resident while it is open.
         with safe_open(path, framework="pt") as file:
             view.copy_(file.get_slice(key)[first : first + len(view)])
+        # Checked where it lies now: on a GPU that costs nothing beside the reading of the file.
+        if not all_finite(view):
+            raise UserError(f"{path}: {key} {NOT_FINITE}")
 
 
 @torch.no_grad()
@@ -234,66 +260,3 @@ def _destination(path: str, parameter: nn.Parameter) -> dict[str, Destination]:
         view, shape = view.unsqueeze(1), (shape[0], 1, shape[1])  # (C, 1, M): a depthwise convolution's layout
     bare = path.endswith(("A_log", "dt_bias"))  # parameters of the mixer itself, not a module's `weight`
     return {path if bare else f"{path}.weight": Destination(view, first, shape)}
-
-
-class TensorEntry(NamedTuple):
-    """One tensor of a checkpoint, as its file's header describes it."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' names: BF16, F32, ...
-
-    @property
-    def nbytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
-
-
-def tensor_entries(folder: Path) -> Iterator[TensorEntry]:
-    """Every tensor that the index, or the single file, lists."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: expected an object 'weight_map' of tensor names and shard files")
-        shards: dict[str, set[str]] = {}
-        for key, shard in weight_map.items():
-            # An index is somebody else's text: `../x` or `/x` in it would read outside the model's folder.
-            if not is_plain_name(shard):
-                raise UserError(f"{index}: shard {shard!r} of {key} is not a plain file name in this folder")
-            shards.setdefault(shard, set()).add(key)
-    else:
-        shards = {"model.safetensors": set()}
-    for shard, keys in sorted(shards.items()):
-        path = folder / shard
-        if not path.exists():
-            raise UserError(f"{path}: missing" + (f" (named in {index.name})" if index.exists() else ""))
-        try:
-            with safe_open(path, framework="pt") as file:
-                present = set(file.keys())
-                # Found here, and not minutes later, when the tensor is to be filled.
-                if keys - present:
-                    raise UserError(f"{path}: lacks {sorted(keys - present)[0]}, which {index.name} puts there")
-                for key in sorted(keys or present):
-                    part = file.get_slice(key)
-                    yield TensorEntry(path, key, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or truncated safetensors ({error}); download it again") from None
-
-
-def is_plain_name(name: object) -> bool:
-    """False for a name with a folder in it, which could leave the model's directory, and for what no file can have."""
-    if not isinstance(name, str) or re.search(r"[\\\0\ud800-\udfff]", name):
-        return False
-    return name != "" and Path(name).name == name
-
-
-def decoder_name(key: str) -> str | None:
-    """A published name without its prefix, or None for what is not part of the decoder."""
-    if key.startswith(SKIPPED):
-        return None
-    for prefix in PREFIXES:
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key

@@ -6,6 +6,7 @@ The folder is written under a temporary name, read back and checked, and only th
 nothing that looks finished.
 """
 
+import glob
 import json
 import os
 import re
@@ -17,32 +18,43 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psysafe.checkpoint.adapter import check_matrices, read_adapter
-from psysafe.checkpoint.base import TensorEntry, decoder_name, resolve_model, tensor_entries
-from psysafe.files import expand, sync, temporary_for
+from psysafe.checkpoint.adapter import base_of_adapter, check_matrices, read_adapter
+from psysafe.checkpoint.base import resolve_model
+from psysafe.checkpoint.tensor_files import (
+    INDEX,
+    NOT_FINITE,
+    READABLE,
+    TensorEntry,
+    all_finite,
+    decoder_name,
+    tensor_entries,
+)
+from psysafe.files import TEMPORARY, expand, make_readable, new_folder, remove_leftovers, sync, temporary_for
 from psysafe.model.lora import lora_scale
 from psysafe.program import UserError
 
-INDEX = "model.safetensors.index.json"
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = "", revision: str = "") -> Path:
-    """Writes the merged checkpoint to `out`, which must not exist yet, and returns it.
+    """Writes the merged checkpoint to `out`, a new or empty folder, and returns it.
 
-    shard_size: "5GB" cuts new shards of at most that size; "" keeps the base's. Peak memory is one shard.
-    Raises UserError when the adapter does not fit the base, or `out` is taken.
+    model: "" takes the base that the adapter names. shard_size: "5GB" cuts new shards of at most that size; "" keeps
+    the base's. Peak memory is one shard. Raises UserError when the adapter does not fit the base, or `out` is taken.
     """
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out}: exists already; give --out a new folder")
+    out = new_folder(out)
+    limit = _bytes(shard_size) if shard_size else 0
+    if not model:
+        model, named = base_of_adapter(adapter)
+        revision = revision or named
+    if str(model).startswith("random:"):
+        raise UserError(f"{model}: random weights lie in no file that could be merged into; give --model a folder")
     base, _ = resolve_model(model, revision)
     entries = list(tensor_entries(base))
     updates = _Updates(expand(str(adapter)), entries, base)
-    limit = _bytes(shard_size) if shard_size else 0
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out.parent, glob.escape(out.name))
     # Everything is written beside `out` and renamed at the end: a folder of that name is always a whole checkpoint.
     temporary = temporary_for(out)
     try:
@@ -65,7 +77,12 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
 
 def _write_file(path: Path, members: list[TensorEntry], updates: "_Updates") -> None:
     """In a function of its own, so that its tensors are freed before the next file's are read."""
-    save_file({entry.key: updates.apply(entry) for entry in members}, path, metadata={"format": "pt"})
+    tensors = {entry.key: updates.apply(entry) for entry in members}
+    for entry in members:
+        if tensors[entry.key].is_floating_point() and not all_finite(tensors[entry.key]):
+            raise UserError(f"{entry.path}: {entry.key} {NOT_FINITE}")
+    save_file(tensors, path, metadata={"format": "pt"})
+    make_readable(path)
     sync(path)
 
 
@@ -95,6 +112,8 @@ class _Updates:
                 faults.append(f"{name} has only one of lora_A and lora_B")
             elif entry is None:
                 faults.append(f"the base has no {name}.weight")
+            elif entry.dtype not in READABLE:  # 8 bits alone are no number: their scales are another tensor
+                faults.append(f"{entry.key} is {entry.dtype}; merge into the base before it was quantised")
             elif (B.shape[0], A.shape[1]) != entry.shape or A.shape[0] != B.shape[1]:
                 faults.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
             else:
@@ -131,14 +150,23 @@ def _plan(entries: list[TensorEntry], limit: int) -> dict[str, list[TensorEntry]
         size += entry.nbytes
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    return {f"model.safetensors-{i:05}-of-{len(groups):05}.safetensors": g for i, g in enumerate(groups, 1)}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _copy_auxiliary(base: Path, to: Path) -> None:
+    """Every file of the base and of its folders but weights and what is hidden (.git, .cache)."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHTS):
-            shutil.copyfile(path, to / path.name)
+        # An unfinished folder may be this one: --out may lie in the base.
+        if path.name.startswith(".") or path.name.endswith(WEIGHTS) or TEMPORARY in path.name:
+            continue
+        if path.is_file():
+            shutil.copyfile(path, to / path.name)  # a copy also of what is a link, as in the hub's cache
             sync(to / path.name)
+        elif path.is_dir() and not path.is_symlink():
+            (to / path.name).mkdir()
+            _copy_auxiliary(path, to / path.name)
+            if not any((to / path.name).iterdir()):  # it held weights only
+                (to / path.name).rmdir()
 
 
 def _verify(folder: Path, entries: list[TensorEntry], updates: _Updates) -> None:
@@ -159,7 +187,9 @@ def _verify(folder: Path, entries: list[TensorEntry], updates: _Updates) -> None
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"--shard-size {text}: expected a size like 5GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    # A unit has to be there: 5 alone would be 5 bytes.
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT])(I?)B?", text.strip().upper())
+    size = float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size {text:.60}: expected a size with its unit, like 5GB or 500MiB")
+    return int(size)

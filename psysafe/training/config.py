@@ -77,8 +77,8 @@ class TrainConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Projections that carry an adapter, by name, or all-linear for every one of a block."""
-    adapter_layout: Literal["auto", "text", "multimodal"] = "auto"
-    """Names of the saved adapter's tensors: those of the base's architecture (auto), or one of the two by force."""
+    adapter_layout: Literal["both", "text", "multimodal"] = "both"
+    """Names of the saved adapter's tensors: those of both classes that load a multimodal base, or of one by force."""
     adapter_init: str = ""
     """Folder of an adapter to start from instead of a fresh one."""
 

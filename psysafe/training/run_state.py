@@ -43,7 +43,7 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # are compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
     "data", "val_data", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard", "timeout",
-    "memory_limit", "embedding", "report", "project", "plot", "dry_run",
+    "memory_limit", "embedding", "report", "project", "plot", "dry_run", "adapter_layout",
 }  # fmt: skip
 
 
