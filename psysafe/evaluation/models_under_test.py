@@ -15,7 +15,7 @@ from psysafe.cli import progress
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.evaluation.criteria import without_reasoning
+from psysafe.evaluation.replies import without_reasoning
 from psysafe.files import expand
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Answer, Generator
