@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psysafe.evaluation import criteria, published_results, word_list_judge
+from psysafe.evaluation import criteria, published_results, unfinished, word_list_judge
 from psysafe.evaluation.benchmarks import agreement
 from psysafe.evaluation.benchmarks.four_criteria import align
 from psysafe.evaluation.criteria import Scores, Summary, overall, parse, relative_change, summarise
@@ -173,16 +173,19 @@ def test_means_are_over_what_was_parsed_with_population_deviation():
 
 
 def test_variants_are_aligned_by_prompt_and_unfinished_thinking_leaves_all():
-    """455 of 500 in the paper. Unfinished in any base variant: left out of every one. In a tuned one: compared."""
+    """455 of 500 in the paper, by its rule: unfinished in a base variant. By ours the tuned one's leave, too."""
     prompts = [f"prompt {i}" for i in range(500)]
     base, base_v1, tuned = (dict.fromkeys(random.Random(i).sample(prompts, 500), i) for i in range(3))
-    unfinished = {"base": prompts[:30], "base v1": prompts[20:45], "tuned": prompts[100:110]}
-    compared, counts = align({"base": base, "base v1": base_v1, "tuned": tuned}, unfinished, ["base", "base v1"])
+    never_ended = {"base": prompts[:30], "base v1": prompts[20:45], "tuned": prompts[100:110]}
+    published = unfinished.left_out(never_ended, ["base", "base v1"], unfinished.PUBLISHED)
+    assert published == set(prompts[:45])
+    compared, counts = align({"base": base, "base v1": base_v1, "tuned": tuned}, published)
     assert set(compared) == set(prompts[45:]) and len(compared) == 455
     assert compared == [p for p in base if p in set(compared)]
-    assert counts == {"prompts in all variants": 500, "only in some variants": 0,
-                      "unfinished thinking in a base variant": 45, "compared": 455}  # fmt: skip
-    compared, counts = align({"base": {"a": 1, "b": 1}, "tuned": {"b": 1, "B ": 1}}, {}, ["base"])
+    assert counts == {"prompts in all variants": 500, "only in some variants": 0}
+    paired = unfinished.left_out(never_ended, ["base", "base v1"], unfinished.PAIRED)
+    assert len(align({"base": base, "base v1": base_v1, "tuned": tuned}, paired)[0]) == 445
+    compared, counts = align({"base": {"a": 1, "b": 1}, "tuned": {"b": 1, "B ": 1}}, set())
     assert compared == ["b"] and counts["only in some variants"] == 2
 
 

@@ -23,6 +23,7 @@ from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.judge_models import EndpointJudge, ask_all
 from psysafe.evaluation.replies import Scale, verdict
 from psysafe.evaluation.result import Table, percent
+from psysafe.evaluation.unfinished import PUBLISHED
 from psysafe.program import UserError
 
 BASE = "base"
@@ -82,9 +83,9 @@ class SorryBench(Benchmark):
         notes += [f"left out, for want of a translator: {', '.join(left_out)}"] if left_out else []
         return Rows(parts, list(filter(None, questions.values())), {"files": ", ".join(names)}, notes)
 
-    def answer_text(self, answer: dict) -> str:
-        # An answer that never left its reasoning is judged as a whole, as in the benchmark.
-        return answer["answer"] or answer["response"]
+    def answer_text(self, answer: dict, rules: str) -> str:
+        # The benchmark's own code judges the whole text of an answer that has nothing but reasoning.
+        return answer["answer"] or (answer["response"] if rules == PUBLISHED else "")
 
     def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
         failed = {}
@@ -156,6 +157,7 @@ def translated(texts: Texts, part: str, args: argparse.Namespace) -> tuple[Texts
         (variant, i): [{"role": "user", "content": TRANSLATE + text}]
         for variant, column in texts.items()
         for i, text in enumerate(column)
+        if text is not None
     }
     replies, failed = ask_all(translator, conversations, Path(args.out) / f"translations_{part}.jsonl")
     english = {v: [replies.get((v, i)) for i in range(len(column))] for v, column in texts.items()}
