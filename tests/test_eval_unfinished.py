@@ -95,6 +95,7 @@ def sorry(tmp_path, monkeypatch, *words: str) -> tuple[list[str], list[list]]:
 
 def test_sorry_bench_judges_no_reasoning(answering, tmp_path, monkeypatch):
     answering({BASE: {2, 3}})
+    assert SorryBench().answer_text({"answer": "", "response": "so</think>"}, PAIRED) == ""  # it ended, in nothing
     shown, rows = sorry(tmp_path, monkeypatch, "--mutations", "base,question")
     assert set(shown) == {ANSWER}
     assert rows == [[BASE, 4, 0.0, 1, 0.0, pytest.approx(100 * 4 / 12)]]
