@@ -6,6 +6,7 @@ from dataclasses import field, fields
 
 from tqdm import tqdm
 
+from psysafe.printable import one_line, plain
 from psysafe.program import UserError
 
 
@@ -38,8 +39,8 @@ def read_settings(kind: type, args: argparse.Namespace) -> dict:
 
 
 def say(text: str) -> None:
-    """A line on stderr: what is going on, beside the results on stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr: what is going on, beside the results on stdout. Text of others cannot steer the terminal."""
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def progress(total: int, description: str, unit: str) -> tqdm:
@@ -49,4 +50,4 @@ def progress(total: int, description: str, unit: str) -> tqdm:
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     look = {"mininterval": interval, "dynamic_ncols": True, "file": sys.stderr, "disable": total == 0}
-    return tqdm(total=total, desc=description, unit=f" {unit}", **look)
+    return tqdm(total=total, desc=one_line(description), unit=f" {unit}", **look)

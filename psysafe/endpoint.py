@@ -10,12 +10,16 @@ nothing of judges: `call` may be any function.
 import concurrent.futures
 import contextlib
 import email.utils
+import http.client
+import json
+import math
 import os
 import queue
 import random
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +27,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.cli import progress
+from psysafe.files import parse_json
 from psysafe.journal import Journal
 from psysafe.program import UserError
+from psysafe.version import __version__
 
 NO_KEY = "none"  # what endpoints without a key are sent; they ignore it
-TRANSIENT = {429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504, *range(520, 530)}  # 520 to 529: what proxies say of the server behind
+STANDARD_PORTS = {"http": 80, "https": 443}
+REDIRECTS = {301, 302, 307, 308}
+MAX_REPLY = 4 << 20  # bytes of a reply that are read; the longest answers have a tenth of that
+MAX_SHOWN = 300  # characters of a server's text in a reason
+SHORTEST_KEY = 8  # characters; a placeholder such as "none" or "EMPTY" is also a word of replies
+OURS = ("messages", "model", "stream", "n")  # of a request: what the caller's options may not set
 
 
 class ItemFailed(Exception):
@@ -62,8 +74,6 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, key: str = "", patience: Patience | None = None, **options):
         """key: sent as a bearer token; "" for none. options: of every completion (temperature, max_tokens, ...)."""
-        from huggingface_hub import InferenceClient, constants
-
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{url!r} is no endpoint; expected something like http://localhost:8000/v1")
@@ -71,13 +81,16 @@ class Endpoint:
             # The URL is written into results; a key in it would be, too.
             raise UserError(f"the endpoint at {parts.hostname}: no user, password or query in the URL; "
                              "give the key in an environment variable")  # fmt: skip
-        if constants.HF_HUB_OFFLINE:
-            raise UserError("HF_HUB_OFFLINE is set: it blocks endpoints, local ones too; unset it")
+        if taken := [name for name in OURS if name in options]:
+            raise UserError(f"{taken[0]} is no option of a request; messages, model, stream and n are set here")
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE and f".{parts.hostname}".endswith(".huggingface.co"):
+            raise UserError(f"HF_HUB_OFFLINE is set, and {parts.hostname} is the hub's; unset it, or give another URL")
         self.url, self.model, self.options = url, model, options
         self.patience = patience or Patience()
         self._key = key
-        # Given None or "", the client would send this machine's HF_TOKEN to whoever runs the endpoint.
-        self._client = InferenceClient(base_url=url, api_key=key or NO_KEY, timeout=self.patience.attempt_s)
+        self._address = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
 
     def chat(self, messages: Sequence[dict]) -> Reply:
         """The model's reply, or ItemFailed. Overload, server errors, time-outs, dropped connections and unreadable
@@ -86,7 +99,9 @@ class Endpoint:
         while True:
             left = end - time.monotonic()
             try:
-                return _reply(within(min(left, self.patience.attempt_s), lambda: self._complete(messages)))
+                return within(min(left, self.patience.attempt_s), lambda: self._complete(messages))
+            except ItemFailed as failed:
+                raise ItemFailed(self._shown(failed)) from None
             except _Refused as refused:
                 reason, asked = self._shown(refused), refused.retry_after
                 if refused.status == 401:
@@ -101,23 +116,51 @@ class Endpoint:
                 raise ItemFailed(f"{reason}, and {self.patience.deadline_s:g} s for this item are used up")
             time.sleep(wait)
 
-    def _complete(self, messages: Sequence[dict]):
-        from huggingface_hub.errors import HfHubHTTPError
-
+    def _complete(self, messages: Sequence[dict]) -> Reply:
+        """One request. Raises _Refused, or ItemFailed for a reply that is whole and holds no answer."""
+        request = {"messages": list(messages), "model": self.model, **self.options}
+        content = self._post(self._address, json.dumps(request).encode())
         try:
-            return self._client.chat_completion(list(messages), model=self.model, **self.options)
-        except HfHubHTTPError as error:
-            status, body = error.response.status_code, _body(error.response)
-            asked = _retry_after(error.response.headers.get("retry-after"))
-            raise _Refused(f"HTTP {status}: {body}".rstrip(": "), status in TRANSIENT, asked, status) from None
-        except Exception as error:  # the connection, or a body that the client cannot take apart
-            cause = error.__cause__ or error
-            raise _Refused(f"{type(cause).__name__}: {cause}".rstrip(": ")) from None
+            completion = parse_json(content)
+        except ValueError as error:
+            raise _Refused(f"no JSON in the reply ({error})") from None
+        text, reasoning = _answer(completion)
+        return Reply(self._masked(text), self._masked(reasoning))
+
+    def _post(self, address: str, body: bytes, redirects_left: int = 3) -> bytes:
+        """The body of the reply to one POST; _Refused for any other than a success."""
+        headers = {"authorization": f"Bearer {self._key or NO_KEY}", "content-type": "application/json",
+                   "user-agent": f"psysafe/{__version__}"}  # fmt: skip
+        try:
+            connection, target = _connect(address, self.patience.attempt_s)
+            with contextlib.closing(connection):
+                connection.request("POST", target, body, headers)
+                response = connection.getresponse()
+                content = _read(response)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, or no HTTP on it
+            raise _Refused(f"{type(error).__name__}: {error}".rstrip(": ")) from None
+        status, location = response.status, response.getheader("location")
+        if 200 <= status < 300:
+            return content
+        if status in REDIRECTS and location:
+            # To another host would go prompts and answers, and the key.
+            if redirects_left and (target := _on_same_host(address, location)):
+                return self._post(target, body, redirects_left - 1)
+            raise _Refused(f"HTTP {status}: redirects to {location}; give that URL if it is meant", transient=False)
+        asked = _retry_after(response.getheader("retry-after"))
+        reason = f"HTTP {status}: {content.decode(errors='replace')}".rstrip(": ")
+        raise _Refused(reason, status in TRANSIENT, asked, status)
+
+    def _masked(self, text: str) -> str:
+        """The text without the key, in any spelling in which a server may quote it back."""
+        if len(self._key) >= SHORTEST_KEY:
+            for spelling in (self._key, json.dumps(self._key)[1:-1], urllib.parse.quote(self._key, safe="")):
+                text = text.replace(spelling, "***")
+        return text
 
     def _shown(self, error: Exception) -> str:
-        """The reason on one line, without the key: a server may quote it back."""
-        text = " ".join(str(error).split())
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        """The reason on one line. The key is masked before the text is cut: half of one would not be found."""
+        return " ".join(self._masked(str(error)).split())[:MAX_SHOWN]
 
 
 class _Refused(Exception):
@@ -126,36 +169,75 @@ class _Refused(Exception):
         self.transient, self.retry_after, self.status = transient, retry_after, status
 
 
-def _reply(completion) -> Reply:
-    choices = getattr(completion, "choices", None)
+def _connect(address: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
+    """(a connection for one request, what to ask for on it), through the environment's proxy where there is one."""
+    parts = urllib.parse.urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname):
+        return kind(parts.hostname, parts.port, timeout=timeout_s), path
+    proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    connection = kind(proxy.hostname, proxy.port or 80, timeout=timeout_s)
+    if parts.scheme == "https":
+        connection.set_tunnel(parts.hostname, parts.port or 443)
+        return connection, path
+    return connection, address
+
+
+def _on_same_host(address: str, location: str) -> str | None:
+    """Where a redirect leads, if that is the same host and port, or from http to https there; else None."""
+    try:
+        target = urllib.parse.urljoin(address, location)
+        old, new = urllib.parse.urlsplit(address), urllib.parse.urlsplit(target)
+        ports = old.port or STANDARD_PORTS[old.scheme], new.port or STANDARD_PORTS[new.scheme]
+    except (ValueError, KeyError):  # no URL, or one of another kind
+        return None
+    same = old.scheme == new.scheme and ports[0] == ports[1]
+    to_https = (old.scheme, new.scheme, *ports) == ("http", "https", 80, 443)
+    return target if old.hostname == new.hostname and (same or to_https) else None
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The whole body. One that is larger than any answer is not read to its end, which may not exist."""
+    content = response.read(MAX_REPLY + 1)
+    if len(content) > MAX_REPLY:
+        raise _Refused(f"HTTP {response.status}: a reply of more than {MAX_REPLY >> 20} MB", transient=False)
+    return content
+
+
+def _answer(completion: object) -> tuple[str, str]:
+    """(text, reasoning) of a completion, which may be any JSON. ItemFailed for one without a usable text."""
+    if not isinstance(completion, dict):
+        raise _Refused(f"the reply is no completion but a {type(completion).__name__}")
+    choices = completion.get("choices")
     if not choices:
         raise ItemFailed("the reply has no choices")
-    message = choices[0].message
-    text = getattr(message, "content", None)
-    if choices[0].finish_reason == "length":
+    choice = choices[0] if isinstance(choices, list) else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        raise _Refused(f"the reply's choices are no list of messages but a {type(choices).__name__}")
+    text = message.get("content")
+    if choice.get("finish_reason") == "length":
         raise ItemFailed("the reply was cut at the token limit (finish_reason length)")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str | None):
+        raise _Refused(f"the reply's content is no text but a {type(text).__name__}")
+    if not text or not text.strip():
         raise ItemFailed("the reply has no content")
-    reasoning = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
-    return Reply(text, reasoning if isinstance(reasoning, str) else "")
-
-
-def _body(response) -> str:
-    try:
-        return response.text[:200]
-    except Exception as error:  # a body that was never read, or cannot be
-        return f"(no readable body: {type(error).__name__})"
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    return text, reasoning if isinstance(reasoning, str) else ""
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Retry-After in seconds; it may be a number or a date."""
+    """Retry-After in seconds; it may be a number or a date. None for one that says nothing, such as NaN."""
     if value is None:
         return None
+    seconds = math.nan
+    with contextlib.suppress(ValueError, TypeError, OverflowError, OSError):
+        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     with contextlib.suppress(ValueError):
-        return max(float(value), 0)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0)
-    return None
+        seconds = float(value)
+    return None if math.isnan(seconds) else max(seconds, 0)
 
 
 def within(seconds: float, function: Callable[[], object]):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 
+from psysafe.printable import one_line
+
 MAX_ERROR = 1500  # characters of an error line: a name in it can be of any length
 
 
@@ -108,7 +110,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
 def _report(text: str) -> int:
     """Prints a user's mistake as one line and returns its exit code."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    line = " ".join(text.split())
+    line = one_line(text)
     line = line if len(line) <= MAX_ERROR else f"{line[: MAX_ERROR - 300]} ... {line[-300:]}"
     print(f"error{rank}: {line}", file=sys.stderr, flush=True)
     return 2

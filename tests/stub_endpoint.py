@@ -1,5 +1,6 @@
 """A local chat-completion server that misbehaves on purpose: each prompt names what it does to whoever sends it."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ class StubEndpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[tuple[dict, dict, float]] = []
         self.tries: Counter = Counter()
+        self.sent = 0
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -99,6 +101,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_nochoices(self, step):
         self.send(200, '{"choices": null}')
+
+    def do_raw(self, step):
+        """raw:JSON: a reply of the caller's own making (no spaces)."""
+        self.send(200, step.partition(":")[2])
+
+    def do_status(self, step):
+        """status:CODE or status:CODE:RETRY-AFTER, in which _ stands for a space."""
+        _, code, *after = step.split(":", 2)
+        self.send(int(code), '{"error": "trouble"}', **{"Retry_After": after[0].replace("_", " ")} if after else {})
+
+    def do_redirect(self, step):
+        """redirect:CODE:LOCATION"""
+        _, code, location = step.split(":", 2)
+        self.send(int(code), "", Location=location)
+
+    def do_echo(self, step):
+        """What the request brought as its key, in the reply of a success."""
+        self.answer(f"Score: 1, by {self.headers['authorization']}", reasoning=self.headers["authorization"])
+
+    def do_endless(self, step):
+        """A success that never ends; `sent` counts its bytes."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            while self.server.sent < 64 << 20:
+                self.server.sent += self.wfile.write(b" " * (1 << 16))
 
     def do_null(self, step):
         self.answer(None)

@@ -56,7 +56,8 @@ def politeness(monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "Question 2?"}) + "\n")
     words = ["politeness", "--data", str(tmp_path / "rows.jsonl"), "--train", str(tmp_path / "train.jsonl")]
-    return [*words, "--model", MODEL, "--device", "cpu", "--max-new-tokens", "3", "--system", "none,v0"]
+    return [*words, "--model", MODEL, "--device", "cpu", "--max-new-tokens", "3", "--no-thinking",
+            "--system", "none,v0"]  # fmt: skip
 
 
 def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkeypatch):
@@ -75,7 +76,7 @@ def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkey
         assert run(*words) == 1
         result = json.loads((out / "result.json").read_text())
         assert (result["kind"], result["title"]) == ("politeness", "Politeness, judged by stub")
-        assert result["tables"][0]["rows"] == [["base, none", 2, 50.0], ["base, v0", 2, 50.0]]
+        assert result["tables"][0]["rows"] == [["base, none", 2, 50.0, 0.0], ["base, v0", 2, 50.0, 0.0]]
         assert list(result["failed"]) == ["base, none: prompt 3", "base, v0: prompt 3"]
         assert result["notes"] == ["Politeness is in the eye of the judge."]
         assert result["contamination"] == {"prompts": 3, "exact": 0, "normalised": 1}
@@ -84,7 +85,7 @@ def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkey
         failing.clear()
         assert run(*words) == 0
     assert set(asked) == {"question 3"}
-    assert json.loads((out / "result.json").read_text())["tables"][0]["rows"][0] == ["base, none", 3, 100 / 3]
+    assert json.loads((out / "result.json").read_text())["tables"][0]["rows"][0] == ["base, none", 3, 100 / 3, 0.0]
     assert (out / "answers.jsonl").read_bytes().count(b"\n") == 6
     assert run("report", str(out), "--out", str(tmp_path / "report")) == 0
     assert "Polite answers" in (tmp_path / "report" / "report.md").read_text()

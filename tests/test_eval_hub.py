@@ -89,7 +89,7 @@ def test_sorry_bench_takes_all_files_from_one_commit(hub, tmp_path, monkeypatch)
         hub.holds["sorry-bench/sorry-bench-202503", file] = FIXTURES / "sorry" / file
     reply_by(monkeypatch, lambda asked: "0")
     with StubEndpoint() as stub:
-        words = ["--model", MODEL, "--device", "cpu", "--max-new-tokens", "2", "--judge-url", stub.url]
+        words = ["--model", MODEL, "--device", "cpu", "--max-new-tokens", "2", "--no-thinking", "--judge-url", stub.url]
         assert run("sorry-bench", *words, "--judge-model", "j", "--mutations", "question", "--out", str(tmp_path)) == 0
     assert [one[1::2] for one in hub.asked] == [("question.jsonl", None), ("question_question.jsonl", COMMIT)]
     result = json.loads((tmp_path / "result.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psysafe.evaluation import criteria, published_results, word_list_judge
+from psysafe.evaluation import criteria, published_results, unfinished, word_list_judge
 from psysafe.evaluation.benchmarks import agreement
 from psysafe.evaluation.benchmarks.four_criteria import align
 from psysafe.evaluation.criteria import Scores, Summary, overall, parse, relative_change, summarise
@@ -173,16 +173,19 @@ def test_means_are_over_what_was_parsed_with_population_deviation():
 
 
 def test_variants_are_aligned_by_prompt_and_unfinished_thinking_leaves_all():
-    """455 of 500 in the paper. Unfinished in any base variant: left out of every one. In a tuned one: compared."""
+    """455 of 500 in the paper, by its rule: unfinished in a base variant. By ours the tuned one's leave, too."""
     prompts = [f"prompt {i}" for i in range(500)]
     base, base_v1, tuned = (dict.fromkeys(random.Random(i).sample(prompts, 500), i) for i in range(3))
-    unfinished = {"base": prompts[:30], "base v1": prompts[20:45], "tuned": prompts[100:110]}
-    compared, counts = align({"base": base, "base v1": base_v1, "tuned": tuned}, unfinished, ["base", "base v1"])
+    never_ended = {"base": prompts[:30], "base v1": prompts[20:45], "tuned": prompts[100:110]}
+    published = unfinished.left_out(never_ended, ["base", "base v1"], unfinished.PUBLISHED)
+    assert published == set(prompts[:45])
+    compared, counts = align({"base": base, "base v1": base_v1, "tuned": tuned}, published)
     assert set(compared) == set(prompts[45:]) and len(compared) == 455
     assert compared == [p for p in base if p in set(compared)]
-    assert counts == {"prompts in all variants": 500, "only in some variants": 0,
-                      "unfinished thinking in a base variant": 45, "compared": 455}  # fmt: skip
-    compared, counts = align({"base": {"a": 1, "b": 1}, "tuned": {"b": 1, "B ": 1}}, {}, ["base"])
+    assert counts == {"prompts in all variants": 500, "only in some variants": 0}
+    paired = unfinished.left_out(never_ended, ["base", "base v1"], unfinished.PAIRED)
+    assert len(align({"base": base, "base v1": base_v1, "tuned": tuned}, paired)[0]) == 445
+    compared, counts = align({"base": {"a": 1, "b": 1}, "tuned": {"b": 1, "B ": 1}}, set())
     assert compared == ["b"] and counts["only in some variants"] == 2
 
 
@@ -237,7 +240,55 @@ def test_people_are_matched_by_prompt_and_variant(tmp_path):
     assert pairs == {"refusal": [(1, 1)], "grounding": [(3, 3)], "references": [], "relevance": []}
     with pytest.raises(ValueError, match=r"labels\.csv row 1: refusal is 'maybe'"):
         agreement.pair([people[0] | {"refusal": "maybe"}], judged, "labels.csv")
-    refused("no column variant", agreement.pair, [{"prompt": "a"}], judged, "labels.csv")
+    refused("row 1: no variant", agreement.pair, [{"prompt": "a", "refusal": "Yes"}], judged, "labels.csv")
+
+
+def judged_items(*variants: str) -> list[dict]:
+    return [{"variant": v, "prompt": p, "refusal": True, "grounding": 4, "references": False, "relevance": 2}
+            for v in variants for p in "abcde"]  # fmt: skip
+
+
+def labels(*rows: str, names="variant,prompt,refusal,grounding,references,relevance") -> list[dict]:
+    return [dict(zip(names.split(","), row.split(","), strict=True)) for row in rows]
+
+
+def test_labels_of_an_answer_count_once(tmp_path):
+    """A file put together twice has twice the rows and no more labels; two people who differ need two files."""
+    people = labels(*(f"base,{p},Yes,4,No,3" for p in "abcde"))
+    once = agreement.pair(people, judged_items("base"), "l.csv")
+    twice = agreement.pair(people * 2, judged_items("base"), "l.csv")
+    assert once == twice and len(twice[0]["refusal"]) == 5
+    people.append(people[2] | {"refusal": "No"})
+    refused(r"l\.csv row 6: labels the answer of row 3 again", agreement.pair, people, judged_items("base"), "l.csv")
+
+
+def test_labels_of_a_variant_that_was_not_judged_count_for_no_other():
+    people = labels(*(f"{v},{p},Yes,4,No,3" for v in ("base", "tuned") for p in "abcde"))
+    pairs, unmatched = agreement.pair(people, judged_items("tuned"), "l.csv")
+    assert len(pairs["refusal"]) == 5 and unmatched == 5
+    refused("variants as in tuned", agreement.pair, people[:5], judged_items("tuned"), "l.csv")
+    without = labels(*(f",{p},Yes,4,No,3" for p in "abcde"))
+    assert len(agreement.pair(without, judged_items("tuned"), "l.csv")[0]["refusal"]) == 5
+
+
+def test_labels_as_pandas_writes_them():
+    people = labels("base,a,True,4.0,0.0,2.0", "base,b,False,nan,,<NA>", "base,c,1.0,5.0,FALSE,1")
+    pairs, _ = agreement.pair(people, judged_items("base"), "l.csv")
+    assert pairs == {"refusal": [(1, 1), (0, 1), (1, 1)], "grounding": [(4, 4), (5, 4)],
+                     "references": [(0, 0), (0, 0)], "relevance": [(2, 2), (1, 2)]}  # fmt: skip
+    values = [{"variant": "base", "prompt": "a", "refusal": True, "grounding": 4.0, "references": None}]
+    assert agreement.pair(values, judged_items("base"), "l.jsonl")[0]["grounding"] == [(4, 4)]
+    for name, wrong in (("grounding", "True"), ("grounding", "4.5"), ("refusal", "2"), ("relevance", "0.0")):
+        row = labels("base,a,,,,")[0] | {name: wrong}
+        refused(f"{name} is '{wrong}'", agreement.pair, [row], judged_items("base"), "l.csv")
+
+
+def test_an_empty_line_of_a_spreadsheet_is_none_of_the_labels():
+    people = labels("base,a,Yes,,,", ",,,,,", "tuned,b,Yes,,,")
+    pairs, unmatched = agreement.pair(people, judged_items("base", "tuned"), "l.csv")
+    assert len(pairs["refusal"]) == 2 and unmatched == 0
+    broken = labels("base,a,Yes,,,", ",,,,,", "tuned,b,maybe,,,")
+    refused(r"l\.csv row 3: refusal is 'maybe'", agreement.pair, broken, judged_items("base", "tuned"), "l.csv")
 
 
 # The word lists

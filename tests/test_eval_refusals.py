@@ -68,8 +68,8 @@ def test_xstest_by_string_match(answering, tmp_path):
     whole, per_type = XSTest().run(args).tables
     # Official: one of five safe ones refused, two of four unsafe ones. Normalised: two, and three.
     assert whole.rows == [
-        ["base, none", "official string match", 5, 20.0, 4, 50.0, 0],
-        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 0],
+        ["base, none", "official string match", 5, 20.0, 4, 50.0, 0, 0.0],
+        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 0, 0.0],
     ]
     assert per_type.rows[0] == ["contrast_definitions", "base, none", 1, 1, 0, 0, 0]
     assert sum(row[2] for row in per_type.rows) == 9
@@ -95,7 +95,7 @@ def test_xstest_by_a_judge(answering, tmp_path, monkeypatch):
         words = ["--data", str(FIXTURES / "xstest.csv"), "--judge-url", stub.url, "--judge-model", "j"]
         result = XSTest().run(arguments(XSTest(), *words, "--out", str(tmp_path)))
     # Safe: 2 of 4 judged are refused, 1 unknown among them. Unsafe: 2 of 4, 1 unknown.
-    assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 2]
+    assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 2, 0.0]
     assert list(result.failed) == ["base, none: prompt v2-5"]
 
 
@@ -160,7 +160,7 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
         result = SorryBench().run(args)
     whole, per_file, per_category = result.tables
     # Of six, the sixth has no readable score: 3 of 5, and 1 of 5 in both mutations.
-    assert whole.rows == [["base, none", 5, 60.0, 2, 20.0], ["base, v0", 5, 0.0, 2, 0.0]]
+    assert whole.rows == [["base, none", 5, 60.0, 2, 20.0, 0.0], ["base, v0", 5, 0.0, 2, 0.0, 0.0]]
     assert whole.note == "unweighted average over: question, caesar"
     assert [row[:2] + row[3:] for row in per_file.rows if row[1] == "base, none"] == [
         ["base", "base, none", 60.0], ["question", "base, none", 20.0], ["caesar", "base, none", 20.0]]  # fmt: skip
@@ -194,32 +194,9 @@ def test_a_row_without_a_question_is_left_out_by_name(answering, tmp_path, monke
     with StubEndpoint() as stub:
         words = ["--data", str(data), "--mutations", "base,question", "--judge-url", stub.url, "--judge-model", "j"]
         result = SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
-    assert result.tables[0].rows == [["base, none", 6, 100.0, 1, 100.0]]
+    assert result.tables[0].rows == [["base, none", 6, 100.0, 1, 100.0, 0.0]]
     assert result.tables[1].rows[1] == ["question", "base, none", 5, 100.0]
     assert "left out, for the files hold no text there: question 3" in result.notes
-
-
-def test_reasoning_is_not_judged_unless_there_is_nothing_else(tmp_path, monkeypatch):
-    """`<think>` is cut off; an answer that never left it is judged as a whole, as in the benchmark."""
-    whole = {1: ("A plan I must not give.\n</think>\n\nNo.", "No."), 2: ("A plan, then", "")}
-    seen = []
-
-    def answers(self, variants, questions, out):
-        texts = {q.number: whole[1 + (q.number > 1)] for q in questions}
-        return {v: {n: {"response": r, "answer": a} for n, (r, a) in texts.items()} for v in variants}
-
-    monkeypatch.setattr(ModelUnderTest, "answers", answers)
-    monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {})
-
-    def judge(asked):
-        seen.append(asked.split("[Response]\n")[1].split("\n\n[Score]")[0])
-        return "0"
-
-    reply_by(monkeypatch, judge)
-    with StubEndpoint() as stub:
-        words = ["--data", str(FIXTURES / "sorry"), "--limit", "2", "--judge-url", stub.url, "--judge-model", "j"]
-        SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path)))
-    assert sorted(seen) == ["A plan, then", "No."]
 
 
 # Encodings

@@ -157,7 +157,7 @@ def test_answers_from_files_side_by_side(tmp_path, capsys):
     unfinished_is_benign = base[0]["risk cluster"] == "benign"
     assert base_row[:3] == ["base", 40 if unfinished_is_benign else 39, 100.0] and base_row[4] == 0.0
     assert tuned_row[2:5] == [100.0, [5.0, 0.0], 100.0]
-    assert "unfinished thinking in a base variant: 1" in result["notes"][0]
+    assert "unfinished thinking in any variant: 1" in result["notes"][0]
 
 
 def test_the_miniature_table_counts_what_it_says():
@@ -368,7 +368,7 @@ def test_a_local_judge_fails_by_name_and_is_asked_again(tmp_path, monkeypatch, c
     words = ["--answers", str(tmp_path / "a.jsonl"), "--judge-local", MODEL, "--judge-tokens", "50"]
     assert run("judge", *words, "--out", str(tmp_path / "out")) == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["tables"][0]["rows"] == [["a", 2, 100.0, [4.0, 0.0], 0.0, [2.0, 0.0], 50.0]]
+    assert result["tables"][0]["rows"] == [["a", 2, 100.0, [4.0, 0.0], 0.0, [2.0, 0.0], 50.0, 0.0]]
     assert result["tables"][1]["rows"] == [["a", 1, 1, 1, 1, 1]]  # of 2 answers, each figure is over 1
     why = ["the reply has no content", "the reply was cut at 9 tokens (--judge-tokens)"]
     assert sorted(result["failed"].values()) == why
@@ -424,11 +424,14 @@ def test_what_a_result_depends_on_is_made_anew(judge_stub, tmp_path, capsys):
 
 
 def test_answers_of_other_programs_are_read_as_they_are(tmp_path):
-    """`response` holds the reasoning; what stands behind it is the answer. It may be unfinished."""
-    responses = ["<think>\nlong\n</think>\n\nHello.", "<think>\nand then", "Plain.", "thought\n</think>\nBye."]
+    """`response` holds the reasoning; what stands behind it is the answer. It may be unfinished: where others of the
+    file have `</think>`, the opening tag may have stood in the prompt."""
+    responses = ["<think>\nlong\n</think>\n\nHello.", "<think>\nand then", "I could", "thought\n</think>\nBye."]
     file = tmp_path / "theirs.jsonl"
     file.write_text("".join(json.dumps({"prompt": str(i), "response": r}) + "\n" for i, r in enumerate(responses)))
     (name, answered), *more = models_under_test.read_answers(str(file)).items()
     assert name == "theirs" and not more and not answered.is_base
-    assert [answered.rows[str(i)]["answer"] for i in range(4)] == ["Hello.", "", "Plain.", "Bye."]
-    assert answered.unfinished_thinking == {"1"}
+    assert [answered.rows[str(i)]["answer"] for i in range(4)] == ["Hello.", "", "", "Bye."]
+    assert answered.unfinished_thinking == {"1", "2"}
+    file.write_text("".join(json.dumps({"prompt": str(i), "response": "Plain."}) + "\n" for i in range(2)))
+    assert not models_under_test.read_answers(str(file))["theirs"].unfinished_thinking

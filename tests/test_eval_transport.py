@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from psysafe.endpoint import Endpoint, ItemFailed, Patience, key_from, run_items
 from psysafe.journal import Journal, key_of
 from tests.mistakes import refused
-from tests.stub_endpoint import StubEndpoint
+from tests.stub_endpoint import Handler, StubEndpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = Patience(deadline_s=6, attempt_s=1, attempts=4, first_wait_s=0.02, longest_wait_s=0.1)
@@ -83,24 +84,104 @@ def test_the_key_goes_to_the_endpoint_alone(stub):
     assert KEY not in str(failed.value) and "***" in str(failed.value)
 
 
-@pytest.mark.parametrize("key", [None, ""])
-def test_the_client_would_send_hf_token_without_a_key_of_ours(stub, key):
-    """Why a placeholder is sent: if the client stops doing this, the precaution may go."""
-    from huggingface_hub import InferenceClient
-
-    client = InferenceClient(base_url=stub.url, api_key=key)
-    client.chat_completion([{"role": "user", "content": "ok:fine"}], model="stub")
-    assert "hf_must_not" in stub.seen[0][0].get("authorization", "")
-
-
 @pytest.mark.parametrize("url", ["localhost:80", "ftp://localhost", "http://" + "me:secret@localhost", "http://localhost?key=secret"])
 def test_a_url_that_cannot_be_meant(url):
     assert "secret" not in refused("endpoint", Endpoint, url, "stub")
 
 
-def test_offline_mode_is_named(monkeypatch):
+def test_offline_mode_is_the_hubs_and_leaves_other_endpoints_alone(stub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("HF_HUB_OFFLINE", Endpoint, "http://localhost:8000/v1", "stub")
+    assert chat(stub, "ok:fine").text == "fine"
+    refused("HF_HUB_OFFLINE", Endpoint, "https://router.huggingface.co/v1", "stub")
+
+
+@pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504, 520, 524, 529])
+def test_a_status_that_passes_is_tried_again(stub, code):
+    assert chat(stub, f"status:{code} ok:fine").text == "fine"
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 413, 422, 501])
+def test_a_status_that_stays_fails_at_once(stub, code):
+    with pytest.raises(ItemFailed, match=f"HTTP {code}"):
+        chat(stub, f"status:{code} ok:fine")
+    assert len(stub.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "after",
+    ["Fri,_31_Dec_99999_23:59:59_GMT", "Fri,_99_Foo_2026", "nan", "-inf", "-5", "soon", "",
+     "Mon,_01_Jan_0001_00:00:00_-0000"],
+)  # fmt: skip
+def test_a_retry_after_that_says_nothing_is_not_waited_for(stub, after):
+    assert chat(stub, f"status:503:{after} ok:fine").text == "fine"
+
+
+@pytest.mark.parametrize("after", ["inf", "1e999", "Fri,_31_Dec_9999_23:59:59_GMT", "99999999999999999999"])
+def test_a_retry_after_beyond_the_deadline_fails_the_item(stub, after):
+    with pytest.raises(ItemFailed, match="used up"):
+        chat(stub, f"status:503:{after} ok:fine")
+
+
+STRANGE = ["null", "1", "[]", '"text"', "{}", '{"choices":"text"}', '{"choices":{"0":1}}', '{"choices":[1]}',
+           '{"choices":[null]}', '{"choices":[{"message":"text"}]}', '{"choices":[{"message":{"content":7}}]}',
+           '{"choices":[{"message":{"content":[{"type":"text"}]}}]}', '{"choices":[[]]}', "[" * 5000,
+           '{"error":"overloaded"}', '{"choices":[{"message":{"content":"\\ud800"}}' + "}" * 3]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", STRANGE, ids=lambda reply: reply[:40])
+def test_a_reply_of_another_shape_fails_its_item_and_no_other(stub, tmp_path, reply):
+    items = {"strange": f"raw:{reply}", "good": "ok:fine"}
+    outcome = run_items(items, call_through(stub), tmp_path / "items.jsonl", workers=1)
+    assert outcome.rows == {"good": {"text": "fine"}} and list(outcome.failed) == ["strange"]
+
+
+def test_what_is_not_needed_of_a_reply_may_be_anything(stub):
+    reply = '{"usage":NaN,"model":[],"choices":[{"finish_reason":7,"message":{"content":"1","reasoning":3}}]}'
+    assert chat(stub, f"raw:{reply}") == ("1", "")
+
+
+def test_a_reply_without_end_is_not_read_to_its_end(stub):
+    with pytest.raises(ItemFailed, match="more than 4 MB"):
+        chat(stub, "endless", patience=Patience(deadline_s=30, attempt_s=20, attempts=2))
+    assert 4 << 20 < stub.sent < 32 << 20  # the rest is what the sockets buffer
+
+
+@pytest.mark.parametrize("code", [301, 302, 307, 308])
+def test_a_redirect_to_another_host_is_refused(stub, code):
+    with StubEndpoint() as other, pytest.raises(ItemFailed, match=f"redirects to {re.escape(other.url)}"):
+        chat(stub, f"redirect:{code}:{other.url}/chat/completions", KEY)
+    assert other.seen == [] and len(stub.seen) == 1
+
+
+def test_a_redirect_on_the_same_host_is_followed_with_the_same_request(stub):
+    assert chat(stub, f"redirect:308:/v1/chat/completions/ redirect:307:{stub.url}/other ok:fine", KEY).text == "fine"
+    assert [seen[1]["model"] for seen in stub.seen] == ["stub"] * 3
+    with pytest.raises(ItemFailed, match="redirects to"):
+        chat(stub, f"redirect:307:{stub.url}/for-ever")
+    for location in ("http://127.0.0.1:x/", "//[", "ftp://127.0.0.1/"):
+        with pytest.raises(ItemFailed, match="HTTP 307"):
+            chat(stub, f"redirect:307:{location}")
+
+
+@pytest.mark.parametrize("before", range(240, 310, 7))
+def test_a_key_across_the_cut_of_a_reason_is_masked(stub, monkeypatch, before):
+    def quotes(self):
+        self.request_body()
+        self.send(400, "x" * before + KEY + "y" * 100)
+
+    monkeypatch.setattr(Handler, "do_POST", quotes)
+    with pytest.raises(ItemFailed) as failed:
+        chat(stub, "anything", KEY)
+    assert not any(KEY[: n + 1] in str(failed.value) for n in range(3, len(KEY)))
+
+
+def test_a_key_in_a_good_reply_is_masked(stub):
+    reply = chat(stub, "echo", KEY)
+    assert reply == ("Score: 1, by Bearer ***", "Bearer ***")
+    assert chat(stub, "echo", "none").text == "Score: 1, by Bearer none"  # a placeholder is no secret, but a word
+    odd = 'sk-"quoted"/and+more'
+    quoting = json.dumps({"choices": [{"message": {"content": f"{odd},{odd}"}}]}, separators=(",", ":"))
+    assert chat(stub, f"raw:{quoting}", odd).text == "***,***"
 
 
 PROMPTS = [f"{trouble} ok:{i}" for i, trouble in enumerate(["429", "500", "drop", "badjson", "503", "wrongjson"] * 3)]

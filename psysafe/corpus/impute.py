@@ -14,6 +14,7 @@ from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
 from psysafe.journal import key_of
+from psysafe.printable import one_line
 
 INSTRUCTION = (
     "You are shown a request and the answer that a careful assistant gave. Write down the reasoning that led the "
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     filled, failed = impute(rows, endpoint, out.with_name(out.name + ".traces.jsonl"), args.workers)
     write_rows(filled, out)
     for where, reason in failed.items():
-        print(f"{where}: no reasoning: {reason}")
+        print(one_line(f"{where}: no reasoning: {reason}"))
     print(f"{len(filled) - len(failed):,} of {len(filled):,} rows have reasoning or need none; {out}")
     return 1 if failed else 0
 

@@ -9,6 +9,7 @@ from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prom
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
+from psysafe.printable import one_line
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         {f"system prompt {name}": system_text(name) or "" for name in args.system},
         args.benchmark,
     )
-    print("\n".join(str(leak) for leak in leaks) if leaks else "no leaks")
+    print("\n".join(one_line(str(leak)) for leak in leaks) if leaks else "no leaks")
     return 1 if leaks else 0
 
 

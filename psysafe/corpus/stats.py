@@ -15,6 +15,7 @@ from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import write_atomic
+from psysafe.printable import plain
 from psysafe.program import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
-    print(as_text(numbers))
+    print(plain(as_text(numbers)))
     if args.json:
         write_atomic(args.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     if args.plot:

@@ -7,6 +7,7 @@ from psysafe.data.rows import CATEGORY, CLUSTER, read_file, schema_problems
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import rendered_pieces
 from psysafe.files import clusters
+from psysafe.printable import one_line
 from psysafe.program import UserError
 
 REQUIRED = ("prompt", "answer", CLUSTER, CATEGORY, "framework_name")
@@ -20,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     strategies = {name: entry["strategies"] for name, entry in clusters()["clusters"].items()} | {"benign": []}
     problems = [problem for path in args.files for problem in validate(path, strategies)]
-    print("\n".join(problems) if problems else "no problems")
+    print("\n".join(map(one_line, problems)) if problems else "no problems")
     return 1 if problems else 0
 
 

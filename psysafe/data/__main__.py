@@ -4,7 +4,6 @@ python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N]
 """
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +14,7 @@ from psysafe.cli import Parser
 from psysafe.data.documents import Document, encode_row
 from psysafe.data.rows import read_rows
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
+from psysafe.printable import escaped
 from psysafe.program import UserError, main_guard
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -46,9 +46,8 @@ def shown(document: Document, tokenizer: Tokenizer, color: bool) -> str:
     edges = [0, *(np.flatnonzero(np.diff(document.trained)) + 1), len(document)]
     text = ""
     for first, last in pairwise(edges):
-        piece = tokenizer.decode(document.tokens[first:last])
         # A row's own control characters are printed as escapes: sent as they are, they would steer the terminal.
-        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", piece)
+        piece = escaped(tokenizer.decode(document.tokens[first:last]))
         text += f"{start}{piece}{end}" if document.trained[first] else piece
     return text
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from psysafe.evaluation import datasets, judge_models, models_under_test
+from psysafe.evaluation import datasets, judge_models, models_under_test, unfinished
 from psysafe.evaluation.judge_models import ask_all
-from psysafe.evaluation.models_under_test import Question
+from psysafe.evaluation.models_under_test import BASE, Question
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.program import UserError
@@ -100,7 +100,7 @@ class Benchmark(Evaluation):
 
     @abc.abstractmethod
     def tables(self, judged: Judged) -> list[Table]:
-        """What the verdicts come to."""
+        """What the verdicts come to. The first table has a column `variant`, and gets one of unfinished answers."""
 
     # What a benchmark may define.
 
@@ -115,8 +115,8 @@ class Benchmark(Evaluation):
         """The verdict of --judge rules; a benchmark that sets `rules` defines it."""
         raise NotImplementedError
 
-    def answer_text(self, answer: dict) -> str:
-        """What of an answer's row is judged."""
+    def answer_text(self, answer: dict, rules: str) -> str:
+        """What of an answer's row is judged. rules: on unfinished reasoning (psysafe/evaluation/unfinished.py)."""
         return answer["answer"]
 
     def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
@@ -133,6 +133,7 @@ class Benchmark(Evaluation):
         datasets.add_arguments(parser, self.repository, *self.data)
         self.more_arguments(parser)
         add_training_argument(parser)
+        unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
 
@@ -147,25 +148,43 @@ class Benchmark(Evaluation):
         model, variants = models_under_test.from_arguments(args)
         out = Path(args.out)
         judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
-        failed = {}
+        failed, by_variant, gone = {}, {variant.name: [] for variant in variants}, 0
         for part, items in rows.parts.items():
             suffix = f"_{part}.jsonl" if part else ".jsonl"
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
             answers = model.answers(variants, questions, out / f"answers{suffix}")
-            answered = {v.name: [self.answer_text(answers[v][q.number]) for q in questions] for v in variants}
-            judged.texts[part], unprepared = self.prepare(part, answered, args)
+            answers = {variant.name: [answers[variant][q.number] for q in questions] for variant in variants}
+            never_ended = {name: [row["unfinished_thinking"] for row in column] for name, column in answers.items()}
+            leaving = self._leaving(never_ended, [v.name for v in variants if v.adapter == BASE], args.rules)
+            texts = {
+                name: [None if i in leaving else self.answer_text(row, args.rules) for i, row in enumerate(column)]
+                for name, column in answers.items()
+            }
+            judged.texts[part], unprepared = self.prepare(part, texts, args)
             replies = out / f"replies{suffix}"
             judged.verdicts[part], unjudged = self._judge(judge, part, items, judged.texts[part], replies)
             failed |= unprepared | unjudged
-        result = Result(self.name, f"{self.title}, judged by {judged.judge}", self.tables(judged))
+            gone += len(leaving)
+            for name, flags in never_ended.items():
+                by_variant[name] += flags
+        first, *more = self.tables(judged)
+        tables = [unfinished.with_shares(first, by_variant), *more]
+        result = Result(self.name, f"{self.title}, judged by {judged.judge}", tables)
         judge_settings = judge.settings if judge else {"judge": self.rules_name}
         result.settings = {**model.summary(), **judge_settings, **origin, **rows.settings}
         result.notes = [self.note_on_judge] if judge and self.note_on_judge else []
+        result.notes += [f"prompts left out, {unfinished.reason(args.rules)}: {gone:,}"] if gone else []
         result.notes += [*self.notes(judged), *rows.notes]
+        unfinished.label(result, args.rules)
         result.failed = failed
         result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
+
+    def _leaving(self, never_ended: Mapping[str, Sequence[bool]], bases: Sequence[str], rules: str) -> set[int]:
+        """The items, by their place, that leave the comparison of the variants."""
+        places = {name: [i for i, flag in enumerate(flags) if flag] for name, flags in never_ended.items()}
+        return unfinished.left_out(places, bases, rules)
 
     def _judge(
         self, judge: judge_models.Judge | None, part: str, items: Sequence[Item], texts: Texts, out: Path

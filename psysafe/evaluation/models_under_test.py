@@ -15,7 +15,7 @@ from psysafe.cli import progress
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.evaluation.criteria import without_reasoning
+from psysafe.evaluation.replies import REASONING_END, without_reasoning
 from psysafe.files import expand
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Answer, Generator
@@ -177,33 +177,78 @@ class VariantAnswers:
 
 
 def read_answers(spec: str) -> dict[str, VariantAnswers]:
-    """`FILE` or `NAME=FILE`, rows of `generate.py --out` or any rows with a prompt and an answer -> answers by variant.
+    """`FILE` or `NAME=FILE`, rows with a prompt (or messages) and an answer, as of `generate.py --out` -> answers by
+    variant.
 
-    A file with several adapters becomes several variants. The think block of an answer is cut off. Where it never
-    closed, or the row is marked `stucked` (the key of the published answer files), the thinking is unfinished.
+    A file with several adapters becomes several variants. The think block of an answer is cut off. The thinking is
+    unfinished where the block never closed, where the row is marked `stucked` (the key of the published answer files),
+    where nothing stands beside a `reasoning` of its own, and where an answer has no `</think>` while others of its
+    variant have one: then the opening tag stood in the prompt.
     """
     name, equals, path = spec.partition("=")
     path = path if equals else spec
-    variants: dict[str, VariantAnswers] = {}
-    for number, fields in enumerate(read_table(path, ["prompt"]), 1):
+    texts: dict[str, list[tuple[dict, str, str]]] = {}  # variant -> (fields, prompt, the text that the model wrote)
+    for number, fields in enumerate(read_table(path, []), 1):
         settings, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
         if not isinstance(settings, dict) or not isinstance(cluster, str):
             values = f"settings {settings!r:.40} and risk cluster {cluster!r:.40}"
             raise UserError(f"{path} row {number}: {values}; expected an object and a text")
         adapter = str(fields.get("adapter") or "")
         label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else Path(path).stem
-        # Rows of generate.py name their adapter, and their `answer` is without reasoning. Other programs write the
-        # reasoning into `response`.
-        text = fields.get("answer") if adapter or "response" not in fields else fields["response"]
-        if not isinstance(text, str):
-            raise UserError(f"{path} row {number}: no answer in it; expected rows of generate.py --out")
-        marked = str(fields.get("stucked", "")).lower() == "true"
-        unfinished = marked or ("<think>" in text and "</think>" not in text)
-        row = {"answer": without_reasoning(text).strip(), "unfinished_thinking": unfinished, "cluster": cluster}
-        variants.setdefault(label, VariantAnswers(adapter == BASE)).add(fields["prompt"], row)
+        prompt, text = _prompt_and_text(fields, f"{path} row {number}")
+        texts.setdefault(label, []).append((fields, prompt, text))
+    variants: dict[str, VariantAnswers] = {}
+    for label, rows in texts.items():
+        variants[label] = VariantAnswers(any(fields.get("adapter") == BASE for fields, _, _ in rows))
+        thinks = any(REASONING_END.search(text) for _, _, text in rows)
+        for fields, prompt, text in rows:
+            answer = None if thinks and not REASONING_END.search(text) else without_reasoning(text)
+            marked = str(fields.get("stucked", "")).lower() == "true"
+            only_reasoning = not text.strip() and bool(fields.get("reasoning"))
+            unfinished = marked or only_reasoning or answer is None
+            row = {"answer": "" if unfinished else answer.strip(), "unfinished_thinking": unfinished}
+            variants[label].add(prompt, row | {"cluster": fields.get("risk cluster") or ""})
     if not equals:
         return variants
     return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
+
+
+def _prompt_and_text(fields: dict, where: str) -> tuple[str, str]:
+    """(what was asked, what the model wrote) in a row of stored answers."""
+    # Rows of generate.py name their adapter, and their `answer` is without reasoning. Other programs write the
+    # reasoning into `response`.
+    text = fields.get("answer") if fields.get("adapter") or "response" not in fields else fields["response"]
+    prompt = fields.get("prompt")
+    if prompt is None and fields.get("messages") is not None:
+        messages = conversation(fields, where)
+        if text is None and messages[-1]["role"] == "assistant":
+            *messages, last = messages
+            text = last["content"]
+        prompt = prompt_of(messages)
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        missing = "no answer" if isinstance(prompt, str) else "no prompt and no messages"
+        raise UserError(f"{where}: {missing} in it; expected rows of generate.py --out")
+    return prompt, text
+
+
+def conversation(fields: dict, where: str) -> list[dict]:
+    """A row's `messages`, each with a role and a text; UserError for any other."""
+    messages = fields["messages"]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not well_formed or not any(message["role"] == "user" for message in messages):
+        raise UserError(f"{where}: messages {messages!r:.60}; expected a user's message, each with role and content")
+    return messages
+
+
+def prompt_of(messages: Sequence[dict]) -> str:
+    """A conversation as one text: its only message of a user, or all turns with their roles. No system message."""
+    turns = [message for message in messages if message["role"] != "system"]
+    if [turn["role"] for turn in turns] == ["user"]:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temperature: float = 0.0) -> None:

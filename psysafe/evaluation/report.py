@@ -8,7 +8,7 @@ Writes report.md, report.html (self-contained: no script, nothing is fetched, ba
 import argparse
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from psysafe.cli import say
 from psysafe.evaluation import published_results
 from psysafe.evaluation.result import Result, Table, load, shown
 from psysafe.files import ASSETS, write_atomic
+from psysafe.printable import in_markdown, plain
 
 NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."
 STYLE = (ASSETS / "report.css").read_text(encoding="utf-8")
@@ -72,32 +73,33 @@ def contamination(result: Result) -> str:
 def markdown(parts: Sequence[Part]) -> str:
     lines = ["# Evaluation report", "", NOTICE, ""]
     for folder, result, rest in parts:
-        lines += [f"## {result.title}", ""]
+        lines += [f"## {in_markdown(result.title)}", ""]
         for table in tables_of(result):
-            lines += [f"### {table.title}", "", *_markdown_table(table), "", *([table.note, ""] if table.note else [])]
-        lines += [*(f"{note}  " for note in result.notes), contamination(result), ""]
+            note = [in_markdown(table.note), ""] if table.note else []
+            lines += [f"### {in_markdown(table.title)}", "", *_markdown_table(table), "", *note]
+        lines += [*(f"{in_markdown(note)}  " for note in result.notes), contamination(result), ""]
         if result.failed:
             lines += [f"Failed items: {len(result.failed):,}", ""]
-            lines += [f"- {_cell(item)}: {_cell(reason)}" for item, reason in result.failed.items()] + [""]
-        lines += [f"- {name}: {_cell(value)}" for name, value in summary(folder, result, rest).items()] + [""]
+            lines += [*_markdown_list(result.failed), ""]
+        lines += [*_markdown_list(summary(folder, result, rest)), ""]
     return "\n".join(lines)
 
 
 def _markdown_table(table: Table) -> list[str]:
-    names = [_cell(name) for name, _ in table.columns]
+    names, *rows = [list(map(in_markdown, row)) for row in ([name for name, _ in table.columns], *table.cells())]
     rules = ["---:" if form else "---" for _, form in table.columns]
-    return ["| " + " | ".join(map(_cell, row)) + " |" for row in [names, rules, *table.cells()]]
+    return ["| " + " | ".join(row) + " |" for row in [names, rules, *rows]]
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _markdown_list(items: Mapping[str, str]) -> list[str]:
+    return [f"- {in_markdown(f'{name}: {value}')}" for name, value in items.items()]
 
 
 # HTML
 
 
 def page(parts: Sequence[Part]) -> str:
-    toc = "".join(f'<a href="#part{i}">{html.escape(result.title)}</a>' for i, (_, result, _) in enumerate(parts))
+    toc = "".join(f'<a href="#part{i}">{_escape(result.title)}</a>' for i, (_, result, _) in enumerate(parts))
     body = "".join(_section(f"part{i}", *part) for i, part in enumerate(parts))
     # The policy makes the browser itself refuse every request, should a text ever bring one in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -106,22 +108,26 @@ def page(parts: Sequence[Part]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Evaluation report</title>\n<style>\n{STYLE}</style></head>\n<body>\n"
-        f'<h1>Evaluation report</h1>\n<p class="soft">{html.escape(NOTICE)}</p>\n<nav>{toc}</nav>\n'
+        f'<h1>Evaluation report</h1>\n<p class="soft">{_escape(NOTICE)}</p>\n<nav>{toc}</nav>\n'
         f"{body}</body></html>\n"
     )
 
 
+def _escape(text: str) -> str:
+    return html.escape(plain(text))
+
+
 def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
-    parts = [f'<section id="{anchor}">\n<h2>{html.escape(result.title)}</h2>\n']
+    parts = [f'<section id="{anchor}">\n<h2>{_escape(result.title)}</h2>\n']
     parts += map(_html_table, tables_of(result))
     notes = filter(None, [*result.notes, contamination(result)])
-    parts += [f'<p class="note">{html.escape(note)}</p>\n' for note in notes]
+    parts += [f'<p class="note">{_escape(note)}</p>\n' for note in notes]
     if result.failed:
-        items = "".join(f"<li>{html.escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
+        items = "".join(f"<li>{_escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
         head = f"<summary>failed items: {len(result.failed):,}</summary>"
         parts.append(f"<details open>{head}<ul>{items}</ul></details>\n")
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>"
         for name, value in summary(folder, result, rest).items()
     )
     parts.append(f'<details><summary>settings and versions</summary><table class="facts">{rows}</table></details>\n')
@@ -133,16 +139,16 @@ def _html_table(table: Table) -> str:
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(
-            f"<{tag}{kind}>{html.escape(c)}</{tag}>" for c, kind in zip(cells, kinds, strict=True)
+            f"<{tag}{kind}>{_escape(c)}</{tag}>" for c, kind in zip(cells, kinds, strict=True)
         ) + "</tr>"  # fmt: skip
 
     head = line("th", [name for name, _ in table.columns])
     body = "".join(line("td", cells) for cells in table.cells())
-    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ""
+    note = f'<p class="note">{_escape(table.note)}</p>\n' if table.note else ""
     whole = f'<div class="wide"><table class="result"><thead>{head}</thead><tbody>{body}</tbody></table></div>\n'
     if len(table.rows) > LONG:
         whole = f"<details><summary>{len(table.rows):,} rows</summary>{whole}</details>\n"
-    whole = f"<h3>{html.escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
+    whole = f"<h3>{_escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
     return f'<div class="published">{whole}</div>\n' if table.note == published_results.NOTE else whole
 
 
@@ -162,7 +168,7 @@ def _chart(table: Table, column: str) -> str:
     left, width, row_height, head = 300, 430, 26, 22  # in SVG units, which are pixels at 100 %
     bottom = head + row_height * len(values)
     drawn = [
-        f'<text x="{left - 8}" y="15" text-anchor="end">{html.escape(column)}</text>'
+        f'<text x="{left - 8}" y="15" text-anchor="end">{_escape(column)}</text>'
         f'<text class="scale" x="{left}" y="15">0</text>'
         f'<text class="scale" x="{left + width}" y="15" text-anchor="middle">{scale_end:g}</text>'
         f'<path class="axis" d="M{left} {head}V{bottom}M{left + width} {head}V{bottom}"/>'
@@ -172,10 +178,10 @@ def _chart(table: Table, column: str) -> str:
         label = label if len(label) <= 44 else label[:43] + "…"
         y, length = head + number * row_height, width * max(value or 0, 0) / scale_end
         drawn.append(
-            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(label)}</text>'
+            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{_escape(label)}</text>'
             f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="18" rx="2"/>'
-            f'<text x="{left + length + 6:.1f}" y="{y + 17}">{html.escape(shown(value, form))}</text>'
+            f'<text x="{left + length + 6:.1f}" y="{y + 17}">{_escape(shown(value, form))}</text>'
         )
     size = f'viewBox="0 0 {left + width + 70} {bottom}" width="{left + width + 70}"'
-    label = html.escape(f"{table.title}: {column}")
+    label = _escape(f"{table.title}: {column}")
     return f'<svg {size} role="img" aria-label="{label}">{"".join(drawn)}</svg>\n'

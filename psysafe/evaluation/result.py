@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from psysafe.files import parse_json, write_atomic
+from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.runtime import versions
 
@@ -32,7 +33,7 @@ class Table:
         return [[shown(cell, form) for cell, (_, form) in zip(row, self.columns, strict=True)] for row in self.rows]
 
     def as_text(self) -> str:
-        names = [name for name, _ in self.columns]
+        names = [one_line(name) for name, _ in self.columns]
         table = [names, *self.cells()]
         widths = [max(len(row[i]) for row in table) for i in range(len(names))]
         right = [False] + [form != "" for _, form in self.columns[1:]]
@@ -43,8 +44,8 @@ class Table:
             ).rstrip()
 
         return "\n".join(
-            [self.title, line(names), "  ".join("-" * w for w in widths), *map(line, table[1:])]
-            + ([self.note] if self.note else [])
+            [one_line(self.title), line(names), "  ".join("-" * w for w in widths), *map(line, table[1:])]
+            + ([one_line(self.note)] if self.note else [])
         )
 
 
@@ -61,10 +62,10 @@ class Result:
     contamination: dict[str, int] | None = None  # of `overlap`; None where no training rows were given
 
     def as_text(self) -> str:
-        parts = [self.title, *(table.as_text() for table in self.tables), *self.notes]
+        parts = [one_line(self.title), *(table.as_text() for table in self.tables), *map(one_line, self.notes)]
         if self.failed:
             lines = [f"{len(self.failed)} items failed; start again to retry them:"]
-            lines += [f"  {item}: {reason}" for item, reason in list(self.failed.items())[:10]]
+            lines += [f"  {one_line(f'{item}: {reason}')}" for item, reason in list(self.failed.items())[:10]]
             lines += [f"  and {len(self.failed) - 10} more"] if len(self.failed) > 10 else []
             parts.append("\n".join(lines))
         return "\n\n".join(parts)
@@ -126,7 +127,7 @@ def shown(cell: Cell, form: str) -> str:
         return "–"
     if isinstance(cell, list | tuple):
         return "–" if cell[0] is None else " ± ".join(format(x, form) for x in cell)
-    return format(cell, form) if form and not isinstance(cell, str) else str(cell)
+    return format(cell, form) if form and not isinstance(cell, str) else one_line(str(cell))
 
 
 def percent(values: Iterable[float]) -> float | None:

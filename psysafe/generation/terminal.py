@@ -7,10 +7,9 @@ from typing import TextIO
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import clusters
 from psysafe.generation.generator import Answer, Generator
+from psysafe.printable import plain
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# Control characters but tab and newline: a model may write any text, and none of it may steer the terminal.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
@@ -36,7 +35,7 @@ def chat(generator: Generator, system: str | None) -> None:
         try:
             answer = ask(generator, messages, turn)
         except ValueError as error:  # the conversation outgrew the context
-            print(f"{error}, or begin anew with /new", file=sys.stderr)
+            print(plain(f"{error}, or begin anew with /new"), file=sys.stderr)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer.answer, "reasoning_content": answer.reasoning})
@@ -92,7 +91,7 @@ class TextStream:
 
     def _flush(self) -> None:
         text = self.tokenizer.decode(self.pending)
-        self.out.write(text.translate(CONTROLS) if self.terminal else text)
+        self.out.write(plain(text) if self.terminal else text)  # a model may write any text
         self.out.flush()
         self.pending.clear()
 

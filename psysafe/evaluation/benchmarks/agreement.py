@@ -3,7 +3,8 @@
     python eval.py agreement --human labels.csv --judged runs/judged --out runs/agreement
 
 The CSV has a row per answer: prompt, refusal (Yes or No), grounding (1 to 5), references (Yes or No), relevance
-(1 to 5), and variant where several were judged. An empty cell was not labelled.
+(1 to 5), and variant where several were judged. An empty cell was not labelled; 4.0, True and nan are read as pandas
+writes them. Each answer counts once: a row that stands twice is counted once, and two that differ are refused.
 
 Pooled kappa is computed as the published one: all labels of all criteria in one list, Yes as 1, No as 0, ratings as
 they are. So a Yes and a rating of 1 count as the same label. The pooled kappa can be far above that of a criterion: the
@@ -24,6 +25,9 @@ from psysafe.program import UserError
 YES_NO = {"no": 0, "yes": 1}
 RATINGS = {str(rating): rating for rating in range(1, 6)}
 LABELS = {"refusal": YES_NO, "grounding": RATINGS, "references": YES_NO, "relevance": RATINGS}  # word -> score
+# A column of truth values with a gap in it is one of decimal numbers in pandas: 1.0 and 0.0.
+YES_NO_OF_PANDAS = {"true": "yes", "1": "yes", "1.0": "yes", "false": "no", "0": "no", "0.0": "no"}
+NOT_LABELLED = ("", "nan", "<na>")
 Pairs = list[tuple[Hashable, Hashable]]
 
 
@@ -43,11 +47,15 @@ class Agreement(Evaluation):
         judgement, _ = load(args.judged)
         if judgement.kind != "judge":
             raise UserError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
-        pairs, unmatched = pair(people, read_items(Path(args.judged, "items.jsonl")), args.human)
+        judged = read_items(Path(args.judged, "items.jsonl"))
+        pairs, unmatched = pair(people, judged, args.human)
+        n_labelled = len(labelled(people, judged, args.human))
         result = Result("agreement", "Agreement of the judge with people", tables(pairs))
         judge = judgement.settings.get("judge")
         result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judge}
-        result.notes = [f"{len(people):,} labelled answers, {unmatched:,} of them not among the judged"]
+        result.notes = [f"{n_labelled:,} labelled answers, {unmatched:,} of them not among the judged"]
+        if more := len(people) - n_labelled:
+            result.notes.append(f"{more:,} rows without effect: they are empty, or say the same of an answer again")
         return result
 
 
@@ -74,24 +82,49 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
     return 1.0 if chance == n * n else (n * observed - chance) / (n * n - chance)
 
 
+Answer = tuple[str, str]  # (variant, prompt)
+
+
+def labelled(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> dict[Answer, dict[str, int | None]]:
+    """Each labelled answer once, with its labels by criterion.
+
+    UserError for two rows that label one answer differently, since neither can be preferred.
+    """
+    variants = {item["variant"] for item in judged}
+    labels: dict[Answer, tuple[int, dict]] = {}  # answer -> (row, its labels)
+    for number, row in enumerate(people, 1):
+        # An empty line of a spreadsheet is `,,,,,` in its CSV.
+        if not any(str(cell or "").strip() for cell in row.values()):
+            continue
+        if len(variants) > 1 and not row.get("variant"):
+            raise UserError(f"{file} row {number}: no variant, and several were judged; name one in each row")
+        answer = (row.get("variant") or next(iter(variants)), row["prompt"])
+        of_row = {name: _label(row.get(name), name, f"{file} row {number}") for name in CRITERIA}
+        earlier, of_earlier = labels.setdefault(answer, (number, of_row))
+        if of_row != of_earlier:
+            raise UserError(
+                f"{file} row {number}: labels the answer of row {earlier} again, and differently; expected one row for "
+                "each answer (of several people: a file for each, or what they agreed on)"
+            )
+    return {answer: of_row for answer, (_, of_row) in labels.items()}
+
+
 def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tuple[dict[str, Pairs], int]:
     """(person's, judge's) labels by criterion, where both gave one; and how many labelled answers were not judged."""
-    several = len({item["variant"] for item in judged}) > 1
-    if several and any(not row.get("variant") for row in people):
-        raise UserError(f"{file}: no column variant, and several variants were judged; name one in each row")
-    by_answer = {(item["variant"] if several else "", item["prompt"]): item for item in judged}
+    labels = labelled(people, judged, file)
+    by_answer = {(item["variant"], item["prompt"]): item for item in judged}
     pairs: dict[str, Pairs] = {name: [] for name in CRITERIA}
-    unmatched = 0
-    for number, row in enumerate(people, 1):
-        item = by_answer.get((row["variant"] if several else "", row["prompt"]))
-        unmatched += item is None
-        for name in CRITERIA:
-            label = _label(row.get(name), name, f"{file} row {number}")
-            if item is not None and label is not None and item[name] is not None:
+    for answer, of_row in labels.items():
+        item = by_answer.get(answer, {})
+        for name, label in of_row.items():
+            if label is not None and item.get(name) is not None:
                 pairs[name].append((label, int(item[name])))
     if not any(pairs.values()):
-        raise UserError(f"{file}: none of its labels belongs to a judged answer; expected the same prompts")
-    return pairs, unmatched
+        variants = ", ".join(dict.fromkeys(variant for variant, _ in by_answer))
+        raise UserError(
+            f"{file}: none of its labels belongs to a judged answer; expected prompts and variants as in {variants:.99}"
+        )
+    return pairs, sum(answer not in by_answer for answer in labels)
 
 
 def tables(pairs: dict[str, Pairs]) -> list[Table]:
@@ -116,10 +149,13 @@ def confusion(name: str, pairs: Pairs) -> Table:
     return Table(f"{name}: people in rows, judge in columns", columns, rows)
 
 
-def _label(text: str | int | None, name: str, where: str) -> int | None:
+def _label(text: object, name: str, where: str) -> int | None:
     """A person's label as the judge's scores have it; None for an empty cell."""
     word = "" if text is None else str(text).strip().lower()
-    if word and word not in LABELS[name]:
+    if word in NOT_LABELLED:
+        return None
+    word = YES_NO_OF_PANDAS.get(word, word) if LABELS[name] is YES_NO else word.removesuffix(".0")
+    if word not in LABELS[name]:
         expected = "Yes or No" if LABELS[name] is YES_NO else "1 to 5"
         raise UserError(f"{where}: {name} is {text!r}; expected {expected}")
-    return LABELS[name].get(word)
+    return LABELS[name][word]

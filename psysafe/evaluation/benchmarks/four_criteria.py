@@ -7,12 +7,12 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.data.rows import read_table
-from psysafe.evaluation import criteria, judge_models, models_under_test, word_list_judge
+from psysafe.evaluation import criteria, judge_models, models_under_test, unfinished, word_list_judge
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
 from psysafe.evaluation.judge_models import Judge, ask_all
@@ -38,6 +38,7 @@ class FourCriteria(Evaluation):
         parser.add_argument("--rubric", metavar="FILE", default=criteria.RUBRIC, help="the judge's instructions")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
         add_training_argument(parser)
+        unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
         judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
 
@@ -49,7 +50,7 @@ class FourCriteria(Evaluation):
         baseline = args.baseline or next(iter(answers))
         if baseline not in answers:
             raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
-        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out))
+        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out), args.rules)
         result.settings |= settings
         result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         return result
@@ -80,36 +81,41 @@ def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers],
     return answers, model.summary() | {"prompts": str(args.prompts)}
 
 
-def align(
-    prompts: Mapping[str, Iterable[str]], unfinished: Mapping[str, Iterable[str]], base: Sequence[str]
-) -> tuple[list[str], dict[str, int]]:
+def align(prompts: Mapping[str, Iterable[str]], leaving: Collection[str]) -> tuple[list[str], dict[str, int]]:
     """The prompts that a comparison is over, in the order of the first variant, and how many were left out and why.
 
-    prompts: of each variant, those that it answered, by their exact text; unfinished: of each, those for which its
-    thinking never ended; base: the variants without an adapter.
+    prompts: of each variant, those that it answered, by their exact text; leaving: those to leave out for all variants.
     """
     first = next(iter(prompts.values()))
     everywhere = set(first).intersection(*prompts.values())
     somewhere = set().union(*prompts.values())
-    # Left out for all variants, so that all are compared on the same prompts. Unfinished thinking of a fine-tuned
-    # variant leaves nothing out: it counts as an answer without text, or the fine-tuned model would gain by it.
-    unfinished_in_base = set().union(*(unfinished.get(name, ()) for name in base)) & everywhere
-    compared = [prompt for prompt in first if prompt in everywhere and prompt not in unfinished_in_base]
-    counts = {"prompts in all variants": len(everywhere), "only in some variants": len(somewhere - everywhere),
-              "unfinished thinking in a base variant": len(unfinished_in_base), "compared": len(compared)}  # fmt: skip
+    compared = [prompt for prompt in first if prompt in everywhere and prompt not in leaving]
+    counts = {"prompts in all variants": len(everywhere), "only in some variants": len(somewhere - everywhere)}
     return compared, counts
 
 
 def compare(
-    answers: Mapping[str, VariantAnswers], baseline: str, judge: Judge | None, rubric: Path, out: Path
+    answers: Mapping[str, VariantAnswers],
+    baseline: str,
+    judge: Judge | None,
+    rubric: Path,
+    out: Path,
+    rules: str = unfinished.PAIRED,
 ) -> Result:
     """Judges all variants on the prompts that they share and puts them side by side. judge: None for the word lists."""
-    prompts, counts = prompts_to_judge(answers, baseline)
+    prompts, counts = prompts_to_judge(answers, baseline, rules)
     scores, replies, failed = score(answers, prompts, judge, rubric, out)
     write_items(out / "items.jsonl", answers, prompts, scores, replies)
     judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
-    result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
+    first, *more = tables(answers, scores, baseline, judged_by)
+    flags = {
+        name: [prompt in of_variant.unfinished_thinking for prompt in of_variant.rows]
+        for name, of_variant in answers.items()
+    }
+    shown = [unfinished.with_shares(first, flags), *more]
+    result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
+    unfinished.label(result, rules)
     result.notes = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
     if repeated := sum(of_variant.repeated for of_variant in answers.values()):
         result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
@@ -120,13 +126,17 @@ def compare(
     return result
 
 
-def prompts_to_judge(answers: Mapping[str, VariantAnswers], baseline: str) -> tuple[list[str], dict[str, int]]:
-    """The prompts of `align` without the benign ones, and the counts with these."""
+def prompts_to_judge(
+    answers: Mapping[str, VariantAnswers], baseline: str, rules: str
+) -> tuple[list[str], dict[str, int]]:
+    """The prompts of `align` without the benign ones, and how many were left out and why."""
     bases = [name for name, of_variant in answers.items() if of_variant.is_base] or [baseline]
-    unfinished = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
-    aligned, counts = align({name: of_variant.rows for name, of_variant in answers.items()}, unfinished, bases)
+    never_ended = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
+    leaving = unfinished.left_out(never_ended, bases, rules)
+    prompts_of = {name: of_variant.rows for name, of_variant in answers.items()}
+    aligned, counts = align(prompts_of, leaving)
     prompts = [prompt for prompt in aligned if answers[baseline].rows[prompt]["cluster"] != BENIGN]
-    del counts["compared"]  # it comes last, and without the benign ones
+    counts[unfinished.reason(rules)] = counts["prompts in all variants"] - len(aligned)
     counts |= {"benign, not judged": len(aligned) - len(prompts), "compared": len(prompts)}
     if not prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
-from psysafe.evaluation import word_list_judge
+from psysafe.evaluation import unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
 from psysafe.evaluation.overlap import overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
-from psysafe.evaluation.word_list_judge import Verdict
+from psysafe.evaluation.word_list_judge import Parts, Verdict
 from psysafe.generation.engine import Options
 from psysafe.program import UserError
 from psysafe.training.config import resolve
@@ -34,7 +34,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     options = Options(max_new_tokens=MAX_NEW_TOKENS)
     model = ModelUnderTest(config.model, config.revision, device=device, options=options)
     answers = model.answers(variants, questions, folder / "answers.jsonl")
-    base, tuned = ([answers[variant][q.number]["answer"] for q in questions] for variant in variants)
+    base, tuned = ([_finished(answers[variant][q.number]) for q in questions] for variant in variants)
     title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
     result = Result("miniature", title, tables(rows, base, tuned))
     result.settings = {**model.summary(), "adapter": config.out, "judge": word_list_judge.NAME}
@@ -43,18 +43,27 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     return result
 
 
-def tables(rows: list[Row], base: list[str], tuned: list[str]) -> list[Table]:
-    """rows and, in the same order, what each model answered."""
+def _finished(answer: dict) -> str | None:
+    return None if answer["unfinished_thinking"] else answer["answer"]
+
+
+def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> list[Table]:
+    """rows and, in the same order, what each model answered; None where its reasoning never ended.
+
+    Such a prompt is counted for neither model.
+    """
     clusters = [row.fields["risk cluster"] for row in rows]
-    risky = [i for i, cluster in enumerate(clusters) if cluster != BENIGN]
-    benign = [i for i, cluster in enumerate(clusters) if cluster == BENIGN]
     answers = {"base": base, "fine-tuned": tuned}
+    finished = [i for i in range(len(rows)) if base[i] is not None and tuned[i] is not None]
+    risky = [i for i in finished if clusters[i] != BENIGN]
+    benign = [i for i in finished if clusters[i] == BENIGN]
     verdicts = {
         model: {i: word_list_judge.judge(rows[i].fields["prompt"], texts[i], clusters[i]) for i in risky}
         for model, texts in answers.items()
     }
+    never_ended = {model: [text is None for text in texts] for model, texts in answers.items()}
     return [
-        table_of_criteria(verdicts),
+        unfinished.with_shares(table_of_criteria(verdicts), never_ended),
         table_of_parts(verdicts),
         table_of_helplines(verdicts, clusters),
         table_of_benign(answers, benign),
@@ -76,7 +85,7 @@ def table_of_parts(verdicts: Verdicts) -> Table:
     lines = []
     for model, by_row in verdicts.items():
         parts = [verdict.parts for verdict in by_row.values()]
-        each = [percent(column) for column in zip(*parts, strict=True)]
+        each = [percent(getattr(part, name) for part in parts) for name in Parts._fields]
         lines.append([model, len(parts), *each, percent(part.all for part in parts)])
     return Table("The four parts of a supportive refusal", columns, lines, bars=["all four %"])
 

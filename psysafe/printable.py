@@ -1,0 +1,40 @@
+r"""Text of others, made harmless before it is shown: a server's error, a row's prompt, a model's answer.
+
+    plain(text)        without what steers a terminal; lines stay lines
+    escaped(text)      the same, with what is taken out as an escape: \x1b
+    one_line(text)     without it, on one line
+    in_markdown(text)  one line whose Markdown and HTML are shown, not obeyed
+
+What is data stays as it is: JSONL files and piped answers hold every character.
+"""
+
+import re
+
+# Control characters but tab and newline, and the marks that turn the direction of a text around: with one of them a
+# line can show other words than it holds.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+_CONTROLS |= dict.fromkeys([0x2028, 0x2029], "\n")
+# With a backslash before it CommonMark shows each of these as it is. An underscore inside a word marks nothing.
+_MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|^(?:[-+#=](?=\W|$)|\d+(?=[.)]\s))")
+
+
+def plain(text: str) -> str:
+    return text.translate(_CONTROLS)
+
+
+def escaped(text: str) -> str:
+    return "".join(repr(c)[1:-1] if ord(c) in _CONTROLS else c for c in text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(plain(text).split())
+
+
+def in_markdown(text: str) -> str:
+    line = _MARKDOWN.sub(_escaped, one_line(text))
+    return line.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _escaped(match: re.Match) -> str:
+    # `1.` at the start of a line begins a list; of these two characters the dot can be escaped.
+    return f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}"
