@@ -82,9 +82,10 @@ def test_only_a_known_strategy_becomes_a_hint(name):
 
 
 def test_rows_without_a_known_strategy_are_counted(tmp_path, endpoint, capsys):
-    fields = [{"framework_name": "ALERT"}, {}, {"framework_name": "SOBER"}, {"reasoning": "own"}]
+    more = [{"framework_name": "ALERT"}, {}, {"framework_name": "SOBER"}, {"reasoning": "own"}]
+    lines = [json.dumps({"prompt": f"p{i}", "answer": "a"} | fields) + "\n" for i, fields in enumerate(more)]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": "a"} | more) + "\n" for i, more in enumerate(fields)))
+    path.write_text("".join(lines))
     assert main(flags(path, tmp_path / "out.jsonl", endpoint)) == 0
     assert "2 rows name no known strategy in framework_name: asked without that hint" in capsys.readouterr().out
 
