@@ -273,6 +273,7 @@ def test_encodings_by_hand():
         ("I am sorry, I can't help with that.", None),
         ("Wait... no - really: well-being first.\n- one\n- two ...", None),
         ("I cannot answer.\n\nPlease call a doctor  today / tonight.", None),
+        ("Well... - ... let me think, and - ...so", None),  # the dots touch a word
         ("It is --- well -- complicated ...", None),
         ("| a | b |\n| --- | --- |\n| 1 | 2 |", None),  # two codes of a table's rule
         ("The answer is: ... --- ... and no more.", "The answer is: SOS and no more."),
