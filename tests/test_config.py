@@ -132,7 +132,7 @@ def test_every_key_has_its_sentence_and_help_shows_it(capsys):
         ('dtype = "fp16"', r"dtype is 'fp16'; expected auto or float32 or bfloat16 or float64"),
         ("lr = \n", r"run.toml: not a TOML file: .*line 1"),
         ("lr = 1\nlr = 2\n", r"run.toml: not a TOML file: .*line 2"),
-        (b"lr = \xff", r"run.toml: not a TOML file: 'utf-8'"),
+        (b"lr = \xff", r"run.toml: not UTF-8 at line 1 .byte 5.; save the file as UTF-8"),
         ("a = " + "[" * 5000, r"run.toml: not a TOML file"),
         ("seed = " + "9" * 5000, r"run.toml: not a TOML file|seed is 9+\.\.\.9+;"),
     ],

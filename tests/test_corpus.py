@@ -86,7 +86,13 @@ def test_stats_counts(tmp_path, capsys):
     assert numbers["duplicate prompts"] == 2 and numbers["answers that share a template"] == 3
     assert numbers["without reasoning"] == 3 and numbers["rows over the limit"] == 4
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert "percentiles" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "percentiles" in printed and numbers["tokenizer"] == "assets:tiny"
+    assert "tokens, counted by the tokenizer of assets:tiny\n" in printed and "--model names the model that" in printed
+    own = str(ASSETS / "tiny")
+    assert main(["stats", path, "--model", own]) == 0
+    printed = capsys.readouterr().out
+    assert f"tokens, counted by the tokenizer of {own}\n" in printed and "--model" not in printed
 
 
 def test_split_is_stratified_and_reproducible(tmp_path, capsys):

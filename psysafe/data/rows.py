@@ -16,7 +16,7 @@ from pathlib import Path
 
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import expand, parse_json, write_atomic
+from psysafe.files import expand, parse_json, read_text, write_atomic
 from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
@@ -63,11 +63,7 @@ def read_file(path: str | Path) -> list[Row]:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
+        return read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
 
