@@ -69,7 +69,7 @@ def strategy_of(row: Row) -> str:
 
 
 def needs_reasoning(row: Row) -> bool:
-    return "messages" not in row.fields and not row.reasoning.strip()
+    return row.messages is None and not row.reasoning.strip()
 
 
 def impute(

@@ -88,7 +88,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, syst
         expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
         raise UserError(f"{names}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
-    n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
+    n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
 
 
