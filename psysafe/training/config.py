@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from psysafe.cli import Parser
+from psysafe.data.documents import LongRows
 from psysafe.files import read_text
 from psysafe.program import UserError
 
@@ -49,7 +50,9 @@ class TrainConfig:
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
     max_tokens: int = 4096
-    """Longest row in tokens; a longer one is cut at its end, and their number is printed."""
+    """Longest row in tokens; long_rows says what becomes of a longer one."""
+    long_rows: LongRows = "cut"
+    """Rows over max_tokens: cut loses their end, drop leaves them out, error refuses them; each time they are named."""
 
     # Where the run lives
     out: str = "runs/psysafe"
