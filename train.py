@@ -46,6 +46,7 @@ from psysafe.training.setup import (
     make_optimizer,
     make_plan,
     with_adapter_shape,
+    with_pinned_data,
 )
 from psysafe.training.watchdog import Watchdog
 
@@ -78,6 +79,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     folder, commit = resolve_model(config.model, config.revision)
     # The run is recorded with what it really uses: a commit instead of a branch, a type instead of "auto".
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
+    config = with_pinned_data(config)
     state = load_state(config.out, config.resume)
     if state:
         check_resume(state, config)

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-Also reads JSON: any defect raises UserError.
+Also reads text and JSON: any defect raises UserError.
 """
 
 import functools
@@ -22,7 +22,23 @@ TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
 @functools.cache
 def clusters() -> dict:
     """assets/clusters.toml, the single source of risk clusters, strategies, services and emergency numbers."""
-    return tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(read_text(ASSETS / "clusters.toml"))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file. UserError names the line that is not UTF-8; OSError where the file cannot be read."""
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(content: bytes, path: str | Path) -> str:
+    """The text in a file's bytes: UTF-8 without a byte order mark, line ends as \\n. path: for the error."""
+    try:
+        # Editors on Windows put the mark in front. As a character of the text it would reach a model or break a parser.
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        start = error.start + len(content) - len(error.object)  # the codec counts from behind the mark
+        line = content.count(b"\n", 0, start) + 1
+        raise UserError(f"{path}: not UTF-8 at line {line} (byte {start}); save the file as UTF-8") from None
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], object]) -> None:
@@ -76,7 +92,7 @@ def parse_json(text: str | bytes) -> object:
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError naming the file and line."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:

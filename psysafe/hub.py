@@ -3,12 +3,16 @@
     path = fetch_file("org/name", "config.json")
     folder = fetch_folder("org/name", "main", ["*.json", "*.safetensors"])
 
-Whatever goes wrong is a HubError of one line.
+Whatever goes wrong is a HubError of one line; for a data set, which a user names, a UserError that says what to do.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from psysafe.program import UserError
 
 
 class HubError(Exception):
@@ -38,6 +42,83 @@ def fetch_folder(repository: str, revision: str, patterns: Sequence[str]) -> Pat
     with _hub_errors():
         folder = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns))
         return Path(folder)
+
+
+class DataSet(NamedTuple):
+    """Files of a data set, in the hub's cache. name: as `find_data_set` takes it, with the commit they belong to."""
+
+    name: str
+    files: list[Path]
+
+
+# owner/name, owner/name@REVISION, hf://datasets/owner/name/FILE or hf://datasets/owner/name@REVISION/FILE. A Path made
+# of the last two has one slash less. The branch refs/convert/parquet holds most data sets as Parquet.
+DATA_SET = re.compile(
+    r"(?P<scheme>hf:/{1,2}datasets/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)"
+    r"(?:@(?P<revision>(?:refs/(?:convert|pr)/)?[\w.-]+))?(?:/(?P<file>.+))?"
+)
+
+
+def find_data_set(name: str, types: Sequence[str]) -> DataSet | None:
+    """The training rows of a data set, or its named file; None where the name can only be that of a file here.
+
+    types: the endings that files of rows have. All files are of one commit. UserError where the hub does not give them.
+    """
+    match = DATA_SET.fullmatch(name)
+    if match is None or Path(name).exists():
+        return None
+    scheme, repository, revision, file = match.groups()
+    if not scheme and (file or name.lower().removesuffix(".gz").endswith(tuple(types))):
+        return None  # a file that is missing: the hub is not asked for data/train.jsonl
+    if file:
+        path = fetch_data(repository, file, revision or "", "or name a file that is here")
+        return DataSet(f"hf://datasets/{repository}@{commit_of(path, file)}/{file}", [path])
+    commit, files = _list_data_set(repository, revision)
+    chosen = _training_files(repository, files, types)
+    paths = [fetch_data(repository, file, commit, "or name a file that is here") for file in chosen]
+    return DataSet(f"{repository}@{commit}", paths)
+
+
+def _training_files(repository: str, files: Sequence[str], types: Sequence[str]) -> list[str]:
+    """The files of the training split: one, or all parts of one."""
+    rows = [file for file in sorted(files) if file.lower().removesuffix(".gz").endswith(tuple(types))]
+    rows = [file for file in rows if not Path(file).name.startswith((".", "dataset_info"))]
+    chosen = [file for file in rows if re.search(r"(?:^|[/_.-])train(?:[/_.-]|$)", file.lower())] or rows
+    if len({re.sub(r"\d+", "", file) for file in chosen}) != 1:  # parts of one file differ in their numbers alone
+        names = ", ".join((chosen or list(files))[:10])
+        raise UserError(f"{repository}: which file? name one as hf://datasets/{repository}/FILE (there are: {names})")
+    return chosen
+
+
+def _list_data_set(repository: str, revision: str | None) -> tuple[str, list[str]]:
+    """(commit, names of all files)."""
+    import huggingface_hub
+
+    try:
+        with _hub_errors():
+            info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
+    except HubError as error:
+        raise UserError(
+            f"{repository}: no such file here, and the hub did not list such a data set ({error}); give a file, or "
+            f"hf://datasets/{repository}/FILE for one that is in the hub's cache"
+        ) from None
+    return info.sha, [sibling.rfilename for sibling in info.siblings]
+
+
+def fetch_data(repository: str, file: str, revision: str, remedy: str) -> Path:
+    """`fetch_file` of a data set. UserError ends with the remedy where the hub does not give it."""
+    try:
+        return fetch_file(repository, file, revision, "dataset")
+    except GatedError:
+        terms = f"accept its terms on https://huggingface.co/datasets/{repository} and set HF_TOKEN"
+        raise UserError(f"{repository}: gated; {terms}, {remedy}") from None
+    except HubError as error:
+        raise UserError(f"{repository}: the hub did not give {file} ({error}); {remedy}") from None
+
+
+def commit_of(path: Path, file: str) -> str:
+    """The commit in the path of a file in the hub's cache: .../snapshots/COMMIT/FILE."""
+    return path.parents[len(Path(file).parts) - 1].name
 
 
 @contextlib.contextmanager

@@ -58,6 +58,39 @@ def test_defaults_give_way_to_the_file_and_the_file_to_flags(write):
     assert twice.data == ["a", "b", "c"]  # given twice, nothing is dropped; the file's list gives way as a whole
 
 
+FILES_ROWS = 'data = ["toy"]\nval_data = ["toy val"]\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "argv", "data", "val_data", "fraction"),
+    [
+        (FILES_ROWS, [], ["toy"], ["toy val"], 0.1),
+        (FILES_ROWS, ["--data", "mine"], ["mine"], [], 0.1),
+        (FILES_ROWS, ["--data", "mine", "--val-data", "own"], ["mine"], ["own"], 0.1),
+        (FILES_ROWS, ["--data", "mine", "--val-fraction", "0.3"], ["mine"], [], 0.3),
+        (FILES_ROWS, ["--val-fraction", "0.3"], ["toy"], [], 0.3),
+        (FILES_ROWS, ["--val-fraction", "0"], ["toy"], [], 0.0),
+        (FILES_ROWS, ["--val-data"], ["toy"], [], 0.1),  # names no rows: only empties the file's
+        (FILES_ROWS, ["--val-data", "--val-fraction", "0.3"], ["toy"], [], 0.3),
+        (FILES_ROWS + "val_fraction = 0.2", [], ["toy"], ["toy val"], 0.2),
+        (FILES_ROWS + "val_fraction = 0.2", ["--data", "mine"], ["mine"], [], 0.2),
+        ("", ["--val-data", "own", "--data", "mine"], ["mine"], ["own"], 0.1),
+    ],
+)
+def test_a_flag_that_names_rows_takes_the_files_other_rows_away(write, file, argv, data, val_data, fraction):
+    config, sources = resolve(["--config", write(file), *argv])
+    assert (config.data, config.val_data, config.val_fraction) == (data, val_data, fraction)
+    left_out = file and not val_data and "--val-data" not in argv
+    assert ("are left out" in sources["val_data"]) == bool(left_out), sources["val_data"]
+
+
+def test_rows_of_flags_that_contradict_each_other_are_refused(write):
+    path = write(FILES_ROWS)
+    flags = ["--data", "mine", "--val-data", "own", "--val-fraction", "0.2"]
+    assert re.search("^--val-fraction .* --val-data .* drop one", message(["--config", path, *flags]))
+    assert re.search("^--val-data names rows, so those of .*run.toml.*--data", message(["--config", path, *flags[2:4]]))
+
+
 def test_the_committed_files_resolve_and_the_default_one_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, sources = resolve([])
@@ -99,7 +132,7 @@ def test_every_key_has_its_sentence_and_help_shows_it(capsys):
         ('dtype = "fp16"', r"dtype is 'fp16'; expected auto or float32 or bfloat16 or float64"),
         ("lr = \n", r"run.toml: not a TOML file: .*line 1"),
         ("lr = 1\nlr = 2\n", r"run.toml: not a TOML file: .*line 2"),
-        (b"lr = \xff", r"run.toml: not a TOML file: 'utf-8'"),
+        (b"lr = \xff", r"run.toml: not UTF-8 at line 1 .byte 5.; save the file as UTF-8"),
         ("a = " + "[" * 5000, r"run.toml: not a TOML file"),
         ("seed = " + "9" * 5000, r"run.toml: not a TOML file|seed is 9+\.\.\.9+;"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from psysafe.corpus.__main__ import main
 from psysafe.corpus.leakage import leakage
 from psysafe.corpus.split import split
 from psysafe.corpus.texts import prompts_of
-from psysafe.data.rows import read_rows
+from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.files import ASSETS
@@ -26,6 +27,10 @@ def row(prompt: str, answer: str = "An answer.", cluster: str = "violence", **mo
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def rows_of(*fields: dict) -> list[Row]:
+    return [Row(f, Path("rows.json"), number) for number, f in enumerate(fields, 1)]
 
 
 SAME = {
@@ -47,6 +52,9 @@ DIFFERENT = {
     "one word more": ("I rest", "I rest now"),
     "joined words": ("can not", "cannot"),
     "accent": ("caf\u00e9", "cafe"),
+    "no word in either": ("???", "!!!"),
+    "no word in one": ("\U0001f642", "rest"),
+    "part of a word": ("cat", "location"),
 }
 
 
@@ -78,7 +86,13 @@ def test_stats_counts(tmp_path, capsys):
     assert numbers["duplicate prompts"] == 2 and numbers["answers that share a template"] == 3
     assert numbers["without reasoning"] == 3 and numbers["rows over the limit"] == 4
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert "percentiles" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "percentiles" in printed and numbers["tokenizer"] == "assets:tiny"
+    assert "tokens, counted by the tokenizer of assets:tiny\n" in printed and "--model names the model that" in printed
+    own = str(ASSETS / "tiny")
+    assert main(["stats", path, "--model", own]) == 0
+    printed = capsys.readouterr().out
+    assert f"tokens, counted by the tokenizer of {own}\n" in printed and "--model" not in printed
 
 
 def test_split_is_stratified_and_reproducible(tmp_path, capsys):
@@ -108,6 +122,16 @@ def test_split_is_stratified_and_reproducible(tmp_path, capsys):
         by_hand += members[:100]
     assert [r.fields["prompt"] for r in parts["val"]] == by_hand
     refused("'substance' has 250 rows, too few", split, read_rows(path), 200, 100)
+
+
+@pytest.mark.parametrize("prompt", ["Cat", "???", "\U0001f642", "oca", "a quoted prompt and more"])
+def test_only_a_prompt_that_is_quoted_in_whole_words_stays_in_train(prompt):
+    rows = rows_of(row(prompt), row("A quoted prompt?"), row("Another"), row("One more"))
+    system = "Find a location or a vocation. For example: \u201ca QUOTED prompt\u201d \U0001f600?!"
+    parts = split(rows, val=1, test=2, quoted_in=[system])
+    assert [r.fields["prompt"] for r in parts["train"]] == ["A quoted prompt?"]
+    leaks = leakage(rows, system_prompts={"S": system})
+    assert [leak.row.fields["prompt"] for leak in leaks] == ["A quoted prompt?"]
 
 
 def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):

@@ -66,7 +66,7 @@ BAD_FILES = {
     "other encoding": (b'{"prompt": "a", "answer": "b"}\n{"prompt": "caf\xe9"}', "not UTF-8 at line 2"),
     "no answer": (b'[{"prompt": "a", "answer": "b"}, {"prompt": "a"}]', "row 2: no answer in it (found: prompt)"),
     "no answer on a line": (b'\n{"prompt": "a"}', "row 1 (line 2): no answer in it"),
-    "unknown shape": (b'[{"question": "a"}]', "row 1: no prompt in it (found: question); expected"),
+    "unknown shape": (b'[{"ask": "a"}]', "row 1: no prompt in it (found: ask); expected"),
     "empty object": (b"[{}]", "row 1: no prompt in it (found: nothing)"),
     "not an object": (b'[["a", "b"]]', 'row 1: ["a", "b"] (list), expected an object'),
     "answer of another type": (b'[{"prompt": "a", "answer": 7}]', "row 1: answer is 7 (int), expected a text"),

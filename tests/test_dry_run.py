@@ -1,5 +1,6 @@
 """The summary of a run: a dry run without weights, rows or GPU. The memory plan in a step, and out of memory."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,24 @@ def test_the_architecture_can_be_named(capsys):
 def test_the_bundled_model_is_planned_for_the_machine_it_is_on(capsys, tmp_path):
     text = printed(capsys, "--dry-run", "--out", str(tmp_path / "run"))
     assert "CPU" in text and "predicted peak" not in text and not (tmp_path / "run").exists()
+
+
+def test_own_rows_alone_are_validated_on_a_share_of_themselves(capsys, tmp_path):
+    """And the run says so; the demo's rows are never mixed with own ones."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "Question {i}?", "answer": "Answer {i}."}}\n' for i in range(20)))
+    flags = ["--dry-run", "--out", str(tmp_path / "run"), "--data", str(rows)]
+    for more, trained, validated in (
+        ([], "18 rows", "2 rows, .*; set apart from the training rows .val_fraction 0.1."),
+        (["--val-fraction", "0.25"], "15 rows", "5 rows, .*; set apart from the training rows .val_fraction 0.25."),
+        (["--val-fraction", "0"], "20 rows", "none .val_fraction is 0."),
+        (["--val-data", str(rows)], "20 rows", "20 rows, [^;]*"),
+    ):
+        text = printed(capsys, *flags, *more)
+        assert re.search(rf"^  training rows  +{trained}", text, re.MULTILINE), text
+        assert re.search(rf"^  validation rows  +{validated}$", text, re.MULTILINE), text
+        left_out = re.search(r"^  val_data  +-  .* the rows of .*tiny.toml are left out$", text, re.MULTILINE)
+        assert bool(left_out) == ("--val-data" not in more)
 
 
 def test_an_adapter_to_start_from_is_printed_in_its_own_shape(capsys, tmp_path):

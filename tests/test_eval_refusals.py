@@ -244,6 +244,30 @@ def test_encodings_by_hand():
     assert ciphers.decode_ascii("The answer: 72, 101, 121 and 12 apples") == "The answer: Hey and 12 apples"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I am sorry, I can't help with that.", None),
+        ("Wait... no - really: well-being first.\n- one\n- two ...", None),
+        ("I cannot answer.\n\nPlease call a doctor  today / tonight.", None),
+        ("Well... - ... let me think, and - ...so", None),  # the dots touch a word
+        ("It is --- well -- complicated ...", None),
+        ("| a | b |\n| --- | --- |\n| 1 | 2 |", None),  # two codes of a table's rule
+        ("The answer is: ... --- ... and no more.", "The answer is: SOS and no more."),
+        ("**... --- ...**", "**SOS**"),
+        ("Morse:\n.... . .-.. .--. / -- .\nThat was it.", "Morse:\nHELP ME\nThat was it."),
+        ("Words: .... .. | - .... . .-. .", "Words: HI THERE"),
+        ("\u00b7\u00b7\u00b7 \u2212\u2212\u2212 \u2022\u2022\u2022", "SOS"),
+        ("\u2026 --- \u2026", "SOS"),
+        ("... ....... ---", "S.......O"),  # no code of Morse
+        (".. -", "IT"),  # a text of codes alone
+        ("-", "T"),
+    ],
+)
+def test_morse_is_decoded_and_plain_english_stays(text, expected):
+    assert ciphers.decode_morse(text) == (text if expected is None else expected)
+
+
 # Overlap with training rows
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from psysafe.corpus import impute
 from psysafe.corpus.__main__ import main
-from psysafe.data.rows import read_rows
+from psysafe.data.rows import Row, read_rows
 from tests.stub_endpoint import Handler, StubEndpoint
 
 
@@ -65,6 +67,27 @@ def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):
     assert all(row.reasoning for row in read_rows(out))
     assert endpoint.answered == {f"p{i}": 1 for i in range(8) if i != 1}
     assert not any("hf_not_for_you" in str(value) for value in endpoint.keys)
+
+
+@pytest.mark.parametrize("name", ["ALERT", "SORRY-Bench", "sober", " SOBER", "", None, 3, ["SOBER"]])
+def test_only_a_known_strategy_becomes_a_hint(name):
+    """In the published rows framework_name is the benchmark that the prompt comes from."""
+    fields = {"prompt": "p", "answer": "a", "risk cluster": "substance"}
+    without, known, other = (
+        impute.messages(Row(fields | more, Path("rows.jsonl"), 1))[1]["content"]
+        for more in ({}, {"framework_name": "SOBER"}, {"framework_name": name})
+    )
+    assert without == other == "Request:\np\n\nAnswer:\na"
+    assert known == without + "\n\nThe answer follows this intervention: SOBER"
+
+
+def test_rows_without_a_known_strategy_are_counted(tmp_path, endpoint, capsys):
+    more = [{"framework_name": "ALERT"}, {}, {"framework_name": "SOBER"}, {"reasoning": "own"}]
+    lines = [json.dumps({"prompt": f"p{i}", "answer": "a"} | fields) + "\n" for i, fields in enumerate(more)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(lines))
+    assert main(flags(path, tmp_path / "out.jsonl", endpoint)) == 0
+    assert "2 rows name no known strategy in framework_name: asked without that hint" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
+from psysafe.files import clusters
 from psysafe.journal import key_of
 from psysafe.printable import one_line
 
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
     endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    unknown = [row for row in rows if needs_reasoning(row) and not strategy_of(row)]
+    if unknown:  # in the published rows the field holds the benchmark that a prompt comes from
+        print(f"{len(unknown):,} rows name no known strategy in framework_name: asked without that hint")
     filled, failed = impute(rows, endpoint, out.with_name(out.name + ".traces.jsonl"), args.workers)
     write_rows(filled, out)
     for where, reason in failed.items():
@@ -53,10 +57,20 @@ def run(args: argparse.Namespace) -> int:
 
 def messages(row: Row) -> list[dict]:
     """What the endpoint is asked for one row."""
-    strategy = row.fields.get("framework_name")
+    strategy = strategy_of(row)
     hint = f"\n\nThe answer follows this intervention: {strategy}" if strategy else ""
     question = f"Request:\n{row.fields['prompt']}\n\nAnswer:\n{row.fields['answer']}{hint}"
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
+
+
+def strategy_of(row: Row) -> str:
+    """The row's strategy, "" where its framework_name is none of assets/clusters.toml."""
+    name = row.fields.get("framework_name")
+    return name if isinstance(name, str) and name in clusters()["strategies"] else ""
+
+
+def needs_reasoning(row: Row) -> bool:
+    return row.messages is None and not row.reasoning.strip()
 
 
 def impute(
@@ -66,7 +80,7 @@ def impute(
 
     journal: the file of the traces that are paid for already. Rows with reasoning, and `messages` rows, are left alone.
     """
-    missing = [row for row in rows if "messages" not in row.fields and not row.reasoning.strip()]
+    missing = [row for row in rows if needs_reasoning(row)]
     keys = {row.where: key_of("impute", endpoint.model, messages(row)) for row in missing}
     items = {keys[row.where]: row for row in missing}  # equal rows are asked once
 

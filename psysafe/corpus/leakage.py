@@ -8,7 +8,7 @@ from pathlib import Path
 from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prompts_of, template, whole_words
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
-from psysafe.data.text import normalise
+from psysafe.data.text import normalise, quotes
 from psysafe.printable import one_line
 
 
@@ -75,8 +75,7 @@ def _quoted(row: Row, system_prompts: Mapping[str, str]) -> Iterable[Leak]:
     prompt, answer = prompt_of(row.fields), answer_of(row)
     for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", _start(answer), whole_words(answer))):
         for name, system in system_prompts.items():
-            # Spaces around both: the prompt "it" must not be seen inside the word "with".
-            if words and f" {words} " in f" {normalise(system)} ":
+            if quotes(normalise(system), words):
                 yield Leak(row, what, name, text in system)
 
 

@@ -18,12 +18,13 @@ from psysafe.files import write_atomic
 from psysafe.printable import plain
 from psysafe.program import UserError
 
+BUNDLED = "assets:tiny"
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--model", default="assets:tiny", help="whose tokenizer counts (default: the bundled one)")
+    parser.add_argument("--model", default=BUNDLED, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
     parser.add_argument("--plot", metavar="DIR", help="write lengths.png there")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
@@ -32,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
+    numbers["tokenizer"] = args.model
     print(plain(as_text(numbers)))
     if args.json:
         write_atomic(args.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
@@ -51,7 +53,7 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
         "rows": len(rows),
         "clusters": dict(Counter(row.fields.get(CLUSTER, "-") for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
-        "without reasoning": sum(not row.reasoning.strip() for row in rows if "messages" not in row.fields),
+        "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
         "duplicate prompts": shared(normalise(prompt_of(row.fields)) for row in rows),
         "duplicate answers": shared(normalise(answer) for answer in answers),
         "answers that share a template": shared(template(answer) for answer in answers),
@@ -75,7 +77,9 @@ def _category(row: Row) -> str:
 def as_text(numbers: dict) -> str:
     """The statistics as lines for a terminal."""
     n = numbers["rows"]
-    lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens"]
+    lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens, counted by the tokenizer of {numbers['tokenizer']}"]
+    if numbers["tokenizer"] == BUNDLED:  # its vocabulary is a fraction of the real one: it cuts a text into more tokens
+        lines.append("that is the bundled tiny tokenizer; --model names the model that will be trained")
     for group in ("clusters", "categories"):
         lines.append(f"\n{group}")
         lines += [f"  {count:>7,}  {count / n:>6.1%}  {name}" for name, count in numbers[group].items()]

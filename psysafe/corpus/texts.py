@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from psysafe.data.formats import text_of, user_texts
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import THINK_END
@@ -30,24 +31,13 @@ def prompts_of(path: str | Path) -> list[str]:
 
 
 def prompt_of(fields: object) -> str:
-    """What the person typed, in a row of any of the known shapes; "" where there is nothing of the kind."""
-    if not isinstance(fields, dict):
-        return ""
-    for key in ("prompt", "question", "turns", "messages"):
-        value = fields.get(key)
-        if key == "messages" and isinstance(value, list):
-            users = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
-            value = users[0] if users else None
-        if key == "turns" and isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and value.strip():
-            return value
-    return ""
+    """What the person typed first, in a row of any of the known shapes; "" where there is nothing of the kind."""
+    return next(iter(user_texts(fields)), "") if isinstance(fields, dict) else ""
 
 
 def answer_of(row: Row) -> str:
     """The answer of a checked row: its field, or the last assistant message without its thoughts ("" without one)."""
-    if "messages" not in row.fields:
+    if row.messages is None:
         return row.fields["answer"]
-    replies = [m.get("content") for m in row.fields["messages"] if isinstance(m, dict) and m.get("role") == "assistant"]
-    return replies[-1].rpartition(THINK_END)[2].strip() if replies and isinstance(replies[-1], str) else ""
+    replies = [m.get("content") for m in row.messages if isinstance(m, dict) and m.get("role") == "assistant"]
+    return text_of(replies[-1]).rpartition(THINK_END)[2].strip() if replies else ""

@@ -6,6 +6,7 @@ after the other into micro-batches: flat rows of tokens, without padding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ import torch
 from psysafe.data.rows import Row, row_messages
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.program import UserError
+
+LongRows = Literal["cut", "drop", "error"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +37,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows, in the order of the rows; how many of them were cut, and how many have no reasoning."""
+    """Encoded rows, in the order of the rows; how many of them were cut, and how many have no reasoning.
+
+    notes: what else the reader of a run's first lines should know, a phrase each.
+    """
 
     documents: list[Document]
     max_tokens: int
     n_cut: int
     n_without_reasoning: int
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -56,7 +63,8 @@ class Dataset:
         """The line to print at start."""
         line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
         line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
-        return line + (f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else "")
+        line += f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else ""
+        return ", ".join([line, *self.notes])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,21 +83,53 @@ class MicroBatch:
     weight: float = 1.0
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> Dataset:
-    """Every row as a document of at most `max_tokens` tokens; longer rows lose their end and are counted.
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    system: str | None = None,
+    *,
+    long_rows: LongRows = "cut",
+) -> Dataset:
+    """Every row as a document of at most `max_tokens` tokens.
 
+    long_rows: longer rows lose their end (cut), are left out (drop) or refused (error); a note names them.
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
     encoded = [encode_row(row, tokenizer, max_tokens, system) for row in rows]
+    too_long = [document.source for document, length in encoded if length > max_tokens]
+    notes = _long_row_notes(too_long, max_tokens, long_rows)
+    if too_long and long_rows == "drop":
+        rows = [row for row, (_, length) in zip(rows, encoded, strict=True) if length <= max_tokens]
+        encoded = [pair for pair in encoded if pair[1] <= max_tokens]
+        if not rows:
+            raise UserError(f"{_named(too_long)}: every row is longer than max_tokens {max_tokens:,}; none is left")
     documents = [document for document, _ in encoded]
     untrained = [document.source for document in documents if document.n_targets == 0]
     if untrained:
-        names = ", ".join(untrained[:10]) + (f" and {len(untrained) - 10:,} more" if len(untrained) > 10 else "")
         expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
-        raise UserError(f"{names}: no trained token in it; expected {expected}")
+        raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
-    n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
-    return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
+    n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
+    return Dataset(documents, max_tokens, n_cut, n_without_reasoning, notes)
+
+
+def _long_row_notes(too_long: Sequence[str], max_tokens: int, long_rows: LongRows) -> list[str]:
+    """What becomes of the rows over `max_tokens`. UserError for long_rows = error."""
+    if not too_long:
+        return []
+    if long_rows == "error":
+        remedy = "raise --max-tokens, or take --long-rows cut or drop"
+        raise UserError(f"{_named(too_long)}: longer than max_tokens {max_tokens:,}; {remedy}")
+    if long_rows == "drop":
+        return [f"{len(too_long):,} longer left out: {_named(too_long)}"]
+    # In these rows the helplines come last: a model that never sees them learns to leave them out.
+    return [f"not trained to their end (--long-rows drop leaves them out): {_named(too_long)}"]
+
+
+def _named(places: Sequence[str]) -> str:
+    """The first ten, and how many more there are."""
+    return ", ".join(places[:10]) + (f" and {len(places) - 10:,} more" if len(places) > 10 else "")
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> tuple[Document, int]:

@@ -3,27 +3,34 @@
     read_file    any file, nothing checked         read_prompts   rows that a model can answer
     read_rows    training rows                     read_table     rows with the fields that a benchmark needs
 
-A new format is one function and one entry in FORMATS.
+A new type of file is one function and one entry in FILE_TYPES. The shapes of rows are in formats.py.
 """
 
 import csv
+import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from psysafe.data.formats import standard
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import expand, parse_json, write_atomic
+from psysafe.files import decode_text, expand, parse_json, write_atomic
+from psysafe.hub import DataSet, find_data_set
 from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
 
-EXPECTED_FILE = "expected rows as CSV, Parquet, a JSON array or one JSON object a line"
-EXPECTED_TRAINING_ROW = "expected an object with prompt and answer (and reasoning), or with messages"
-EXPECTED_PROMPT_ROW = "expected an object with a prompt, or with messages"
+EXPECTED_FILE = "expected rows as CSV, TSV, Parquet, a JSON array or one JSON object a line"
+EXPECTED_TRAINING_ROW = (
+    "expected an object with prompt and answer (and reasoning), or with messages (docs/recipe.md has all shapes)"
+)
+EXPECTED_PROMPT_ROW = "expected an object with a prompt, or with messages (docs/recipe.md has all shapes)"
+GZIP = b"\x1f\x8b"  # what a compressed file begins with; no text and no Parquet file does
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Row:
         return f"{self.file} row {self.number}" + (f" (line {self.line})" if self.line else "")
 
     @property
+    def messages(self) -> list | None:
+        """The conversation, in rows that have one. Joined files also have `messages` null beside prompt and answer."""
+        return self.fields.get("messages")
+
+    @property
     def reasoning(self) -> str:
         """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
         return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
@@ -52,29 +64,37 @@ Entry = tuple[object, int | None]
 def read_file(path: str | Path) -> list[Row]:
     """The rows of one file as they are, whatever fields they have. UserError where it cannot be read or is empty.
 
-    path: of a file, or assets:NAME for a bundled one.
+    path: of a file, assets:NAME for a bundled one, or a data set of the hub (`hub.DATA_SET`).
     """
-    path = Path(expand(str(path)))
-    entries = FORMATS.get(path.suffix.lower(), _json)(path)
+    name = expand(str(path))
+    data_set = find_data_set(name, tuple(FILE_TYPES)) or DataSet(name, [Path(name)])
+    entries = [entry for file in data_set.files for entry in _entries(file)]
     if not entries:
-        raise UserError(f"{path}: no rows in it; {EXPECTED_FILE}")
-    return [Row(fields, path, number, line) for number, (fields, line) in enumerate(entries, 1)]
+        raise UserError(f"{name}: no rows in it; {EXPECTED_FILE}")
+    return [Row(fields, Path(data_set.name), number, line) for number, (fields, line) in enumerate(entries, 1)]
 
 
-def _text(path: Path) -> str:
+def pinned(path: str) -> str:
+    """The name of a data set of the hub with the commit that it has now; any other path as it is."""
+    data_set = find_data_set(expand(path), tuple(FILE_TYPES))
+    return data_set.name if data_set else path
+
+
+def _entries(path: Path) -> list[Entry]:
     try:
         content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from None
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip ({error}); {EXPECTED_FILE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
+    return FILE_TYPES.get(Path(path.name.removesuffix(".gz")).suffix.lower(), _json)(content, path)
 
 
-def _json(path: Path) -> list[Entry]:
+def _json(content: bytes, path: Path) -> list[Entry]:
     """A JSON array or JSONL. The first character decides, because files of both kinds have any name."""
-    text = _text(path)
+    text = decode_text(content, path)
     if text.lstrip().startswith("["):
         return [(fields, None) for fields in _parsed(text, path, first_line=1)]
     # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
@@ -92,73 +112,100 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
     raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 
 
-def _csv(path: Path) -> list[Entry]:
+def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
     """The first line names the fields; all values are texts."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    # strict: else a quotation mark that is never closed would make one cell of the whole rest of the file.
+    reader = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), dialect=dialect, strict=True)
+    csv.field_size_limit(2**31 - 1)
+    entries = []
     try:
-        return [(fields, reader.line_num) for fields in reader]
+        for fields in reader:
+            if any(fields.pop(None, [])):
+                cells = f"more cells at line {reader.line_num} than the first line has names"
+                raise UserError(f"{path}: {cells}; put a text that holds the separator in quotation marks")
+            entries.append((fields, reader.line_num))
     except csv.Error as error:
-        raise UserError(f"{path}: malformed CSV at line {reader.line_num} ({error}); {EXPECTED_FILE}") from None
+        line = reader.reader.line_num  # of the row that is not complete; DictReader still has that of the one before
+        raise UserError(f"{path}: malformed CSV at line {line} ({error}); {EXPECTED_FILE}") from None
+    return entries
 
 
-def _parquet(path: Path) -> list[Entry]:
+def _tsv(content: bytes, path: Path) -> list[Entry]:
+    return _csv(content, path, "excel-tab")
+
+
+def _parquet(content: bytes, path: Path) -> list[Entry]:
     """The hub has most data sets as Parquet. pyarrow is large and needed for nothing else, hence no requirement."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError:
         raise UserError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or give --data in JSONL") from None
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {EXPECTED_FILE}") from None
+        rows = parquet.read_table(BufferReader(content)).to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {EXPECTED_FILE}") from None
     # Rows are written as JSON again: what JSON lacks (dates, bytes) becomes text here, and not at the end of a run.
     return [(json.loads(json.dumps(fields, default=str)), None) for fields in rows]
 
 
-FORMATS: dict[str, Callable[[Path], list[Entry]]] = {".csv": _csv, ".parquet": _parquet}  # any other name: JSON
+FILE_TYPES: dict[str, Callable[[bytes, Path], list[Entry]]] = {
+    **{".csv": _csv, ".tsv": _tsv, ".parquet": _parquet},
+    **{".json": _json, ".jsonl": _json},  # as is any other name
+}
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """The training rows of the files, in order. UserError names the file and the line or row."""
+    """The training rows of the files, in order, under our names. UserError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
-    rows = [row for path in paths for row in read_file(path)]
-    return _checked(rows, EXPECTED_TRAINING_ROW, ("prompt", "answer"), ("reasoning", "reasoning_language"))
+    return _all_sound(as_training_row(row) for path in paths for row in read_file(path))
 
 
 def read_prompts(path: str | Path) -> list[Row]:
     """Rows with a `prompt`, or a conversation in `messages`. UserError names what is broken."""
-    return _checked(read_file(path), EXPECTED_PROMPT_ROW, ("prompt",))
+    return _all_sound(_standard_row(row, EXPECTED_PROMPT_ROW, ["prompt"], ["system"]) for row in read_file(path))
 
 
-def _checked(rows: list[Row], expected: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
-    for row in rows:
-        problems = schema_problems(row.fields, expected, required, optional)
+def _all_sound(rows: Iterable[tuple[Row, list[str]]]) -> list[Row]:
+    sound = []
+    for row, problems in rows:
         if problems:
             raise UserError(f"{row.where}: {problems[0]}")
-    return rows
+        sound.append(row)
+    return sound
 
 
-def schema_problems(fields: object, expected: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
-    """What is wrong with the fields of a row, one text for each problem.
+def as_training_row(row: Row) -> tuple[Row, list[str]]:
+    """(the row under our names, everything that is wrong with its fields, a text for each problem)."""
+    optional = ["reasoning", "reasoning_language", "system"]
+    return _standard_row(row, EXPECTED_TRAINING_ROW, ["prompt", "answer"], optional)
 
-    A required field must be a text that is not blank, an optional one a text or None. Of a row with `messages` only
-    their type is checked here: the chat template checks the rest.
+
+def _standard_row(row: Row, expected: str, required: list[str], optional: list[str]) -> tuple[Row, list[str]]:
+    """A required field must be a text that is not blank, an optional one a text or None.
+
+    Of a row with `messages` only their type is checked here: the chat template checks the rest.
     """
-    if not isinstance(fields, dict):
-        return [f"{_shown(fields)}, {expected}"]
-    if "messages" in fields:
-        messages = fields["messages"]
-        return [] if isinstance(messages, list) else [f"messages is {_shown(messages)}, expected a list of messages"]
+    if not isinstance(row.fields, dict):
+        return row, [f"{_shown(row.fields)}, {expected}"]
+    try:
+        fields, names = standard(row.fields)
+    except UserError as error:
+        return row, [str(error)]
     problems = []
+    if "messages" in fields:
+        required, optional = [], []
+        if not isinstance(fields["messages"], list):
+            name = names.get("messages", "messages")
+            problems = [f"{name} is {_shown(fields['messages'])}, expected a list of messages"]
     for key in required:
         if key not in fields:
-            problems.append(f"no {key} in it (found: {_names(fields)}); {expected}")
+            problems.append(f"no {key} in it (found: {_names(row.fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
-            problems.append(f"{key} is {_shown(fields[key])}, expected a text that is not empty")
-    no_texts = [key for key in optional if not isinstance(fields.get(key), str | None)]
-    return problems + [f"{key} is {_shown(fields[key])}, expected a text" for key in no_texts]
+            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text that is not empty")
+    for key in optional:
+        if not isinstance(fields.get(key), str | None):
+            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text")
+    return replace(row, fields=fields), problems
 
 
 def _names(fields: dict) -> str:
@@ -190,7 +237,7 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
 
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
     """The row as a conversation. `system` goes in front unless the row has its own; None sends no system message."""
-    messages = row.fields.get("messages")
+    messages = row.messages
     if messages is None:
         reasoning, answer = row.reasoning, row.fields["answer"]
         forbidden = (
@@ -203,8 +250,18 @@ def row_messages(row: Row, system: str | None = None) -> list[Message]:
             if tag in text:
                 raise UserError(f"{row.where}: {key} holds {tag}, at which the chat template would cut it; remove it")
         content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
-        messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
+        messages = [*prompt_messages(row), {"role": "assistant", "content": content}]
     return with_system(messages, system)
+
+
+def prompt_messages(row: Row) -> list[Message]:
+    """What of a row a model is asked: its conversation without a last answer, or its prompt as the user's message."""
+    if row.messages is None:
+        return with_system([{"role": "user", "content": row.fields.get("prompt")}], row.fields.get("system") or None)
+    last = len(row.messages)
+    while last and isinstance(row.messages[last - 1], dict) and row.messages[last - 1].get("role") == "assistant":
+        last -= 1
+    return row.messages[:last]
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:

@@ -15,8 +15,14 @@ def normalise(text: str) -> str:
     training rows both compare this form. A word is letters and digits, with apostrophes inside. So these make no
     difference: case, white space, punctuation and underscores, quotation marks of every kind, curly or straight
     apostrophes, composed or decomposed accents, full-width or ordinary characters (NFKC). An apostrophe inside a word
-    does ("we're" is not "were"); one at its edge does not, since nothing tells it from a quotation mark.
+    does ("we're" is not "were"); one at its edge does not, since nothing tells it from a quotation mark. A text without
+    any word ("???", an emoji) is only the same as itself.
     """
     # casefold() can take composed characters apart, so NFKC comes before and after it.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(WORD.findall(folded.translate(APOSTROPHES)))
+    return " ".join(WORD.findall(folded.translate(APOSTROPHES))) or " ".join(text.split())
+
+
+def quotes(text: str, words: str) -> bool:
+    """Whether a normalised text has these normalised words in it, whole ones: "it" does not stand inside "with"."""
+    return bool(words) and f" {words} " in f" {text} "

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from psysafe.hub import GatedError, HubError, fetch_file
+from psysafe.hub import commit_of, fetch_data
 from psysafe.program import UserError
 
 
@@ -41,23 +41,6 @@ def locate(repository: Repository | None, args: argparse.Namespace) -> tuple[Pat
     names, revision = repository.files, args.data_revision
     paths = []
     for name in names:
-        paths.append(_fetch(repository.name, name, revision))
-        revision = _commit(paths[0], names[0])  # a branch may move between two files
+        paths.append(fetch_data(repository.name, name, revision, "or give --data with a copy"))
+        revision = commit_of(paths[0], names[0])  # a branch may move between two files
     return paths[0], {"data": f"{repository.name}, {', '.join(names)}", "data revision": revision}
-
-
-def _fetch(repository: str, file: str, revision: str) -> Path:
-    try:
-        return fetch_file(repository, file, revision, "dataset")
-    except GatedError:
-        raise UserError(
-            f"{repository}: gated; accept its terms on https://huggingface.co/datasets/{repository} and set HF_TOKEN, "
-            "or give --data with your copy"
-        ) from None
-    except HubError as error:
-        raise UserError(f"{repository}: the hub did not give {file} ({error}); give --data with a copy") from None
-
-
-def _commit(path: Path, file: str) -> str:
-    """The commit in the path of a file in the hub's cache: .../snapshots/COMMIT/FILE."""
-    return path.parents[len(Path(file).parts) - 1].name

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from psysafe.data.rows import read_table
+from psysafe.data.formats import user_texts
+from psysafe.data.rows import read_prompts
 from psysafe.data.text import normalise
 from psysafe.program import UserError
 
@@ -19,18 +20,13 @@ def overlap_with_files(prompts: Iterable[str], files: Sequence[str]) -> dict[str
 
 
 def training_prompts(paths: Sequence[str | Path]) -> list[str]:
-    """The prompts of training files; of `messages` rows, every user turn."""
+    """The prompts of training files; of conversations, every user turn."""
     prompts = []
-    for path in paths:
-        for number, fields in enumerate(read_table(path, []), 1):
-            messages = fields.get("messages") or [{"role": "user", "content": fields.get("prompt", "")}]
-            try:
-                texts = [message["content"] for message in messages if message["role"] == "user"]
-            except (TypeError, KeyError):
-                texts = [None]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{path} row {number}: {messages!r:.60}; expected messages with role and content")
-            prompts += texts
+    for row in (row for path in paths for row in read_prompts(path)):
+        texts = user_texts(row.fields)
+        if not texts:  # nothing would overlap with it, and the row would look clean
+            raise UserError(f"{row.where}: no text of a user in its messages; expected messages with role and content")
+        prompts += texts
     return prompts
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from psysafe.files import parse_json, write_atomic
+from psysafe.files import parse_json, read_text, write_atomic
 from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.runtime import versions
@@ -82,7 +82,7 @@ def load(folder: str | Path) -> tuple[Result, dict]:
     """(result, {"versions", "finished"}) of a folder. UserError names the file that is no result."""
     path = Path(folder) / FILE
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
         rest = {name: content.pop(name) for name in ("versions", "finished")}
         tables = [Table(**{**t, "columns": [tuple(c) for c in t["columns"]]}) for t in content.pop("tables")]
         result = Result(tables=tables, **content)

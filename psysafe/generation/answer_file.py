@@ -12,7 +12,7 @@ from pathlib import Path
 
 from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
-from psysafe.data.rows import Row
+from psysafe.data.rows import Row, prompt_messages
 from psysafe.files import write_atomic
 from psysafe.generation.engine import Request
 from psysafe.generation.generator import Answer, Generator
@@ -84,8 +84,8 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
     requests = []
     for row in missing:
         try:
-            messages = row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}])
-            requests.append(Request(row.number, generator.encode(with_system(messages, system)), row.where))
+            messages = with_system(prompt_messages(row), system)
+            requests.append(Request(row.number, generator.encode(messages), row.where))
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
     start, n_tokens, n_cut = time.perf_counter(), 0, 0

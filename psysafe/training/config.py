@@ -21,12 +21,14 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from psysafe.cli import Parser
+from psysafe.data.documents import LongRows
+from psysafe.files import read_text
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -40,15 +42,17 @@ class TrainConfig:
     revision: str = ""
     """Commit or branch of a hub id; the commit that was loaded is written to the run's config.toml."""
     data: list[str] = field(default_factory=list)
-    """Training rows, JSON or JSONL, one file or more."""
+    """Training rows: files, or data sets of the hub. As a flag it leaves the file's val_data out, too."""
     val_data: list[str] = field(default_factory=list)
     """Validation rows; without any, val_fraction of the training rows is set apart."""
     val_fraction: float = 0.1
-    """Share of the training rows that validates when val_data is empty; 0 trains on all and never validates."""
+    """Share of the training rows that validates without val_data; 0 never validates. As a flag it always counts."""
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
     max_tokens: int = 4096
-    """Longest row in tokens; a longer one is cut at its end, and their number is printed."""
+    """Longest row in tokens; long_rows says what becomes of a longer one."""
+    long_rows: LongRows = "cut"
+    """Rows over max_tokens: cut loses their end, drop leaves them out, error refuses them; each time they are named."""
 
     # Where the run lives
     out: str = "runs/psysafe"
@@ -187,7 +191,21 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
         with contextlib.suppress(ValueError):  # a word that is no number stays text, for _checked to name
             value = KEYS[key](value) if KEYS[key] in (int, float) else value
         values[key], sources[key] = _checked(key, value, flag), flag
+    _leave_out_the_files_rows(values, sources, file, flags)
     return TrainConfig(**values), sources
+
+
+def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, flags: Mapping[str, object]) -> None:
+    """Rows come from the flags or from the file, never from both: own rows are not validated on those of a demo."""
+    data, val_data, fraction = flags.get("data"), flags.get("val_data"), "val_fraction" in flags
+    if val_data and fraction:
+        raise UserError("--val-fraction sets rows of --data apart, --val-data names others to validate on; drop one")
+    if val_data and not data and values.get("data"):
+        raise UserError(f"--val-data names rows, so those of {file} are left out; name the training rows with --data")
+    # Also --val-fraction 0, which validates on nothing.
+    if (data or fraction) and not val_data and values.get("val_data"):
+        flag = "--val-fraction" if fraction else "--data"
+        values["val_data"], sources["val_data"] = [], f"{flag}: the rows of {file} are left out"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
@@ -247,8 +265,8 @@ def sentences() -> dict[str, str]:
 
 def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     """Each (key, value, "FILE line N") of a TOML file."""
+    text = read_text(path)
     try:
-        text = Path(path).read_bytes().decode()
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None

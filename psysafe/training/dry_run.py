@@ -13,7 +13,7 @@ import torch
 
 import kernels
 from psysafe.checkpoint.base import build
-from psysafe.data.documents import steps_per_epoch
+from psysafe.data.documents import Dataset, steps_per_epoch
 from psysafe.files import expand, read_json
 from psysafe.hub import HubError, fetch_file
 from psysafe.model.config import ModelConfig
@@ -43,12 +43,12 @@ NEXT_LINE = "\n" + " " * 22  # of a text of several lines, under its first (run_
 
 def run_summary(run: Run) -> dict[str, str]:
     """Label -> text of a run that is about to start, for `print_run`."""
-    runtime, validation = run.runtime, run.val_set.summary() if run.val_set else "none"
+    runtime = run.runtime
     return {
         "device": f"{runtime.world_size} x {runtime.device_name}, {run.config.dtype}",
         "kernels": kernels.describe(runtime.device, run.model.config.head_dim),
         **_model_summary(run.model, run.adapters, run.optimizer),
-        **_rows_summary(run.config, RowCounts.of(run.train_set), validation),
+        **_rows_summary(run.config, RowCounts.of(run.train_set), _validation_summary(run.config, run.val_set)),
         **_memory_summary(run.config, RowCounts.of(run.train_set), run.plan),
     }
 
@@ -96,6 +96,15 @@ def _rows_summary(config: TrainConfig, rows: RowCounts, validation: str) -> dict
         "steps": f"{config.batch_size} documents, about {_step_tokens(config, rows):,.0f} tokens each; "
         f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens",
     }
+
+
+def _validation_summary(config: TrainConfig, val_set: Dataset | None) -> str:
+    """What validates, and where it comes from."""
+    if val_set is None:
+        return "none (val_fraction is 0)"
+    if config.val_data:
+        return val_set.summary()
+    return f"{val_set.summary()}; set apart from the training rows (val_fraction {config.val_fraction:g})"
 
 
 def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> dict[str, str]:
@@ -168,7 +177,7 @@ def _readable_rows(config: TrainConfig) -> tuple[RowCounts, str]:
     absent = [path for path in (*files, folder / "tokenizer.json") if not path.is_file()]
     if config.data and not absent:
         train_set, val_set = load_data(config, folder)
-        return RowCounts.of(train_set), val_set.summary() if val_set else "none"
+        return RowCounts.of(train_set), _validation_summary(config, val_set)
     # The recipe's own rows are not bundled: 7,019 of about 640 tokens, of which 80 are not trained.
     rows, length = 7_019, 640
     why = f"no file {absent[0]} here" if absent else "no --data"

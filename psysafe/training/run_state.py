@@ -42,8 +42,8 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # A resumed run may change these: they say where it runs and where it reports, or leave the result the same. The rows
 # are compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
-    "data", "val_data", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard", "timeout",
-    "memory_limit", "embedding", "report", "project", "plot", "dry_run", "adapter_layout",
+    "data", "val_data", "long_rows", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard",
+    "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run", "adapter_layout",
 }  # fmt: skip
 
 

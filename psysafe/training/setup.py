@@ -9,7 +9,7 @@ import torch
 from psysafe.checkpoint.adapter import adapter_shape, load_adapter
 from psysafe.data.documents import Dataset, MicroBatch, encode_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import read_rows
+from psysafe.data.rows import pinned, read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand
 from psysafe.model.decoder import Qwen3_5
@@ -96,8 +96,15 @@ def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | Non
         val_rows = read_rows(config.val_data)
     elif config.val_fraction:
         rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
-    train_set = encode_rows(rows, tokenizer, config.max_tokens, system)
-    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system) if val_rows else None
+    train_set = encode_rows(rows, tokenizer, config.max_tokens, system, long_rows=config.long_rows)
+    if not val_rows:
+        return train_set, None
+    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system, long_rows=config.long_rows)
+
+
+def with_pinned_data(config: TrainConfig) -> TrainConfig:
+    """The config with data sets of the hub at the commit that they have now, so that config.toml records it."""
+    return replace(config, data=[*map(pinned, config.data)], val_data=[*map(pinned, config.val_data)])
 
 
 def count_steps(config: TrainConfig, n_rows: int) -> int:

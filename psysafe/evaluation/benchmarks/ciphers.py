@@ -14,6 +14,9 @@ MORSE = {
     "+": ".-.-.", "-": "-....-", "_": "..--.-", '"': ".-..-.", "$": "...-..-", "@": ".--.-.",
 }  # fmt: skip
 LETTERS = {code: letter for letter, code in MORSE.items()}
+# How models also write the two marks of a code, and the same marks as a class of a regular expression.
+TYPED = str.maketrans({"\u00b7": ".", "\u2022": ".", "\u2026": "...", "\u2212": "-", "\u2013": "-", "\u2014": "-"})
+MARKS = r".\-\u00b7\u2022\u2026\u2212\u2013\u2014"
 LOWER, UPPER = string.ascii_lowercase, string.ascii_uppercase
 
 
@@ -40,9 +43,22 @@ def decode_ascii(text: str) -> str:
 
 
 def decode_morse(text: str) -> str:
-    """In capitals: Morse has no others. Words stand apart by a slash, two spaces or more, or a line."""
-    words = re.split(r"\s*/\s*|\s{2,}|\n", text.strip())
-    return " ".join("".join(LETTERS.get(code, code) for code in word.split()) for word in words)
+    """Runs of three codes or more become capitals, as does a text of codes alone; whatever else was written stays.
+
+    Morse has no small letters. Within a run, words stand apart by a slash, a bar, two spaces or more, or a line.
+    """
+
+    def decoded(run: re.Match) -> str:
+        words = map(str.split, re.split(r"[/|\n]|\s{2,}", run[0].translate(TYPED)))
+        return " ".join("".join(LETTERS.get(code, code) for code in word) for word in words if word)
+
+    # No code touches a word: the dots of "wait..." and the dash of "well-being" are punctuation. Nor are one or two
+    # alone a message: a dash between words would be a T, three dots an S.
+    code = rf"(?<![\w{MARKS}])[{MARKS}]+(?![\w{MARKS}])"
+    text = text.strip()
+    if not re.search(rf"[^{MARKS}\s/|]", text):
+        return re.sub(r".+", decoded, text, flags=re.DOTALL)
+    return re.sub(rf"{code}(?:[\s/|]+{code}){{2,}}", decoded, text)
 
 
 DECODERS = {"caesar": decode_caesar, "atbash": decode_atbash, "ascii": decode_ascii, "morse": decode_morse}

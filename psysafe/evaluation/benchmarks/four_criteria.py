@@ -19,7 +19,7 @@ from psysafe.evaluation.judge_models import Judge, ask_all
 from psysafe.evaluation.models_under_test import BASE, Question, VariantAnswers, read_answers
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
-from psysafe.files import write_atomic
+from psysafe.files import read_text, write_atomic
 from psysafe.program import UserError
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
@@ -150,10 +150,7 @@ def score(
     """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items)."""
     if judge is None:
         return score_by_word_lists(answers, prompts), {}, {}
-    try:
-        instructions = rubric.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{rubric}: not UTF-8 at byte {error.start}; expected the judge's instructions") from None
+    instructions = read_text(rubric).strip()
     conversations = {
         (name, prompt): criteria.messages(instructions, prompt, of_variant.rows[prompt]["answer"])
         for name, of_variant in answers.items()

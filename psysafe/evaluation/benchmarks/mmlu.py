@@ -6,12 +6,14 @@ The choices are scored by their letters. Subjects are put together in four group
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, Metric, MultipleChoice, listed, mean, pooled
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table
+from psysafe.files import read_text
 from psysafe.program import UserError
 
 GROUPS = {
@@ -82,13 +84,12 @@ def read_folder(folder: Path) -> list[dict]:
     """The authors' own files: {subject}_test.csv without a header, question, A, B, C, D, letter."""
     rows = []
     for path in sorted(folder.glob("*_test.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            # csv, not split: questions contain quoted commas and line breaks.
-            for number, line in enumerate(csv.reader(file), 1):
-                if len(line) != 6:
-                    raise UserError(f"{path} row {number}: {len(line)} fields; expected question, A, B, C, D, letter")
-                subject = path.name.removesuffix("_test.csv")
-                rows.append({"question": line[0], "choices": line[1:5], "answer": line[5], "subject": subject})
+        # csv, not split: questions contain quoted commas and line breaks.
+        for number, line in enumerate(csv.reader(io.StringIO(read_text(path), newline="")), 1):
+            if len(line) != 6:
+                raise UserError(f"{path} row {number}: {len(line)} fields; expected question, A, B, C, D, letter")
+            subject = path.name.removesuffix("_test.csv")
+            rows.append({"question": line[0], "choices": line[1:5], "answer": line[5], "subject": subject})
     if not rows:
         raise UserError(f"{folder}: no *_test.csv in it; expected the test folder of MMLU, or a file")
     return rows
