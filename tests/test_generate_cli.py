@@ -318,7 +318,7 @@ def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
         ('{"prompt": 3}\n', "row 1 (line 1): prompt is 3"),
         ('[{"prompt": "a"}, 7]', "row 2: 7 (int), expected an object with a prompt"),
         ('{"messages": [{"role": "judge", "content": "a"}]}\n', "row 1 (line 1): Unexpected message role 'judge'"),
-        ('{"messages": null}\n', "row 1 (line 1): messages is null (NoneType), expected a list of messages"),
+        ('{"messages": null}\n', "row 1 (line 1): no prompt in it (found: messages); expected"),
         ('{"messages": ["hi"]}\n', "row 1 (line 1): message 1 is 'hi'"),
         ('{"messages": []}\n', "row 1 (line 1): No messages provided"),
         ('{"prompt": "\\ud83d"}\n', "row 1 (line 1): '\\ud83d' at character"),

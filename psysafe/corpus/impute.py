@@ -65,7 +65,7 @@ def impute(
 
     journal: the file of the traces that are paid for already. Rows with reasoning, and `messages` rows, are left alone.
     """
-    missing = [row for row in rows if "messages" not in row.fields and not row.reasoning.strip()]
+    missing = [row for row in rows if row.messages is None and not row.reasoning.strip()]
     keys = {row.where: key_of("impute", endpoint.model, messages(row)) for row in missing}
     items = {keys[row.where]: row for row in missing}  # equal rows are asked once
 

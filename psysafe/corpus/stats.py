@@ -50,7 +50,7 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
         "rows": len(rows),
         "clusters": dict(Counter(row.fields.get(CLUSTER, "-") for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
-        "without reasoning": sum(not row.reasoning.strip() for row in rows if "messages" not in row.fields),
+        "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
         "duplicate prompts": shared(normalise(prompt_of(row.fields)) for row in rows),
         "duplicate answers": shared(normalise(answer) for answer in answers),
         "answers that share a template": shared(template(answer) for answer in answers),

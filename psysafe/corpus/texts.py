@@ -4,7 +4,7 @@ from pathlib import Path
 
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import THINK_END
+from psysafe.data.tokenizer import THINK_END, content_text
 from psysafe.program import UserError
 
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
@@ -36,7 +36,7 @@ def prompt_of(fields: object) -> str:
     for key in ("prompt", "question", "turns", "messages"):
         value = fields.get(key)
         if key == "messages" and isinstance(value, list):
-            users = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
+            users = [content_text(m.get("content")) for m in value if isinstance(m, dict) and m.get("role") == "user"]
             value = users[0] if users else None
         if key == "turns" and isinstance(value, list) and value:
             value = value[0]
@@ -47,7 +47,8 @@ def prompt_of(fields: object) -> str:
 
 def answer_of(row: Row) -> str:
     """The answer of a checked row: its field, or the last assistant message without its thoughts ("" without one)."""
-    if "messages" not in row.fields:
+    if row.messages is None:
         return row.fields["answer"]
-    replies = [m.get("content") for m in row.fields["messages"] if isinstance(m, dict) and m.get("role") == "assistant"]
-    return replies[-1].rpartition(THINK_END)[2].strip() if replies and isinstance(replies[-1], str) else ""
+    assistants = [m for m in row.messages if isinstance(m, dict) and m.get("role") == "assistant"]
+    replies = [content_text(message.get("content")) for message in assistants]
+    return replies[-1].rpartition(THINK_END)[2].strip() if replies and replies[-1] else ""

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from psysafe.data.rows import CATEGORY, CLUSTER, read_file, schema_problems
+from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_file, schema_problems
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import rendered_pieces
+from psysafe.data.tokenizer import chat_pieces, read_turns
 from psysafe.files import clusters
 from psysafe.program import UserError
 
@@ -32,8 +32,8 @@ def validate(path: str | Path, strategies: dict[str, list[str]]) -> list[str]:
         fields = row.fields
         row_problems = schema_problems(fields, EXPECTED_ROW, REQUIRED, ("reasoning", "reasoning_language"))
         if isinstance(fields, dict) and isinstance(fields.get("messages"), list):
-            row_problems += _message_problems(fields["messages"])
-        elif isinstance(fields, dict) and "messages" not in fields:
+            row_problems += _message_problems(row)
+        elif isinstance(fields, dict) and row.messages is None:
             row_problems += _strategy_problems(fields, strategies)
             if isinstance(fields.get("prompt"), str):
                 first = first_with.setdefault(normalise(fields["prompt"]), row.where)
@@ -43,9 +43,9 @@ def validate(path: str | Path, strategies: dict[str, list[str]]) -> list[str]:
     return problems
 
 
-def _message_problems(messages: list) -> list[str]:
+def _message_problems(row: Row) -> list[str]:
     try:
-        rendered_pieces(messages)
+        chat_pieces(read_turns(row.messages), row.tools)
     except UserError as error:
         return [str(error)]
     return []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from psysafe.data.rows import Row, row_messages
-from psysafe.data.tokenizer import Tokenizer
+from psysafe.data.tokenizer import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, Tokenizer, TrainTurns, read_turns
 from psysafe.program import UserError
 
 
@@ -34,12 +34,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows, in the order of the rows; how many of them were cut, and how many have no reasoning."""
+    """Encoded rows, in the order of the rows; how many of them were cut, and how many have no reasoning.
+
+    notes: what else the reader of a run's first lines should know, a phrase each.
+    """
 
     documents: list[Document]
     max_tokens: int
     n_cut: int
     n_without_reasoning: int
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -56,7 +60,8 @@ class Dataset:
         """The line to print at start."""
         line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
         line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
-        return line + (f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else "")
+        line += f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else ""
+        return ", ".join([line, *self.notes])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,30 +80,75 @@ class MicroBatch:
     weight: float = 1.0
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> Dataset:
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    system: str | None = None,
+    train_turns: TrainTurns = "last",
+) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens; longer rows lose their end and are counted.
 
+    train_turns: the assistant turns after the last user query, or all of them. Those that are not trained are counted.
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
-    encoded = [encode_row(row, tokenizer, max_tokens, system) for row in rows]
+    encoded = [encode_row(row, tokenizer, max_tokens, system, train_turns) for row in rows]
     documents = [document for document, _ in encoded]
     untrained = [document.source for document in documents if document.n_targets == 0]
     if untrained:
-        names = ", ".join(untrained[:10]) + (f" and {len(untrained) - 10:,} more" if len(untrained) > 10 else "")
-        expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
-        raise UserError(f"{names}: no trained token in it; expected {expected}")
+        place = "after the last user turn, " if train_turns == "last" else ""
+        expected = f"an assistant turn with a text {place}not switched off, begun within max_tokens {max_tokens}"
+        raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
-    n_without_reasoning = sum("messages" not in row.fields and not row.reasoning.strip() for row in rows)
-    return Dataset(documents, max_tokens, n_cut, n_without_reasoning)
+    n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
+    return Dataset(documents, max_tokens, n_cut, n_without_reasoning, _turn_notes(rows, train_turns, tokenizer))
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> tuple[Document, int]:
+def _turn_notes(rows: Sequence[Row], train_turns: TrainTurns, tokenizer: Tokenizer) -> list[str]:
+    """Which assistant turns are not trained, and which rows hold control tokens that somebody typed."""
+    n_turns, typed = 0, []
+    untrained: dict[str, list[str]] = {EARLIER: [], SWITCHED_OFF: [], WITHOUT_TEXT: []}
+    for row in rows:
+        messages = row_messages(row)
+        for turn in read_turns(messages, train_turns):
+            n_turns += turn.role == "assistant"
+            if turn.untrained:
+                untrained[turn.untrained].append(row.where)
+        if tokenizer.has_typed_tokens(messages, row.tools):
+            typed.append(row.where)
+    notes = []
+    if n_turns > len(rows) or any(untrained.values()):
+        remedies = {EARLIER: "; --train-turns all trains them", SWITCHED_OFF: " by weight, train or loss"}
+        reasons = [
+            f"{len(places):,} {reason}{remedies.get(reason) or f': {_named(places)}'}"
+            for reason, places in untrained.items()
+            if places
+        ]
+        n_trained = n_turns - sum(map(len, untrained.values()))
+        why = f" ({', '.join(reasons)})" if reasons else ""
+        notes.append(f"{n_trained:,} of {n_turns:,} assistant turns trained{why}")
+    if typed:
+        notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
+    return notes
+
+
+def _named(places: Sequence[str]) -> str:
+    return ", ".join(places[:10]) + (f" and {len(places) - 10:,} more" if len(places) > 10 else "")
+
+
+def encode_row(
+    row: Row,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    system: str | None = None,
+    train_turns: TrainTurns = "last",
+) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1")
     messages = row_messages(row, system)
     try:
-        ids, trained = tokenizer.encode_trained(messages)
+        ids, trained = tokenizer.encode_trained(messages, row.tools, train_turns)
     except ValueError as error:
         raise UserError(f"{row.where}: {error}") from None
     return Document(np.array(ids[:max_tokens], np.int32), np.array(trained[:max_tokens], bool), row.where), len(ids)

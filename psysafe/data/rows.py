@@ -40,6 +40,16 @@ class Row:
         return f"{self.file} row {self.number}" + (f" (line {self.line})" if self.line else "")
 
     @property
+    def messages(self) -> list | None:
+        """The conversation, in rows that have one. Joined files also have `messages` null beside prompt and answer."""
+        return self.fields.get("messages")
+
+    @property
+    def tools(self) -> object:
+        """What the model may call in the conversation: JSON schemas, as `tokenizer.encode_chat` takes them."""
+        return self.fields.get("tools") if self.messages is not None else None
+
+    @property
     def reasoning(self) -> str:
         """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
         return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
@@ -148,8 +158,8 @@ def schema_problems(fields: object, expected: str, required: Sequence[str], opti
     """
     if not isinstance(fields, dict):
         return [f"{_shown(fields)}, {expected}"]
-    if "messages" in fields:
-        messages = fields["messages"]
+    messages = fields.get("messages")
+    if messages is not None:
         return [] if isinstance(messages, list) else [f"messages is {_shown(messages)}, expected a list of messages"]
     problems = []
     for key in required:
@@ -190,7 +200,7 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
 
 def row_messages(row: Row, system: str | None = None) -> list[Message]:
     """The row as a conversation. `system` goes in front unless the row has its own; None sends no system message."""
-    messages = row.fields.get("messages")
+    messages = row.messages
     if messages is None:
         reasoning, answer = row.reasoning, row.fields["answer"]
         forbidden = (
@@ -205,6 +215,11 @@ def row_messages(row: Row, system: str | None = None) -> list[Message]:
         content = f"{THINK}\n{reasoning}\n{THINK_END}\n{answer}"
         messages = [{"role": "user", "content": row.fields["prompt"]}, {"role": "assistant", "content": content}]
     return with_system(messages, system)
+
+
+def prompt_messages(row: Row) -> list[Message]:
+    """What of a row a model is asked: its conversation, or its prompt as the user's message."""
+    return [{"role": "user", "content": row.fields.get("prompt")}] if row.messages is None else row.messages
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from psysafe.data.rows import read_table
 from psysafe.data.text import normalise
+from psysafe.data.tokenizer import content_text
 from psysafe.program import UserError
 
 
@@ -25,7 +26,7 @@ def training_prompts(paths: Sequence[str | Path]) -> list[str]:
         for number, fields in enumerate(read_table(path, []), 1):
             messages = fields.get("messages") or [{"role": "user", "content": fields.get("prompt", "")}]
             try:
-                texts = [message["content"] for message in messages if message["role"] == "user"]
+                texts = [content_text(message["content"]) for message in messages if message["role"] == "user"]
             except (TypeError, KeyError):
                 texts = [None]
             if not all(isinstance(text, str) for text in texts):

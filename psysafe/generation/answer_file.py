@@ -12,10 +12,10 @@ from pathlib import Path
 
 from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
-from psysafe.data.rows import Row
+from psysafe.data.rows import Row, prompt_messages
 from psysafe.files import write_atomic
 from psysafe.generation.engine import Request
-from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.journal import REMEDY, AppendFile
 from psysafe.program import UserError
 
@@ -81,13 +81,16 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
     if not missing:
         return
     # A conversation that the template refuses ends the run here, not after hours of answers.
-    requests = []
+    requests, n_typed = [], 0
     for row in missing:
         try:
-            messages = row.fields.get("messages", [{"role": "user", "content": row.fields.get("prompt")}])
-            requests.append(Request(row.number, generator.encode(with_system(messages, system)), row.where))
+            messages = with_system(prompt_messages(row), system)
+            requests.append(Request(row.number, generator.encode(messages, row.tools), row.where))
+            n_typed += generator.tokenizer.has_typed_tokens(messages, row.tools)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
+    if n_typed:
+        say(f"{adapter}: {n_typed:,} of {len(missing):,} rows hold {TYPED_TOKENS}")
     start, n_tokens, n_cut = time.perf_counter(), 0, 0
     with progress(len(missing), adapter, "rows") as bar:
         for answer in generator.complete(requests):

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import clusters
-from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # Control characters but tab and newline: a model may write any text, and none of it may steer the terminal.
@@ -15,6 +15,8 @@ CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
     """Writes the answer to stdout while it is generated, and returns it."""
+    if generator.tokenizer.has_typed_tokens(messages[-1:]):
+        print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
     with TextStream(generator.tokenizer, generator.options.thinking, sys.stdout) as stream:
         (answer,) = generator.answers([messages], [row], stream)
     if answer.finish_reason == "length":

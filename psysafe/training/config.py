@@ -47,6 +47,8 @@ class TrainConfig:
     """Share of the training rows that validates when val_data is empty; 0 trains on all and never validates."""
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
+    train_turns: Literal["last", "all"] = "last"
+    """Assistant turns that are trained: those after the last user query, or all; earlier ones have no reasoning."""
     max_tokens: int = 4096
     """Longest row in tokens; a longer one is cut at its end, and their number is printed."""
 

@@ -96,8 +96,8 @@ def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | Non
         val_rows = read_rows(config.val_data)
     elif config.val_fraction:
         rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
-    train_set = encode_rows(rows, tokenizer, config.max_tokens, system)
-    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system) if val_rows else None
+    options = (tokenizer, config.max_tokens, system, config.train_turns)
+    return encode_rows(rows, *options), encode_rows(val_rows, *options) if val_rows else None
 
 
 def count_steps(config: TrainConfig, n_rows: int) -> int:
