@@ -36,7 +36,13 @@ class AnswerFile(AppendFile):
         self.adapters, self.settings = list(adapters), settings
         self.prompts = {row.number: row for row in prompts}
         self.answered: set[tuple[int, str]] = set()  # (row, adapter)
+        self._was_there = Path(path).exists()
         super().__init__(path)
+
+    def __exit__(self, *error) -> None:
+        if not (self.answered or self._was_there):  # a run that ended before its first answer leaves nothing
+            self.path.unlink(missing_ok=True)
+        super().__exit__(*error)
 
     def _add(self, row: dict, where: str) -> None:
         number, adapter, settings = row.get("row"), row.get("adapter"), row.get("settings")
@@ -55,6 +61,15 @@ class AnswerFile(AppendFile):
         if (number, adapter) in self.answered:
             raise UserError(f"{where}: answers row {number} a second time; {REMEDY}")
         self.answered.add((number, adapter))
+
+    def _began_as_own(self, torn: bytes) -> bool:
+        starts = (self._line_start(prompt) for prompt in self.prompts.values())
+        return any(torn.startswith(start) or start.startswith(torn) for start in starts)
+
+    def _line_start(self, prompt: Row) -> bytes:
+        """How the lines of a prompt begin, up to the text of the response."""
+        fields = json.dumps({**_own_fields(prompt), "row": prompt.number}, ensure_ascii=False)
+        return (fields[:-1] + ', "response": "').encode(errors="backslashreplace")
 
     def missing(self, adapter: str) -> list[Row]:
         return [row for number, row in self.prompts.items() if (number, adapter) not in self.answered]
