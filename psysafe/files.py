@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-Also reads JSON: any defect raises UserError.
+Also reads: a bounded part of any file, and JSON, where any defect raises UserError.
 """
 
 import functools
@@ -14,6 +14,7 @@ from pathlib import Path
 from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+MAX_TEXT, MAX_JSON, MAX_ROWS = 10**6, 2 * 10**8, 10**9  # bytes: of a prompt or a TOML file, of JSON, of rows
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
 
 
@@ -61,6 +62,22 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    """The bytes of a file. UserError where there are more than max_bytes: /dev/zero, for one, has no end."""
+    content = bytearray()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            content += chunk
+            if len(content) > max_bytes:
+                raise UserError(f"{path}: more than {max_bytes:,} bytes in it; expected a smaller file")
+    return bytes(content)
+
+
+def read_text(path: str | Path) -> str:
+    """A text that people write, such as a system prompt: UTF-8, with or without a byte order mark."""
+    return read_bounded(path, MAX_TEXT).decode("utf-8-sig")
+
+
 def parse_json(text: str | bytes) -> object:
     """json.loads; brackets nested without end raise UserError (a ValueError, as every other defect does)."""
     try:
@@ -72,9 +89,11 @@ def parse_json(text: str | bytes) -> object:
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError naming the file and line."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        content = read_bounded(path, MAX_JSON)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    try:
+        value = parse_json(content.decode())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -332,6 +332,8 @@ def assert_one_line(result, message):
         ((), 'expected one of: "a prompt", --chat, --prompts FILE'),
         (("a", "--chat"), "expected one of"),
         ((" \n",), "the prompt is empty; expected a text"),
+        (("a", "--system", "/dev/zero"), "/dev/zero: more than 1,000,000 bytes in it"),
+        (("--prompts", "/dev/zero", "--out", "o"), "/dev/zero: more than 1,000,000,000 bytes in it"),
         (("a", "--system", "nowhere.txt"), "--system nowhere.txt: no readable text file"),
         (("a", "--adapter", "nowhere"), "nowhere: no adapter there"),
         (("a", "--compare", "base,nowhere"), "nowhere: no adapter there"),

