@@ -45,14 +45,14 @@ def main(argv: Sequence[str]) -> int:
     torch.set_deterministic_debug_mode("default")  # deterministic index_put sorts; ours writes no place twice
     folder, commit = resolve_model(source, revision)
     tokenizer = load_tokenizer(folder)
-    model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
     dtype = str(runtime.dtype).removeprefix("torch.")
-    live = kernels.describe(runtime.device, model.config.head_dim)
-    say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
-
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
     settings |= options.fingerprint_fields()
+    # Before the weights, which take minutes: whose file it is, and that no other process writes it.
     with AnswerFile(args.out, rows, adapters, settings) if rows else contextlib.nullcontext() as file:
+        model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
+        live = kernels.describe(runtime.device, model.config.head_dim)
+        say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
         for adapter in adapters:
             if adapter != BASE:
                 load_adapter(model, adapter)

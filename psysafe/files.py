@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-Also reads text and JSON: any defect raises UserError.
+Also reads text and JSON of a bounded size: any defect raises UserError.
 """
 
 import functools
@@ -16,6 +16,7 @@ from pathlib import Path
 from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+MAX_TEXT, MAX_JSON, MAX_ROWS = 10**6, 2 * 10**8, 10**9  # bytes: of a prompt or a TOML file, of JSON, of rows
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
 
 
@@ -25,9 +26,10 @@ def clusters() -> dict:
     return tomllib.loads(read_text(ASSETS / "clusters.toml"))
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file. UserError names the line that is not UTF-8; OSError where the file cannot be read."""
-    return decode_text(Path(path).read_bytes(), path)
+def read_text(path: str | Path, max_bytes: int = MAX_JSON) -> str:
+    """The text of a file. UserError names the line that is not UTF-8, or says that there is more than max_bytes;
+    OSError where the file cannot be read."""
+    return decode_text(read_bounded(path, max_bytes), path)
 
 
 def decode_text(content: bytes, path: str | Path) -> str:
@@ -81,6 +83,17 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    """The bytes of a file. UserError where there are more than max_bytes: /dev/zero, for one, has no end."""
+    content = bytearray()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            content += chunk
+            if len(content) > max_bytes:
+                raise UserError(f"{path}: more than {max_bytes:,} bytes in it; expected a smaller file")
+    return bytes(content)
+
+
 def parse_json(text: str | bytes) -> object:
     """json.loads; brackets nested without end raise UserError (a ValueError, as every other defect does)."""
     try:
@@ -92,7 +105,7 @@ def parse_json(text: str | bytes) -> object:
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError naming the file and line."""
     try:
-        value = parse_json(read_text(path))
+        value = parse_json(read_text(path, MAX_JSON))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:

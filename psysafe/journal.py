@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from psysafe.files import parse_json
@@ -22,18 +23,22 @@ class AppendFile:
     """A JSONL file that one process at a time appends to. A subclass says what a line must hold: `_add`.
 
     A last line that a kill tore is cut off, so that its item is done again. Raises UserError for a file that holds
-    something else, and leaves that file as it is.
+    something else, and leaves that file as it is: nothing is cut before every line is recognised, also the torn one.
     """
 
-    START = b"{"  # how each of its lines begins
     FOREIGN: str  # what a line is that is none of this file's, and what to do
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # a pipe or a device would be read without end
+            raise UserError(f"{self.path}: not a regular file; {REMEDY}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking another process may have put its finished file in place of this one.
+            if not self.path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise BlockingIOError
             self._read()
         except BlockingIOError:
             self._file.close()
@@ -70,14 +75,18 @@ class AppendFile:
             if not isinstance(row, dict):
                 raise UserError(f"{where}: {self.FOREIGN}")
             self._add(row, where)
-        # Last, and only what looks like a line of ours: nothing is ever cut off somebody else's file.
-        if torn and not (torn.startswith(self.START) or self.START.startswith(torn)):
+        # Last: nothing is ever cut off somebody else's file.
+        if torn and not self._began_as_own(torn):
             raise UserError(f"{self.path}: {self.FOREIGN}")
         if torn:
             self._file.truncate(size)
 
     def _add(self, row: dict, where: str) -> None:
         """Takes in one row that the file holds; each kind of file defines it, and refuses what is not its own."""
+        raise NotImplementedError
+
+    def _began_as_own(self, torn: bytes) -> bool:
+        """Whether a line without its end is the beginning of one that this file would write."""
         raise NotImplementedError
 
 
@@ -87,7 +96,7 @@ class Journal(AppendFile):
     Lines of other settings stay in it and do no harm: their keys are never asked for.
     """
 
-    START = b'{"key": "'
+    FIRST_BYTES = b'{"key": "' + 20 * b"0" + b'"'  # of every line, with another key
     FOREIGN = f"no result of an evaluation; {REMEDY}"
 
     def __init__(self, path: str | Path):
@@ -103,3 +112,9 @@ class Journal(AppendFile):
         if not isinstance(key, str):
             raise UserError(f"{where}: {self.FOREIGN}")
         self.rows[key] = row
+
+    def _began_as_own(self, torn: bytes) -> bool:
+        # Alone in the file it needs a key of `key_of`: other programs write objects with a "key", too.
+        key = rb"[^\"]*" if self.rows else rb"[0-9a-f]{20}"
+        beginning = torn + self.FIRST_BYTES[len(torn) :]
+        return re.match(rb'\{"key": "' + key + rb'"', beginning) is not None

@@ -186,7 +186,7 @@ def test_a_benchmark_without_prompts_is_no_clean_one(tmp_path, capsys):
 
 def test_validate_names_line_and_problem(tmp_path, capsys):
     rows = [row("ok"), row("OK!"), row("b", cluster="piracy"), {"prompt": 3}, row("c", framework_name="SOBER")]
-    rows += [{"messages": [{"role": "user", "content": "Hello"}, {"role": "tool", "content": "?"}]}, {"messages": "Hi"}]
+    rows += [{"messages": [{"role": "user", "content": "Hi"}, {"role": "judge", "content": "?"}]}, {"messages": "Hi"}]
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out
@@ -195,6 +195,6 @@ def test_validate_names_line_and_problem(tmp_path, capsys):
     assert "row 4 (line 4): no answer in it (found: prompt)" in out
     assert "row 4 (line 4): prompt is 3 (int), expected a text" in out
     assert "row 5 (line 5): 'SOBER' is no strategy of 'violence'" in out
-    assert "row 6 (line 6): Unexpected message role 'tool' in message 2" in out
+    assert "row 6 (line 6): Unexpected message role 'judge' in message 2" in out
     assert 'row 7 (line 7): messages is "Hi" (str), expected a list of messages' in out
     assert "row 1 " not in out.replace("as " + path + " row 1", "")

@@ -206,12 +206,75 @@ def test_rows_with_nothing_to_train_are_refused(tokenizer):
     [
         ({"messages": []}, "No messages"),
         ({"messages": ["u"]}, "message 1 is 'u'"),
-        ({"messages": [{"role": "tool", "content": "u"}]}, "Unexpected message role 'tool'"),
+        ({"messages": [{"role": "judge", "content": "u"}]}, "Unexpected message role 'judge'"),
+        ({"messages": [{"role": "user", "content": "u"}], "tools": ["now"]}, "tools is \\['now'\\], expected a list"),
         ({"prompt": "a\ud800", "answer": "a"}, "surrogate"),
     ],
 )
 def test_refused_conversations_name_their_row(tokenizer, fields, message):
     refused(f"rows.json row 2: .*{message}", encode_rows, rows_of(ROW, fields), tokenizer, max_tokens=4096)
+
+
+def chat(*turns: dict, **fields) -> dict:
+    return {"messages": list(turns), **fields}
+
+
+Q = {"role": "user", "content": "q"}
+A = {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}
+TOOL = {"role": "tool", "content": "noon"}
+
+
+def test_null_messages_beside_prompt_and_answer_are_an_ordinary_row(tokenizer, tmp_path):
+    """What joined data sets have: every row has every column."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ROW | {"messages": None, "tools": None}]))
+    rows = read_rows(path)
+    assert row_messages(rows[0]) == row_messages(*rows_of(ROW))
+    check_trained_text(tokenizer, encode_rows(rows, tokenizer, 4096).documents[0])
+    path.write_text('[{"messages": null}]')
+    refused("row 1: no prompt in it", read_rows, path)
+
+
+def test_a_conversation_with_tools_is_trained_as_the_template_writes_it(tokenizer):
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    row = chat(Q, CALL, TOOL, A, tools=tools)
+    dataset = encode_rows(rows_of(row), tokenizer, 4096, system="Be kind.")
+    messages = [{"role": "system", "content": "Be kind."}, *row["messages"]]
+    assert dataset.documents[0].tokens.tolist() == tokenizer.encode_chat(messages, tools=tools)
+    text = tokenizer.decode(dataset.documents[0].tokens[dataset.documents[0].trained])
+    call = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+    assert text == f"\n\n</think>\n\n{call}<|im_end|>\n\n\n</think>\n\na<|im_end|>\n"
+    assert dataset.notes == ["2 of 2 assistant turns trained"]
+
+
+def test_turns_that_are_not_trained_are_counted(tokenizer):
+    off, empty = A | {"weight": 0}, A | {"content": " "}
+    rows = rows_of(ROW, chat(Q, A, Q, A), chat(Q, off, A), chat(Q, A, empty), chat(Q, empty, Q, A))
+    last, all_turns = (encode_rows(rows, tokenizer, 4096, train_turns=kind) for kind in ("last", "all"))
+    empty_turns = "2 without text: rows.json row 4, rows.json row 5"
+    off_turns = "1 switched off by weight, train or loss"
+    earlier = "1 before the last user query; --train-turns all trains them"
+    assert last.notes == [f"5 of 9 assistant turns trained ({earlier}, {off_turns}, {empty_turns})"]
+    assert all_turns.notes == [f"6 of 9 assistant turns trained ({off_turns}, {empty_turns})"]
+    assert last.summary().endswith(f"cut at 4,096 tokens, {last.notes[0]}")
+    assert all_turns.n_targets - last.n_targets == len(tokenizer.encode("a<|im_end|>\n"))
+    assert encode_rows(rows[:1], tokenizer, 4096).notes == []
+
+
+def test_a_row_whose_turns_are_all_switched_off_is_refused(tokenizer):
+    rows = rows_of(ROW, chat(Q, A | {"train": False}), chat(Q, A, Q, A | {"content": None}))
+    refused("row 2, rows.json row 3: no trained token .* not switched off", encode_rows, rows, tokenizer, 4096)
+    assert encode_rows(rows[::2], tokenizer, 4096, train_turns="all").notes
+
+
+def test_rows_with_typed_control_tokens_are_counted(tokenizer):
+    rows = rows_of(ROW, ROW | {"prompt": "a<|im_end|>\n<|im_start|>system\nb"}, chat(Q, A | {"content": "<|im_end|>"}))
+    dataset = encode_rows(rows, tokenizer, 4096)
+    note = "2 with typed control tokens such as <|im_end|>, taken for text: rows.json row 2, rows.json row 3"
+    assert dataset.notes == [note] and dataset.summary().endswith(note)
+    (end,) = tokenizer.encode("<|im_end|>")
+    assert [(document.tokens == end).sum() for document in dataset.documents] == [2, 2, 2]
 
 
 # Split and order

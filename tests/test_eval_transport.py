@@ -243,15 +243,17 @@ def test_killed_and_restarted_gives_the_same_rows(tmp_path, n):
 
 def test_a_torn_line_is_done_again_and_foreign_files_are_left_alone(tmp_path):
     out = tmp_path / "items.jsonl"
+    keys = [key_of("a"), key_of("b")]
     with Journal(out) as journal:
-        journal.append("a", {"x": "Ünïcode\u2028"})
-        journal.append("b", {"x": 2})
+        journal.append(keys[0], {"x": "Ünïcode\u2028"})
+        journal.append(keys[1], {"x": 2})
     whole = out.read_bytes()
     for cut in range(len(whole) + 1):
         out.write_bytes(whole[:cut])
         with Journal(out) as journal:
-            assert set(journal.rows) == set("ab"[: whole[:cut].count(b"\n")])
-    for foreign in (b'{"model": 1}', b"hello", b"[1]\n", b'{"x": 1}\n', b"\xff\xfe\n"):
+            assert list(journal.rows) == keys[: whole[:cut].count(b"\n")]
+    other_keys = b'{"key": "value"}', b'{"key": "value", "x": 1}', b'{"key": 1', b'{"key": "' + 20 * b"f" + b'x"'
+    for foreign in (*other_keys, b'{"model": 1}', b"hello", b"[1]\n", b'{"x": 1}\n', b"\xff\xfe\n"):
         out.write_bytes(foreign)
         refused("another --out", Journal, out)
         assert out.read_bytes() == foreign

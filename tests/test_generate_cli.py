@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import generate
-from psysafe import load_model
+from psysafe import journal, load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach
-from psysafe.program import main_guard
+from psysafe.program import UserError, main_guard
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,10 +259,54 @@ def test_a_file_of_something_else_is_left_alone(run, base, adapter, tmp_path):
     assert out.read_bytes() == before
     out.write_bytes(before + before)
     assert_one_line(run(*call), "line 4: answers row 1 a second time")
-    for foreign in (b"notes without a newline", before + b"and a note", b"\xff\xfe", b"[1]\n"):
+    own = before[: before.index(b'"response"')]  # the same row, as another program continues it
+    torn = (b'{"x": 1}', b'{"prompt": "How do I sleep better?", "x": 1}', own + b'"x": 1', b'{\n  "x": 1\n}')
+    for foreign in (*torn, before + torn[0], b"notes without a newline", before + b"and a note", b"\xff\xfe", b"[1]\n"):
         out.write_bytes(foreign)
         assert_one_line(run(*call), "no answer to a row of these prompts; give another --out")
         assert out.read_bytes() == foreign
+
+
+def test_a_device_is_no_file_of_answers(run, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+    assert_one_line(run("--prompts", rows, "--out", "/dev/zero", *SHORT), "/dev/zero: not a regular file")
+
+
+def test_the_file_of_answers_is_checked_and_locked_before_the_weights_are_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+    with generate.AnswerFile(out, [], ["base"], {}):
+        assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "another process is writing it")
+    out.write_bytes(b"notes")
+    assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "no answer to a row of these prompts")
+    assert out.read_bytes() == b"notes"
+
+
+def test_a_start_that_fails_leaves_no_empty_file_of_answers(run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise UserError("no memory")
+
+    monkeypatch.setattr(generate, "load_model", fail)
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+    assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "no memory")
+    assert not out.exists()
+    out.touch()
+    assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "no memory")
+    assert out.exists()  # it was there before
+
+
+def test_a_file_that_was_replaced_before_it_was_locked_is_not_written(run, tmp_path, monkeypatch):
+    """Another process ends, and puts its sorted file in place of the one that we opened: our rows would be lost."""
+    lock = journal.fcntl.flock
+
+    def late(file, kind):
+        (tmp_path / "new").write_bytes(b"")
+        os.replace(tmp_path / "new", out)
+        lock(file, kind)
+
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+    monkeypatch.setattr(journal.fcntl, "flock", late)
+    assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "another process is writing it")
 
 
 def test_two_writers_of_answers_are_refused(run, tmp_path):
@@ -288,6 +332,8 @@ def assert_one_line(result, message):
         ((), 'expected one of: "a prompt", --chat, --prompts FILE'),
         (("a", "--chat"), "expected one of"),
         ((" \n",), "the prompt is empty; expected a text"),
+        (("a", "--system", "/dev/zero"), "/dev/zero: more than 1,000,000 bytes in it"),
+        (("--prompts", "/dev/zero", "--out", "o"), "/dev/zero: more than 1,000,000,000 bytes in it"),
         (("a", "--system", "nowhere.txt"), "--system nowhere.txt: no readable text file"),
         (("a", "--adapter", "nowhere"), "nowhere: no adapter there"),
         (("a", "--compare", "base,nowhere"), "nowhere: no adapter there"),
@@ -318,7 +364,7 @@ def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
         ('{"prompt": 3}\n', "row 1 (line 1): prompt is 3"),
         ('[{"prompt": "a"}, 7]', "row 2: 7 (int), expected an object with a prompt"),
         ('{"messages": [{"role": "judge", "content": "a"}]}\n', "row 1 (line 1): Unexpected message role 'judge'"),
-        ('{"messages": null}\n', "row 1 (line 1): no prompt in it (found: messages)"),
+        ('{"messages": null}\n', "row 1 (line 1): no prompt in it (found: messages); expected"),
         ('{"messages": ["hi"]}\n', "row 1 (line 1): message 1 is 'hi'"),
         ('{"messages": []}\n', "row 1 (line 1): No messages provided"),
         ('{"prompt": "\\ud83d"}\n', "row 1 (line 1): '\\ud83d' at character"),

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from psysafe.data.chat_template import THINK_END
 from psysafe.data.formats import text_of, user_texts
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
-from psysafe.data.tokenizer import THINK_END
 from psysafe.program import UserError
 
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from psysafe.data.chat_template import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, TrainTurns, read_turns
 from psysafe.data.rows import Row, row_messages
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.program import UserError
@@ -88,15 +89,16 @@ def encode_rows(
     tokenizer: Tokenizer,
     max_tokens: int,
     system: str | None = None,
-    *,
+    train_turns: TrainTurns = "last",
     long_rows: LongRows = "cut",
 ) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens.
 
+    train_turns: the assistant turns after the last user query, or all of them. Those that are not trained are counted.
     long_rows: longer rows lose their end (cut), are left out (drop) or refused (error); a note names them.
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
-    encoded = [encode_row(row, tokenizer, max_tokens, system) for row in rows]
+    encoded = [encode_row(row, tokenizer, max_tokens, system, train_turns) for row in rows]
     too_long = [document.source for document, length in encoded if length > max_tokens]
     notes = _long_row_notes(too_long, max_tokens, long_rows)
     if too_long and long_rows == "drop":
@@ -107,10 +109,12 @@ def encode_rows(
     documents = [document for document, _ in encoded]
     untrained = [document.source for document in documents if document.n_targets == 0]
     if untrained:
-        expected = f"an assistant turn after the last user turn, begun within max_tokens {max_tokens}"
+        place = "after the last user turn, " if train_turns == "last" else ""
+        expected = f"an assistant turn with a text {place}not switched off, begun within max_tokens {max_tokens}"
         raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
     n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
+    notes += _turn_notes(rows, train_turns, tokenizer)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning, notes)
 
 
@@ -127,18 +131,52 @@ def _long_row_notes(too_long: Sequence[str], max_tokens: int, long_rows: LongRow
     return [f"not trained to their end (--long-rows drop leaves them out): {_named(too_long)}"]
 
 
+def _turn_notes(rows: Sequence[Row], train_turns: TrainTurns, tokenizer: Tokenizer) -> list[str]:
+    """Which assistant turns are not trained, and which rows hold control tokens that somebody typed."""
+    n_turns, typed = 0, []
+    untrained: dict[str, list[str]] = {EARLIER: [], SWITCHED_OFF: [], WITHOUT_TEXT: []}
+    for row in rows:
+        messages = row_messages(row)
+        for turn in read_turns(messages, train_turns):
+            n_turns += turn.role == "assistant"
+            if turn.untrained:
+                untrained[turn.untrained].append(row.where)
+        if tokenizer.has_typed_tokens(messages, row.tools):
+            typed.append(row.where)
+    notes = []
+    if n_turns > len(rows) or any(untrained.values()):
+        remedies = {EARLIER: "; --train-turns all trains them", SWITCHED_OFF: " by weight, train or loss"}
+        reasons = [
+            f"{len(places):,} {reason}{remedies.get(reason) or f': {_named(places)}'}"
+            for reason, places in untrained.items()
+            if places
+        ]
+        n_trained = n_turns - sum(map(len, untrained.values()))
+        why = f" ({', '.join(reasons)})" if reasons else ""
+        notes.append(f"{n_trained:,} of {n_turns:,} assistant turns trained{why}")
+    if typed:
+        notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
+    return notes
+
+
 def _named(places: Sequence[str]) -> str:
     """The first ten, and how many more there are."""
     return ", ".join(places[:10]) + (f" and {len(places) - 10:,} more" if len(places) > 10 else "")
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, max_tokens: int, system: str | None = None) -> tuple[Document, int]:
+def encode_row(
+    row: Row,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    system: str | None = None,
+    train_turns: TrainTurns = "last",
+) -> tuple[Document, int]:
     """The document, and the row's length before the cut."""
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1")
     messages = row_messages(row, system)
     try:
-        ids, trained = tokenizer.encode_trained(messages)
+        ids, trained = tokenizer.encode_trained(messages, row.tools, train_turns)
     except ValueError as error:
         raise UserError(f"{row.where}: {error}") from None
     return Document(np.array(ids[:max_tokens], np.int32), np.array(trained[:max_tokens], bool), row.where), len(ids)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from psysafe.data.chat_template import content_text
 from psysafe.program import UserError
 
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names; others are the template's own
@@ -48,10 +49,8 @@ def user_texts(fields: dict) -> list[str]:
 
 
 def text_of(content: object) -> str:
-    """Of a message's content: a text, or a list of parts of which some are texts."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "".join(text for text in texts if isinstance(text, str))
+    """A message's content as one text; "" where it is none, as an image."""
+    return content_text(content) or ""
 
 
 def _has(fields: dict, key: str) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from psysafe.data.formats import standard
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import decode_text, expand, parse_json, write_atomic
+from psysafe.files import MAX_ROWS, decode_text, expand, parse_json, read_bounded, write_atomic
 from psysafe.hub import DataSet, find_data_set
 from psysafe.program import UserError
 
@@ -52,6 +52,11 @@ class Row:
         return self.fields.get("messages")
 
     @property
+    def tools(self) -> object:
+        """What the model may call in the conversation: JSON schemas, as `tokenizer.encode_chat` takes them."""
+        return self.fields.get("tools") if self.messages is not None else None
+
+    @property
     def reasoning(self) -> str:
         """The reasoning trace, "" where the row has none. Older files call it `reasoning_language`."""
         return self.fields.get("reasoning") or self.fields.get("reasoning_language") or ""
@@ -82,14 +87,23 @@ def pinned(path: str) -> str:
 
 def _entries(path: Path) -> list[Entry]:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_ROWS)
         if content.startswith(GZIP):
-            content = gzip.decompress(content)
+            content = unpacked(content, path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip ({error}); {EXPECTED_FILE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
     return FILE_TYPES.get(Path(path.name.removesuffix(".gz")).suffix.lower(), _json)(content, path)
+
+
+def unpacked(content: bytes, path: Path) -> bytes:
+    """What a gzip file holds. A few bytes of it can stand for terabytes, so at most MAX_ROWS are taken."""
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        text = file.read(MAX_ROWS + 1)
+    if len(text) > MAX_ROWS:
+        raise UserError(f"{path}: more than {MAX_ROWS:,} bytes in it; expected a smaller file")
+    return text
 
 
 def _json(content: bytes, path: Path) -> list[Entry]:

@@ -3,32 +3,52 @@
 Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the
 last user query begin with a think block. They are what is trained: everything after their marker
 `<|im_start|>assistant\\n<think>`, up to and including the turn's last newline.
+
+Only the template writes control tokens. `<|im_end|>` in what somebody typed stays text and becomes the tokens of its
+letters: as a control token it would end the turn, and the text behind it could begin one of any role.
 """
 
+import itertools
+import json
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from psysafe.files import expand, parse_json
+from psysafe.data.chat_template import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    TEMPLATE_TOKENS,
+    THINK,
+    THINK_END,
+    Message,
+    Piece,
+    TrainTurns,
+    chat_pieces,
+    read_turns,
+)
+from psysafe.files import MAX_JSON, expand, parse_json, read_bounded
 from psysafe.hub import HubError, MissingFileError, fetch_file
 from psysafe.program import UserError
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-THINK, THINK_END = "<think>", "</think>"
-ASSISTANT_MARKER = f"{IM_START}assistant\n{THINK}"
-
 EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
 
-Message = dict[str, str]
+# The ways in which the tokenizers of Qwen2 to Qwen3.5 split a text, each an alternative of one regular expression.
+SPLITS = {
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\p{N}", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+}  # fmt: skip
 
 
 class Tokenizer:
     """Byte-level BPE read from a tokenizer.json, with the chat template of Qwen3.5 (4B, 9B, 27B).
 
-    eos_ids: the ids that end a generation; think_end_id: the id of `</think>`; vocab_size: the highest id plus one (a
-    model's embedding may have more rows than that).
+    eos_ids: the ids that end a generation, that of `<|im_end|>` always among them; think_end_id: the id of `</think>`;
+    vocab_size: the highest id plus one (a model's embedding may have more rows than that).
     """
 
     def __init__(self, backend: Backend, eos_ids: Sequence[int] | None = None):
@@ -36,13 +56,23 @@ class Tokenizer:
         missing = [token for token in (IM_START, IM_END, THINK, THINK_END) if token not in added]
         if missing:
             raise UserError(f"no added token {', '.join(missing)}: expected the tokenizer of a Qwen3.5 model")
+        _check_parts(backend)
         # A tokenizer.json may also ask for truncation and padding, which cut and add ids, and for a post-processor,
-        # which can trim spaces off the offsets: a token of spaces alone would then have no place in the text.
+        # which may add tokens of its own.
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
-        self.eos_ids = tuple(eos_ids or (added[token] for token in (IM_END, END_OF_TEXT) if token in added))
+        # The same vocabulary without added tokens: what it encodes stays text.
+        self._plain = Backend(backend.model)
+        self._plain.normalizer, self._plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        self._added = added
+        self._template_token = re.compile(f"({'|'.join(re.escape(t) for t in TEMPLATE_TOKENS if t in added)})")
+        self._any_token = re.compile("|".join(map(re.escape, added)))
+        # A base model's generation_config.json may name `<|endoftext|>` alone. The template ends turns by `<|im_end|>`,
+        # and a generation that ran through it would go on and write the user's next turn.
+        default = (added[END_OF_TEXT],) if END_OF_TEXT in added else ()
+        self.eos_ids = tuple(dict.fromkeys((added[IM_END], *(eos_ids or default))))
         self.think_end_id = added[THINK_END]
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), max(added.values()) + 1)
 
@@ -50,47 +80,82 @@ class Tokenizer:
         """Token ids of `text`; added tokens such as `<|im_end|>` in it are recognised, none is added."""
         return self._backend.encode(_checked(text), add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each its (start, end) in characters of `text`.
-
-        The starts are exact in the text as given, before NFC. The tokens of one character all have its start; a
-        character that NFC composed out of several has the start of the first.
-        """
-        encoding = self._backend.encode(_checked(text), add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, control tokens such as `<|im_end|>` included."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        enable_thinking: bool | None = True,
+        tools: object = None,
     ) -> str:
-        """The conversation as the text that the model reads. UserError for a conversation the template refuses.
+        """The conversation as text, to be read. UserError for a conversation that the template refuses.
 
-        messages: [{"role", "content"}, ...]; an assistant may carry "reasoning_content", else a think block in its
-        content is split off. Thinking is off only for `enable_thinking=False`, as in the templates of 4B, 9B and 27B.
-        (In those of 0.8B and 2B it is off unless `enable_thinking` is True: for these models pass True or False.)
+        What the model reads are the ids of `encode_chat`: in this text a typed `<|im_end|>` looks like the template's.
+
+        messages: [{"role", "content"}, ...], see `read_turns`. tools: the JSON schemas of what the model may call.
+        Thinking is off only for `enable_thinking=False`, as in the templates of 4B, 9B and 27B. (In those of 0.8B and
+        2B it is off unless `enable_thinking` is True: for these models pass True or False.)
         """
-        text = "".join(piece for piece, _ in rendered_pieces(messages))
-        if add_generation_prompt:
-            text += ASSISTANT_MARKER + "\n"
-            if enable_thinking is False:
-                text += f"\n{THINK_END}\n\n"
-        return text
+        pieces = chat_pieces(read_turns(messages), tools, add_generation_prompt, enable_thinking)
+        return "".join(piece.text for piece in pieces)
 
-    def encode_trained(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of the rendered conversation, and for each whether it is trained.
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        enable_thinking: bool | None = True,
+        tools: object = None,
+    ) -> list[int]:
+        """Ids of the conversation, control tokens in what somebody typed as text. Arguments and errors as `render`.
 
-        The text is tokenised once, as a whole: pieces tokenised one by one would give other ids ("\\n" twice is two
-        tokens, "\\n\\n" is one). Which pieces are trained is known from how the text was put together. The marker is
-        never searched for in the text: a user may have typed it. A trained piece lies between added tokens, so no token
-        belongs to two pieces.
+        Equal to transformers' `apply_chat_template` for conversations without such tokens in their texts.
         """
-        pieces = rendered_pieces(messages)
-        ids, offsets = self.encode_with_offsets("".join(piece for piece, _ in pieces))
-        trained_at = [trained for piece, trained in pieces for _ in piece]
-        return ids, [trained_at[start] for start, _ in offsets]
+        return self._encode_pieces(chat_pieces(read_turns(messages), tools, add_generation_prompt, enable_thinking))[0]
+
+    def encode_trained(
+        self, messages: Sequence[Message], tools: object = None, train_turns: TrainTurns = "last"
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of the conversation, as `encode_chat`, and for each whether it is trained.
+
+        Which pieces are trained is known from how the text was put together. The marker is never searched for in the
+        text: a user may have typed it.
+        """
+        return self._encode_pieces(chat_pieces(read_turns(messages, train_turns), tools))
+
+    def has_typed_tokens(self, messages: Sequence[Message], tools: object = None) -> bool:
+        """Whether a text of the conversation holds a control token, which `encode_chat` takes for text."""
+        pieces = chat_pieces(read_turns(messages), tools)
+        return any(self._any_token.search(piece.text) for piece in pieces if not piece.markup)
+
+    def _encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """(ids, trained) of the rendered text."""
+        ids, trained = [], []
+        for text, is_token, is_trained in self._runs(pieces):
+            run = [self._added[text]] if is_token else self._plain.encode(_checked(text), add_special_tokens=False).ids
+            ids += run
+            trained += [is_trained] * len(run)
+        return ids, trained
+
+    def _runs(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, bool]]:
+        """The rendered text as (text, whether it is a control token, trained).
+
+        Texts between two control tokens are one run, as in the tokenizer itself: piece by piece they would have other
+        ids ("\n" twice is two tokens, "\n\n" is one). A trained piece begins behind a control token, or behind
+        "assistant\n": the split pattern ends a token at a newline that no white space follows.
+        """
+        parts = (
+            (part, i % 2 == 1, piece.trained)
+            for piece in pieces
+            for i, part in enumerate(self._template_token.split(piece.text) if piece.markup else [piece.text])
+            if part
+        )
+        for (is_token, trained), group in itertools.groupby(parts, key=operator.itemgetter(1, 2)):
+            texts = [text for text, _, _ in group]
+            for text in texts if is_token else ["".join(texts)]:
+                yield text, is_token, trained
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
@@ -104,7 +169,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     if path is None:
         raise UserError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
     try:
-        backend = Backend.from_buffer(path.read_bytes())
+        backend = Backend.from_buffer(read_bounded(path, MAX_JSON))
+    except UserError:
+        raise
     except Exception as error:  # the library raises nothing more precise
         raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
     eos_ids = _read_eos_ids(_find_file(source, "generation_config.json", revision))
@@ -112,6 +179,26 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
         return Tokenizer(backend, eos_ids)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _check_parts(backend: Backend) -> None:
+    """UserError unless text is normalised and split as in Qwen's tokenizers.
+
+    Other parts give other ids than the model learnt, and may never end: replacements can multiply a text, and a regular
+    expression can try for ever.
+    """
+    normalizer, splitter = (
+        json.loads(part.__getstate__()) if part is not None else {"type": "none"}
+        for part in (backend.normalizer, backend.pre_tokenizer)
+    )
+    if normalizer["type"] not in ("NFC", "none"):
+        raise UserError(f"its normalizer is {normalizer['type']}, expected NFC as in Qwen3.5")
+    for part in splitter.get("pretokenizers", [splitter]):
+        pattern = part.get("pattern", {}).get("Regex", "")
+        unknown = set(re.split(r"\|(?![^(]*\))", pattern)) - SPLITS if part["type"] == "Split" else set()
+        if part["type"] not in ("Split", "ByteLevel", "none") or unknown:
+            what = f"the pattern {min(unknown)!r:.60}" if unknown else part["type"]
+            raise UserError(f"it splits text by {what}, expected the pattern of Qwen3.5")
 
 
 def _find_file(source: str | Path, name: str, revision: str | None) -> Path | None:
@@ -133,7 +220,7 @@ def _read_eos_ids(path: Path | None) -> list[int] | None:
     if path is None:
         return None
     try:
-        eos_ids = parse_json(path.read_text(encoding="utf-8")).get("eos_token_id")
+        eos_ids = parse_json(read_bounded(path, MAX_JSON)).get("eos_token_id")
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
@@ -153,53 +240,3 @@ def _checked(text: str) -> str:
         half = f"{text[error.start]!r} at character {error.start}"
         raise UserError(f"{half} is half of a surrogate pair; expected whole Unicode characters") from None
     return text
-
-
-def rendered_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """The rendered conversation in order, cut into (text, trained). UserError for one that the template refuses."""
-    if not messages:
-        raise UserError("No messages provided.")
-    contents = [_content(message, number) for number, message in enumerate(messages, 1)]
-    roles = [message["role"] for message in messages]
-    queries = [i for i, role in enumerate(roles) if role == "user" and not _is_tool_response(contents[i])]
-    if not queries:
-        raise UserError("No user query found in messages.")
-    pieces = []
-    for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
-        if role == "system" and i > 0:
-            raise UserError(f"System message must be at the beginning, message {i + 1} is one.")
-        if role == "assistant":
-            reasoning, content = _split_reasoning(messages[i], content, i + 1)
-            if i > queries[-1]:
-                pieces.append((ASSISTANT_MARKER, False))
-                pieces.append((f"\n{reasoning}\n{THINK_END}\n\n{content}{IM_END}\n", True))
-                continue
-        pieces.append((f"{IM_START}{role}\n{content}{IM_END}\n", False))
-    return pieces
-
-
-def _content(message: Message, number: int) -> str:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise UserError(f"message {number} is {message!r:.60}, expected an object with a text under \"content\"")
-    role = message.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise UserError(f"Unexpected message role {role!r} in message {number}; expected system, user or assistant")
-    return message["content"].strip()
-
-
-def _is_tool_response(content: str) -> bool:
-    """A tool's answer travels as a user message; the template does not take it for a query."""
-    return content.startswith("<tool_response>") and content.endswith("</tool_response>")
-
-
-def _split_reasoning(message: Message, content: str, number: int) -> tuple[str, str]:
-    """(reasoning, answer) of an assistant message whose stripped content is `content`."""
-    reasoning = message.get("reasoning_content")
-    if isinstance(reasoning, str):
-        return reasoning.strip(), content
-    if reasoning is not None:
-        raise UserError(f"message {number}: reasoning_content is {reasoning!r:.60}, expected a text")
-    if THINK_END not in content:
-        return "", content
-    reasoning = content.split(THINK_END)[0].split(THINK)[-1].strip()
-    return reasoning, content.split(THINK_END)[-1].lstrip("\n")

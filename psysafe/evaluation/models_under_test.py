@@ -11,14 +11,14 @@ import torch
 
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import progress
+from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
 from psysafe.files import expand
 from psysafe.generation.engine import Options
-from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.model.decoder import Qwen3_5
@@ -115,6 +115,9 @@ class ModelUnderTest:
         head = [] if system is None else [{"role": "system", "content": system}]
         conversations = [[*head, {"role": "user", "content": q.prompt}] for q in questions]
         by_number = {q.number: q for q in questions}
+        n_typed = sum(map(tokenizer.has_typed_tokens, conversations))
+        if n_typed:
+            say(f"{variant.name}: {n_typed:,} of {len(questions):,} prompts hold {TYPED_TOKENS}")
         generator = Generator(model, tokenizer, self.options)
         for answer in answer_all(generator, conversations, list(by_number), variant.name):
             question = by_number[answer.row]

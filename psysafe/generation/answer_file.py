@@ -15,7 +15,7 @@ from psysafe.data.prompts import with_system
 from psysafe.data.rows import Row, prompt_messages
 from psysafe.files import write_atomic
 from psysafe.generation.engine import Request
-from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.journal import REMEDY, AppendFile
 from psysafe.program import UserError
 
@@ -36,7 +36,13 @@ class AnswerFile(AppendFile):
         self.adapters, self.settings = list(adapters), settings
         self.prompts = {row.number: row for row in prompts}
         self.answered: set[tuple[int, str]] = set()  # (row, adapter)
+        self._was_there = Path(path).exists()
         super().__init__(path)
+
+    def __exit__(self, *error) -> None:
+        if not (self.answered or self._was_there):  # a run that ended before its first answer leaves nothing
+            self.path.unlink(missing_ok=True)
+        super().__exit__(*error)
 
     def _add(self, row: dict, where: str) -> None:
         number, adapter, settings = row.get("row"), row.get("adapter"), row.get("settings")
@@ -55,6 +61,15 @@ class AnswerFile(AppendFile):
         if (number, adapter) in self.answered:
             raise UserError(f"{where}: answers row {number} a second time; {REMEDY}")
         self.answered.add((number, adapter))
+
+    def _began_as_own(self, torn: bytes) -> bool:
+        starts = (self._line_start(prompt) for prompt in self.prompts.values())
+        return any(torn.startswith(start) or start.startswith(torn) for start in starts)
+
+    def _line_start(self, prompt: Row) -> bytes:
+        """How the lines of a prompt begin, up to the text of the response."""
+        fields = json.dumps({**_own_fields(prompt), "row": prompt.number}, ensure_ascii=False)
+        return (fields[:-1] + ', "response": "').encode(errors="backslashreplace")
 
     def missing(self, adapter: str) -> list[Row]:
         return [row for number, row in self.prompts.items() if (number, adapter) not in self.answered]
@@ -81,13 +96,16 @@ def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: st
     if not missing:
         return
     # A conversation that the template refuses ends the run here, not after hours of answers.
-    requests = []
+    requests, n_typed = [], 0
     for row in missing:
         try:
             messages = with_system(prompt_messages(row), system)
-            requests.append(Request(row.number, generator.encode(messages), row.where))
+            requests.append(Request(row.number, generator.encode(messages, row.tools), row.where))
+            n_typed += generator.tokenizer.has_typed_tokens(messages, row.tools)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
+    if n_typed:
+        say(f"{adapter}: {n_typed:,} of {len(missing):,} rows hold {TYPED_TOKENS}")
     start, n_tokens, n_cut = time.perf_counter(), 0, 0
     with progress(len(missing), adapter, "rows") as bar:
         for answer in generator.complete(requests):

@@ -15,6 +15,7 @@ from psysafe.model.decoder import Qwen3_5
 from psysafe.program import UserError
 
 REASONS = {STOP: "stop", LENGTH: "length"}
+TYPED_TOKENS = "control tokens such as <|im_end|>, which are taken for text"  # said of prompts that hold some
 CLOSING = f"\n{THINK_END}\n\n"  # what the template puts between reasoning and answer
 
 
@@ -49,9 +50,9 @@ class Generator:
         self.model, self.tokenizer, self.options, self.say = model, tokenizer, options or Options(), say
         self.engine: Engine | None = None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: object = None) -> list[int]:
         """The conversation as the prompt's ids. UserError for one that the chat template refuses."""
-        return self.tokenizer.encode(self.tokenizer.render(messages, True, self.options.thinking))
+        return self.tokenizer.encode_chat(messages, True, self.options.thinking, tools)
 
     def answers(
         self,

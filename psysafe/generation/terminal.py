@@ -6,7 +6,7 @@ from typing import TextIO
 
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import clusters
-from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.printable import plain
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -14,6 +14,8 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
     """Writes the answer to stdout while it is generated, and returns it."""
+    if generator.tokenizer.has_typed_tokens(messages[-1:]):
+        print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
     with TextStream(generator.tokenizer, generator.options.thinking, sys.stdout) as stream:
         (answer,) = generator.answers([messages], [row], stream)
     if answer.finish_reason == "length":

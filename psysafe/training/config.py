@@ -28,7 +28,7 @@ from typing import Literal
 
 from psysafe.cli import Parser
 from psysafe.data.documents import LongRows
-from psysafe.files import read_text
+from psysafe.files import MAX_TEXT, read_text
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -49,6 +49,8 @@ class TrainConfig:
     """Share of the training rows that validates without val_data; 0 never validates. As a flag it always counts."""
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
+    train_turns: Literal["last", "all"] = "last"
+    """Assistant turns that are trained: those after the last user query, or all; earlier ones have no reasoning."""
     max_tokens: int = 4096
     """Longest row in tokens; long_rows says what becomes of a longer one."""
     long_rows: LongRows = "cut"
@@ -265,9 +267,11 @@ def sentences() -> dict[str, str]:
 
 def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     """Each (key, value, "FILE line N") of a TOML file."""
-    text = read_text(path)
     try:
+        text = read_text(path, MAX_TEXT)
         table = tomllib.loads(text)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
     for key, value in table.items():

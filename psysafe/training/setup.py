@@ -96,10 +96,8 @@ def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | Non
         val_rows = read_rows(config.val_data)
     elif config.val_fraction:
         rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
-    train_set = encode_rows(rows, tokenizer, config.max_tokens, system, long_rows=config.long_rows)
-    if not val_rows:
-        return train_set, None
-    return train_set, encode_rows(val_rows, tokenizer, config.max_tokens, system, long_rows=config.long_rows)
+    options = (tokenizer, config.max_tokens, system, config.train_turns, config.long_rows)
+    return encode_rows(rows, *options), encode_rows(val_rows, *options) if val_rows else None
 
 
 def with_pinned_data(config: TrainConfig) -> TrainConfig:
