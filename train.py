@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.data.documents import pack_share, step_documents
+from psysafe.data.documents import Document, pack_share, step_documents
 from psysafe.files import write_atomic
-from psysafe.program import StopRequest, UserError, main_guard
+from psysafe.program import StopRequest, main_guard
 from psysafe.runtime import DeviceTime, Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve, to_toml
 from psysafe.training.dry_run import dry_run, run_summary
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.optim import cosine_schedule
+from psysafe.training.out_of_memory import again_with_less_memory, saved_if_out_of_memory
 from psysafe.training.run_log import RunLog, StepResult, check_packages, plot_loss, print_run
 from psysafe.training.run_state import (
     State,
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
         # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
         flops, validated = run.useful_flops_per_token, not run.validation_due
         log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated)
-        with log, StopRequest() as stop:
+        run.say = log.say
+        with log, StopRequest() as stop, saved_if_out_of_memory(run, log):
             code = train(run, log, stop)
         return code or finish(run)
 
@@ -129,13 +131,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
         else:
             if run.save_due:
                 save_run(run, log)
-            try:
-                result = train_step(run)
-            except torch.OutOfMemoryError as error:
-                # The adapter is still that of the step before, so only this step is lost.
-                save_run(run, log)
-                saved = run.runtime.is_main and not run.save_error
-                raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
+            result = train_step(run)
             # Logged one step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no
             # work. Once the next step is queued, this one's numbers can be read while the GPU is busy.
             log.later(result)
@@ -167,16 +163,7 @@ def train_step(run: Run) -> StepResult:
     # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
     n_targets = count_targets(documents)
 
-    run.optimizer.zero_grad()
-    loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
-    for batch in pack_share(documents, config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(run.step + 1)
-        run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
-        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
-        loss += part.detach()  # stays on the device: .item() here would wait for it
-    run.watch.progress(run.step + 1)
-
+    loss = backward(run, documents, n_targets)
     # Sums, not means: each part is already divided by all ranks' tokens.
     if runtime.world_size > 1:
         dist.all_reduce(adapters.grad)
@@ -193,6 +180,22 @@ def train_step(run: Run) -> StepResult:
         "documents": [document.source for document in documents],
     }
     return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
+
+
+@again_with_less_memory
+def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tensor:
+    """Fill adapters.grad with the gradient of this rank's part of the loss. Returns that part: (), on the device."""
+    runtime = run.runtime
+    run.optimizer.zero_grad()
+    loss = torch.zeros((), dtype=run.adapters.param.dtype, device=runtime.device)
+    for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
+        run.watch.progress(run.step + 1)
+        run.fit_into_memory(batch)
+        part = batch_loss(run.model, batch, runtime.device) / n_targets
+        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
+        loss += part.detach()  # .item() here would wait for the device
+    run.watch.progress(run.step + 1)
+    return loss
 
 
 @torch.no_grad()

@@ -98,13 +98,13 @@ class RunLog:
         self.began, self.steps_seen = time.monotonic(), 0
         self.unread: StepResult | None = None  # the newest step, not yet logged
         self.file = self.bar = self.tracker = None
-        if not runtime.is_main:
-            return
-        path = Path(run_dir) / METRICS
-        cut_metrics(path, first_step, validated)
-        self.file = path.open("ab", buffering=0)
+        self.path = Path(run_dir) / METRICS
         self.unwritten = b""  # rows that the disk refused
         self.refused = False
+        if not runtime.is_main:
+            return
+        cut_metrics(self.path, first_step, validated)
+        self.file = self.path.open("ab", buffering=0)
         if config.report != "none":
             os.environ.setdefault("WANDB_DIR", str(run_dir))
             self.tracker = importlib.import_module(config.report)
@@ -116,6 +116,16 @@ class RunLog:
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout)
         else:
             print(HEADER, flush=True)
+
+    @property
+    def writes(self) -> bool:
+        """True on the one rank that prints and writes: the main one, or one that took over."""
+        return self.file is not None
+
+    def take_over(self) -> None:
+        """Write from here on. For a rank other than the main one, when that will never write again."""
+        if not self.writes:
+            self.file = self.path.open("ab", buffering=0)
 
     def later(self, result: StepResult) -> None:
         """Log the step before this one; this one with the next call. Raises UserError as `catch_up` does."""

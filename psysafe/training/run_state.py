@@ -217,7 +217,7 @@ def save_run(run: Run, log: RunLog) -> None:
     A full disk costs a warning and sets run.save_error; training goes on.
     """
     log.sync()  # first: a state whose rows of metrics.jsonl were lost could never be completed
-    if not run.runtime.is_main:
+    if not log.writes:
         return
     config = run.config
     meta = {

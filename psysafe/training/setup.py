@@ -1,5 +1,6 @@
 """What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Run:
     save_due: bool = False  # a step of --save-every
     best_val: float | None = None
     save_error: str = ""  # why the last save failed, if it did
+    say: Callable[[str], None] = print  # RunLog.say, once there is one
 
     @property
     def steps_per_epoch(self) -> int:

@@ -76,6 +76,16 @@ class Watchdog:
         if is_new_step and self.store is not None:
             self._write()  # at once: should the rank die now, the others can still name the right step
 
+    def align(self, runtime: Runtime) -> None:
+        """Take the largest of all ranks' counts of progress, after work that not every rank came to the end of."""
+        progress = runtime.largest(self.heartbeat.progress)  # outside the lock: the thread must go on writing
+        with self.lock:
+            self.heartbeat = self.heartbeat._replace(progress=progress)
+
+    def is_first(self, key: str) -> bool:
+        """Whether this rank is the first to ask for this key: so ranks that fail together choose one that acts."""
+        return self.store is None or self.store.add(f"psysafe/first/{key}", 1) == 1
+
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
             self._write()
