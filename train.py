@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.documents import Document, pack_share, step_documents
-from psysafe.files import write_atomic
 from psysafe.program import StopRequest, main_guard
 from psysafe.runtime import DeviceTime, Runtime, start, versions
-from psysafe.training.config import TrainConfig, resolve, to_toml
+from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import dry_run, run_summary
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.optim import cosine_schedule
@@ -31,8 +30,8 @@ from psysafe.training.run_state import (
     check_rows,
     check_run_dir,
     digest_rows,
+    enter_run_dir,
     load_state,
-    prepare_run_dir,
     recipe,
     restore_run,
     save_run,
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         flops, validated = run.useful_flops_per_token, not run.validation_due
         log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated)
         run.say = log.say
-        with log, StopRequest() as stop, saved_if_out_of_memory(run, log):
+        with run.lock, log, StopRequest() as stop, saved_if_out_of_memory(run, log):
             code = train(run, log, stop)
         return code or finish(run)
 
@@ -112,8 +111,7 @@ def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
     if state:
         warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
         print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
-    out = prepare_run_dir(run.config.out, run.config.resume)
-    write_atomic(out / "config.toml", to_toml(run.config, sources))
+    enter_run_dir(run, sources)
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> int:

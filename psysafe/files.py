@@ -1,15 +1,18 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-Also reads JSON: any defect raises UserError.
+Also locks files, and reads JSON: any defect raises UserError.
 """
 
+import fcntl
 import functools
 import json
 import os
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from psysafe.program import UserError
 
@@ -59,6 +62,22 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_locked(path: str | Path, what: str | Path = "") -> BinaryIO:
+    """Open a file to read and append, unbuffered; made where there is none. No other process can until it is closed.
+
+    A killed process keeps nothing locked. Raises UserError, which names `what` (the path), when it is locked already.
+    """
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115  (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{what or path}: another process is writing it; wait, or give another --out") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {path}: {error.strerror}; do not start a second process that writes it", file=sys.stderr)
+    return file
 
 
 def parse_json(text: str | bytes) -> object:

@@ -1,12 +1,11 @@
 """Results that survive a kill: one JSON object a line, appended at once, read again at the next start."""
 
-import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from psysafe.files import parse_json
+from psysafe.files import open_locked, parse_json
 from psysafe.program import UserError
 
 REMEDY = "give another --out, or move this file away"
@@ -31,13 +30,9 @@ class AppendFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
+        self._file = open_locked(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{self.path}: another process is writing it; wait, or give another --out") from None
         except BaseException:
             self._file.close()
             raise

@@ -318,3 +318,23 @@ def test_a_tokenizer_of_another_model_is_named(workspace, capfd, tmp_path):
     shutil.copy(workspace / "tokenizer.json", tmp_path)
     line = refused(workspace, capfd, "--model", f"random:{tmp_path}/config.json")
     assert "its config.json says vocab_size 100" in line
+
+
+def test_two_runs_in_one_folder_do_not_mix(workspace, capfd):
+    """The second one, started during the first one's third step, ends in one line; the first one is unharmed."""
+    import train
+
+    first = train.train_step
+    lines = []
+
+    def step(run):
+        if run.step == 2:
+            lines.append(refused(workspace, capfd, "--out", str(workspace / "shared"), "--lr", "1"))
+        return first(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        assert train.main(command(workspace, "shared", "--max-steps", "4")[2:]) == 0
+    assert lines == [f"error: --out {workspace}/shared: another process is writing it; wait, or give another --out"]
+    assert train.main(command(workspace, "alone", "--max-steps", "4")[2:]) == 0
+    assert_same_run(workspace / "shared", workspace / "alone")

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
+from typing import BinaryIO
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -25,15 +26,17 @@ from torch import Tensor
 
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.documents import Dataset
-from psysafe.files import parse_json, remove_leftovers, sync, temporary_for
+from psysafe.files import open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import versions
-from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.config import KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
 from psysafe.training.setup import Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
+
+LOCK = ".lock"  # the file that keeps a second run out of the directory; empty, and it stays
 
 TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 # A second save at the same step (before and after a validation, say) gets a suffix: no valid state is ever overwritten.
@@ -150,23 +153,31 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
 
 
 def check_run_dir(out: str | Path) -> None:
-    """Raise UserError when `out` cannot become a writable folder. Creates nothing: a check before long loads."""
+    """Raise UserError when `out` cannot become a writable folder, or another run writes there.
+
+    Creates nothing: a check before long loads.
+    """
     nearest = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
     if not os.path.isdir(nearest):
         raise UserError(f"--out {out}: {nearest} is a file, not a folder; choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {nearest} cannot be written by this user; choose another folder")
+    if os.path.exists(Path(out) / LOCK):
+        open_locked(Path(out) / LOCK, f"--out {out}").close()
 
 
-def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
+def prepare_run_dir(out: str | Path, resume: str = "") -> BinaryIO:
     """Create the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
+
+    Returns the file whose lock keeps other runs out until it is closed.
 
     A run that does not continue the one in `out` moves that one's files into RUN_DIR/earlier-N: nothing is lost, and
     the new run can never resume from the old one's state. Raises UserError when `out` cannot be a writable folder.
     """
-    run_dir = Path(out)
+    run_dir, lock = Path(out), None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(run_dir / LOCK, f"--out {out}")  # before anything is moved: it may be another run's
         for name in RUN_FILES:
             remove_leftovers(run_dir, name)
         remove_leftovers(run_dir / "state", "step-*")
@@ -177,9 +188,17 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
         if not continues and (_states(run_dir / "state") or (run_dir / "metrics.jsonl").exists()):
             _set_aside(run_dir)
     except OSError as error:
+        if lock is not None:
+            lock.close()
         check_run_dir(out)
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
-    return run_dir
+    return lock
+
+
+def enter_run_dir(run: Run, sources: dict[str, str]) -> None:
+    """Make the run's directory its own until run.lock is closed, and write config.toml into it. Main rank only."""
+    run.lock = prepare_run_dir(run.config.out, run.config.resume)
+    write_atomic(Path(run.config.out, "config.toml"), to_toml(run.config, sources))
 
 
 def recipe(config: TrainConfig) -> dict:
