@@ -111,7 +111,7 @@ def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
     if state:
         warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
         print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
-    enter_run_dir(run, sources)
+    enter_run_dir(run, sources, state)
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> int:

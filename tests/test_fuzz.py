@@ -396,9 +396,9 @@ def test_damaged_input_is_one_clean_line_whatever_the_damage(name, folder):
     fuzz(name, range(3, CASES), folder)
 
 
-def stray(run, sources):
+def stray(*args):
     Path("stray.txt").write_text("")
-    return enter_run_dir(run, sources)
+    return enter_run_dir(*args)
 
 
 def unchecked(folder):

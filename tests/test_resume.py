@@ -338,3 +338,41 @@ def test_two_runs_in_one_folder_do_not_mix(workspace, capfd):
     assert lines == [f"error: --out {workspace}/shared: another process is writing it; wait, or give another --out"]
     assert train.main(command(workspace, "alone", "--max-steps", "4")[2:]) == 0
     assert_same_run(workspace / "shared", workspace / "alone")
+
+
+def test_going_back_to_a_state_and_a_kill_before_the_first_save_lose_no_row_without_a_word(workspace, capsys):
+    """The run goes back from step 6 to step 4, dies in step 5, and continues with --resume auto."""
+    import train
+
+    def run(out, *flags):
+        return train.main(command(workspace, out, "--max-steps", "6", *flags)[2:])
+
+    assert run("gone-back") == run("straight") == 0
+    states = workspace / "gone-back" / "state"
+    earlier, latest = sorted(states.iterdir())
+    assert earlier.name.startswith("step-00000004") and latest.name.startswith("step-00000006")
+
+    def dies(run):
+        raise SystemExit("killed")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", dies)
+        run("gone-back", "--resume", str(earlier))
+    assert f"{latest} was saved later and is removed, with its rows of metrics.jsonl" in capsys.readouterr().out
+    assert run("gone-back") == 0
+    out = capsys.readouterr().out
+    assert f"resuming after step 4 from {earlier}" in out and "warning" not in out
+    assert_same_run(workspace / "gone-back", workspace / "straight")
+
+
+def test_metrics_without_the_rows_before_the_resumed_step_are_said(workspace, capsys):
+    import train
+
+    argv = command(workspace, "cut-off", "--max-steps", "4")[2:]
+    assert train.main(argv) == 0
+    path = workspace / "cut-off" / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if '"step": 2' not in row and '"step": 3' not in row))
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert f"warning: {path} has no rows of 2 of the steps 2 to 3: they were made" in capsys.readouterr().out

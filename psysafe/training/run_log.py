@@ -103,8 +103,11 @@ class RunLog:
         self.refused = False
         if not runtime.is_main:
             return
-        cut_metrics(self.path, first_step, validated)
+        rows = cut_metrics(self.path, first_step, validated)
         self.file = self.path.open("ab", buffering=0)
+        if missing := sorted({*range(1, first_step + 1)} - {row["step"] for row in rows if "loss" in row}):
+            which = f"{len(missing)} of the steps {missing[0]} to {missing[-1]}"
+            self.say(f"warning: {self.path} has no rows of {which}: they were made elsewhere, or lost")
         if config.report != "none":
             os.environ.setdefault("WANDB_DIR", str(run_dir))
             self.tracker = importlib.import_module(config.report)
@@ -254,8 +257,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     return rows
 
 
-def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
-    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step.
+def cut_metrics(path: str | Path, step: int, validated: bool = True) -> list[dict]:
+    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step -> its rows.
 
     validated: whether that step's validation, if it has one, is already part of the saved state.
     """
@@ -263,6 +266,7 @@ def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
     rows = read_metrics(path) if path.exists() else []
     rows = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def plot_loss(run_dir: str | Path) -> Path:

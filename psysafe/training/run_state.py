@@ -195,9 +195,18 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> BinaryIO:
     return lock
 
 
-def enter_run_dir(run: Run, sources: dict[str, str]) -> None:
-    """Make the run's directory its own until run.lock is closed, and write config.toml into it. Main rank only."""
+def enter_run_dir(run: Run, sources: dict[str, str], state: State | None) -> None:
+    """Make the run's directory its own until run.lock is closed, and write config.toml into it. Main rank only.
+
+    state: from which the run goes on. Later ones in the directory go: a kill before the next save would leave them
+    without the rows of metrics.jsonl that lead to them, which are about to be cut.
+    """
     run.lock = prepare_run_dir(run.config.out, run.config.resume)
+    if state and run.config.resume != "auto":
+        for later in _states(Path(run.config.out) / "state"):
+            if later.parent.samefile(state.path.parent) and _order(later) > _order(state.path.absolute()):
+                _discard(later)
+                print(f"{later} was saved later and is removed, with its rows of metrics.jsonl")
     write_atomic(Path(run.config.out, "config.toml"), to_toml(run.config, sources))
 
 

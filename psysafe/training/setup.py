@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Run:
     best_val: float | None = None
     save_error: str = ""  # why the last save failed, if it did
     say: Callable[[str], None] = print  # RunLog.say, once there is one
-    lock: AbstractContextManager = nullcontext()  # on the main rank: of the run directory
+    lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
 
     @property
     def steps_per_epoch(self) -> int:
