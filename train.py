@@ -46,6 +46,7 @@ from psysafe.training.setup import (
     make_plan,
     with_adapter_shape,
 )
+from psysafe.training.tracker import check_login
 from psysafe.training.watchdog import Watchdog
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         run = prepare(config, sources, runtime, watch)
         # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
         flops, validated = run.useful_flops_per_token, not run.validation_due
-        log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated)
+        log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated, run.run_id)
         run.say = log.say
         with run.lock, log, StopRequest() as stop, saved_if_out_of_memory(run, log):
             code = train(run, log, stop)
@@ -75,6 +76,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     """All that a step needs. What a user can get wrong is checked before the weights, which take minutes to load."""
     if runtime.is_main:
         check_run_dir(config.out)
+        check_login(config)
     folder, commit = resolve_model(config.model, config.revision)
     # The run is recorded with what it really uses: a commit instead of a branch, a type instead of "auto".
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))

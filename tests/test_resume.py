@@ -376,3 +376,16 @@ def test_metrics_without_the_rows_before_the_resumed_step_are_said(workspace, ca
     capsys.readouterr()
     assert train.main(argv) == 0
     assert f"warning: {path} has no rows of 2 of the steps 2 to 3: they were made" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(workspace, monkeypatch):
+    """--resume auto keeps the id that the state holds; a run that goes on from another one's state has its own."""
+    import train
+    from tests.test_run_log import fake_tracker
+
+    calls = fake_tracker(monkeypatch, "wandb")
+    for out, resume in (("tracked", "auto"), ("tracked", "auto"), ("forked", str(workspace / "tracked"))):
+        flags = ("--max-steps", "2", "--report", "wandb", "--resume", resume)
+        assert train.main(command(workspace, out, *flags)[2:]) == 0
+    ids = [call[3] for call in calls if call[0] == "init"]
+    assert calls[0] == ("login",) and len(ids) == 3 and ids[0] == ids[1] != ids[2]

@@ -11,7 +11,6 @@ Only the main rank prints and writes, so the loop needs no branches. A full disk
 until there is room, and training goes on.
 """
 
-import importlib
 import importlib.util
 import json
 import math
@@ -27,6 +26,7 @@ from psysafe.files import parse_json, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.tracker import Tracker
 
 METRICS, NEWLINE = "metrics.jsonl", b"\n"
 MAX_SKIPPED = 3  # steps in a row without a finite gradient norm that end the run
@@ -80,6 +80,7 @@ class RunLog:
     first_step: steps that are already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
     validated: whether the validation after first_step is part of the resumed state.
     flops_per_token: useful FLOP of a training token; without it, or on an unknown GPU, no MFU is shown.
+    run_id: for the tracker.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class RunLog:
         first_step: int = 0,
         flops_per_token: float = 0.0,
         validated: bool = True,
+        run_id: str = "",
     ):
         self.runtime, self.total_steps, self.last_step = runtime, total_steps, first_step
         peak = runtime.peak
@@ -109,10 +111,7 @@ class RunLog:
             which = f"{len(missing)} of the steps {missing[0]} to {missing[-1]}"
             self.say(f"warning: {self.path} has no rows of {which}: they were made elsewhere, or lost")
         if config.report != "none":
-            os.environ.setdefault("WANDB_DIR", str(run_dir))
-            self.tracker = importlib.import_module(config.report)
-            settings = {key: getattr(config, key) for key in KEYS}
-            self.tracker.init(project=config.project, name=Path(run_dir).resolve().name, config=settings)
+            self.tracker = Tracker(config, run_id, self.say)
         if sys.stdout.isatty():
             from tqdm import tqdm
 
@@ -224,7 +223,7 @@ class RunLog:
         self.unwritten += json.dumps(row, allow_nan=False).encode() + NEWLINE
         self._flush()
         if self.tracker is not None:
-            self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            self.tracker.log(row)
 
     def _flush(self, then: Callable[[int], object] = lambda descriptor: None) -> None:
         """Writes the rows that wait, unbuffered: a kill leaves at most one torn line. A refusal is printed once."""

@@ -255,6 +255,7 @@ def save_run(run: Run, log: RunLog) -> None:
         "best_val": run.best_val,
         "epoch_open": not run.validation_due,
         "world_size": run.runtime.world_size,
+        "run_id": run.run_id,
     }
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
     multimodal, run.save_error = run.model.config.multimodal, ""
@@ -276,6 +277,8 @@ def restore_run(run: Run, state: State) -> None:
         raise UserError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
     run.step, run.best_val, run.validation_due = state.step, best_val, not epoch_open
+    if _run_dir_of(state.path).resolve() == Path(run.config.out).resolve():  # else two runs would go on from it
+        run.run_id = state.meta.get("run_id", run.run_id)
 
 
 def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping) -> None:

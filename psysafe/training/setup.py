@@ -1,5 +1,6 @@
 """What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
 
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class Run:
     validation_due: bool = True  # before the first step, and after an epoch's last one until it is done
     save_due: bool = False  # a step of --save-every
     best_val: float | None = None
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for the tracker; a resumed run keeps it
     save_error: str = ""  # why the last save failed, if it did
     say: Callable[[str], None] = print  # RunLog.say, once there is one
     lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
