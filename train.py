@@ -121,7 +121,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
     while run.validation_due or run.step < run.total_steps:
         # A signal reaches the ranks at different moments, even during different steps. They take the largest of their
         # answers: so all stop after the same step, and none waits for gradients that another will never send.
-        if signal := run.runtime.largest(stop.received):
+        if signal := run.runtime.largest(stop.received or log.signal):
             save_run(run, log)
             if not run.save_error:
                 log.say(f"stopped and saved after step {run.step}; continue with --resume auto")

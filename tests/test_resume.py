@@ -389,3 +389,33 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(workspace, monkeyp
         assert train.main(command(workspace, out, *flags)[2:]) == 0
     ids = [call[3] for call in calls if call[0] == "init"]
     assert calls[0] == ("login",) and len(ids) == 3 and ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(workspace, uninterrupted):
+    """As with `| head`: no traceback, and the continued run is the uninterrupted one."""
+    process = subprocess.Popen(
+        command(workspace, "unread", "--save-every", "0"),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    next(line for line in process.stdout if " 3/33 " in line)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == "nobody reads this output any more: finishing this step, then saving\n"
+    newest = max((workspace / "unread" / "state").iterdir()).name
+    assert newest >= "step-00000003"
+    assert finish(workspace, "unread").returncode == 0
+    assert_same_run(uninterrupted, workspace / "unread")
+
+
+@pytest.mark.slow
+def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(workspace, uninterrupted):
+    script = "import os, sys, train\nrun = train.train\n"
+    script += "def full(*args):\n    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n    return run(*args)\n"
+    script += "train.train = full\nsys.exit(train.main_guard(train.main))"
+    flags = command(workspace, "full-log")[2:]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stderr.count("warning: standard output: No space left on device; training goes on") == 1
+    assert_same_run(uninterrupted, workspace / "full-log")

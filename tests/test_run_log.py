@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -272,3 +273,33 @@ def test_the_plot_is_a_png(tmp_path):
     write_run(tmp_path)
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(("number", "signal"), [(errno.EPIPE, 13), (errno.EIO, 13), (errno.ENOSPC, 0)])
+def test_output_that_fails_costs_no_row_and_says_whether_anybody_reads(
+    number, signal, terminal, tmp_path, monkeypatch, capsys
+):
+    """As with `| head`, a closed terminal, a log on a full disk: rows are written, the run is asked to end or not."""
+
+    class Output(io.StringIO):
+        fails = False
+        isatty = staticmethod(lambda: terminal)
+
+        def write(self, text):
+            if self.fails:
+                raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Output())
+        with RunLog(tmp_path, TrainConfig(), CPU, 3) as log:
+            sys.stdout.fails = True
+            for step in (1, 2, 3):
+                log.step(step, loss=1.0, lr=1e-4, grad_norm=0.1, tokens=100, seconds=0.5)
+            log.validation(3, 0.5)
+    assert logged_steps(tmp_path) == [1, 2, 3, 3]
+    lines = {
+        13: "nobody reads this output any more: finishing this step, then saving\n",
+        0: "warning: standard output: No space left on device; training goes on, lines are missing\n",
+    }
+    assert log.signal == signal and capsys.readouterr().err == lines[signal]

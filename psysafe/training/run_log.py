@@ -8,13 +8,15 @@
         log.sync()                                  # before a state is saved: its rows must be on the disk first
 
 Only the main rank prints and writes, so the loop needs no branches. A full disk costs a warning: rows wait in memory
-until there is room, and training goes on.
+until there is room, and training goes on. So does output that fails; where nobody reads it any more, `signal` says so.
 """
 
+import errno
 import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 
 from psysafe.files import parse_json, write_atomic
-from psysafe.program import UserError
+from psysafe.program import UserError, complain, drop_stdout
 from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
 from psysafe.training.tracker import Tracker
@@ -99,6 +101,8 @@ class RunLog:
         self.flops_share = flops_per_token / (peak.flops * runtime.world_size) if peak else 0.0
         self.began, self.steps_seen = time.monotonic(), 0
         self.unread: StepResult | None = None  # the newest step, not yet logged
+        self.signal = 0  # SIGPIPE when nobody reads the output any more: time to save and end
+        self.output_fails = False
         self.file = self.bar = self.tracker = None
         self.path = Path(run_dir) / METRICS
         self.unwritten = b""  # rows that the disk refused
@@ -117,7 +121,7 @@ class RunLog:
 
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout)
         else:
-            print(HEADER, flush=True)
+            self._show(print, HEADER, flush=True)
 
     @property
     def writes(self) -> bool:
@@ -172,15 +176,16 @@ class RunLog:
         left = (time.monotonic() - self.began) / max(self.steps_seen, 1) * (self.total_steps - step)
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         if self.bar is not None:
-            self.bar.set_postfix_str(
+            self._show(
+                self.bar.set_postfix_str,
                 f"loss {loss:.4f} lr {lr:.1e} norm {grad_norm:.3f} {speed:,.0f} tok/s MFU {mfu} {memory / 1e9:.1f} GB",
                 refresh=False,
             )
-            self.bar.update(step - self.bar.n)
+            self._show(self.bar.update, step - self.bar.n)
         else:
             count = f"{step}/{self.total_steps}"
             columns = f"{count:>11} {loss:>9.4f} {lr:>9.2e} {grad_norm:>9.4f} {speed:>9,.0f} {mfu:>6}"
-            print(f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
+            self._show(print, f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
 
     def validation(self, step: int, val_loss: float) -> None:
         """Log a validation loss, measured after the given step."""
@@ -191,9 +196,22 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
+            self._show(self.bar.write, text, file=sys.stdout)
         elif self.file is not None:
-            print(text, flush=True)
+            self._show(print, text, flush=True)
+
+    def _show(self, show: Callable, *args, **options) -> None:
+        """Prints by show(...). Output that fails costs lines, not the run."""
+        try:
+            show(*args, **options)
+        except OSError as error:
+            text = f"warning: standard output: {error.strerror}; training goes on, lines are missing"
+            if error.errno in (errno.EPIPE, errno.EIO):  # as after `| head`, or when the terminal is closed
+                self.signal = signal.SIGPIPE
+                text = "nobody reads this output any more: finishing this step, then saving"
+            if not self.output_fails:
+                complain(text)
+            self.output_fails = True
 
     def sync(self) -> None:
         """Log the newest step, and bring all rows to the disk if it takes them."""
@@ -212,7 +230,9 @@ class RunLog:
                 self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
             self.file.close()
         if self.bar is not None:
-            self.bar.close()
+            self._show(self.bar.close)
+        if self.output_fails:
+            drop_stdout()  # what cannot be printed at the end is no error of its own
         if self.tracker is not None:
             self.tracker.finish()
         self.file = self.bar = self.tracker = None

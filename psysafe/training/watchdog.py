@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from psysafe.program import complain
 from psysafe.runtime import Runtime
 
 INTERVAL = 1.0  # seconds between two heartbeats
@@ -181,10 +182,10 @@ class Watchdog:
         except RuntimeError:
             is_first = bool(message)
         if is_first:
-            print(f"error (rank {self.rank}): {message}", file=sys.stderr, flush=True)
+            complain(f"error (rank {self.rank}): {message}")
             time.sleep(2 * INTERVAL)  # the store may be in this process: time for the others to read that one printed
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(1)
 
 
