@@ -32,6 +32,7 @@ from psysafe.training.run_state import (
     digest_rows,
     enter_run_dir,
     load_state,
+    open_log,
     recipe,
     restore_run,
     save_run,
@@ -52,22 +53,18 @@ from psysafe.training.watchdog import Watchdog
 
 def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
-    config = with_adapter_shape(config)
     check_packages(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
         if runtime.is_main:
+            config, sources = with_adapter_shape(config, sources)
             print_run(config, sources, dry_run(config, runtime))
         return 0
     with Watchdog(runtime, config.timeout) as watch:  # of several ranks: when one dies or hangs, all end
         run = prepare(config, sources, runtime, watch)
-        # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
-        flops, validated = run.useful_flops_per_token, not run.validation_due
-        log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated, run.run_id)
-        run.say = log.say
-        with run.lock, log, StopRequest() as stop, saved_if_out_of_memory(run, log):
+        with run.lock, open_log(run) as log, StopRequest() as stop, saved_if_out_of_memory(run, log):
             code = train(run, log, stop)
         return code or finish(run)
 
@@ -81,6 +78,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     # The run is recorded with what it really uses: a commit instead of a branch, a type instead of "auto".
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
     state = load_state(config.out, config.resume)
+    config, sources = with_adapter_shape(config, sources, state.meta if state else {})
     if state:
         check_resume(state, config)
 
@@ -95,7 +93,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
         config.model, None, runtime.device, runtime.dtype, commit, embedding=config.embedding, shard=config.shard
     )
     check_vocabulary(config, model, train_set, val_set)
-    adapters = attach_adapters(model, config)
+    adapters = attach_adapters(model, config, state.meta if state else {})
     optimizer = make_optimizer(adapters, config)
     plan = make_plan(config, model, adapters, optimizer, runtime)
     total_steps = count_steps(config, len(train_set))

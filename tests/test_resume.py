@@ -419,3 +419,39 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(workspace, uninter
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert done.stderr.count("warning: standard output: No space left on device; training goes on") == 1
     assert_same_run(uninterrupted, workspace / "full-log")
+
+
+def test_a_run_that_began_from_an_adapter_resumes_without_its_folder(workspace, tmp_path, capsys):
+    """Also one that is scaled by the root of its rank, which no setting says."""
+    import train
+
+    assert train.main(command(workspace, "first-adapter", "--max-steps", "2", "--lora-rank", "2")[2:]) == 0
+    folder = tmp_path / "adapter"
+    shutil.copytree(workspace / "first-adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+
+    def flags(out, *more):
+        return command(workspace, out, "--adapter-init", str(folder), "--max-steps", "6", *more)[2:]
+
+    assert train.main(flags("unbroken")) == train.main(flags("homeless")) == 0
+    assert "  lora_rank           2" in capsys.readouterr().out
+    newest = max((workspace / "homeless" / "state").iterdir())
+    shutil.rmtree(newest)
+    shutil.rmtree(folder)
+    assert train.main(flags("homeless")) == 0
+    assert "resuming after step 4" in capsys.readouterr().out
+    assert_same_run(workspace / "unbroken", workspace / "homeless")
+    assert json.loads((workspace / "homeless" / "adapter_config.json").read_text())["use_rslora"]
+
+
+def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise_is_refused(workspace, capfd):
+    import train
+
+    assert train.main(command(workspace, "shape", "--max-steps", "1", "--lora-rank", "2")[2:]) == 0
+    init = ("--adapter-init", str(workspace / "shape"))
+    assert "--lora-rank 3: the adapter of --adapter-init" in refused(workspace, capfd, *init, "--lora-rank", "3")
+    assert "has ['down_proj'" in refused(workspace, capfd, *init, "--lora-targets", "q_proj")
+    assert train.main(command(workspace, "same", *init, "--lora-rank", "2", "--max-steps", "1", "--dry-run")[2:]) == 0
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["lora_rank", "2", "--adapter-init"] in lines and ["lora_alpha", "32.0", "--adapter-init"] in lines

@@ -31,7 +31,7 @@ from psysafe.program import UserError
 from psysafe.runtime import versions
 from psysafe.training.config import KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
-from psysafe.training.setup import Run
+from psysafe.training.setup import USE_RSLORA, Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
@@ -210,6 +210,15 @@ def enter_run_dir(run: Run, sources: dict[str, str], state: State | None) -> Non
     write_atomic(Path(run.config.out, "config.toml"), to_toml(run.config, sources))
 
 
+def open_log(run: Run) -> RunLog:
+    """The log of a run, which goes on where the run stands."""
+    # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
+    flops, validated, config = run.useful_flops_per_token, not run.validation_due, run.config
+    log = RunLog(config.out, config, run.runtime, run.total_steps, run.step, flops, validated, run.run_id)
+    run.say = log.say
+    return log
+
+
 def recipe(config: TrainConfig) -> dict:
     """The settings that fix the numbers of a run, for the state's meta."""
     return {key: getattr(config, key) for key in KEYS if key not in FREE_ON_RESUME}
@@ -256,6 +265,7 @@ def save_run(run: Run, log: RunLog) -> None:
         "epoch_open": not run.validation_due,
         "world_size": run.runtime.world_size,
         "run_id": run.run_id,
+        USE_RSLORA: run.adapters.use_rslora,
     }
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
     multimodal, run.save_error = run.model.config.multimodal, ""
