@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from psysafe.checkpoint.adapter import check_in_peft
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.data.documents import pack_share, step_documents
-from psysafe.files import write_atomic
-from psysafe.program import StopRequest, UserError, main_guard
+from psysafe.data.documents import Document, pack_share, step_documents
+from psysafe.program import StopRequest, main_guard
 from psysafe.runtime import DeviceTime, Runtime, start, versions
-from psysafe.training.config import TrainConfig, resolve, to_toml
+from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import dry_run, run_summary
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.optim import cosine_schedule
+from psysafe.training.out_of_memory import again_with_less_memory, saved_if_out_of_memory
 from psysafe.training.run_log import RunLog, StepResult, check_packages, plot_loss, print_run
 from psysafe.training.run_state import (
     State,
@@ -31,8 +31,9 @@ from psysafe.training.run_state import (
     check_rows,
     check_run_dir,
     digest_rows,
+    enter_run_dir,
     load_state,
-    prepare_run_dir,
+    open_log,
     recipe,
     restore_run,
     save_run,
@@ -48,26 +49,24 @@ from psysafe.training.setup import (
     with_adapter_shape,
     with_pinned_data,
 )
+from psysafe.training.tracker import check_login
 from psysafe.training.watchdog import Watchdog
 
 
 def main(argv: Sequence[str]) -> int:
     config, sources = resolve(argv)
-    config = with_adapter_shape(config)
     check_packages(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
         if runtime.is_main:
+            config, sources = with_adapter_shape(config, sources)
             print_run(config, sources, dry_run(config, runtime))
         return 0
     with Watchdog(runtime, config.timeout) as watch:  # of several ranks: when one dies or hangs, all end
         run = prepare(config, sources, runtime, watch)
-        # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
-        flops, validated = run.useful_flops_per_token, not run.validation_due
-        log = RunLog(config.out, run.config, runtime, run.total_steps, run.step, flops, validated)
-        with log, StopRequest() as stop:
+        with run.lock, open_log(run) as log, StopRequest() as stop, saved_if_out_of_memory(run, log):
             code = train(run, log, stop)
         return code or finish(run)
 
@@ -76,11 +75,13 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     """All that a step needs. What a user can get wrong is checked before the weights, which take minutes to load."""
     if runtime.is_main:
         check_run_dir(config.out)
+        check_login(config)
     folder, commit = resolve_model(config.model, config.revision)
     # The run is recorded with what it really uses: a commit instead of a branch, a type instead of "auto".
     config = replace(config, revision=commit, dtype=str(runtime.dtype).removeprefix("torch."))
     config = with_pinned_data(config)
     state = load_state(config.out, config.resume)
+    config, sources = with_adapter_shape(config, sources, state.meta if state else {})
     if state:
         check_resume(state, config)
 
@@ -95,7 +96,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
         config.model, None, runtime.device, runtime.dtype, commit, embedding=config.embedding, shard=config.shard
     )
     check_vocabulary(config, model, train_set, val_set)
-    adapters = attach_adapters(model, config)
+    adapters = attach_adapters(model, config, state.meta if state else {})
     optimizer = make_optimizer(adapters, config)
     plan = make_plan(config, model, adapters, optimizer, runtime)
     total_steps = count_steps(config, len(train_set))
@@ -113,8 +114,7 @@ def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
     if state:
         warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
         print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
-    out = prepare_run_dir(run.config.out, run.config.resume)
-    write_atomic(out / "config.toml", to_toml(run.config, sources))
+    enter_run_dir(run, sources, state)
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> int:
@@ -122,7 +122,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
     while run.validation_due or run.step < run.total_steps:
         # A signal reaches the ranks at different moments, even during different steps. They take the largest of their
         # answers: so all stop after the same step, and none waits for gradients that another will never send.
-        if signal := run.runtime.largest(stop.received):
+        if signal := run.runtime.largest(stop.received or log.signal):
             save_run(run, log)
             if not run.save_error:
                 log.say(f"stopped and saved after step {run.step}; continue with --resume auto")
@@ -132,13 +132,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> int:
         else:
             if run.save_due:
                 save_run(run, log)
-            try:
-                result = train_step(run)
-            except torch.OutOfMemoryError as error:
-                # The adapter is still that of the step before, so only this step is lost.
-                save_run(run, log)
-                saved = run.runtime.is_main and not run.save_error
-                raise UserError(run.plan.out_of_memory(run.step + 1, run.config.out, error, saved)) from None
+            result = train_step(run)
             # Logged one step late. Reading a loss waits until the GPU has computed it, and a waiting host queues no
             # work. Once the next step is queued, this one's numbers can be read while the GPU is busy.
             log.later(result)
@@ -170,16 +164,7 @@ def train_step(run: Run) -> StepResult:
     # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
     n_targets = count_targets(documents)
 
-    run.optimizer.zero_grad()
-    loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
-    for batch in pack_share(documents, config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(run.step + 1)
-        run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
-        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
-        loss += part.detach()  # stays on the device: .item() here would wait for it
-    run.watch.progress(run.step + 1)
-
+    loss = backward(run, documents, n_targets)
     # Sums, not means: each part is already divided by all ranks' tokens.
     if runtime.world_size > 1:
         dist.all_reduce(adapters.grad)
@@ -196,6 +181,22 @@ def train_step(run: Run) -> StepResult:
         "documents": [document.source for document in documents],
     }
     return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
+
+
+@again_with_less_memory
+def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tensor:
+    """Fill adapters.grad with the gradient of this rank's part of the loss. Returns that part: (), on the device."""
+    runtime = run.runtime
+    run.optimizer.zero_grad()
+    loss = torch.zeros((), dtype=run.adapters.param.dtype, device=runtime.device)
+    for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
+        run.watch.progress(run.step + 1)
+        run.fit_into_memory(batch)
+        part = batch_loss(run.model, batch, runtime.device) / n_targets
+        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
+        loss += part.detach()  # .item() here would wait for the device
+    run.watch.progress(run.step + 1)
+    return loss
 
 
 @torch.no_grad()

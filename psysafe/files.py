@@ -1,17 +1,20 @@
 """Files that appear whole or not at all: written to a temporary name in the same folder, fsynced, renamed.
 
-Also reads text and JSON of a bounded size: any defect raises UserError.
+Also locks files, and reads text and JSON of a bounded size: any defect raises UserError.
 """
 
+import fcntl
 import functools
 import glob
 import json
 import os
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from psysafe.program import UserError
 
@@ -92,6 +95,25 @@ def read_bounded(path: str | Path, max_bytes: int) -> bytes:
             if len(content) > max_bytes:
                 raise UserError(f"{path}: more than {max_bytes:,} bytes in it; expected a smaller file")
     return bytes(content)
+
+
+def open_locked(path: str | Path, what: str | Path = "") -> BinaryIO:
+    """Open a file to read and append, unbuffered; made where there is none. No other process can until it is closed.
+
+    A killed process keeps nothing locked. Raises UserError, which names `what` (the path), when it is locked already.
+    """
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115  (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between opening and locking another process may have put its finished file in place of this one.
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{what or path}: another process is writing it; wait, or give another --out") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {path}: {error.strerror}; do not start a second process that writes it", file=sys.stderr)
+    return file
 
 
 def parse_json(text: str | bytes) -> object:

@@ -1,13 +1,12 @@
 """Results that survive a kill: one JSON object a line, appended at once, read again at the next start."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
-from psysafe.files import parse_json
+from psysafe.files import open_locked, parse_json
 from psysafe.program import UserError
 
 REMEDY = "give another --out, or move this file away"
@@ -33,16 +32,9 @@ class AppendFile:
         if self.path.exists() and not self.path.is_file():  # a pipe or a device would be read without end
             raise UserError(f"{self.path}: not a regular file; {REMEDY}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
+        self._file = open_locked(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking another process may have put its finished file in place of this one.
-            if not self.path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
-                raise BlockingIOError
             self._read()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{self.path}: another process is writing it; wait, or give another --out") from None
         except BaseException:
             self._file.close()
             raise

@@ -3,7 +3,7 @@
     sys.exit(main_guard(main))
 
     0 done · 1 a bug of ours (with its traceback), or a last save that failed · 2 a mistake of the user (one line)
-    130, 143 stopped by Ctrl-C, SIGTERM · 141 nobody reads the output any more
+    129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM · 141 nobody reads the output any more
 """
 
 import contextlib
@@ -28,20 +28,24 @@ class UserError(ValueError):
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can finish its step, save, and end.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a flag, so that the loop can finish its step, save, and end.
 
         with StopRequest() as stop:
             for step in ...:
                 ...
                 if runtime.largest(stop.received): save, return 128 + stop.received
 
-    The second SIGINT ends the process at once, even inside a long call into C. Handlers are put back on leaving.
+    The second SIGINT ends the process at once, even inside a long call into C. A SIGHUP that is ignored (nohup) stays
+    so. Handlers are put back on leaving.
     """
 
     received: int = 0
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # the terminal is gone
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
@@ -52,7 +56,19 @@ class StopRequest:
         self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            print("\nfinishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+            complain("\nfinishing this step, then saving; Ctrl-C again leaves at once")
+
+
+def complain(text: str) -> None:
+    """A line on stderr, if anything can be written there: an error about an error would hide the first one."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def drop_stdout() -> None:
+    """From here on all output is lost, also what still waits in Python's buffer and what its end would write."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -91,13 +107,12 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     try:
         code = main(argv) or 0
-        sys.stdout.flush()
-        return code
+        return code if _flush() else code or 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as with `| head`
-        print("stopped: nobody reads this output any more", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        complain("stopped: nobody reads this output any more")
+        drop_stdout()
         return 128 + signal.SIGPIPE
     except UserError as error:
         return _report(str(error))
@@ -107,10 +122,23 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
         return _report(f"{os.fsdecode(error.filename)}: {error.strerror}")
 
 
+def _flush() -> bool:
+    """Whether stdout took all that was printed. Raises BrokenPipeError where nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        complain(f"error: standard output: {error.strerror}; its last lines are lost")
+        drop_stdout()
+        return False
+    return True
+
+
 def _report(text: str) -> int:
     """Prints a user's mistake as one line and returns its exit code."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     line = one_line(text)
     line = line if len(line) <= MAX_ERROR else f"{line[: MAX_ERROR - 300]} ... {line[-300:]}"
-    print(f"error{rank}: {line}", file=sys.stderr, flush=True)
+    complain(f"error{rank}: {line}")
     return 2

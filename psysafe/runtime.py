@@ -105,6 +105,9 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
         if local_rank >= count:
             remedy = "start at most that many ranks a machine, or take --device cpu"
             raise UserError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
+        # Read by torch when CUDA starts. Segments that can grow leave fewer gaps, which the memory plan cannot foresee.
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         this_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(this_device)
     try:  # kernels/ may not import psysafe, so it raises ValueError; asked here once, before the weights are read

@@ -11,9 +11,8 @@ from psysafe import load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.model.lora import attach
 from psysafe.model.recompute import recomputed_stages
-from psysafe.program import StopRequest, UserError, main_guard
+from psysafe.program import main_guard
 from psysafe.training.memory_plan import Plan
-from psysafe.training.run_log import RunLog, read_metrics
 from tests.oracles import reference_model, write_checkpoint
 from tests.test_train import setup
 
@@ -100,40 +99,6 @@ def test_mistakes_are_one_line(argv, message, capsys, monkeypatch, tmp_path):
     assert main_guard(train.main, [*argv, *out]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("rank", "save_error", "expected"),
-    [
-        (0, "", "the run is saved: continue with --out"),
-        (0, "step 2 was not saved: disk full", "); continue from the last saved state with --out"),
-        (1, "", "); continue from the last saved state with --out"),  # only rank 0 saves
-    ],
-)
-def test_out_of_memory_is_one_line_and_loses_nothing(rank, save_error, expected, tmp_path, monkeypatch):
-    """The third step runs out of memory: its own numbers are lost, those before it are logged and the state saved."""
-    run, _ = setup(tmp_path / "model", torch.float32)
-    run.config = replace(run.config, out=str(tmp_path / "run"))
-    run.plan = Plan(run.model.config, run.adapters.targets, 1, 84 * 10**9, 0)
-    run.save_error = save_error
-    saved, original = [], train.train_step
-    log = RunLog(tmp_path, run.config, run.runtime, run.total_steps)
-
-    def step(run):
-        if run.step == 2:
-            run.runtime = replace(run.runtime, rank=rank)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(run)
-
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append(run.step)))
-    with log, pytest.raises(UserError) as caught:
-        train.train(run, log, StopRequest())
-    logged = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    text = str(caught.value)
-    assert "step 3" in text and "--memory-limit 83" in text and "84.0 GB" in text
-    assert expected in text and "\n" not in text
-    assert logged == [1, 2] and saved == [0, 2]  # before the first step, and now
 
 
 def test_the_plan_is_applied_to_every_micro_batch_and_changes_no_bit(tmp_path):

@@ -40,7 +40,7 @@ import psysafe.model.config
 import psysafe.training.config
 import train
 from psysafe.program import main_guard
-from psysafe.training.run_state import State, _sums, prepare_run_dir
+from psysafe.training.run_state import State, _sums, enter_run_dir
 from tests import damage
 from tests.test_checkpoint import shard
 from tests.tiny_text_model import write_text_model
@@ -396,9 +396,9 @@ def test_damaged_input_is_one_clean_line_whatever_the_damage(name, folder):
     fuzz(name, range(3, CASES), folder)
 
 
-def stray(out, resume):
+def stray(*args):
     Path("stray.txt").write_text("")
-    return prepare_run_dir(out, resume)
+    return enter_run_dir(*args)
 
 
 def unchecked(folder):
@@ -417,7 +417,7 @@ MUTANTS = {
     "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint.base, "is_plain_name", lambda name: True),
     "an adapter of any rank": ("adapter config", psysafe.checkpoint.adapter, "read_adapter_config", unchecked),
     "a state of any kind": ("state's entries", State, "entry", lambda state, name, *_: state.meta[name]),
-    "a file outside --out": ("weights, other numbers", train, "prepare_run_dir", stray),
+    "a file outside --out": ("weights, other numbers", train, "enter_run_dir", stray),
     "a program that hangs": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", forever),
     "memory that a file claims": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", lambda _: [0] * 2**28),
 }

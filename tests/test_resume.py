@@ -318,3 +318,140 @@ def test_a_tokenizer_of_another_model_is_named(workspace, capfd, tmp_path):
     shutil.copy(workspace / "tokenizer.json", tmp_path)
     line = refused(workspace, capfd, "--model", f"random:{tmp_path}/config.json")
     assert "its config.json says vocab_size 100" in line
+
+
+def test_two_runs_in_one_folder_do_not_mix(workspace, capfd):
+    """The second one, started during the first one's third step, ends in one line; the first one is unharmed."""
+    import train
+
+    first = train.train_step
+    lines = []
+
+    def step(run):
+        if run.step == 2:
+            lines.append(refused(workspace, capfd, "--out", str(workspace / "shared"), "--lr", "1"))
+        return first(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        assert train.main(command(workspace, "shared", "--max-steps", "4")[2:]) == 0
+    assert lines == [f"error: --out {workspace}/shared: another process is writing it; wait, or give another --out"]
+    assert train.main(command(workspace, "alone", "--max-steps", "4")[2:]) == 0
+    assert_same_run(workspace / "shared", workspace / "alone")
+
+
+def test_going_back_to_a_state_and_a_kill_before_the_first_save_lose_no_row_without_a_word(workspace, capsys):
+    """The run goes back from step 6 to step 4, dies in step 5, and continues with --resume auto."""
+    import train
+
+    def run(out, *flags):
+        return train.main(command(workspace, out, "--max-steps", "6", *flags)[2:])
+
+    assert run("gone-back") == run("straight") == 0
+    states = workspace / "gone-back" / "state"
+    earlier, latest = sorted(states.iterdir())
+    assert earlier.name.startswith("step-00000004") and latest.name.startswith("step-00000006")
+
+    def dies(run):
+        raise SystemExit("killed")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", dies)
+        run("gone-back", "--resume", str(earlier))
+    assert f"{latest} was saved later and is removed, with its rows of metrics.jsonl" in capsys.readouterr().out
+    assert run("gone-back") == 0
+    out = capsys.readouterr().out
+    assert f"resuming after step 4 from {earlier}" in out and "warning" not in out
+    assert_same_run(workspace / "gone-back", workspace / "straight")
+
+
+def test_metrics_without_the_rows_before_the_resumed_step_are_said(workspace, capsys):
+    import train
+
+    argv = command(workspace, "cut-off", "--max-steps", "4")[2:]
+    assert train.main(argv) == 0
+    path = workspace / "cut-off" / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if '"step": 2' not in row and '"step": 3' not in row))
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert f"warning: {path} has no rows of 2 of the steps 2 to 3: they were made" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(workspace, monkeypatch):
+    """--resume auto keeps the id that the state holds; a run that goes on from another one's state has its own."""
+    import train
+    from tests.test_run_log import fake_tracker
+
+    calls = fake_tracker(monkeypatch, "wandb")
+    for out, resume in (("tracked", "auto"), ("tracked", "auto"), ("forked", str(workspace / "tracked"))):
+        flags = ("--max-steps", "2", "--report", "wandb", "--resume", resume)
+        assert train.main(command(workspace, out, *flags)[2:]) == 0
+    ids = [call[3] for call in calls if call[0] == "init"]
+    assert calls[0] == ("login",) and len(ids) == 3 and ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(workspace, uninterrupted):
+    """As with `| head`: no traceback, and the continued run is the uninterrupted one."""
+    process = subprocess.Popen(
+        command(workspace, "unread", "--save-every", "0"),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    next(line for line in process.stdout if " 3/33 " in line)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == "nobody reads this output any more: finishing this step, then saving\n"
+    newest = max((workspace / "unread" / "state").iterdir()).name
+    assert newest >= "step-00000003"
+    assert finish(workspace, "unread").returncode == 0
+    assert_same_run(uninterrupted, workspace / "unread")
+
+
+@pytest.mark.slow
+def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(workspace, uninterrupted):
+    script = "import os, sys, train\nrun = train.train\n"
+    script += "def full(*args):\n    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n    return run(*args)\n"
+    script += "train.train = full\nsys.exit(train.main_guard(train.main))"
+    flags = command(workspace, "full-log")[2:]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stderr.count("warning: standard output: No space left on device; training goes on") == 1
+    assert_same_run(uninterrupted, workspace / "full-log")
+
+
+def test_a_run_that_began_from_an_adapter_resumes_without_its_folder(workspace, tmp_path, capsys):
+    """Also one that is scaled by the root of its rank, which no setting says."""
+    import train
+
+    assert train.main(command(workspace, "first-adapter", "--max-steps", "2", "--lora-rank", "2")[2:]) == 0
+    folder = tmp_path / "adapter"
+    shutil.copytree(workspace / "first-adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+
+    def flags(out, *more):
+        return command(workspace, out, "--adapter-init", str(folder), "--max-steps", "6", *more)[2:]
+
+    assert train.main(flags("unbroken")) == train.main(flags("homeless")) == 0
+    assert "  lora_rank           2" in capsys.readouterr().out
+    newest = max((workspace / "homeless" / "state").iterdir())
+    shutil.rmtree(newest)
+    shutil.rmtree(folder)
+    assert train.main(flags("homeless")) == 0
+    assert "resuming after step 4" in capsys.readouterr().out
+    assert_same_run(workspace / "unbroken", workspace / "homeless")
+    assert json.loads((workspace / "homeless" / "adapter_config.json").read_text())["use_rslora"]
+
+
+def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise_is_refused(workspace, capfd):
+    import train
+
+    assert train.main(command(workspace, "shape", "--max-steps", "1", "--lora-rank", "2")[2:]) == 0
+    init = ("--adapter-init", str(workspace / "shape"))
+    assert "--lora-rank 3: the adapter of --adapter-init" in refused(workspace, capfd, *init, "--lora-rank", "3")
+    assert "has ['down_proj'" in refused(workspace, capfd, *init, "--lora-targets", "q_proj")
+    assert train.main(command(workspace, "same", *init, "--lora-rank", "2", "--max-steps", "1", "--dry-run")[2:]) == 0
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["lora_rank", "2", "--adapter-init"] in lines and ["lora_alpha", "32.0", "--adapter-init"] in lines

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from psysafe.training.run_log import (
     print_run,
     read_metrics,
 )
+from psysafe.training.tracker import check_login
 from tests.mistakes import refused
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -200,19 +202,70 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(monkeypatch):
     check_packages(TrainConfig())
 
 
-def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
+def fake_tracker(monkeypatch, name: str, fails: str = "", error: BaseException | None = None) -> list[tuple]:
+    """A module that notes its calls in the list that is returned; the function `fails` raises the error."""
     calls = []
-    tracker = types.ModuleType("trackio")
-    tracker.init = lambda **options: calls.append(("init", options["project"], options["name"]))
-    tracker.log = lambda row, step: calls.append(("log", step, row.get("loss", row.get("val_loss"))))
-    tracker.finish = lambda: calls.append(("finish",))
-    monkeypatch.setitem(sys.modules, "trackio", tracker)
+
+    def function(function_name, note):
+        def call(*args, **options):
+            calls.append((function_name, *note(*args, **options)))
+            if function_name == fails:
+                raise error
+
+        return call
+
+    notes = {
+        "login": lambda **_: (),
+        "init": lambda **options: (options["project"], options["name"], options.get("id"), options["resume"]),
+        "log": lambda row, step: (step, row.get("loss", row.get("val_loss"))),
+        "finish": lambda: (),
+    }
+    tracker = types.ModuleType(name)
+    tracker.__spec__ = importlib.util.spec_from_loader(name, None)  # as if it were installed
+    for function_name, note in notes.items():
+        setattr(tracker, function_name, function(function_name, note))
+    monkeypatch.setitem(sys.modules, name, tracker)
     monkeypatch.setenv("WANDB_DIR", "")
-    with RunLog(tmp_path, TrainConfig(report="trackio"), CPU, 1) as log:
+    return calls
+
+
+def tracked_run(folder, report: str, run_id: str = "0ab1") -> None:
+    with RunLog(folder, TrainConfig(report=report, out=str(folder)), CPU, 1, run_id=run_id) as log:
         log.step(1, loss=0.5, lr=1e-4, grad_norm=1.0, tokens=1, seconds=1.0)
         log.validation(1, 0.25)
-    names = ("init", "psych-safety-finetuning", tmp_path.name)
-    assert calls == [names, ("log", 1, 0.5), ("log", 1, 0.25), ("finish",)]
+
+
+@pytest.mark.parametrize(("report", "ending", "run_id"), [("wandb", "", "0ab1"), ("trackio", "-0ab1", None)])
+def test_a_tracker_gets_every_row_in_a_run_that_can_be_continued(report, ending, run_id, tmp_path, monkeypatch):
+    """wandb continues a run by its id, trackio by its name."""
+    calls = fake_tracker(monkeypatch, report)
+    tracked_run(tmp_path, report)
+    init = ("init", "psych-safety-finetuning", tmp_path.name + ending, run_id, "allow")
+    assert calls == [init, ("log", 1, 0.5), ("log", 1, 0.25), ("finish",)]
+
+
+ERRORS = (RuntimeError("killed\nin the middle"), BrokenPipeError(errno.EPIPE, "Broken pipe"), SystemExit(1))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_tracker_that_fails_costs_one_line_and_no_row(fails, error, tmp_path, monkeypatch, capsys):
+    calls = fake_tracker(monkeypatch, "wandb", fails, error)
+    tracked_run(tmp_path, "wandb")
+    assert logged_steps(tmp_path) == [1, 1] and calls[-1][0] == fails  # and nothing is called after it
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: --report wandb: {type(error).__name__}: ")
+    assert warnings[0].endswith("training goes on without it, metrics.jsonl has every row")
+
+
+def test_a_missing_login_is_an_error_before_the_weights_and_a_missing_network_is_none(monkeypatch):
+    usage_error = type("UsageError", (Exception,), {})
+    fake_tracker(monkeypatch, "wandb", "login", usage_error("No API key configured. Use `wandb login` to log in."))
+    refused("--report wandb: No API key configured.*WANDB_MODE=offline", check_login, TrainConfig(report="wandb"))
+    check_login(TrainConfig(report="trackio"))
+    calls = fake_tracker(monkeypatch, "wandb", "login", ConnectionError("no network"))
+    check_login(TrainConfig(report="wandb"))
+    assert calls == [("login",)]
 
 
 def test_the_plot_is_a_png(tmp_path):
@@ -220,3 +273,33 @@ def test_the_plot_is_a_png(tmp_path):
     write_run(tmp_path)
     assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(("number", "signal"), [(errno.EPIPE, 13), (errno.EIO, 13), (errno.ENOSPC, 0)])
+def test_output_that_fails_costs_no_row_and_says_whether_anybody_reads(
+    number, signal, terminal, tmp_path, monkeypatch, capsys
+):
+    """As with `| head`, a closed terminal, a log on a full disk: rows are written, the run is asked to end or not."""
+
+    class Output(io.StringIO):
+        fails = False
+        isatty = staticmethod(lambda: terminal)
+
+        def write(self, text):
+            if self.fails:
+                raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Output())
+        with RunLog(tmp_path, TrainConfig(), CPU, 3) as log:
+            sys.stdout.fails = True
+            for step in (1, 2, 3):
+                log.step(step, loss=1.0, lr=1e-4, grad_norm=0.1, tokens=100, seconds=0.5)
+            log.validation(3, 0.5)
+    assert logged_steps(tmp_path) == [1, 2, 3, 3]
+    lines = {
+        13: "nobody reads this output any more: finishing this step, then saving\n",
+        0: "warning: standard output: No space left on device; training goes on, lines are missing\n",
+    }
+    assert log.signal == signal and capsys.readouterr().err == lines[signal]

@@ -19,6 +19,7 @@ from psysafe.training.run_state import (
     State,
     StateNotSaved,
     check_resume,
+    check_run_dir,
     load_state,
     prepare_run_dir,
     recipe,
@@ -178,7 +179,7 @@ def kill_everywhere(run_dir, build) -> int:
         state = load_state(run_dir)
         assert state is not None and state.step in (2, 3) and not state.warnings
         assert_is_state(state, state.step)
-        prepare_run_dir(run_dir, "auto")
+        prepare_run_dir(run_dir, "auto").close()
         assert not [path for path in run_dir.rglob("*") if ".tmp-" in path.name]
         assert_is_state(load_state(run_dir), state.step)
         save(run_dir, 4)
@@ -249,17 +250,38 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 def test_a_fresh_start_sets_an_earlier_run_aside_and_touches_nothing_else(tmp_path):
     for run in (1, 2):
-        prepare_run_dir(tmp_path)
+        prepare_run_dir(tmp_path).close()
         save(tmp_path, run)
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": {run}}}\n')
         (tmp_path / "notes.txt").write_text("the user's own")
-    assert names(tmp_path) == ["earlier-1", "metrics.jsonl", "notes.txt", "state"]
+    assert names(tmp_path) == [".lock", "earlier-1", "metrics.jsonl", "notes.txt", "state"]
     assert_is_state(load_state("x", str(tmp_path / "earlier-1")), 1)
     for resume in ("auto", str(tmp_path), str(tmp_path / "state" / "step-00000002")):
-        prepare_run_dir(tmp_path, resume)
+        prepare_run_dir(tmp_path, resume).close()
         assert_is_state(load_state(tmp_path), 2)
     prepare_run_dir(tmp_path, str(tmp_path / "earlier-1"))  # another run's state: this run's must not mix with it
-    assert names(tmp_path) == ["earlier-1", "earlier-2", "notes.txt"]
+    assert names(tmp_path) == [".lock", "earlier-1", "earlier-2", "notes.txt"]
+
+
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(resume, tmp_path):
+    with prepare_run_dir(tmp_path):
+        save(tmp_path, 1)
+        (tmp_path / "state" / "step-00000002.tmp-1").mkdir()  # of a save that is going on
+        for enter in (check_run_dir, lambda out: prepare_run_dir(out, resume)):
+            refused(r"--out .*: another process is writing it; wait, or give another --out", enter, tmp_path)
+        assert names(tmp_path / "state") == ["step-00000001", "step-00000002.tmp-1"]
+    prepare_run_dir(tmp_path, "auto").close()
+    assert names(tmp_path / "state") == ["step-00000001"]
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    prepare_run_dir(tmp_path).close()
+    assert "No locks available; do not start a second process that writes it" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_recipe():

@@ -52,7 +52,7 @@ LOOP = """
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_lets_the_step_finish_and_sets_the_exit_code(number, code):
     process = python(LOOP.replace("ARGV", "[]"))
     assert process.stdout.readline() == "ready\n"
@@ -69,6 +69,26 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
     assert process.returncode == -signal.SIGINT  # a shell calls this 130
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.received == 0
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_for_which_there_is_no_room_is_one_line_and_no_success():
+    code = "import sys; from psysafe.program import main_guard; sys.exit(main_guard(lambda argv: print('x'), []))"
+    with open("/dev/full", "w") as full:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    line = "error: standard output: No space left on device; its last lines are lost\n"
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 def test_handlers_are_put_back():

@@ -22,6 +22,7 @@ from psysafe.program import UserError
 from psysafe.training.roofline import DELTA_RULE, SPEEDS
 
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
+RETRY_STEP = 1_000_000_000  # by how much the limit is lowered when a GPU runs out all the same (out_of_memory.py)
 H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
 MAX_LOSS_ROWS = 4095  # rows of logits that exist at once (kernels/ops/linear_cross_entropy.py: chunks)
@@ -193,6 +194,8 @@ class Plan:
     """Chooses what is recomputed, for a micro-batch of any size, so that `limit` bytes are never exceeded.
 
     fixed: bytes that are there whatever the micro-batch: weights, adapter, optimiser.
+    lowered: bytes below the limit that are aimed at since a GPU ran out of memory. What cannot be that small is tried
+    at its smallest, as long as it keeps to the limit.
     """
 
     config: ModelConfig
@@ -201,6 +204,7 @@ class Plan:
     limit: int
     fixed: int
     element: int = 2
+    lowered: int = 0
 
     def choose(self, sizes: Sizes) -> Choice:
         """The cheapest choice that fits; UserError with the numbers and the flags to change if none does."""
@@ -213,7 +217,7 @@ class Plan:
         seconds = 0.0
         # Start with everything saved; recompute the stages with the fewest seconds per byte until it fits.
         for price, i, stage in self._by_price(saved, sizes):
-            if rest + total <= self.limit:
+            if rest + total <= self.limit - self.lowered:
                 break
             size = saved[i].stages[stage]
             recomputed[i].add(stage)
@@ -261,12 +265,13 @@ class Plan:
             recompute(block, stages)
         return choice
 
-    def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> str:
-        """The message for a GPU that ran out of memory in spite of the plan. saved: with all steps before this one."""
-        lower_limit = (self.limit + RESERVE) / 1e9 - 2
+    def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> UserError:
+        """For a GPU that ran out of memory in spite of the plan. saved: by this rank, with all whole steps."""
+        limit = self.limit - self.lowered
+        lower_limit = (limit + RESERVE) / 1e9 - 2
         state = "the run is saved: continue" if saved else "continue from the last saved state"
-        return (
-            f"step {step}: out of GPU memory with {self.limit / 1e9:.1f} GB planned for ({str(error).split('.')[0]}); "
+        return UserError(
+            f"step {step}: out of GPU memory with {limit / 1e9:.1f} GB planned for ({str(error).split('.')[0]}); "
             f"{state} with --out {out} --resume auto --memory-limit {lower_limit:.0f}, or lower "
             "--micro-batch-tokens, or take --embedding cpu"
         )

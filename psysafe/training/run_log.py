@@ -8,14 +8,15 @@
         log.sync()                                  # before a state is saved: its rows must be on the disk first
 
 Only the main rank prints and writes, so the loop needs no branches. A full disk costs a warning: rows wait in memory
-until there is room, and training goes on.
+until there is room, and training goes on. So does output that fails; where nobody reads it any more, `signal` says so.
 """
 
-import importlib
+import errno
 import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,9 +25,10 @@ from pathlib import Path
 import torch
 
 from psysafe.files import parse_json, write_atomic
-from psysafe.program import UserError
+from psysafe.program import UserError, complain, drop_stdout
 from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.tracker import Tracker
 
 METRICS, NEWLINE = "metrics.jsonl", b"\n"
 MAX_SKIPPED = 3  # steps in a row without a finite gradient norm that end the run
@@ -80,6 +82,7 @@ class RunLog:
     first_step: steps that are already done (0, or the resumed state's): later rows are cut from metrics.jsonl.
     validated: whether the validation after first_step is part of the resumed state.
     flops_per_token: useful FLOP of a training token; without it, or on an unknown GPU, no MFU is shown.
+    run_id: for the tracker.
     """
 
     def __init__(
@@ -91,31 +94,44 @@ class RunLog:
         first_step: int = 0,
         flops_per_token: float = 0.0,
         validated: bool = True,
+        run_id: str = "",
     ):
         self.runtime, self.total_steps, self.last_step = runtime, total_steps, first_step
         peak = runtime.peak
         self.flops_share = flops_per_token / (peak.flops * runtime.world_size) if peak else 0.0
         self.began, self.steps_seen = time.monotonic(), 0
         self.unread: StepResult | None = None  # the newest step, not yet logged
+        self.signal = 0  # SIGPIPE when nobody reads the output any more: time to save and end
+        self.output_fails = False
         self.file = self.bar = self.tracker = None
-        if not runtime.is_main:
-            return
-        path = Path(run_dir) / METRICS
-        cut_metrics(path, first_step, validated)
-        self.file = path.open("ab", buffering=0)
+        self.path = Path(run_dir) / METRICS
         self.unwritten = b""  # rows that the disk refused
         self.refused = False
+        if not runtime.is_main:
+            return
+        rows = cut_metrics(self.path, first_step, validated)
+        self.file = self.path.open("ab", buffering=0)
+        if missing := sorted({*range(1, first_step + 1)} - {row["step"] for row in rows if "loss" in row}):
+            which = f"{len(missing)} of the steps {missing[0]} to {missing[-1]}"
+            self.say(f"warning: {self.path} has no rows of {which}: they were made elsewhere, or lost")
         if config.report != "none":
-            os.environ.setdefault("WANDB_DIR", str(run_dir))
-            self.tracker = importlib.import_module(config.report)
-            settings = {key: getattr(config, key) for key in KEYS}
-            self.tracker.init(project=config.project, name=Path(run_dir).resolve().name, config=settings)
+            self.tracker = Tracker(config, run_id, self.say)
         if sys.stdout.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout)
         else:
-            print(HEADER, flush=True)
+            self._show(print, HEADER, flush=True)
+
+    @property
+    def writes(self) -> bool:
+        """True on the one rank that prints and writes: the main one, or one that took over."""
+        return self.file is not None
+
+    def take_over(self) -> None:
+        """Write from here on. For a rank other than the main one, when that will never write again."""
+        if not self.writes:
+            self.file = self.path.open("ab", buffering=0)
 
     def later(self, result: StepResult) -> None:
         """Log the step before this one; this one with the next call. Raises UserError as `catch_up` does."""
@@ -160,15 +176,16 @@ class RunLog:
         left = (time.monotonic() - self.began) / max(self.steps_seen, 1) * (self.total_steps - step)
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         if self.bar is not None:
-            self.bar.set_postfix_str(
+            self._show(
+                self.bar.set_postfix_str,
                 f"loss {loss:.4f} lr {lr:.1e} norm {grad_norm:.3f} {speed:,.0f} tok/s MFU {mfu} {memory / 1e9:.1f} GB",
                 refresh=False,
             )
-            self.bar.update(step - self.bar.n)
+            self._show(self.bar.update, step - self.bar.n)
         else:
             count = f"{step}/{self.total_steps}"
             columns = f"{count:>11} {loss:>9.4f} {lr:>9.2e} {grad_norm:>9.4f} {speed:>9,.0f} {mfu:>6}"
-            print(f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
+            self._show(print, f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
 
     def validation(self, step: int, val_loss: float) -> None:
         """Log a validation loss, measured after the given step."""
@@ -179,9 +196,22 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
+            self._show(self.bar.write, text, file=sys.stdout)
         elif self.file is not None:
-            print(text, flush=True)
+            self._show(print, text, flush=True)
+
+    def _show(self, show: Callable, *args, **options) -> None:
+        """Prints by show(...). Output that fails costs lines, not the run."""
+        try:
+            show(*args, **options)
+        except OSError as error:
+            text = f"warning: standard output: {error.strerror}; training goes on, lines are missing"
+            if error.errno in (errno.EPIPE, errno.EIO):  # as after `| head`, or when the terminal is closed
+                self.signal = signal.SIGPIPE
+                text = "nobody reads this output any more: finishing this step, then saving"
+            if not self.output_fails:
+                complain(text)
+            self.output_fails = True
 
     def sync(self) -> None:
         """Log the newest step, and bring all rows to the disk if it takes them."""
@@ -200,7 +230,9 @@ class RunLog:
                 self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
             self.file.close()
         if self.bar is not None:
-            self.bar.close()
+            self._show(self.bar.close)
+        if self.output_fails:
+            drop_stdout()  # what cannot be printed at the end is no error of its own
         if self.tracker is not None:
             self.tracker.finish()
         self.file = self.bar = self.tracker = None
@@ -211,7 +243,7 @@ class RunLog:
         self.unwritten += json.dumps(row, allow_nan=False).encode() + NEWLINE
         self._flush()
         if self.tracker is not None:
-            self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            self.tracker.log(row)
 
     def _flush(self, then: Callable[[int], object] = lambda descriptor: None) -> None:
         """Writes the rows that wait, unbuffered: a kill leaves at most one torn line. A refusal is printed once."""
@@ -244,8 +276,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     return rows
 
 
-def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
-    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step.
+def cut_metrics(path: str | Path, step: int, validated: bool = True) -> list[dict]:
+    """Drop the rows after a step, and a torn last line: the file is then as the run left it at that step -> its rows.
 
     validated: whether that step's validation, if it has one, is already part of the saved state.
     """
@@ -253,6 +285,7 @@ def cut_metrics(path: str | Path, step: int, validated: bool = True) -> None:
     rows = read_metrics(path) if path.exists() else []
     rows = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def plot_loss(run_dir: str | Path) -> Path:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
+from typing import BinaryIO
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -25,15 +26,17 @@ from torch import Tensor
 
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.documents import Dataset
-from psysafe.files import parse_json, remove_leftovers, sync, temporary_for
+from psysafe.files import open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import versions
-from psysafe.training.config import KEYS, TrainConfig
+from psysafe.training.config import KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
-from psysafe.training.setup import Run
+from psysafe.training.setup import USE_RSLORA, Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
+
+LOCK = ".lock"  # the file that keeps a second run out of the directory; empty, and it stays
 
 TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 # A second save at the same step (before and after a validation, say) gets a suffix: no valid state is ever overwritten.
@@ -150,23 +153,31 @@ def load_state(place: str | Path, resume: str = "auto") -> State | None:
 
 
 def check_run_dir(out: str | Path) -> None:
-    """Raise UserError when `out` cannot become a writable folder. Creates nothing: a check before long loads."""
+    """Raise UserError when `out` cannot become a writable folder, or another run writes there.
+
+    Creates nothing: a check before long loads.
+    """
     nearest = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
     if not os.path.isdir(nearest):
         raise UserError(f"--out {out}: {nearest} is a file, not a folder; choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {nearest} cannot be written by this user; choose another folder")
+    if os.path.exists(Path(out) / LOCK):
+        open_locked(Path(out) / LOCK, f"--out {out}").close()
 
 
-def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
+def prepare_run_dir(out: str | Path, resume: str = "") -> BinaryIO:
     """Create the run directory, prove that it can be written, and clear what interrupted writes left. Main rank only.
+
+    Returns the file whose lock keeps other runs out until it is closed.
 
     A run that does not continue the one in `out` moves that one's files into RUN_DIR/earlier-N: nothing is lost, and
     the new run can never resume from the old one's state. Raises UserError when `out` cannot be a writable folder.
     """
-    run_dir = Path(out)
+    run_dir, lock = Path(out), None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(run_dir / LOCK, f"--out {out}")  # before anything is moved: it may be another run's
         for name in RUN_FILES:
             remove_leftovers(run_dir, name)
         remove_leftovers(run_dir / "state", "step-*")
@@ -177,9 +188,35 @@ def prepare_run_dir(out: str | Path, resume: str = "") -> Path:
         if not continues and (_states(run_dir / "state") or (run_dir / "metrics.jsonl").exists()):
             _set_aside(run_dir)
     except OSError as error:
+        if lock is not None:
+            lock.close()
         check_run_dir(out)
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
-    return run_dir
+    return lock
+
+
+def enter_run_dir(run: Run, sources: dict[str, str], state: State | None) -> None:
+    """Make the run's directory its own until run.lock is closed, and write config.toml into it. Main rank only.
+
+    state: from which the run goes on. Later ones in the directory go: a kill before the next save would leave them
+    without the rows of metrics.jsonl that lead to them, which are about to be cut.
+    """
+    run.lock = prepare_run_dir(run.config.out, run.config.resume)
+    if state and run.config.resume != "auto":
+        for later in _states(Path(run.config.out) / "state"):
+            if later.parent.samefile(state.path.parent) and _order(later) > _order(state.path.absolute()):
+                _discard(later)
+                print(f"{later} was saved later and is removed, with its rows of metrics.jsonl")
+    write_atomic(Path(run.config.out, "config.toml"), to_toml(run.config, sources))
+
+
+def open_log(run: Run) -> RunLog:
+    """The log of a run, which goes on where the run stands."""
+    # Where a resumed run still has a validation to do, an older row of it is cut from metrics.jsonl.
+    flops, validated, config = run.useful_flops_per_token, not run.validation_due, run.config
+    log = RunLog(config.out, config, run.runtime, run.total_steps, run.step, flops, validated, run.run_id)
+    run.say = log.say
+    return log
 
 
 def recipe(config: TrainConfig) -> dict:
@@ -217,7 +254,7 @@ def save_run(run: Run, log: RunLog) -> None:
     A full disk costs a warning and sets run.save_error; training goes on.
     """
     log.sync()  # first: a state whose rows of metrics.jsonl were lost could never be completed
-    if not run.runtime.is_main:
+    if not log.writes:
         return
     config = run.config
     meta = {
@@ -227,6 +264,8 @@ def save_run(run: Run, log: RunLog) -> None:
         "best_val": run.best_val,
         "epoch_open": not run.validation_due,
         "world_size": run.runtime.world_size,
+        "run_id": run.run_id,
+        USE_RSLORA: run.adapters.use_rslora,
     }
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
     multimodal, run.save_error = run.model.config.multimodal, ""
@@ -248,6 +287,8 @@ def restore_run(run: Run, state: State) -> None:
         raise UserError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
     run.step, run.best_val, run.validation_due = state.step, best_val, not epoch_open
+    if _run_dir_of(state.path).resolve() == Path(run.config.out).resolve():  # else two runs would go on from it
+        run.run_id = state.meta.get("run_id", run.run_id)
 
 
 def _write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping) -> None:

@@ -1,7 +1,11 @@
 """What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
 
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -23,6 +27,8 @@ from psysafe.training.optim import AdamW
 from psysafe.training.roofline import context, flops_per_token
 from psysafe.training.watchdog import Watchdog
 
+USE_RSLORA = "use_rslora"  # in a state's meta: how the adapter is scaled, which no setting says
+
 
 @dataclass
 class Run:
@@ -43,7 +49,10 @@ class Run:
     validation_due: bool = True  # before the first step, and after an epoch's last one until it is done
     save_due: bool = False  # a step of --save-every
     best_val: float | None = None
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for the tracker; a resumed run keeps it
     save_error: str = ""  # why the last save failed, if it did
+    say: Callable[[str], None] = print  # RunLog.say, once there is one
+    lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,19 +130,42 @@ def check_vocabulary(config: TrainConfig, model: Qwen3_5, *sets: Dataset | None)
         )
 
 
-def with_adapter_shape(config: TrainConfig) -> TrainConfig:
-    """The config with rank, alpha and targets of --adapter-init: those of the adapter count, and are recorded."""
+def with_adapter_shape(
+    config: TrainConfig, sources: dict[str, str], saved: Mapping = MappingProxyType({})
+) -> tuple[TrainConfig, dict[str, str]]:
+    """(config, sources) with rank, alpha and targets of --adapter-init: those of the adapter count, and are recorded.
+
+    saved: the meta of the state that the run goes on from; its shape counts then, and the folder may be gone. Raises
+    UserError where a flag says otherwise.
+    """
     if not config.adapter_init:
-        return config
-    rank, alpha, targets = adapter_shape(expand(config.adapter_init))
-    return replace(config, lora_rank=rank, lora_alpha=alpha, lora_targets=targets)
+        return config, sources
+    names = "lora_rank", "lora_alpha", "lora_targets"
+    if USE_RSLORA in saved:
+        shape = {name: saved["recipe"][name] for name in names}
+    else:
+        shape = dict(zip(names, adapter_shape(expand(config.adapter_init)), strict=True))
+    for name, value in shape.items():
+        wanted = getattr(config, name)
+        if sources[name].startswith("--") and _as_set(wanted) != _as_set(value):
+            found = f"the adapter of --adapter-init {config.adapter_init} has {value}"
+            raise UserError(f"{sources[name]} {wanted}: {found}, which cannot change; leave the flag out")
+    return replace(config, **shape), sources | dict.fromkeys(names, "--adapter-init")
 
 
-def attach_adapters(model: Qwen3_5, config: TrainConfig) -> Adapters:
-    """Fresh adapters (B = 0, so that the model starts as the base), or those of --adapter-init."""
-    if config.adapter_init:
+def _as_set(value: object) -> object:
+    return set(value) if isinstance(value, list) else value
+
+
+def attach_adapters(model: Qwen3_5, config: TrainConfig, saved: Mapping = MappingProxyType({})) -> Adapters:
+    """Fresh adapters (B = 0, so that the model starts as the base), or those of --adapter-init.
+
+    saved: the meta of a state; its numbers will be filled in, so the folder is not read.
+    """
+    if config.adapter_init and USE_RSLORA not in saved:
         return load_adapter(model, expand(config.adapter_init))
-    return attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    shape = config.lora_rank, config.lora_alpha, config.lora_targets
+    return attach(model, *shape, config.seed, use_rslora=saved.get(USE_RSLORA, False))
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> AdamW:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from psysafe.program import complain
 from psysafe.runtime import Runtime
 
 INTERVAL = 1.0  # seconds between two heartbeats
@@ -75,6 +76,16 @@ class Watchdog:
             self.progress_at = time.monotonic()
         if is_new_step and self.store is not None:
             self._write()  # at once: should the rank die now, the others can still name the right step
+
+    def align(self, runtime: Runtime) -> None:
+        """Take the largest of all ranks' counts of progress, after work that not every rank came to the end of."""
+        progress = runtime.largest(self.heartbeat.progress)  # outside the lock: the thread must go on writing
+        with self.lock:
+            self.heartbeat = self.heartbeat._replace(progress=progress)
+
+    def is_first(self, key: str) -> bool:
+        """Whether this rank is the first to ask for this key: so ranks that fail together choose one that acts."""
+        return self.store is None or self.store.add(f"psysafe/first/{key}", 1) == 1
 
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
@@ -171,10 +182,10 @@ class Watchdog:
         except RuntimeError:
             is_first = bool(message)
         if is_first:
-            print(f"error (rank {self.rank}): {message}", file=sys.stderr, flush=True)
+            complain(f"error (rank {self.rank}): {message}")
             time.sleep(2 * INTERVAL)  # the store may be in this process: time for the others to read that one printed
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(1)
 
 
