@@ -75,7 +75,7 @@ def _before(p_x, p_index, p_state, i_t, pos, lag: tl.constexpr, o_c, m_c, stride
 
 
 @triton.jit
-def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C: tl.constexpr, M: tl.constexpr):
+def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, T, m, o_c, C: tl.constexpr, M: tl.constexpr):
     """a_t, and the M-1 rows before token t+1. b_past: the M-1 rows before token t, the newest first."""
     b_a = b_x * b_w[0]
     b_next = (b_x,)
@@ -84,7 +84,8 @@ def _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C: tl.c
         # the initial state) then stand there and move on with the rows.
         b_row = tl.where(pos == 0, 0.0, b_past[lag - 1])
         if p_state is not None:
-            o_r = tl.load(p_index + i_t, pos == 0, other=0) * (M - 1) + (M - 1 - lag)
+            # Backward goes on after the last token, where pos reads as 0 but p_index has no entry.
+            o_r = tl.load(p_index + i_t, (pos == 0) & (i_t < T), other=0) * (M - 1) + (M - 1 - lag)
             b_row += tl.load(p_state + o_r * C + o_c, m & (pos == 0), other=0).to(tl.float32)
         b_a += b_row * b_w[lag]
         if lag < M - 1:
@@ -118,7 +119,7 @@ def _forward_kernel(
         o_t = tl.cast(i_t, tl.int64)
         pos = tl.load(p_pos + i_t).to(tl.int32)
         b_x = tl.load(p_x + o_t * stride + o_c, m_c, other=0).to(tl.float32)
-        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m_c, o_c, C, M)
+        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, T, m_c, o_c, C, M)
         tl.store(p_c + o_t * size + o_s, (b_a * tl.sigmoid(b_a)).to(p_c0.dtype.element_ty), m_c)
 
 
@@ -150,7 +151,7 @@ def _backward_kernel(
         pos = tl.load(p_pos + i_t, i_t < T, other=0).to(tl.int32)
         b_x = tl.load(p_x + o_t * stride + o_c, m, other=0).to(tl.float32)
         b_dc = tl.load(p_dc + o_t * stride_dc + o_s, m, other=0).to(tl.float32)
-        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, m, o_c, C, M)
+        b_a, b_past = _preactivation(b_x, b_past, b_w, p_index, p_state, i_t, pos, T, m, o_c, C, M)
         b_sigmoid = tl.sigmoid(b_a)
         b_da = b_dc * b_sigmoid * (1 + b_a * (1 - b_sigmoid))
         b_next = (b_da * b_w[0],)

@@ -1,7 +1,6 @@
 """`kernels.check` has to reject what it exists for: wrong numbers, unwritten memory, runs that differ, a leak.
 
-The machinery runs here on a CPU with plain PyTorch in the place of the kernels, bf16 included, which Triton's
-interpreter cannot do.
+The machinery runs here on a CPU with plain PyTorch in the place of the kernels.
 """
 
 import dataclasses
