@@ -178,6 +178,11 @@ def compile_all(specs: list[CompileSpec], target: str = "sm_90") -> list[Resourc
     return _run("resources", specs, target) if specs else []
 
 
+def machine_code(specs: list[CompileSpec], target: str = "sm_90") -> list[bytes | Resources]:
+    """The specs' cubins; for one that does not compile the error, as in `compile_all`."""
+    return _run("cubin", specs, target) if specs else []
+
+
 def ttgir_of(spec: CompileSpec, target: str = "sm_90") -> str:
     """The kernel's TTGIR, Triton's last form in which dots and layouts still show (tests/kernels/ttgir.py)."""
     (text,) = _run("ttgir", [spec], target)
@@ -187,6 +192,15 @@ def ttgir_of(spec: CompileSpec, target: str = "sm_90") -> str:
 
 
 # Reporting
+
+
+def markdown(rows: list[tuple], text_columns: tuple[int, ...]) -> str:
+    """A Markdown table, its first row the heads; columns of numbers are flushed right, and all are readable as text."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    fit = [str.ljust if i in text_columns else str.rjust for i in range(len(widths))]
+    lines = ["| " + " | ".join(f(str(x), w) for f, x, w in zip(fit, row, widths, strict=True)) + " |" for row in rows]
+    rule = ["-" * w if i in text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
 def table(specs: list[CompileSpec], results: list[Resources], target: str) -> str:
@@ -199,9 +213,4 @@ def table(specs: list[CompileSpec], results: list[Resources], target: str) -> st
         remarks += [f"budget {spec.spill_budget} B: {spec.why}"] if spec.spill_budget else []
         numbers = ("-",) * 4 if used.error else (used.registers, f"{used.shared:,}", used.spills, used.stack)
         rows.append((spec.name, spec.num_warps, spec.num_stages, *numbers, "; ".join(remarks)))
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    last = len(widths) - 1
-    fit = [str.rjust if 0 < i < last else str.ljust for i in range(len(widths))]
-    lines = ["| " + " | ".join(f(str(x), w) for f, x, w in zip(fit, row, widths, strict=True)) + " |" for row in rows]
-    rule = ["-" * (w - 1) + ":" if 0 < i < last else "-" * w for i, w in enumerate(widths)]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+    return markdown(rows, text_columns=(0, 7))
