@@ -121,6 +121,13 @@ def test_split_is_stratified_and_reproducible(tmp_path, capsys):
         chance.shuffle(members)
         by_hand += members[:100]
     assert [r.fields["prompt"] for r in parts["val"]] == by_hand
+    table = capsys.readouterr().out.split("\n")[:4]
+    assert [line.split() for line in table] == [
+        ["train", "val", "test"],
+        ["substance", "50", "100", "100"],
+        ["weapon", "51", "100", "100"],
+        ["all", "101", "200", "200"],
+    ]
     refused("'substance' has 250 rows, too few", split, read_rows(path), 200, 100)
 
 
@@ -167,6 +174,31 @@ def test_leakage_finds_what_was_planted_and_nothing_else(tmp_path, capsys):
     }
     assert main(["leakage", "--held-out", held, "--training", train]) == 1
     assert "where IS it" not in capsys.readouterr().err
+
+
+def test_leaks_of_a_templated_corpus_are_a_summary_and_all_of_them_are_in_the_json(tmp_path, capsys):
+    training = write(tmp_path / "train.jsonl", [row("A", "The template."), row("B 7", "Own."), row("B 8", "Own, too.")])
+    held = write(tmp_path / "val.jsonl", [row(f"B {i}", "The TEMPLATE" if i else "The template.") for i in range(1000)])
+    command = ["leakage", "--held-out", held, "--training", training]
+    assert main([*command, "--json", str(tmp_path / "leaks.json")]) == 1
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 20
+    assert printed.startswith("1,002 leaks of 1,000 rows\n") and f"all of them in {tmp_path / 'leaks.json'}" in printed
+    for count, kind, more in ((1, "answers", 0), (999, "answers", 996), (2, "prompts", 0)):
+        how = "normalised" if count == 999 else "exactly"
+        assert f"\n{count:,} {kind} of {held} stand in {training} ({how})\n" in printed
+        assert more == 0 or f"\n  and {more:,} more\n" in printed
+    assert f"  {held} row 8 (line 8): its prompt stands in {training} row 2 (line 2) (exactly)\n" in printed
+    found = json.loads((tmp_path / "leaks.json").read_text())
+    assert sorted(found["counts"].values()) == [1, 2, 999] and len(found["leaks"]) == 1002
+    assert found["leaks"][0] == {
+        "row": f"{held} row 1 (line 1)", "what": "answer", "where": f"{training} row 1 (line 1)", "exact": True,
+    }  # fmt: skip
+    assert main(command) == 1
+    assert "--json FILE lists every one" in capsys.readouterr().out
+    clean = write(tmp_path / "clean.jsonl", [row("C", "Nothing of that.")])
+    assert main(["leakage", "--held-out", clean, "--training", training, "--json", str(tmp_path / "none.json")]) == 0
+    assert json.loads((tmp_path / "none.json").read_text()) == {"counts": {}, "leaks": []}
 
 
 def test_bundled_rows_are_clean(capsys):

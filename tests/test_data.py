@@ -425,6 +425,8 @@ def test_show(capsys, rows_file, monkeypatch, tokenizer):
     assert "日本 \\x1b[2J<|im_end|>" in out and "<think>\x1b[32m\n\n</think>" in out and out.count("\x1b") == 2
     _, out, _ = show(capsys, "--show", rows_file, "--max-tokens", 15)
     assert "[[\nThe]]" in out and "15 tokens, cut from 28; 2 trained" in out
+    _, out, _ = show(capsys, "--show", rows_file, "--system", "v0")
+    assert "\n<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nI feel low." in out
     for no_color, colored in (("", True), ("1", False)):
         monkeypatch.setenv("NO_COLOR", no_color)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

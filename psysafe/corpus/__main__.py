@@ -1,9 +1,10 @@
 """Tools for the rows before training.
 
     python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--plot DIR] [--json FILE]
-    python -m psysafe.corpus validate FILE...
+    python -m psysafe.corpus validate FILE... [--model DIR] [--max-tokens N] [--system SYSTEM]
     python -m psysafe.corpus split FILE... --out DIR [--val 100] [--test 100] [--seed 42] [--quoted-in SYSTEM ...]
     python -m psysafe.corpus leakage --held-out FILE... [--training FILE...] [--system SYSTEM...] [--benchmark FILE...]
+                                     [--json FILE]
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
 
 validate and leakage exit with 1 when they find something, impute when a row is left without reasoning.

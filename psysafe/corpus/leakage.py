@@ -1,6 +1,7 @@
 """Held-out prompts and answers that stand in training rows, system prompts or benchmarks."""
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,10 @@ from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prom
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise, quotes
-from psysafe.printable import one_line
+from psysafe.files import write_atomic
+from psysafe.printable import plain
+
+EXAMPLES = 3  # leaks shown of each kind
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training", nargs="*", default=[], metavar="FILE", help="training rows")
     parser.add_argument("--system", nargs="*", default=[], metavar="SYSTEM", help="v0, v1 or files")
     parser.add_argument("--benchmark", nargs="*", default=[], metavar="FILE", help="XSTest, SORRY-Bench, ...")
+    parser.add_argument("--json", metavar="FILE", help="write every leak there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
         {f"system prompt {name}": system_text(name) or "" for name in args.system},
         args.benchmark,
     )
-    print("\n".join(one_line(str(leak)) for leak in leaks) if leaks else "no leaks")
+    print(plain(as_text(leaks, args.json or "")) if leaks else "no leaks")
+    if args.json:
+        write_atomic(args.json, json.dumps(as_json(leaks), indent=2, ensure_ascii=False) + "\n")
     return 1 if leaks else 0
 
 
@@ -36,11 +43,37 @@ class Leak:
 
     row: Row
     what: str  # "prompt" or "answer"
-    where: str
+    where: str  # a row, a system prompt or a benchmark
+    file: str  # the same without the row's number
     exact: bool
 
     def __str__(self) -> str:
         return f"{self.row.where}: its {self.what} stands in {self.where} ({'exactly' if self.exact else 'normalised'})"
+
+
+def as_text(leaks: Sequence[Leak], path: str) -> str:
+    """Counts by kind with a few examples: templated rows leak by the thousand. path: of the file that lists all."""
+    rows = {leak.row.where for leak in leaks}
+    lines = [f"{len(leaks):,} leaks of {len(rows):,} rows" + ("" if path else "; --json FILE lists every one")]
+    for kind, members in _by_kind(leaks).items():
+        lines += [f"\n{len(members):,} {kind}", *(f"  {leak}" for leak in members[:EXAMPLES])]
+        lines += [f"  and {len(members) - EXAMPLES:,} more"] if len(members) > EXAMPLES else []
+    return "\n".join([*lines, f"\nall of them in {path}"] if path else lines)
+
+
+def as_json(leaks: Sequence[Leak]) -> dict:
+    """The counts by kind, and every leak."""
+    every = [{"row": x.row.where, "what": x.what, "where": x.where, "exact": x.exact} for x in leaks]
+    return {"counts": {kind: len(members) for kind, members in _by_kind(leaks).items()}, "leaks": every}
+
+
+def _by_kind(leaks: Sequence[Leak]) -> dict[str, list[Leak]]:
+    """What stands where, and whether exactly -> its leaks."""
+    kinds: dict[str, list[Leak]] = {}
+    for leak in leaks:
+        exactly = "exactly" if leak.exact else "normalised"
+        kinds.setdefault(f"{leak.what}s of {leak.row.file} stand in {leak.file} ({exactly})", []).append(leak)
+    return kinds
 
 
 def leakage(
@@ -61,10 +94,10 @@ def leakage(
         leaks += _quoted(row, system_prompts or {})
         twin = by_prompt.get(normalise(prompt)) if prompt else None
         if twin:
-            leaks.append(Leak(row, "prompt", twin.where, prompt == prompt_of(twin.fields)))
+            leaks.append(Leak(row, "prompt", twin.where, str(twin.file), prompt == prompt_of(twin.fields)))
         twin = by_template.get(template(answer)) if answer else None
         if twin:
-            leaks.append(Leak(row, "answer", twin.where, _start(answer) == _start(answer_of(twin))))
+            leaks.append(Leak(row, "answer", twin.where, str(twin.file), _start(answer) == _start(answer_of(twin))))
     for path in benchmarks:
         leaks += _asked((*training, *held_out), path)
     return leaks
@@ -76,7 +109,7 @@ def _quoted(row: Row, system_prompts: Mapping[str, str]) -> Iterable[Leak]:
     for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", _start(answer), whole_words(answer))):
         for name, system in system_prompts.items():
             if quotes(normalise(system), words):
-                yield Leak(row, what, name, text in system)
+                yield Leak(row, what, name, name, text in system)
 
 
 def _asked(rows: Iterable[Row], path: str | Path) -> Iterable[Leak]:
@@ -85,7 +118,7 @@ def _asked(rows: Iterable[Row], path: str | Path) -> Iterable[Leak]:
     normalised = {normalise(prompt) for prompt in prompts}
     for row in rows:
         if normalise(prompt_of(row.fields)) in normalised:
-            yield Leak(row, "prompt", str(path), prompt_of(row.fields) in prompts)
+            yield Leak(row, "prompt", str(path), str(path), prompt_of(row.fields) in prompts)
 
 
 def _start(answer: str) -> str:

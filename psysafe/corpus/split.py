@@ -2,7 +2,8 @@
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe.corpus.texts import prompt_of
@@ -34,8 +35,19 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name, members in parts.items():
         write_rows(members, out / f"{name}.jsonl")
-        print(f"{len(members):>7,}  {out / name}.jsonl")
+    print(counts_as_text(parts))
+    print(*(f"{out / name}.jsonl" for name in parts), sep="\n")
     return 0
+
+
+def counts_as_text(parts: Mapping[str, Sequence[Row]]) -> str:
+    """A table: a line for each cluster with its rows in each part, and one for all."""
+    counts = {name: Counter(row.fields[CLUSTER] for row in members) for name, members in parts.items()}
+    clusters = sorted(set().union(*counts.values()))
+    width = max(map(len, [*clusters, "all"]))
+    lines = [" " * width + "".join(f"{name:>9}" for name in parts)]
+    lines += [f"{cluster:<{width}}" + "".join(f"{n[cluster]:>9,}" for n in counts.values()) for cluster in clusters]
+    return "\n".join([*lines, f"{'all':<{width}}" + "".join(f"{len(members):>9,}" for members in parts.values()), ""])
 
 
 def split(

@@ -1,6 +1,6 @@
 """Prints a row as the model sees it, with its trained tokens coloured.
 
-python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N]
+python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N] [--system v0|v1|none|FILE]
 """
 
 import os
@@ -12,6 +12,7 @@ import numpy as np
 
 from psysafe.cli import Parser
 from psysafe.data.documents import Document, encode_row
+from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_rows
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.printable import escaped
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--row", type=int, default=1, metavar="N", help="which row, from 1 (default 1)")
     parser.add_argument("--model", default="assets:tiny", metavar="DIR", help="folder or hub id (default: bundled)")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="cut longer rows (default 4096)")
+    parser.add_argument("--system", default="none", metavar="v0|v1|none|FILE", help="system message, as train.py's")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     args = parser.parse_args(argv)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     if not 1 <= args.row <= len(rows):
         raise UserError(f"{args.show}: --row {args.row}, expected 1 to {len(rows)}")
     tokenizer = load_tokenizer(args.model)
-    document, length = encode_row(rows[args.row - 1], tokenizer, args.max_tokens)
+    document, length = encode_row(rows[args.row - 1], tokenizer, args.max_tokens, system_text(args.system))
     print(f"{document.source} of {len(rows):,}\n\n{shown(document, tokenizer, color)}")
     cut = f", cut from {length:,}" if length > len(document) else ""
     print(f"{len(document):,} tokens{cut}; {document.n_targets:,} trained")
