@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import generate
-from psysafe import journal, load_model
+from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
@@ -297,7 +297,7 @@ def test_a_start_that_fails_leaves_no_empty_file_of_answers(run, tmp_path, monke
 
 def test_a_file_that_was_replaced_before_it_was_locked_is_not_written(run, tmp_path, monkeypatch):
     """Another process ends, and puts its sorted file in place of the one that we opened: our rows would be lost."""
-    lock = journal.fcntl.flock
+    lock = files.fcntl.flock
 
     def late(file, kind):
         (tmp_path / "new").write_bytes(b"")
@@ -305,7 +305,7 @@ def test_a_file_that_was_replaced_before_it_was_locked_is_not_written(run, tmp_p
         lock(file, kind)
 
     rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
-    monkeypatch.setattr(journal.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     assert_one_line(run("--prompts", rows, "--out", out, *SHORT), "another process is writing it")
 
 
