@@ -155,6 +155,32 @@ def _through_norm(b_dn, b_x, b_factor):
 
 
 @triton.jit
+def _decay_transposed(b_c, b_fine, inclusive: tl.constexpr, BT: tl.constexpr):
+    """D^T: e^(c_u - c_t) in row t and column u for t <= u (t < u if not inclusive), else 0."""
+    o_t = tl.arange(0, BT)
+    b_exponent = (b_c[None, :] - b_c[:, None]) + (b_fine[None, :] - b_fine[:, None])
+    m_upper = o_t[:, None] <= o_t[None, :] if inclusive else o_t[:, None] < o_t[None, :]
+    return tl.exp(tl.where(m_upper, b_exponent, float("-inf")))
+
+
+@triton.jit
+def _dc_within(b_X):
+    """What X gives to dc: c_t stands with + in the exponents of row t, with - in those of column t."""
+    return tl.sum(b_X, 1) - tl.sum(b_X, 0)
+
+
+@triton.jit
+def _state_product(p_ST, p_dST, i_gate, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """<S, dS'>, in blocks of BV columns."""
+    o_k, o_v = tl.arange(0, K), tl.arange(0, BV)
+    b_sum = tl.zeros((BV, K), tl.float32)
+    for i_v in range(0, V, BV):
+        b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_v, o_k)).to(tl.float32)
+        b_sum += b_ST * tl.load(tile(p_dST, i_gate, V, K, i_v + o_v, o_k)).to(tl.float32)
+    return tl.sum(tl.sum(b_sum, 1), 0)
+
+
+@triton.jit
 def _gradients_kernel(
     p_q, p_k, p_a, p_A_log, p_dt_bias, p_do, p_dv, p_gates, p_norms, p_RT, p_ST, p_dST, p_chunks,
     p_dc, p_dq, p_dk, p_da, p_db, s_q, s_k, s_a,
@@ -211,7 +237,7 @@ def _gradients_kernel(
         b_X = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_dP * b_fq[:, None]
         # Without the diagonal: its exponent is c_t - c_t = 0, and its O(1) values would cancel only up to rounding.
         b_X = tl.where(o_t[:, None] > o_t[None, :], b_X, 0.0)
-        tl.store(p_dc + i_gate.to(tl.int64) * BT + o_t, b_dc + tl.sum(b_X, 1) - tl.sum(b_X, 0))
+        tl.store(p_dc + i_gate.to(tl.int64) * BT + o_t, b_dc + _dc_within(b_X))
         b_dq = tl.dot(b_dP.to(dtype), b_k, b_dq, input_precision=PRECISION)
     begin, length = load_chunk(p_chunks, i_chunk)
     # f_q holds the scale K^-1/2, which is no part of the norm: taken out of the factor, and applied to dq.
@@ -247,8 +273,7 @@ def _gradients_kernel(
         b_om = b_fk * tl.sum(b_k.to(tl.float32) * b_dk_part, 1)
         b_dk += b_dk_part
         # Through P: (R do^T) D^T times the scaled q. The rows of this tile are the earlier tokens, so D is transposed.
-        b_x = (b_c[None, :] - b_c[:, None]) + (b_fine[None, :] - b_fine[:, None])
-        b_tile *= tl.exp(tl.where(o_t[:, None] <= o_t[None, :], b_x, float("-inf"))) * b_fq[None, :]
+        b_tile *= _decay_transposed(b_c, b_fine, True, BT) * b_fq[None, :]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dk = tl.dot(b_tile.to(dtype), b_q, b_dk, input_precision=PRECISION)
 
@@ -269,11 +294,9 @@ def _gradients_kernel(
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
         # The other half of X, Y (k k^T), and with it what is left of dc within the chunk.
         b_X = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_tile * b_fk[:, None]
-        b_dc = tl.load(p_dc + i_gate.to(tl.int64) * BT + o_t) + tl.sum(b_X, 1) - tl.sum(b_X, 0)
-        b_x = (b_c[None, :] - b_c[:, None]) + (b_fine[None, :] - b_fine[:, None])
+        b_dc = tl.load(p_dc + i_gate.to(tl.int64) * BT + o_t) + _dc_within(b_X)
         # Y^T lies above the diagonal: from Z^T and D^T. Then (Y + Y^T) k in one product.
-        b_x = tl.exp(tl.where(o_t[:, None] < o_t[None, :], b_x, float("-inf"))) * b_fk[None, :]
-        b_tile -= b_transposed * b_x
+        b_tile -= b_transposed * (_decay_transposed(b_c, b_fine, False, BT) * b_fk[None, :])
         b_dk = tl.dot(b_tile.to(dtype), b_k, b_dk, input_precision=PRECISION)
 
         # Through E = beta (v - e^c k S): -e^c dv S^T.
@@ -292,12 +315,7 @@ def _gradients_kernel(
         # would be larger than all the others.
         b_dg = tl.sum(tl.where(o_t[None, :] >= o_t[:, None], b_dc[None, :], b_om[None, :]), 1)
         # e^(c_last) <S, dS'>, because c_last contains every g of the chunk. In half blocks, which need fewer registers.
-        o_half = tl.arange(0, BV // 2)
-        b_SdS = tl.zeros((BV // 2, K), tl.float32)
-        for i_v in range(0, V, BV // 2):
-            b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_half, o_k)).to(tl.float32)
-            b_SdS += b_ST * tl.load(tile(p_dST, i_gate, V, K, i_v + o_half, o_k)).to(tl.float32)
-        b_dg += tl.exp(last + last_fine) * tl.sum(tl.sum(b_SdS, 1), 0)
+        b_dg += tl.exp(last + last_fine) * _state_product(p_ST, p_dST, i_gate, K, V, BV // 2)
         b_a = tl.load(p_a + o_row * s_a + i_h, mask=m_t, other=0.0).to(tl.float32)
         # da = -dg exp(A_log) sigmoid(a + dt_bias), as g = -exp(A_log) softplus(a + dt_bias).
         b_slope = tl.sigmoid(b_a + tl.load(p_dt_bias + i_h).to(tl.float32))
