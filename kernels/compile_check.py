@@ -4,7 +4,7 @@
 
 Every operation states its kernels as they are launched (`compile_specs`, kernels/proof/contract.py). Printed per
 kernel: registers a thread, shared memory and stack, and the bytes that ptxas spilled. Exit code 1: a compile error, a
-spill above its stated budget, or more than the target offers. Triton's cache makes a second run fast.
+spill above its stated budget, serialised wgmma, or more than the target offers. Triton's cache makes a second run fast.
 """
 
 import dataclasses

@@ -207,7 +207,7 @@ def test_useful_flops_of_the_published_model():
         "down": (186.9, 186.9),
         "head": (41.7, 41.7),
         "attention core": (13.2, 33.0),
-        "delta rule": (6.9, 19.8),
+        "delta rule": (6.9, 19.4),  # backward in 47 of 48 layers
     }
     flops = CONFIG.useful_flops(context=4096)
     assert {name: tuple(round(x * 16384 / 1e12, 1) for x in part) for name, part in flops.items()} == expected

@@ -1,25 +1,41 @@
-"""Writes the generated tables of docs/kernels.md and docs/rank1-lora-for-free.md, each between its two markers.
+"""Writes the generated tables of docs/ and benchmarks/README.md, each between its two markers.
 
-    python tools/kernel_tables.py            counts bytes and compiles every kernel for sm_90 (minutes, no GPU)
-    python tools/kernel_tables.py --bytes    the byte tables only
+    python tools/kernel_tables.py            all of them: compiles every kernel for sm_90 (minutes, no GPU)
+    python tools/kernel_tables.py --bytes    the byte tables of docs/rank1-lora-for-free.md only
+    python tools/kernel_tables.py --speed    the predicted times only, and what follows from them
 
 Bytes come from every operation's own `work` (kernels/proof/cases/); the traffic of PEFT and Unsloth is counted by hand
-below, pass by pass.
+below, pass by pass. Predicted times come from machine code (kernels/proof/sass/). From them follow the speeds of
+attention and the delta rule in psysafe/training/roofline.py, which are written there, and from these the table of a
+step in benchmarks/README.md.
 """
 
 import argparse
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kernels.proof.compile import compile_all, table  # noqa: E402
 from kernels.proof.registry import OPERATIONS, operations  # noqa: E402
+from kernels.proof.sass.estimate import ERROR, Report, report  # noqa: E402
+from psysafe.checkpoint.base import build  # noqa: E402
+from psysafe.model.config import ForwardBackward, ModelConfig  # noqa: E402
+from psysafe.model.lora import attach  # noqa: E402
+from psysafe.training import roofline  # noqa: E402
+from psysafe.training.config import TrainConfig  # noqa: E402
+from psysafe.training.dry_run import read_architecture  # noqa: E402
+from psysafe.training.memory_plan import RESERVE, Plan, Sizes  # noqa: E402
+from psysafe.training.setup import fixed_bytes, make_optimizer  # noqa: E402
 
 DOCS = ROOT / "docs"
+MODEL = "Qwen/Qwen3.5-27B"
 T = 4096  # tokens a micro-batch: A, B and the norm's weights are read once for all of them
 STEP = 16_384  # tokens an optimiser step of the worked example
 BANDWIDTH = 4.3e12  # B/s: a copy on one H200, measured
@@ -145,6 +161,82 @@ def compile_table(target: str = "sm_90") -> str:
     return table(specs, compile_all(specs, target), target)
 
 
+# Predicted times, and what follows from them
+
+
+def speed_table(speeds: Report) -> str:
+    return "\n\n".join((speeds.table(), speeds.calibration_text(), ERROR))
+
+
+def core_speeds(speeds: Report, config: ModelConfig) -> dict[str, ForwardBackward]:
+    """Constant of roofline.py -> FLOP/s, in whole TFLOP/s: the useful FLOP of a step over its predicted seconds."""
+    flops = config.useful_flops(context=T)
+    cores = {"ATTENTION": ("attention core", "causal_attention"), "DELTA_RULE": ("delta rule", "gated_delta_rule")}
+    return {
+        constant: ForwardBackward(
+            *(round(part * STEP / speeds.seconds(op, backward), -12) for backward, part in enumerate(flops[core]))
+        )
+        for constant, (core, op) in cores.items()
+    }
+
+
+def with_speeds(source: str, speeds: dict[str, ForwardBackward]) -> str:
+    """roofline.py's text with these constants."""
+    for constant, (forward, backward) in speeds.items():
+        line = f"{constant} = ForwardBackward({forward / 1e12:.0f}e12, {backward / 1e12:.0f}e12)"
+        source, count = re.subn(rf"^{constant} = ForwardBackward\(.*\)$", line, source, flags=re.MULTILINE)
+        assert count == 1, f"no line for {constant}"
+    return source
+
+
+def step_table() -> str:
+    """The roofline of a step by kind of kernel in ms, as the dry run computes it; nothing in it is measured."""
+    architecture, _ = read_architecture(MODEL)
+    config = TrainConfig(model=MODEL)
+    model = build(architecture, "meta", torch.bfloat16)
+    adapters = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    fixed = fixed_bytes(config, model, adapters, make_optimizer(adapters, config), 1)
+    columns, heads = [], []
+    # Documents of 4,096 tokens, all trained; the recipe's, of 640 tokens with 80 of prompt.
+    for title, length, trained in (("4 x 4,096", T, 1.0), ("recipe", 640, 560 / 640)):
+        for name, speed in roofline.SPEEDS.items():
+            sizes = Sizes.largest(min(4 * length, T), 4)
+            plan = Plan(architecture, adapters.targets, adapters.rank, speed.memory - RESERVE, fixed)
+            recompute = plan.choose(sizes).seconds / sizes.tokens
+            seconds = roofline.step_seconds(architecture, 4 * length, length, trained, speed, recompute)
+            loss = 4 * length * sum(roofline.elementwise_bytes(architecture, trained)["loss"]) / speed.bandwidth
+            step = sum(seconds.values())
+            seconds |= {"elementwise": seconds["elementwise"] - loss, "loss": loss}
+            columns.append(seconds | {"**step**": step, "tokens/s": 4 * length / step / 1e3})
+            heads.append(f"{name}, {title}")
+    kinds = ("GEMM", "attention", "delta rule", "elementwise", "loss", "recompute", "**step**", "tokens/s")
+    lines = ["| | " + " | ".join(f"{head} | measured" for head in heads) + " |", "|---" * (1 + 2 * len(heads)) + "|"]
+    for kind in kinds:
+        cells = " | ".join(f"{1e3 * column[kind]:,.0f} | not measured" for column in columns)
+        lines.append(f"| {kind} | {cells} |")
+    return "\n".join(lines)
+
+
+def write_speeds() -> None:
+    """The table of predicted times, roofline.py's constants, the table of a step."""
+    speeds = report(["causal_attention", "gated_delta_rule"], say=print)
+    write(DOCS / "kernels.md", "predicted times", speed_table(speeds))
+    constants = core_speeds(speeds, read_architecture(MODEL)[0])
+    path = Path(roofline.__file__)
+    path.write_text(with_speeds(path.read_text(), constants))
+    # This process has read the old constants, which the memory plan has a copy of: the table is another process's.
+    command = [sys.executable, "-c", "from tools.kernel_tables import write_step; write_step()"]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def write_step() -> None:
+    write(ROOT / "benchmarks" / "README.md", "roofline of a step", step_table())
+
+
+def write(page: Path, name: str, content: str) -> None:
+    page.write_text(between(page.read_text(), name, content))
+
+
 def between(text: str, name: str, content: str) -> str:
     """The text with `content` between the markers of that name."""
     pattern = rf"(<!-- {name}: written by tools/kernel_tables.py -->\n).*?(<!-- end of {name} -->)"
@@ -154,14 +246,17 @@ def between(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the generated tables of docs/.")
-    parser.add_argument("--bytes", action="store_true", help="leave the compiled resources as they are")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--bytes", action="store_true", help="the byte tables only")
+    only.add_argument("--speed", action="store_true", help="the predicted times and what follows from them only")
     args = parser.parse_args()
-    page = DOCS / "rank1-lora-for-free.md"
-    text = between(page.read_text(), "bytes of a block", block_table())
-    page.write_text(between(text, "bytes of an adapter", traffic_table()))
+    if not args.speed:
+        write(DOCS / "rank1-lora-for-free.md", "bytes of a block", block_table())
+        write(DOCS / "rank1-lora-for-free.md", "bytes of an adapter", traffic_table())
+    if not args.bytes and not args.speed:
+        write(DOCS / "kernels.md", "compiled resources", compile_table())
     if not args.bytes:
-        page, resources = DOCS / "kernels.md", compile_table()
-        page.write_text(between(page.read_text(), "compiled resources", resources))
+        write_speeds()
 
 
 if __name__ == "__main__":

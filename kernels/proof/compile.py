@@ -51,6 +51,8 @@ def complaints(spec: CompileSpec, used: Resources, target: str) -> list[str]:
         wrong.append(f"spill budget {spec.spill_budget} B: at most {SPILL_BUDGET_LIMIT} B, with the reason in `why`")
     if used.spills > spec.spill_budget:
         wrong.append(f"spills {used.spills} B, budget {spec.spill_budget} B")
+    if used.serialised:
+        wrong.append("ptxas serialised its wgmma: it waits after every single one")
     if used.shared > SHARED_LIMIT[target]:
         wrong.append(f"shared memory {used.shared:,} B, {target} offers {SHARED_LIMIT[target]:,} B")
     if used.registers > REGISTER_LIMIT:
@@ -209,7 +211,6 @@ def table(specs: list[CompileSpec], results: list[Resources], target: str) -> st
     for spec, used in zip(specs, results, strict=True):
         wrong = complaints(spec, used, target)
         remarks = [f"FAILS: {'; '.join(wrong)}"] if wrong else []
-        remarks += ["wgmma serialised"] if used.serialised else []
         remarks += [f"budget {spec.spill_budget} B: {spec.why}"] if spec.spill_budget else []
         numbers = ("-",) * 4 if used.error else (used.registers, f"{used.shared:,}", used.spills, used.stack)
         rows.append((spec.name, spec.num_warps, spec.num_stages, *numbers, "; ".join(remarks)))

@@ -30,7 +30,8 @@ class CompileSpec:
 
     signature: argument name -> Triton type ("*bf16", "*fp32", "i32", "fp32", ...). An integer that is divisible by 16
     at every launch, such as a row stride at the 27B sizes, is "i32:16": Triton specialises on that.
-    constexprs: name -> value. spill_budget: bytes of spills that are accepted, with the reason in `why`; 0 means none.
+    constexprs: name -> value. num_warps, num_stages: here Triton's own defaults, which a launch without them gets.
+    spill_budget: bytes of spills that are accepted, with the reason in `why`; 0 means none.
     unaligned: pointers not known to be divisible by 16; all others are, because torch aligns its allocations.
     """
 
@@ -39,7 +40,7 @@ class CompileSpec:
     signature: dict[str, str]
     constexprs: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     spill_budget: int = 0
     why: str = ""
     unaligned: tuple[str, ...] = ()

@@ -62,6 +62,11 @@ class ModelConfig:
         return self.num_hidden_layers - self.attention_layers
 
     @property
+    def delta_backward_layers(self) -> int:
+        """Delta-net layers with a backward pass: in the recipe their mixers have no adapter, so in layer 0 it stops."""
+        return self.delta_layers - (self.layer_types[0] == "linear_attention")
+
+    @property
     def attention_out(self) -> int:
         """Columns of q, of its gate, and of what o_proj reads: H * K."""
         return self.num_attention_heads * self.head_dim
@@ -134,13 +139,12 @@ class ModelConfig:
         attention = 2 * D * (self.attention_in + self.attention_out)
         delta = 2 * D * (self.delta_in + self.delta_out)
         # Backward stops at the first adapter. In an attention layer 0 it is that of q, k and v: the GEMM for their dx
-        # falls away. A delta-net mixer has no adapter in the recipe: in layer 0 it has no backward pass.
+        # falls away.
         first_is_attention = self.layer_types[0] == "full_attention"
         attention_backward = self.attention_layers * attention - first_is_attention * 2 * D * self.attention_in
-        delta_backward = (self.delta_layers - (not first_is_attention)) * delta
         return {
             "attention projections": ForwardBackward(self.attention_layers * attention, attention_backward),
-            "delta-net projections": ForwardBackward(self.delta_layers * delta, delta_backward),
+            "delta-net projections": ForwardBackward(self.delta_layers * delta, self.delta_backward_layers * delta),
         }
 
     def _core_flops(self, context: float) -> dict[str, ForwardBackward]:
@@ -154,10 +158,10 @@ class ModelConfig:
         rule = 5 * tiles + 3 * states + DELTA_CHUNK**2 / 3
         # Both gradients of every product, states and solves once more, the adjoint of the solve.
         rule_backward = 16 * tiles + 8 * states
-        heads = self.delta_layers * H
+        backward = self.delta_backward_layers * H * rule_backward
         return {
             "attention core": ForwardBackward(attention, 2.5 * attention),
-            "delta rule": ForwardBackward(heads * rule, heads * rule_backward),
+            "delta rule": ForwardBackward(self.delta_layers * H * rule, backward),
         }
 
 

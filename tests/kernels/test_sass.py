@@ -1,11 +1,15 @@
 """The model of a quarter of a multiprocessor: cycles of snippets, counted by hand, and mutants of its rules."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
+from kernels.ops._triton import HAS_TRITON
 from kernels.proof.sass import hopper, partition
-from kernels.proof.sass.estimate import Kernel, Launch, Timing
+from kernels.proof.sass.__main__ import main
+from kernels.proof.sass.estimate import Kernel, Launch, Timing, calibrate, load, tutorial_spec
 from kernels.proof.sass.listing import Instruction, Listing
 from kernels.proof.sass.partition import Partition
 
@@ -99,6 +103,16 @@ TMA = f"""
 TMA_SECOND = TMA.replace(EXIT, f"""
     [------ -- -- S01] SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R7+URZ+0x100], R9
     {EXIT}""")  # fmt: skip
+ONE_MBARRIER = TMA.replace("@P2 SYNCS.ARRIVE.TRANS64 RZ, [UR60+0x108], R3", "NOP")
+ARM = """
+    [------ -- -- S01] @P2 SYNCS.ARRIVE.TRANS64 RZ, [UR60+0x100], R3
+    [------ -- -- S01] @UP0 UTMALDG.2D [UR12], [UR8]"""
+INITIALISE = """
+    [------ -- -- S01] @UP0 SYNCS.EXCH.64 URZ, [UR60+0x100], UR4"""
+WAIT = """
+    [------ -- -- S01] SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR60+0x100], R9"""
+BYTES = "    [------ -- -- S01] MOV R3, 0x8000"
+LEFT_OVER = BYTES + INITIALISE + 2 * ARM + WAIT + INITIALISE + ARM + WAIT + "\n" + EXIT
 BODY = "\n".join(f"    [------ -- -- S02] FADD R{i}, R2, R3" for i in range(10, 20))
 LOOP = f"""
     [------ -- -- S01] MOV R3, RZ
@@ -145,6 +159,15 @@ CASES = {
     "TMA": (TMA, {}, 4 + 50 + 819.2 + 650 + 1 + 1),
     # The second load is the second buffer of the same array, and its bytes come after the first's.
     "TMA, the second buffer": (TMA_SECOND, {}, 4 + 50 + 2 * 819.2 + 650 + 1 + 1),
+    "TMA at another latency": (TMA, {"latency": 500}, 4 + 500 + 819.2 + 1 + 1),
+    "TMA, bytes of another instruction": (TMA.replace("MOV R3,", "IMAD.MOV.U32 R3, RZ, RZ,"), {}, 1525.2),
+    # Two loads bring the bytes of one mbarrier together.
+    "TMA, two loads for one mbarrier": (ONE_MBARRIER, {}, 4 + 50 + 819.2 + 650 + 1 + 1),
+    # The second warp comes to the initialisation when the first has already armed: it waits for the same load.
+    "TMA, two warps": (TMA, {"warps": 2}, 4 + 50 + 819.2 + 650 + 4),
+    # First load: issued at 3, there at 1522.2. The second is still under way when the mbarrier is initialised anew and
+    # a third is issued, which follows it: 3 + 50 + 3 x 819.2 + 650.
+    "TMA, what an earlier loop left over": (LEFT_OVER, {}, 3 + 50 + 3 * 819.2 + 650 + 1 + 1),
     # 1 + 3 x (10 x 2 + 5) + EXIT.
     "a loop": (LOOP, {"trips": [3]}, 77),
     "an if that is entered": (IF, {"trips": [2]}, 2 * (2 + 60 + 5) + 1),
@@ -200,6 +223,10 @@ def _own_array_for_each_buffer(monkeypatch):
     monkeypatch.setattr(Listing, "mbarriers", lambda self, instruction: self.offset(instruction))
 
 
+def _never_initialised_anew(monkeypatch):
+    monkeypatch.setattr(Partition, "_mbarriers", lambda self, warp, i: (self.listing.mbarriers(i), 0))
+
+
 # name -> (what to break, the cases that must notice).
 MUTANTS = {
     "no stall counts": (_replaced({"stall": 0}), ["stall counts", "a loop"]),
@@ -217,6 +244,7 @@ MUTANTS = {
     "no latency of a barrier": (_constant("BARRIER_LATENCY", 0), ["barrier"]),
     "one barrier for all blocks": (_one_barrier_for_all, ["barriers of two blocks"]),
     "bytes for nothing": (_constant("TMA_BYTES", 1e12), ["TMA", "TMA, the second buffer"]),
+    "mbarriers keep what they had": (_never_initialised_anew, ["TMA, what an earlier loop left over"]),
 }  # fmt: skip
 
 
@@ -335,3 +363,42 @@ def test_unequal_programs_go_where_a_place_is_free():
 def test_a_kernel_that_streams_takes_as_long_as_its_bytes():
     launch = Launch("loop", "op", False, [(1,)], 1, bytes=3_000_000)
     assert Timing(Kernel("loop", listing(LOOP), 4, 1), launch).cycles == pytest.approx(1e-6 * hopper.CLOCK)
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "attention dz"], "--kernel attention dz: no kernel of that name; expected one of"),
+        (["--op", "swiglu"], "--op swiglu: its launches are not listed; expected causal_attention, gated_delta_rule"),
+        (["--trips", "3"], "name it with --kernel"),
+    ],
+)
+def test_a_wrong_use_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sass", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_model_agrees_with_measurements_of_the_tutorial():
+    """At four lengths within 10 %, and in their order: fixed costs weigh less the longer the document."""
+    calibration = calibrate(load([tutorial_spec()])["attention tutorial"])
+    for tokens, model, measured in calibration.rows:
+        assert model == pytest.approx(measured, rel=0.1), tokens
+    speeds = [model for _, model, _ in calibration.rows]
+    assert speeds == sorted(speeds) and 0.9 < calibration.factor < 1.1
+
+
+@needs_triton
+@pytest.mark.slow
+def test_one_kernel_on_the_command_line():
+    command = [sys.executable, "-m", "kernels.proof.sass", "--kernel", "delta rule prepare", "--listing"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "HGMMA" in text and "loops: none" in text and "cycles, 4 blocks on a multiprocessor" in text

@@ -52,7 +52,7 @@ def work(batch, key_heads, value_heads, K) -> Work:
 def compile_specs() -> list[CompileSpec]:
     """16 key heads, 48 value heads of 128."""
     types = dict.fromkeys(("s_q", "s_k", "s_v", "s_a", "s_b"), "i32:16") | {"p_state": "*fp32", "p_A_log": "*fp32"}
-    constants = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BV": 32, "EPS": L2_EPS, "num_stages": 1}
+    constants = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BV": 32, "EPS": L2_EPS}
     return [compile_spec("delta rule step", ops._step_kernel, types, constants)]
 
 

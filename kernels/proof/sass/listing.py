@@ -6,7 +6,6 @@ import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 # An instruction takes two lines, each with 64 of its 128 bits in hexadecimal; the first also has the text.
 FIRST_LINE = re.compile(
@@ -91,8 +90,7 @@ class Listing:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            nvdisasm = Path(knobs.nvidia.cuobjdump.path).with_name("nvdisasm")
-            command = [str(nvdisasm), "-hex", "-c", file.name]
+            command = [knobs.nvidia.nvdisasm.path, "-hex", "-c", file.name]
             return cls.parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def target(self, i: int) -> int | None:

@@ -62,9 +62,14 @@ def _attention() -> Iterator[Launch]:
     yield launch("delta", [()] * (HEADS * TOKENS // 32), bytes=2 * 2 * TOKENS * HEADS * HEAD)
     yield launch("dq", [((first + tiles.block) // tiles.dq,) for first in queries for _ in range(HEADS)])
     parts = attention_schedule.head_parts(documents, group, KEY_HEADS, tiles.block)
-    for kernel, rows in (("dk", tiles.dk), ("dv", tiles.dv)):
-        trips = [(group // parts * (TOKENS - first) // rows,) for first in keys for _ in range(KEY_HEADS * parts)]
-        yield launch(kernel + " parts" * (parts > 1), trips)
+    heads = group // parts  # of a program
+    # dv has a loop for the blocks of queries that see a part of the tile's keys, and one for those that see all.
+    steps = {
+        "dk": [(heads * (TOKENS - first) // tiles.dk,) for first in keys],
+        "dv": [(heads * tiles.block // tiles.dv, heads * (TOKENS - first - tiles.block) // tiles.dv) for first in keys],
+    }
+    for kernel, trips in steps.items():
+        yield launch(kernel + " parts" * (parts > 1), [trip for trip in trips for _ in range(KEY_HEADS * parts)])
         if parts > 1:
             n = TOKENS * KEY_HEADS * HEAD
             yield launch("add parts", [(parts,)] * (n // 2048), bytes=(4 * parts + 2) * n)
@@ -76,13 +81,17 @@ def _delta_rule() -> Iterator[Launch]:
     columns = WIDTH // 64  # blocks of 64 value columns, of which a walk has one
     group = VALUE_HEADS // DELTA_KEY_HEADS
 
-    def launch(kernel: str, programs: list[tuple[int, ...]], backward: bool = True, rare: bool = False) -> Launch:
-        layers = DELTA_BACKWARD_LAYERS if backward else DELTA_LAYERS
-        return Launch(f"delta rule {kernel}", "gated_delta_rule", backward, programs, layers * MICRO_BATCHES, rare)
+    def launch(
+        kernel: str, programs: list[tuple[int, ...]], backward: bool = True, rare: bool = False, bytes: int = 0
+    ) -> Launch:
+        count = MICRO_BATCHES * (DELTA_BACKWARD_LAYERS if backward else DELTA_LAYERS)
+        return Launch(f"delta rule {kernel}", "gated_delta_rule", backward, programs, count, rare, bytes)
 
     yield launch("prepare", [()] * (chunks * VALUE_HEADS), backward=False)
     # Rare: the checkpoint is stored before every 16th chunk.
     yield launch("states", [(chunks,)] * (columns * VALUE_HEADS), backward=False, rare=True)
+    # Per token and value head: c, its fine part and beta, two norms; and three factors.
+    yield launch("walk", [()] * (chunks * VALUE_HEADS), bytes=4 * 8 * TOKENS * VALUE_HEADS)
     walk = [(-(-tokens // delta_rule.CHUNK),) for tokens in segments for _ in range(columns * VALUE_HEADS)]
     yield launch("recompute", walk)
     yield launch("reverse", [(chunks,)] * (columns * VALUE_HEADS))
