@@ -28,9 +28,9 @@ f_q = K^-1/2 / |q|, f_k = 1 / |k|, and M = (I + L)^-1, P = f_q f_k (q k^T) D,
 and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). The launches, and what each fuses:
 
     prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P        ops/gated_delta_rule_forward.py
+    walk         the factors of the walk, in both passes: they are not saved
     states       the walk over the chunks of a document: o, final state, checkpoints
-    walk         the factors of the walk again: they are not saved                   ops/gated_delta_rule_backward.py
-    recompute    R and S of every chunk again, in segments of 16 chunks
+    recompute    R and S of every chunk again, in segments of 16 chunks              ops/gated_delta_rule_backward.py
     reverse      the walk back: dv, dS'
     gradients    dq, dk summed over the value heads of a key head, da, db, through norms and gates
 
@@ -194,7 +194,7 @@ def _chunk_slots(documents: Documents, BT: int) -> tuple[Tensor, list[int]]:
     return documents.table(("delta rule chunks", BT), build)
 
 
-# Triton: the chunk form in six launches.
+# Triton: the chunk form in seven launches.
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -203,7 +203,8 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, a, b, initial_state, frozen):
         A_log, dt_bias, plan, wants_final = frozen
-        prepared, walk = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        walk = forward.walk_factors(prepared, k.shape[2])
         save = any(ctx.needs_input_grad)
         o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial_state, plan, wants_final, save)
         if save:
@@ -219,7 +220,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         prepared, plan = forward.Prepared(*prepared), ctx.plan
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        walk = backward.walk_factors(prepared, k.shape[2])
+        walk = forward.walk_factors(prepared, k.shape[2])  # not saved: 579 bytes a token and layer
         dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, ctx.needs_input_grad[5])
         dq = dk = da = db = None
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3, 4)):
@@ -233,7 +234,7 @@ def gated_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
     initial_state: Tensor | None = None, output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`gated_delta_rule_reference` in two Triton launches forward, four backward.
+    """`gated_delta_rule_reference` in three Triton launches forward, four backward.
 
     q, k, v, a, b have one dtype, fp32 or bf16; each token's row is contiguous, with any stride between rows. K and V
     are powers of two from 16 to 128. ValueError for anything else, and if A_log or dt_bias requires a gradient.

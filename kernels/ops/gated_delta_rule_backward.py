@@ -1,6 +1,5 @@
-"""The four backward kernels of the gated delta rule.
+"""The three backward kernels of the gated delta rule. The factors of the walk come first, as in the forward pass.
 
-    walk        a program per chunk and value head: the factors of the walk, from the saved gates and norms
     recompute   a program per segment of 16 chunks: R and the state before every chunk, from the saved checkpoints
     reverse     a program per document: walks over the chunks backwards with dS in registers; writes dv, and dS of the
                 state after every chunk
@@ -34,24 +33,9 @@ from kernels.ops.gated_delta_rule_forward import (
     options,
     precision,
     store_rows,
-    store_walk,
     tile,
     tile_descriptor,
 )
-
-
-@triton.jit
-def _walk_kernel(
-    p_gates, p_norms, p_walk, p_carry,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """Program (value head, chunk): the factors of the walk from the saved gates and norms, for the backward pass."""
-    i_h, i_chunk = tl.program_id(0), tl.program_id(1)
-    i_gate = i_chunk * H + i_h
-    b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
-    b_fq, b_fk = load_factors(p_norms, i_chunk * (H // GROUP) + i_h // GROUP, K, BT)
-    last, last_fine = load_last(p_gates, i_gate, BT)
-    store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_fq, b_fk, BT)
 
 
 @triton.jit
@@ -325,14 +309,6 @@ def _gradients_kernel(
     b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
     _, b_fk = load_factors(p_norms, i_norm, K, BT)
     store_rows(p_dk + i_g * K, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * K, o_k, BT)
-
-
-def walk_factors(prepared: Prepared, K: int) -> Walk:
-    """The factors of the walk again, from what was saved."""
-    NC, H, _, BT = prepared.gates.shape
-    G, walk = prepared.norms.shape[1], Walk.empty(NC, H, prepared.gates.device)
-    _walk_kernel[(H, NC)](prepared.gates, prepared.norms, *walk, H=H, GROUP=H // G, K=K, BT=BT, num_warps=2)
-    return walk
 
 
 def recompute(

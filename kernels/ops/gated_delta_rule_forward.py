@@ -1,6 +1,7 @@
-"""The two forward kernels of the gated delta rule, and the schedule that all its kernels share.
+"""The three forward kernels of the gated delta rule, and the schedule that all its kernels share.
 
-    prepare   a program per chunk and value head: gates, norms, M and P, and the factors of the walk
+    prepare   a program per chunk and value head: gates, norms, M and P
+    walk      a program per chunk and value head: the factors with which the walks read, erase and write
     states    a program per document, value head and BV columns of v: walks over the chunks with the state in registers
 
 Equations and matrices: gated_delta_rule.py. Sizes: kernels/ops/__init__.py; BT = 64 tokens.
@@ -146,17 +147,6 @@ def load_write(p_walk, i_gate, BT: tl.constexpr):
 
 
 @triton.jit
-def store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_fq, b_fk, BT: tl.constexpr):
-    """What load_read, load_erase and load_write load, and e^(c_last), by which the state is multiplied."""
-    p = p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
-    b_decay = tl.exp(b_c + b_fine)
-    tl.store(p, b_decay * b_fq)
-    tl.store(p + BT, b_decay * b_fk)
-    tl.store(p + 2 * BT, tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)
-    tl.store(p_carry + i_gate, tl.exp(last + last_fine))
-
-
-@triton.jit
 def decay_between(b_c, b_fine, inclusive: tl.constexpr, BT: tl.constexpr):
     """D_ts = e^(c_t - c_s) for s <= t (s < t if not inclusive), else 0."""
     o_t = tl.arange(0, BT)
@@ -218,7 +208,7 @@ def _invert(b_L, PRECISION: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    p_q, p_k, p_a, p_b, p_A_log, p_dt_bias, p_chunks, p_gates, p_norms, p_M, p_P, p_walk, p_carry, s_q, s_k, s_a, s_b,
+    p_q, p_k, p_a, p_b, p_A_log, p_dt_bias, p_chunks, p_gates, p_norms, p_M, p_P, s_q, s_k, s_a, s_b,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -257,10 +247,6 @@ def _prepare_kernel(
         tl.store(p_norm, b_rq)
         tl.store(p_norm + BT, b_rk)
 
-    m_last = o_t == BT - 1
-    last, last_fine = tl.sum(tl.where(m_last, b_c, 0.0), 0), tl.sum(tl.where(m_last, b_fine, 0.0), 0)
-    store_walk(p_walk, p_carry, i_gate, b_c, b_fine, last, last_fine, b_rq * K**-0.5, b_rk, BT)
-
     b_D = decay_between(b_c, b_fine, True, BT) * b_rk[None, :]
     b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D * (b_rq * K**-0.5)[:, None]
     tl.store(tile(p_P, i_gate, BT, BT, o_t, o_t), b_P.to(p_P.dtype.element_ty))
@@ -268,6 +254,25 @@ def _prepare_kernel(
     # L is the part of the key products strictly below the diagonal; P has the diagonal, too.
     b_M = _invert(tl.where(o_t[:, None] > o_t[None, :], b_L, 0.0), PRECISION)
     tl.store(tile(p_M, i_gate, BT, BT, o_t, o_t), b_M.to(p_M.dtype.element_ty))
+
+
+@triton.jit
+def _walk_kernel(
+    p_gates, p_norms, p_walk, p_carry,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Program (value head, chunk): what load_read, load_erase and load_write load, and e^(c_last)."""
+    i_h, i_chunk = tl.program_id(0), tl.program_id(1)
+    i_gate = i_chunk * H + i_h
+    b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
+    b_fq, b_fk = load_factors(p_norms, i_chunk * (H // GROUP) + i_h // GROUP, K, BT)
+    last, last_fine = load_last(p_gates, i_gate, BT)
+    p = p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
+    b_decay = tl.exp(b_c + b_fine)
+    tl.store(p, b_decay * b_fq)
+    tl.store(p + BT, b_decay * b_fk)
+    tl.store(p + 2 * BT, tl.exp((last - b_c) + (last_fine - b_fine)) * b_fk)
+    tl.store(p_carry + i_gate, tl.exp(last + last_fine))
 
 
 @triton.jit
@@ -353,27 +358,31 @@ class Walk(NamedTuple):
     rows: Tensor  # (NC, H, 3, BT) fp32: e^c f_q, e^c f_k, e^(c_last - c) f_k
     carry: Tensor  # (NC, H) fp32: e^(c_last)
 
-    @staticmethod
-    def empty(chunks: int, heads: int, device: torch.device) -> "Walk":
-        rows = torch.empty(chunks, heads, 3, CHUNK, dtype=torch.float32, device=device)
-        return Walk(rows, torch.empty(chunks, heads, dtype=torch.float32, device=device))
 
-
-def prepare(
-    q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, plan: Schedule
-) -> tuple[Prepared, Walk]:
-    """q, k (T, G, K), a, b (T, H), A_log and dt_bias (H,) -> gates, norms, M, P and walk factors of every chunk."""
+def prepare(q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, plan: Schedule) -> Prepared:
+    """q, k (T, G, K), a, b (T, H), A_log and dt_bias (H,) -> gates, norms, M and P of every chunk."""
     (G, K), H, NC = k.shape[1:], a.shape[1], len(plan.chunks)
     gates = torch.empty(NC, H, 3, CHUNK, dtype=torch.float32, device=k.device)
     norms = torch.empty(NC, G, 2, CHUNK, dtype=torch.float32, device=k.device)
     M, P = (torch.empty(NC, H, CHUNK, CHUNK, dtype=k.dtype, device=k.device) for _ in range(2))
-    walk = Walk.empty(NC, H, k.device)
     _prepare_kernel[(H, NC)](
-        *(q, k, a, b, A_log, dt_bias, plan.chunks, gates, norms, M, P, *walk),
+        *(q, k, a, b, A_log, dt_bias, plan.chunks, gates, norms, M, P),
         *(x.stride(0) for x in (q, k, a, b)),
         H=H, GROUP=H // G, K=K, BT=CHUNK, EPS=L2_EPS, PRECISION=precision(k), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return Prepared(gates, norms, M, P), walk
+    return Prepared(gates, norms, M, P)
+
+
+def walk_factors(prepared: Prepared, K: int) -> Walk:
+    """The factors of the walk, from gates and norms."""
+    NC, H, _, BT = prepared.gates.shape
+    G, device = prepared.norms.shape[1], prepared.gates.device
+    walk = Walk(
+        torch.empty(NC, H, 3, BT, dtype=torch.float32, device=device),
+        torch.empty(NC, H, dtype=torch.float32, device=device),
+    )
+    _walk_kernel[(H, NC)](prepared.gates, prepared.norms, *walk, H=H, GROUP=H // G, K=K, BT=BT, num_warps=2)
+    return walk
 
 
 def descriptors(BV: int, **tensors: Tensor) -> list:

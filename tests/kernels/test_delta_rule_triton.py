@@ -39,13 +39,12 @@ def test_every_tensor_between_the_kernels():
             x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias", "initial_state")
         )
         plan = forward.schedule(documents)
-        prepared, walk = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
+        walk = forward.walk_factors(prepared, k.shape[2])
         o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial, plan, final=True, save=True)
         RT, ST = backward.recompute(k, v, prepared, walk, initial, checkpoints, plan)
         dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, initial=True)
         dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
-    # Backward computes the walk's factors from what was saved: the same bits.
-    assert all(torch.equal(x, y) for x, y in zip(walk, backward.walk_factors(prepared, k.shape[2]), strict=True))
     gates, norms = prepared.gates, prepared.norms
     assert_close_fp32(
         {

@@ -173,7 +173,7 @@ def compile_specs() -> list[CompileSpec]:
     launch = {name: forward.options(name, torch.bfloat16, 128) for name in names}
     return [
         spec("prepare", forward._prepare_kernel, {"num_warps": 4, "num_stages": 1}),
-        spec("walk", backward._walk_kernel, {"num_warps": 2}),
+        spec("walk", forward._walk_kernel, {"num_warps": 2}),
         spec("states", forward._states_kernel, launch["states"], "p_initial", "p_final",
              HAS_INITIAL=False, STORE_FINAL=False, STORE_CHECKPOINTS=True),
         spec("states, prefill", forward._states_kernel, launch["states"], "p_checkpoints",
