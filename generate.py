@@ -98,7 +98,7 @@ for thinking."""
     add = parser.add_argument
     add("prompt", nargs="?", help="what to answer")
     add("--chat", action="store_true", help="talk; every answer knows the conversation so far")
-    add("--prompts", metavar="FILE", help="rows with a prompt, or messages: JSON, JSONL, CSV or Parquet")
+    add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
     add("--adapter", metavar="DIR", help="folder in PEFT's format, or base for none (for the bundled model: its run's)")

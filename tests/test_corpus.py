@@ -214,6 +214,8 @@ def test_a_benchmark_without_prompts_is_no_clean_one(tmp_path, capsys):
     for name, content in (("b.csv", "id,ask\n1,Clean?\n"), ("b.jsonl", '{"ask": "Clean?"}\n')):
         (tmp_path / name).write_text(content)
         refused(f"{name}: no prompt in any row", prompts_of, tmp_path / name)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"conversations": [3]}\n')
+    refused("b.jsonl row 2 .line 2.: turn 1 of conversations is 3", prompts_of, tmp_path / "b.jsonl")
 
 
 def test_validate_names_line_and_problem(tmp_path, capsys):

@@ -24,9 +24,15 @@ def whole_words(answer: str) -> str:
 
 def prompts_of(path: str | Path) -> list[str]:
     """The prompts of any file that a leak is looked for in, training rows or a benchmark. UserError without one."""
-    prompts = [prompt for row in read_file(path) if (prompt := prompt_of(row.fields))]
+    prompts = []
+    for row in read_file(path):
+        try:
+            prompts.append(prompt_of(row.fields))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+    prompts = list(filter(None, prompts))
     if not prompts:  # a search for leaks in no prompts would find none, and be believed
-        raise UserError(f"{path}: no prompt in any row; expected rows with prompt, question, turns or messages")
+        raise UserError(f"{path}: no prompt in any row; expected rows in a shape that docs/recipe.md lists")
     return prompts
 
 
