@@ -26,10 +26,12 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
 
 def chat(generator: Generator, system: str | None) -> None:
     """Answers what is typed until stdin ends; the model sees the whole conversation since /new."""
-    print(f"{notice()}\n\n/new begins anew, Ctrl-D ends.")
+    print(f"{notice()}\n\n/new begins anew, /exit or Ctrl-D ends.")
     start = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(start), 0  # the turn names the random numbers of its answer
     for text in _typed():
+        if text in ("/exit", "/quit"):
+            return
         if text == "/new":
             messages = list(start)
             continue

@@ -13,7 +13,6 @@ package's own `psysafe/assets/`, so that the bundled start works from any direct
 import argparse
 import ast
 import contextlib
-import difflib
 import inspect
 import itertools
 import json
@@ -26,7 +25,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from psysafe.cli import Parser
+from psysafe.cli import Parser, hint, shown
 from psysafe.files import read_text
 from psysafe.program import UserError
 
@@ -153,33 +152,12 @@ _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
 
-_OTHER_NAMES = {  # what other trainers call it, too far from ours for a spelling match
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "r": "lora_rank",
-    "rank": "lora_rank",
-    "target_modules": "lora_targets",
-    "max_seq_length": "max_tokens",
-    "output_dir": "out",
-    "resume_from_checkpoint": "resume",
-}
-
-
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run, and for each key where its value came from: "default", the file, or the flag.
 
     argv: the command line without the program's name. Raises UserError (OSError for an unreadable file).
     """
-    dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
-    flags, unknown = _parser().parse_known_args(dashed)
-    for word in unknown:
-        key = word.lstrip("-").split("=")[0].replace("-", "_")
-        if word.startswith("--"):
-            likely = nearest(key, [*KEYS, "config"]).replace("_", "-")
-            raise UserError(f"unknown flag {_shown(word)}; did you mean --{likely}?")
-        raise UserError(f"unexpected argument {_shown(word)}; settings are given as --key value (see --help)")
-
+    flags = _parser().parse_args(argv)
     flags = vars(flags)
     file = flags.pop("config")
     values, sources = {}, dict.fromkeys(KEYS, "default")
@@ -191,13 +169,6 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
             value = KEYS[key](value) if KEYS[key] in (int, float) else value
         values[key], sources[key] = _checked(key, value, flag), flag
     return TrainConfig(**values), sources
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """The known key that a mistyped one most likely meant."""
-    if _OTHER_NAMES.get(key) in known:
-        return _OTHER_NAMES[key]
-    return difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
 
 
 def to_toml(config: TrainConfig, sources: dict[str, str] | None = None) -> str:
@@ -256,13 +227,13 @@ def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
+        raise UserError(f"{shown(path)[1:-1]}: not a TOML file: {error}") from None
     for key, value in table.items():
         line = re.search(rf"""^[ \t]*["'\[]*{re.escape(key)}\b""", text, re.MULTILINE)
         where = f"{path} line {text.count(chr(10), 0, line.start()) + 1}" if line else path
         if key not in KEYS:
             flat = "; keys are flat, without tables" if isinstance(value, dict) else ""
-            raise UserError(f"{where}: unknown key {_shown(key)}; did you mean {nearest(key, [*KEYS])}?{flat}")
+            raise UserError(f"{where}: unknown key {shown(key)}{hint(key, KEYS)}{flat}")
         yield key, value, where
 
 
@@ -284,7 +255,7 @@ def _checked(key: str, value, where: str):
         return value
     expected = " or ".join(choices) or f"{_WORDS[kind]}, {text}".removesuffix(", ")
     example = f", such as {_toml_value(DEFAULTS[key])}" if DEFAULTS[key] not in ("", []) and not choices else ""
-    raise UserError(f"{where}: {key} is {_shown(value)}; expected {expected}{example}")
+    raise UserError(f"{where}: {key} is {shown(value)}; expected {expected}{example}")
 
 
 def _is_text(value) -> bool:
@@ -298,9 +269,3 @@ def _toml_value(value) -> str:
     if isinstance(value, str):  # JSON's escapes are TOML's, which also forbids a bare DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _shown(value) -> str:
-    """A value for an error message: on one line, of 80 characters at most."""
-    text = ascii(value) if not (isinstance(value, str) and value.isprintable()) else repr(value)
-    return text if len(text) <= 80 else text[:60] + "..." + text[-15:]
