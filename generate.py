@@ -98,10 +98,17 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
 def read_options(argv: Sequence[str], defaults: dict | None = None) -> Options:
     """The options that the command line gives. defaults: of flags that it does not give, instead of their own."""
     parser = Parser(allow_abbrev=False, add_help=False)
-    add_settings(parser, Options, Sampling)
+    add_options(parser)
     parser.set_defaults(**defaults or {})
     settings, _ = parser.parse_known_args(argv)
-    return Options(Sampling(**read_settings(Sampling, settings)), **read_settings(Options, settings))
+    sampling = Sampling(**read_settings(Sampling, settings))
+    return Options(sampling, tuple(settings.stop), **read_settings(Options, settings))
+
+
+def add_options(parser: Parser) -> None:
+    add_settings(parser, Options, Sampling)
+    sentence = "end the answer before this text; may be given several times"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=sentence)
 
 
 def read_stdin() -> str:
@@ -131,7 +138,7 @@ for thinking: --sampling model."""
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
     add("--sampling", choices=("model",), help="what the model's generation_config.json says; a flag beside it wins")
-    add_settings(parser, Options, Sampling)
+    add_options(parser)
     args = parser.parse_args(argv)
     if args.prompt == "-":
         args.prompt = read_stdin()

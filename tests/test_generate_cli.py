@@ -22,6 +22,7 @@ from psysafe import journal, load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
+from psysafe.generation.engine import Engine
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
@@ -172,6 +173,51 @@ def test_the_models_own_sampling(run, base, tmp_path):
         assert_one_line(run("hi", "--model", folder, "--sampling", "model"), message)
     (folder / "generation_config.json").unlink()
     assert_one_line(run("hi", "--model", folder, "--sampling", "model"), "no generation_config.json in it")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("thinking", [("--no-thinking",), ("--max-think-tokens", "3")])
+def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thinking):
+    """lag 1: as on a GPU, where a step more is under way when the host sees the text. Each answer is the one without
+    stop texts, cut at the first of them; the slot then takes the next prompt. Streamed text ends there, too."""
+    init = Engine.__init__
+
+    def lagging(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.lag = lag
+
+    monkeypatch.setattr(Engine, "__init__", lagging)
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[4:9]), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, *thinking, "--max-new-tokens", "40", "--batch-size", "2", "--temperature", "1")
+    assert run(*call, "--out", out).code == 0
+    whole = [answer["response"] for answer in read(out)]
+    heads = [text.partition(THINK_END) if thinking[0] != "--no-thinking" else ("", "", text) for text in whole]
+    stops = [re.search("[!-~]{2}", answer[5:])[0] for _, _, answer in heads[:3]]  # the model is random: bytes, mostly
+    flags = [word for stop in stops for word in ("--stop", stop)]
+    assert run(*call, "--out", tmp_path / "stopped", *flags).code == 0
+    expected = [head + end + re.split("|".join(map(re.escape, stops)), answer)[0] for head, end, answer in heads]
+    stopped = read(tmp_path / "stopped")
+    assert [answer["response"] for answer in stopped] == expected
+    assert [answer["finish_reason"] for answer in stopped[:3]] == ["stop"] * 3
+    assert all(answer["new_tokens"] < 40 for answer in stopped[:3]) and stopped[0]["settings"]["stop"] == stops
+    single = ("--max-new-tokens", "40", "--temperature", "1", *thinking)
+    assert run(ROWS[4]["prompt"], *single, *flags).out == expected[0] + "\n"
+
+
+def test_what_may_become_a_stop_text_is_held_back():
+    tokenizer, out = Tokenizer(byte_tokenizer()), io.StringIO()
+    with TextStream(tokenizer, False, out, ["END", "Nö"]) as stream:
+        for token in tokenizer.encode("an EN"):
+            stream(1, token)
+        assert out.getvalue() == "an "
+        for token in tokenizer.encode("Emy ENDs here END"):
+            stream(1, token)
+    assert out.getvalue() == "an ENEmy \n"
+    out = io.StringIO()
+    with TextStream(tokenizer, False, out, ["END"]) as stream:
+        for token in tokenizer.encode("an EN"):
+            stream(1, token)
+    assert out.getvalue() == "an EN\n"
 
 
 def test_the_notice():
@@ -408,6 +454,7 @@ def assert_one_line(result, message):
         (("a", "--limit", "2"), "--limit is for --prompts FILE"),
         (("--prompts", "rows", "--out", "o", "--limit", "0"), "--limit is 0, expected at least 1"),
         (("-",), "stdin is empty; expected a prompt"),
+        (("a", "--stop", ""), "stop is empty; expected a text that ends the answer"),
         (("a", "--context", "10"), "prompt 1: 22 tokens, but prompt and answer together have room for 10"),
         (("--prompts", "rows"), "--prompts FILE and --out FILE go together"),
         (("--prompts", "nowhere", "--out", "o"), "nowhere: cannot be read"),
