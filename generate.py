@@ -102,7 +102,7 @@ def read_options(argv: Sequence[str], defaults: dict | None = None) -> Options:
     parser.set_defaults(**defaults or {})
     settings, _ = parser.parse_known_args(argv)
     sampling = Sampling(**read_settings(Sampling, settings))
-    return Options(sampling, tuple(settings.stop), **read_settings(Options, settings))
+    return Options(sampling, stop=tuple(settings.stop), **read_settings(Options, settings))
 
 
 def add_options(parser: Parser) -> None:

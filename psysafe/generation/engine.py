@@ -32,13 +32,13 @@ class Options:
     """What to generate and in how much memory; the defaults are those of `generate.py`."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it; its reasoning may hold them
     max_new_tokens: int = setting(2048, "Tokens of an answer, its reasoning included.")
     max_think_tokens: int = setting(0, "Reasoning longer than this is closed, and the answer begins; 0 for no limit.")
     thinking: bool = setting(True, "Let the model reason before it answers, as it has learnt to.")
     batch_size: int = setting(0, "Sequences decoded together; 0 for what fits in memory, up to 64 (CPU: 8).")
     context: int = setting(0, "Tokens of prompt and answer together, at most; 0 for what is needed.")
     prefill_tokens: int = setting(4096, "Most prompt tokens in one forward pass; longer prompts are read in pieces.")
+    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it; its reasoning may hold them
 
     def __post_init__(self):
         if not all(self.stop):
