@@ -180,11 +180,12 @@ def test_the_models_own_sampling(run, base, tmp_path):
 def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thinking):
     """lag 1: as on a GPU, where a step more is under way when the host sees the text. Each answer is the one without
     stop texts, cut at the first of them; the slot then takes the next prompt. Streamed text ends there, too."""
-    init = Engine.__init__
+    init, engines = Engine.__init__, []
 
     def lagging(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.lag = lag
+        engines.append(self)
 
     monkeypatch.setattr(Engine, "__init__", lagging)
     rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[4:9]), tmp_path / "out.jsonl"
@@ -202,6 +203,7 @@ def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thin
     assert all(answer["new_tokens"] < 40 for answer in stopped[:3]) and stopped[0]["settings"]["stop"] == stops
     single = ("--max-new-tokens", "40", "--temperature", "1", *thinking)
     assert run(ROWS[4]["prompt"], *single, *flags).out == expected[0] + "\n"
+    assert not engines[-1].live.any()  # a slot that went on would outgrow the keys that a step may read
 
 
 def test_what_may_become_a_stop_text_is_held_back():
