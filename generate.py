@@ -3,6 +3,7 @@
 python generate.py "I feel like giving up."                   # the bundled model, tuned once train.py has run
 python generate.py "..." --compare base,runs/tiny             # the same question before and after
 python generate.py --chat --adapter runs/psysafe              # a conversation; the model is the adapter's base
+echo "..." | python generate.py                               # the prompt from a pipe, or by - from stdin
 python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
 """
 
@@ -22,10 +23,11 @@ from psysafe.cli import Parser, add_settings, read_settings, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
+from psysafe.files import MAX_TEXT
 from psysafe.generation.answer_file import AnswerFile, answer_rows
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
-from psysafe.generation.sampling import Sampling
+from psysafe.generation.sampling import Sampling, recommended
 from psysafe.generation.terminal import ask, chat
 from psysafe.model.lora import detach, merge_adapters
 from psysafe.program import UserError, main_guard
@@ -37,13 +39,17 @@ BASE = "base"  # how --adapter, --compare and the rows name the model without an
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    options = Options(Sampling(**read_settings(Sampling, args)), **read_settings(Options, args))
+    options = read_options(argv)
     system = system_text(args.system)
-    rows = read_prompts(args.prompts) if args.prompts else []
+    rows = read_prompts(args.prompts)[: args.limit] if args.prompts else []
     source, revision, adapters = what_answers(args)
     runtime = start(args.device, args.dtype)
     torch.set_deterministic_debug_mode("default")  # deterministic index_put sorts; ours writes no place twice
     folder, commit = resolve_model(source, revision)
+    if args.sampling:
+        options = read_options(argv, recommended(folder))
+    elif options.thinking and options.sampling.temperature == 0:
+        say("always the likeliest token: while thinking a model may repeat itself without end; try --sampling model")
     tokenizer = load_tokenizer(folder)
     dtype = str(runtime.dtype).removeprefix("torch.")
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
@@ -89,16 +95,40 @@ def what_answers(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     return *base_of_adapter(named[0]), adapters
 
 
+def read_options(argv: Sequence[str], defaults: dict | None = None) -> Options:
+    """The options that the command line gives. defaults: of flags that it does not give, instead of their own."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    add_options(parser)
+    parser.set_defaults(**defaults or {})
+    settings, _ = parser.parse_known_args(argv)
+    sampling = Sampling(**read_settings(Sampling, settings))
+    return Options(sampling, stop=tuple(settings.stop), **read_settings(Options, settings))
+
+
+def add_options(parser: Parser) -> None:
+    add_settings(parser, Options, Sampling)
+    sentence = "end the answer before this text; may be given several times"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=sentence)
+
+
+def read_stdin() -> str:
+    text = sys.stdin.read(MAX_TEXT + 1)
+    if len(text) > MAX_TEXT:
+        raise UserError(f"stdin: more than {MAX_TEXT:,} characters in it; expected a prompt")
+    return text.strip()
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     epilog = """Equal settings and seeds give equal answers. In float32 that holds for every batch size; in bfloat16
 another one rounds differently and may take another word. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
-for thinking."""
+for thinking: --sampling model."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
-    add("prompt", nargs="?", help="what to answer")
+    add("prompt", nargs="?", help="what to answer; - or a pipe: what stdin says")
     add("--chat", action="store_true", help="talk; every answer knows the conversation so far")
     add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
+    add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
     add("--adapter", metavar="DIR", help="folder in PEFT's format, or base for none (for the bundled model: its run's)")
@@ -107,14 +137,25 @@ for thinking."""
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
-    add_settings(parser, Options, Sampling)
+    add("--sampling", choices=("model",), help="what the model's generation_config.json says; a flag beside it wins")
+    add_options(parser)
     args = parser.parse_args(argv)
+    if args.prompt == "-":
+        args.prompt = read_stdin()
+        if not args.prompt:
+            parser.error("stdin is empty; expected a prompt")
+    elif args.prompt is None and not (args.chat or args.prompts or sys.stdin.isatty()):
+        args.prompt = read_stdin() or None
     if (args.prompt is not None) + args.chat + (args.prompts is not None) != 1:
         parser.error('expected one of: "a prompt", --chat, --prompts FILE')
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty; expected a text")
     if (args.prompts is None) != (args.out is None):
         parser.error("--prompts FILE and --out FILE go together")
+    if args.limit is not None and args.prompts is None:
+        parser.error("--limit is for --prompts FILE")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit is {args.limit}, expected at least 1")
     if args.out and os.path.realpath(args.out) == os.path.realpath(args.prompts):
         parser.error("--out is the file of --prompts and would be overwritten")
     if args.compare and (args.adapter or args.chat or args.merge):

@@ -1,7 +1,10 @@
 """What every command line shares: a parser whose errors are the user's, flags from a dataclass, lines on stderr."""
 
 import argparse
+import difflib
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import field, fields
 
 from tqdm import tqdm
@@ -9,12 +12,98 @@ from tqdm import tqdm
 from psysafe.printable import one_line, plain
 from psysafe.program import UserError
 
+# What other programs call it, too far from ours for a spelling match: the first of ours that the command has.
+OTHER_NAMES = {
+    "learning-rate": ["lr"],
+    "num-train-epochs": ["epochs"],
+    "per-device-train-batch-size": ["batch-size"],
+    "r": ["lora-rank"],
+    "rank": ["lora-rank"],
+    "alpha": ["lora-alpha"],
+    "target-modules": ["lora-targets"],
+    "max-seq-length": ["max-tokens"],
+    "max-length": ["max-tokens", "max-new-tokens"],
+    "max-tokens": ["max-new-tokens"],
+    "output-dir": ["out"],
+    "output": ["out"],
+    "resume-from-checkpoint": ["resume"],
+    "save-steps": ["save-every"],
+    "dataset": ["data", "prompts"],
+    "train-file": ["data"],
+    "validation-file": ["val-data"],
+    "model-name-or-path": ["model"],
+    "report-to": ["report"],
+    "optim": ["optimizer"],
+    "temp": ["temperature"],
+    "n-predict": ["max-new-tokens"],
+    "system-prompt": ["system"],
+    "lora": ["adapter"],
+    "peft": ["adapter"],
+    "enable-thinking": ["thinking"],
+}
+
+# What other programs ask for and this one always does, or decides itself.
+NOTHING_TO_SET = {
+    "packing": "rows are always packed, and never see each other",
+    "gradient-checkpointing": "what does not fit in memory is recomputed",
+    "gradient-accumulation-steps": "--batch-size counts whole documents; --micro-batch-tokens cuts them",
+    "bf16": "--dtype says it, and is bfloat16 on a GPU",
+    "fp16": "--dtype says it, and is bfloat16 on a GPU",
+    "attn-implementation": "the project's own kernels run wherever they can",
+    "trust-remote-code": "no code of a model is ever run",
+    "lr-scheduler-type": "the rate always warms up, then falls to zero as a cosine",
+}
+
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
+    """Raises UserError where argparse would print its usage and exit; a flag may have underscores for hyphens."""
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        settings, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                suggestion = hint(word[2:].split("=")[0], self._flags(settings), "--")
+                raise UserError(f"unknown flag {shown(word)}{suggestion or '; see --help'}")
+        if unknown:
+            expected = "settings are given as --key value, a text of several words in quotes"
+            raise UserError(f"unexpected argument {shown(unknown[0])}; {expected} (see --help)")
+        return settings
+
+    def _flags(self, settings: argparse.Namespace) -> list[str]:
+        """The names of all flags, also those of the command that was given."""
+        names = []
+        for action in self._actions:
+            names += [option[2:] for option in action.option_strings if option.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                command = getattr(settings, action.dest, None)
+                names += action.choices[command]._flags(settings) if command in action.choices else []
+        return names
+
+
+def hint(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """What to add to an error about an unknown flag or key: the one that was meant, or why there is none; "" where
+    nothing comes near. Names have hyphens or underscores, the suggestion has what `known` has."""
+    by_name = {key.replace("_", "-"): key for key in known}
+    name = name.replace("_", "-")[:100]
+    if name in NOTHING_TO_SET and name not in by_name:
+        return f"; there is nothing to set: {NOTHING_TO_SET[name]}"
+    likely = [other for other in OTHER_NAMES.get(name, ()) if other in by_name]
+    likely = likely or difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
+    return f"; did you mean {dashes}{by_name[likely[0]]}?" if likely else ""
+
+
+def shown(value: object) -> str:
+    """A value for an error message: on one line, of 80 characters at most."""
+    text = repr(value) if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= 80 else text[:60] + "..." + text[-15:]
 
 
 def setting(default, sentence: str):

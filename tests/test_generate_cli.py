@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
+from psysafe.generation.engine import Engine
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
@@ -114,6 +116,110 @@ def test_a_chat_that_outgrows_the_context_goes_on(run):
     result = run("--chat", "--context", "60", *SHORT, stdin=f"{'long ' * 20}\nhi\n")
     assert result.code == 0
     assert re.search(r"room for 60; .* or begin anew with /new", result.err)
+
+
+def test_a_chat_ends_by_exit(run):
+    for word in ("/exit", "/quit"):
+        result = run("--chat", *SHORT, stdin=f"{word}\nnot read\n")
+        assert result.code == 0 and result.out.count("\n> ") == 1 and "/exit" in result.out
+
+
+def test_a_prompt_may_come_from_a_pipe(run):
+    expected = run("hello", *SHORT).out
+    assert run("-", *SHORT, stdin="hello\n").out == expected
+    assert run(*SHORT, stdin="hello\n").out == expected
+    assert run("hello", *SHORT, stdin="something else").out == expected  # a prompt that is given wins
+    assert run("-", *SHORT, "--sampling", "model", "--temperature", "0", stdin="hello\n").out == expected
+    assert_one_line(run("-", stdin="x" * 1_000_001), "stdin: more than 1,000,000 characters")
+
+
+def test_flags_may_have_underscores(run):
+    expected = run("hello", *SHORT).out
+    assert run("hello", "--max_new_tokens", "6").out == run("hello", "--max_new_tokens=6").out == expected
+
+
+def test_only_the_first_rows_are_answered(run, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, "--out", out, *SHORT)
+    assert run(*call, "--limit", "2").code == 0
+    assert [a["row"] for a in read(out)] == [1, 2]
+    assert run(*call, "--limit", "3").code == 0
+    assert [a["row"] for a in read(out)] == [1, 2, 3]
+
+
+def test_the_models_own_sampling(run, base, tmp_path):
+    """--sampling model takes what generation_config.json says; a flag beside it wins."""
+    folder = tmp_path / "own"
+    shutil.copytree(base, folder)
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+    def used(*argv, **changes):
+        (folder / "generation_config.json").write_text(json.dumps(settings | changes))
+        rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        result = run("--model", folder, "--prompts", rows, "--out", out, *SHORT, *argv)
+        assert result.code == 0, result.err
+        return read(out)[0]["settings"], result.err
+
+    greedy, err = used()
+    assert (greedy["temperature"], greedy["top_k"], greedy["top_p"]) == (0, 0, 1) and "--sampling model" in err
+    own, err = used("--sampling", "model")
+    assert (own["temperature"], own["top_k"], own["top_p"]) == (0.6, 20, 0.95) and "--sampling model" not in err
+    assert used("--sampling", "model", "--top-k", "5")[0]["top_k"] == 5
+    assert used("--sampling", "model", do_sample=False)[0]["temperature"] == 0
+    assert "--sampling model" not in used("--no-thinking")[1]
+    for value, message in (("hot", "temperature is 'hot', expected a number"), (-1, "temperature is -1.0")):
+        (folder / "generation_config.json").write_text(json.dumps(settings | {"temperature": value}))
+        assert_one_line(run("hi", "--model", folder, "--sampling", "model"), message)
+    (folder / "generation_config.json").unlink()
+    assert_one_line(run("hi", "--model", folder, "--sampling", "model"), "no generation_config.json in it")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("thinking", [("--no-thinking",), ("--max-think-tokens", "3")])
+def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thinking):
+    """lag 1: as on a GPU, where a step more is under way when the host sees the text. Each answer is the one without
+    stop texts, cut at the first of them; the slot then takes the next prompt. Streamed text ends there, too."""
+    init, engines = Engine.__init__, []
+
+    def lagging(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.lag = lag
+        engines.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", lagging)
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS[4:9]), tmp_path / "out.jsonl"
+    call = ("--prompts", rows, *thinking, "--max-new-tokens", "40", "--batch-size", "2", "--temperature", "1")
+    assert run(*call, "--out", out).code == 0
+    whole = [answer["response"] for answer in read(out)]
+    heads = [text.partition(THINK_END) if thinking[0] != "--no-thinking" else ("", "", text) for text in whole]
+    stops = [re.search("[!-~]{2}", answer[5:])[0] for _, _, answer in heads[:3]]  # the model is random: bytes, mostly
+    flags = [word for stop in stops for word in ("--stop", stop)]
+    assert run(*call, "--out", tmp_path / "stopped", *flags).code == 0
+    expected = [head + end + re.split("|".join(map(re.escape, stops)), answer)[0] for head, end, answer in heads]
+    stopped = read(tmp_path / "stopped")
+    assert [answer["response"] for answer in stopped] == expected
+    assert [answer["finish_reason"] for answer in stopped[:3]] == ["stop"] * 3
+    assert all(answer["new_tokens"] < 40 for answer in stopped[:3]) and stopped[0]["settings"]["stop"] == stops
+    single = ("--max-new-tokens", "40", "--temperature", "1", *thinking)
+    assert run(ROWS[4]["prompt"], *single, *flags).out == expected[0] + "\n"
+    assert not engines[-1].live.any()  # a slot that went on would outgrow the keys that a step may read
+
+
+def test_what_may_become_a_stop_text_is_held_back():
+    tokenizer, out = Tokenizer(byte_tokenizer()), io.StringIO()
+    with TextStream(tokenizer, False, out, ["END", "Nö"]) as stream:
+        for token in tokenizer.encode("an EN"):
+            stream(1, token)
+        assert out.getvalue() == "an "
+        for token in tokenizer.encode("Emy ENDs here END"):
+            stream(1, token)
+    assert out.getvalue() == "an ENEmy \n"
+    out = io.StringIO()
+    with TextStream(tokenizer, False, out, ["END"]) as stream:
+        for token in tokenizer.encode("an EN"):
+            stream(1, token)
+    assert out.getvalue() == "an EN\n"
 
 
 def test_the_notice():
@@ -343,7 +449,14 @@ def assert_one_line(result, message):
         (("a", "--compare", "base,b", "--merge"), "--compare names the adapters itself"),
         (("a", "--temperature", "-1"), "temperature is -1.0, expected a number from 0 on"),
         (("a", "--top-k", "many"), "argument --top-k: invalid int value: 'many'"),
-        (("a", "--temp", "1"), "unrecognized arguments: --temp"),
+        (("a", "--temp", "1"), "unknown flag '--temp'; did you mean --temperature?"),
+        (("a", "--max_tokens=5"), "unknown flag '--max-tokens=5'; did you mean --max-new-tokens?"),
+        (("a", "--xyzzy"), "unknown flag '--xyzzy'; see --help"),
+        (("a", "b"), "unexpected argument 'b'; settings are given as --key value, a text of several words in quotes"),
+        (("a", "--limit", "2"), "--limit is for --prompts FILE"),
+        (("--prompts", "rows", "--out", "o", "--limit", "0"), "--limit is 0, expected at least 1"),
+        (("-",), "stdin is empty; expected a prompt"),
+        (("a", "--stop", ""), "stop is empty; expected a text that ends the answer"),
         (("a", "--context", "10"), "prompt 1: 22 tokens, but prompt and answer together have room for 10"),
         (("--prompts", "rows"), "--prompts FILE and --out FILE go together"),
         (("--prompts", "nowhere", "--out", "o"), "nowhere: cannot be read"),

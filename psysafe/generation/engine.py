@@ -38,8 +38,11 @@ class Options:
     batch_size: int = setting(0, "Sequences decoded together; 0 for what fits in memory, up to 64 (CPU: 8).")
     context: int = setting(0, "Tokens of prompt and answer together, at most; 0 for what is needed.")
     prefill_tokens: int = setting(4096, "Most prompt tokens in one forward pass; longer prompts are read in pieces.")
+    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it; its reasoning may hold them
 
     def __post_init__(self):
+        if not all(self.stop):
+            raise UserError("stop is empty; expected a text that ends the answer")
         for name in ("max_new_tokens", "max_think_tokens", "batch_size", "context", "prefill_tokens"):
             minimum = 1 if name in ("max_new_tokens", "prefill_tokens") else 0
             if getattr(self, name) < minimum:
@@ -48,7 +51,8 @@ class Options:
     def fingerprint_fields(self) -> dict:
         """What answers depend on, flat: how many are computed together is not part of it."""
         options = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "prefill_tokens")}
-        return options | options.pop("sampling")
+        stop = list(options.pop("stop"))
+        return options | options.pop("sampling") | ({"stop": stop} if stop else {})
 
 
 class Request(NamedTuple):
@@ -120,8 +124,16 @@ class Engine:
             self.graph = captured(lambda: self._step(max_tokens))
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Progress]:
-        """Yields every request as it ends. Prompts must be shorter than the cache's max_tokens."""
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_token: OnToken | None = None,
+        is_complete: Callable[[Progress], bool] | None = None,
+    ) -> Iterator[Progress]:
+        """Yields every request as it ends. Prompts must be shorter than the cache's max_tokens.
+
+        is_complete: asked after every token whether the sequence ends here, for what only the host can see.
+        """
         assert all(0 < len(request.ids) < self.cache.max_tokens for request in requests)
         self.live.zero_()  # an earlier run may have been left in the middle
         queue = deque(requests)
@@ -144,6 +156,9 @@ class Engine:
                     if progress is None or progress.finish:  # a step launched before its end was known
                         continue
                     progress.ids.append(token)
+                    if not finish and is_complete is not None and is_complete(progress):
+                        finish = STOP
+                        self.live[progress.slot] = False
                     progress.finish = finish
                     if on_token is not None:
                         on_token(progress.request.row, token)

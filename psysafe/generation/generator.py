@@ -70,7 +70,7 @@ class Generator:
         """As `answers`, for prompts that are token ids already. Raises UserError for one that no slot can hold."""
         if requests:
             self._prepare(requests)
-            for progress in self.engine.run(requests, on_token):
+            for progress in self.engine.run(requests, on_token, self._holds_stop if self.options.stop else None):
                 yield self._answer(progress)
 
     def _prepare(self, requests: Sequence[Request]) -> None:
@@ -101,12 +101,27 @@ class Generator:
             total_mb = slots * slot_mb
             self.say(f"memory for {slots} x {limit:,} tokens: {slot_mb:,.1f} MB each, {total_mb:,.1f} MB in all")
 
+    def _holds_stop(self, progress: Progress) -> bool:
+        """Whether the answer, without its reasoning, ends in a token that completes a stop text."""
+        ids = progress.ids
+        if self.options.thinking:
+            if self.tokenizer.think_end_id not in ids:
+                return False
+            ids = ids[ids.index(self.tokenizer.think_end_id) + 1 :]
+        # A token has one byte or more: a stop text that its last token completes began at most so many tokens ago.
+        window = max(len(stop.encode()) for stop in self.options.stop)
+        tail = self.tokenizer.decode(ids[-window:])
+        return any(stop in tail for stop in self.options.stop)
+
     def _answer(self, progress: Progress) -> Answer:
-        text = self.tokenizer.decode(progress.ids[:-1] if progress.finish == STOP else progress.ids)
+        is_ended = progress.finish == STOP and progress.ids[-1] in self.tokenizer.eos_ids
+        text = self.tokenizer.decode(progress.ids[:-1] if is_ended else progress.ids)
         reasoning, end, answer = text.partition(THINK_END) if self.options.thinking else ("", "", text)
+        for stop in self.options.stop:
+            answer = answer.partition(stop)[0]
         return Answer(
             row=progress.request.row,
-            response=text,
+            response=reasoning + end + answer,
             reasoning=reasoning.strip(),
             answer=answer.rpartition(THINK_END)[2].strip(),
             finish_reason=REASONS[progress.finish],

@@ -10,12 +10,14 @@ Letters: n rows, V vocabulary, k candidates.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from psysafe.cli import setting
+from psysafe.files import read_json
 from psysafe.program import UserError
 
 MASK = 0xFFFFFFFF
@@ -50,6 +52,21 @@ class Sampling:
     def penalises(self) -> bool:
         """Whether it matters which tokens a row has seen."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0
+
+
+def recommended(folder: Path) -> dict:
+    """The settings of `Sampling` in a model's generation_config.json. UserError without that file."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no generation_config.json in it; give --temperature and the rest as flags")
+    config, settings = read_json(path), {}
+    for item in fields(Sampling):
+        value = config.get(item.name)
+        if value is not None:
+            if type(value) not in (int, item.type):
+                raise UserError(f"{path}: {item.name} is {value!r:.60}, expected a number")
+            settings[item.name] = item.type(value)
+    return settings if config.get("do_sample") else settings | {"temperature": 0.0}
 
 
 def choose(

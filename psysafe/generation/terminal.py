@@ -1,10 +1,10 @@
 """A conversation at a terminal: a notice first, then text as it is generated, with the reasoning dimmed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from psysafe.data.tokenizer import Message, Tokenizer
+from psysafe.data.tokenizer import THINK_END, Message, Tokenizer
 from psysafe.files import clusters
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.printable import plain
@@ -16,7 +16,8 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
     """Writes the answer to stdout while it is generated, and returns it."""
     if generator.tokenizer.has_typed_tokens(messages[-1:]):
         print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
-    with TextStream(generator.tokenizer, generator.options.thinking, sys.stdout) as stream:
+    options = generator.options
+    with TextStream(generator.tokenizer, options.thinking, sys.stdout, options.stop) as stream:
         (answer,) = generator.answers([messages], [row], stream)
     if answer.finish_reason == "length":
         print(f"(cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
@@ -25,10 +26,12 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
 
 def chat(generator: Generator, system: str | None) -> None:
     """Answers what is typed until stdin ends; the model sees the whole conversation since /new."""
-    print(f"{notice()}\n\n/new begins anew, Ctrl-D ends.")
+    print(f"{notice()}\n\n/new begins anew, /exit or Ctrl-D ends.")
     start = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(start), 0  # the turn names the random numbers of its answer
     for text in _typed():
+        if text in ("/exit", "/quit"):
+            return
         if text == "/new":
             messages = list(start)
             continue
@@ -58,26 +61,26 @@ def notice() -> str:
 
 class TextStream:
     """Writes tokens as text, in whole characters only. On a terminal the reasoning is dimmed; elsewhere the text is
-    what the model wrote, `</think>` included."""
+    what the model wrote, `</think>` included. An answer is written up to the first of the `stop` texts."""
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO):
-        self.tokenizer, self.out, self.pending = tokenizer, out, []
-        self.terminal, self.begun = out.isatty(), False
-        self.dimmed = thinking and self.terminal
+    def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO, stop: Sequence[str] = ()):
+        self.tokenizer, self.out, self.stop, self.pending = tokenizer, out, stop, []
+        self.terminal, self.begun, self.thinking = out.isatty(), False, thinking
+        self.held, self.stopped = "", False  # what may be the beginning of a stop text, and whether one was there
 
     def __enter__(self) -> "TextStream":
         return self
 
     def __call__(self, row: int, token: int) -> None:
         if not self.begun:
-            self.out.write(DIM if self.dimmed else "")
+            self.out.write(DIM if self.thinking and self.terminal else "")
             self.begun = True
         if token in self.tokenizer.eos_ids:
             return
-        if token == self.tokenizer.think_end_id and self.dimmed:
+        if token == self.tokenizer.think_end_id and self.thinking:
             self._flush()
-            self.out.write(PLAIN)
-            self.dimmed = False
+            self.out.write(PLAIN if self.terminal else THINK_END)
+            self.thinking = False
             return
         self.pending.append(token)
         # A character may be cut between tokens; its first bytes alone decode to U+FFFD. After 16 tokens it is written
@@ -88,14 +91,29 @@ class TextStream:
     def __exit__(self, *error) -> None:
         if self.begun:
             self._flush()
-            self.out.write((PLAIN if self.dimmed else "") + "\n")
+            self._write(self.held)
+            self.out.write((PLAIN if self.thinking and self.terminal else "") + "\n")
             self.out.flush()
 
     def _flush(self) -> None:
         text = self.tokenizer.decode(self.pending)
+        self._write(text if self.thinking else self._before_stop(self.held + text))
+        self.pending.clear()
+
+    def _write(self, text: str) -> None:
         self.out.write(plain(text) if self.terminal else text)  # a model may write any text
         self.out.flush()
-        self.pending.clear()
+
+    def _before_stop(self, text: str) -> str:
+        """What of a text can be written: nothing behind a stop text, and no end that may become one (`held`)."""
+        first = min((text.index(stop) for stop in self.stop if stop in text), default=None)
+        beginnings = [stop[:n] for stop in self.stop for n in range(1, len(stop))]
+        n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        if self.stopped or first is not None:
+            text, n_held = "" if self.stopped else text[:first], 0
+            self.stopped = True
+        self.held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
 
 
 def _typed() -> Iterator[str]:

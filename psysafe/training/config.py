@@ -13,7 +13,6 @@ package's own `psysafe/assets/`, so that the bundled start works from any direct
 import argparse
 import ast
 import contextlib
-import difflib
 import inspect
 import itertools
 import json
@@ -26,7 +25,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from psysafe.cli import Parser
+from psysafe.cli import Parser, hint, shown
 from psysafe.data.documents import LongRows
 from psysafe.files import MAX_TEXT, read_text
 from psysafe.program import UserError
@@ -156,33 +155,12 @@ _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
 
-_OTHER_NAMES = {  # what other trainers call it, too far from ours for a spelling match
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "r": "lora_rank",
-    "rank": "lora_rank",
-    "target_modules": "lora_targets",
-    "max_seq_length": "max_tokens",
-    "output_dir": "out",
-    "resume_from_checkpoint": "resume",
-}
-
-
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run, and for each key where its value came from: "default", the file, or the flag.
 
     argv: the command line without the program's name. Raises UserError (OSError for an unreadable file).
     """
-    dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
-    flags, unknown = _parser().parse_known_args(dashed)
-    for word in unknown:
-        key = word.lstrip("-").split("=")[0].replace("-", "_")
-        if word.startswith("--"):
-            likely = nearest(key, [*KEYS, "config"]).replace("_", "-")
-            raise UserError(f"unknown flag {_shown(word)}; did you mean --{likely}?")
-        raise UserError(f"unexpected argument {_shown(word)}; settings are given as --key value (see --help)")
-
+    flags = _parser().parse_args(argv)
     flags = vars(flags)
     file = flags.pop("config")
     values, sources = {}, dict.fromkeys(KEYS, "default")
@@ -199,7 +177,7 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
 
 def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, flags: Mapping[str, object]) -> None:
     """Rows come from the flags or from the file, never from both: own rows are not validated on those of a demo."""
-    data, val_data, fraction = flags.get("data"), flags.get("val_data"), "val_fraction" in flags
+    val_data, fraction, data = flags.get("val_data"), "val_fraction" in flags, flags.get("data")
     if val_data and fraction:
         raise UserError("--val-fraction sets rows of --data apart, --val-data names others to validate on; drop one")
     if val_data and not data and values.get("data"):
@@ -208,13 +186,6 @@ def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, 
     if (data or fraction) and not val_data and values.get("val_data"):
         flag = "--val-fraction" if fraction else "--data"
         values["val_data"], sources["val_data"] = [], f"{flag}: the rows of {file} are left out"
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """The known key that a mistyped one most likely meant."""
-    if _OTHER_NAMES.get(key) in known:
-        return _OTHER_NAMES[key]
-    return difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
 
 
 def to_toml(config: TrainConfig, sources: dict[str, str] | None = None) -> str:
@@ -273,13 +244,13 @@ def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_shown(path)[1:-1]}: not a TOML file: {error}") from None
+        raise UserError(f"{shown(path)[1:-1]}: not a TOML file: {error}") from None
     for key, value in table.items():
         line = re.search(rf"""^[ \t]*["'\[]*{re.escape(key)}\b""", text, re.MULTILINE)
         where = f"{path} line {text.count(chr(10), 0, line.start()) + 1}" if line else path
         if key not in KEYS:
             flat = "; keys are flat, without tables" if isinstance(value, dict) else ""
-            raise UserError(f"{where}: unknown key {_shown(key)}; did you mean {nearest(key, [*KEYS])}?{flat}")
+            raise UserError(f"{where}: unknown key {shown(key)}{hint(key, KEYS)}{flat}")
         yield key, value, where
 
 
@@ -301,7 +272,7 @@ def _checked(key: str, value, where: str):
         return value
     expected = " or ".join(choices) or f"{_WORDS[kind]}, {text}".removesuffix(", ")
     example = f", such as {_toml_value(DEFAULTS[key])}" if DEFAULTS[key] not in ("", []) and not choices else ""
-    raise UserError(f"{where}: {key} is {_shown(value)}; expected {expected}{example}")
+    raise UserError(f"{where}: {key} is {shown(value)}; expected {expected}{example}")
 
 
 def _is_text(value) -> bool:
@@ -315,9 +286,3 @@ def _toml_value(value) -> str:
     if isinstance(value, str):  # JSON's escapes are TOML's, which also forbids a bare DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _shown(value) -> str:
-    """A value for an error message: on one line, of 80 characters at most."""
-    text = ascii(value) if not (isinstance(value, str) and value.isprintable()) else repr(value)
-    return text if len(text) <= 80 else text[:60] + "..." + text[-15:]
