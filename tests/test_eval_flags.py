@@ -249,6 +249,18 @@ def test_a_flag_has_an_effect(command, flag, world):
     assert observe(before) != observe(after)
 
 
+LOCAL = "judge --answers ANSWERS --judge-local MODEL --out OUT"
+TRANSLATED_LOCALLY_JUDGED = TRANSLATED.replace(JUDGE, "--judge-local MODEL")
+ALSO = [(LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"), (LOCAL, "--limit 1"),
+        (TRANSLATED_LOCALLY_JUDGED, "--workers 3"), (TRANSLATED_LOCALLY_JUDGED, "--deadline 77")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "words"), ALSO, ids=lambda word: word)
+def test_a_flag_has_its_effect_beside_others_too(line, words, world):
+    observe, _ = world
+    assert observe(line) != observe(f"{line} {words}")
+
+
 @pytest.mark.parametrize("command", LINES)
 def test_without_another_flag_nothing_differs(command, world):
     """Else the test above would find an effect of every flag."""
