@@ -18,7 +18,7 @@ from psysafe.cli import Parser, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
-from psysafe.program import main_guard
+from psysafe.program import UserError, main_guard
 
 EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),
                                  sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
@@ -33,6 +33,10 @@ def main(argv: Sequence[str]) -> int:
         report.run(args)
         return 0
     evaluation = next(evaluation for evaluation in EVALUATIONS if evaluation.name == args.command)
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    for flag, reason in evaluation.without_effect(args).items():
+        if flag in given:
+            raise UserError(f"{flag} has no effect {reason}; leave it out")
     result = evaluation.run(args)
     path = result.save(args.out)
     print(result.as_text())
@@ -41,6 +45,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> Parser:
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
     look = {"allow_abbrev": False, "formatter_class": formatter}
     parser = Parser(prog="eval.py", description=__doc__, **look)
@@ -51,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--out", required=True, metavar="DIR", help="folder of results; a killed run goes on")
     sentence = "Markdown, HTML and JSON over finished evaluations"
     report.arguments(commands.add_parser("report", help=sentence, description=report.__doc__, **look))
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from psysafe.journal import Journal
 from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from psysafe.training.config import resolve
-from tests.mistakes import refused_by
+from tests.mistakes import refused, refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_judge import reply
 
@@ -435,3 +435,55 @@ def test_answers_of_other_programs_are_read_as_they_are(tmp_path):
     assert answered.unfinished_thinking == {"1", "2"}
     file.write_text("".join(json.dumps({"prompt": str(i), "response": "Plain."}) + "\n" for i in range(2)))
     assert not models_under_test.read_answers(str(file))["theirs"].unfinished_thinking
+
+
+def test_rows_with_messages_are_stored_answers_and_prompts(judge_stub, tmp_path):
+    """One user's turn is its text, so that such rows meet rows with a prompt; several turns are one prompt together."""
+    system = {"role": "system", "content": "Be kind."}
+    ask = {"role": "user", "content": [{"type": "text", "text": "I "}, {"type": "text", "text": "drink."}]}
+    answer = {"role": "assistant", "content": "<think>so</think>I hear you."}
+    more = [answer, {"role": "user", "content": "And?"}]
+    rows = [{"messages": [system, ask, answer]}, {"messages": [ask, *more], "answer": "I listen.", "adapter": "base"},
+            {"messages": None, "prompt": "p", "response": "so</think>r"}]  # fmt: skip
+    file = tmp_path / "stored.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    variants = models_under_test.read_answers(str(file))
+    stored, base = variants["stored"], variants["base, None"]
+    assert {prompt: row["answer"] for prompt, row in stored.rows.items()} == {"I drink.": "I hear you.", "p": "r"}
+    whole = "user: I drink.\n\nassistant: <think>so</think>I hear you.\n\nuser: And?"
+    assert {prompt: row["answer"] for prompt, row in base.rows.items()} == {whole: "I listen."}
+
+    wrong = [({"messages": [answer]}, "a user's message"), ({"messages": "x"}, "row 1: messages 'x'"),
+             ({"messages": [ask]}, "no answer"), ({"text": "x"}, "no prompt and no messages"),
+             ({"messages": [{"role": "user", "content": [7]}]}, "a user's message")]  # fmt: skip
+    for broken, named in wrong:
+        file.write_text(json.dumps(broken) + "\n")
+        refused(named, models_under_test.read_answers, str(file))
+
+    asked = [{"messages": [system, ask]}, {"messages": [ask, *more]}, {"prompt": "I drink."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    words = ["--prompts", str(file), "--model", MODEL, "--no-thinking", "--max-new-tokens", "3", "--device", "cpu"]
+    words += ["--judge-url", judge_stub.url, "--judge-model", "stub", "--out", str(tmp_path / "out")]
+    assert run("judge", *words) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    by_number = {row["number"]: row for row in answers}
+    assert [by_number[n]["prompt"] for n in (1, 2, 3)] == ["I drink.", whole, "I drink."]
+    assert len({row["key"] for row in answers}) == 3
+    items = (tmp_path / "out" / "items.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in items] == ["I drink.", whole]
+
+
+def test_a_judges_requests_carry_any_parameter(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "No."}\n')
+    with StubEndpoint() as stub:
+        words = ["judge", "--answers", str(tmp_path / "a.jsonl"), "--judge-url", stub.url, "--judge-model", "stub"]
+        params = ["temperature=0", 'reasoning_effort="low"', 'extra={"thinking": false}', "max_tokens=null"]
+        flags = [word for param in params for word in ("--judge-param", param)]
+        run(*words, *flags, "--out", str(tmp_path / "out"))
+        _, body, _ = stub.seen[0]
+        given = {name: value for name, value in body.items() if name not in ("messages", "model")}
+        assert given == {"temperature": 0, "reasoning_effort": "low", "extra": {"thinking": False}}
+        for wrong, named in (("top_p", "KEY=JSON"), ("effort=low", "KEY=JSON"), ("=1", "no key"), ("x=NaN", "KEY=JSON"),
+                             ("model=1", "set by the program"), ("stream=true", "set by the program")):  # fmt: skip
+            line = refused_by(script.main, [*words, "--judge-param", wrong, "--out", tmp_path], capsys)
+            assert wrong in line and named in line

@@ -36,6 +36,10 @@ class Evaluation(abc.ABC):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the command's flags; --out is there already."""
 
+    def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
+        """Flag -> why it has no effect beside the others. eval.py refuses one that is given nevertheless."""
+        return {}
+
     @abc.abstractmethod
     def run(self, args: argparse.Namespace) -> Result:
         """The finished evaluation. What is computed on the way is saved in args.out. UserError for a user's mistake."""
@@ -136,6 +140,9 @@ class Benchmark(Evaluation):
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
+
+    def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
+        return judge_models.without_effect(args) | models_under_test.without_effect(args)
 
     def run(self, args: argparse.Namespace) -> Result:
         judge = judge_models.from_arguments(args, temperature=0.0)

@@ -4,12 +4,14 @@ A judge is a model behind an endpoint, or one that runs here. Both take conversa
 """
 
 import argparse
-from collections.abc import Hashable, Mapping
+import json
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from psysafe.endpoint import Endpoint, Outcome, Patience, key_from, run_items
+from psysafe.endpoint import OURS, Endpoint, Outcome, Patience, key_from, run_items
 from psysafe.evaluation.models_under_test import ModelUnderTest, answer_all
+from psysafe.files import parse_json
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Answer, Generator
 from psysafe.generation.sampling import Sampling
@@ -27,7 +29,7 @@ class EndpointJudge:
         self.endpoint, self.workers = endpoint, workers
         self.identity = ["endpoint", endpoint.model, endpoint.options]
         self.name = endpoint.model
-        self.settings = {"judge": endpoint.model, "judge url": endpoint.url, **endpoint.options}
+        self.settings = {**endpoint.options, "judge": endpoint.model, "judge url": endpoint.url}
 
     def ask(self, conversations: Mapping[str, list[dict]], out: str | Path) -> Outcome:
         """The reply to each conversation, {"text", "reasoning"}, by key; what `out` holds is not asked again."""
@@ -103,10 +105,41 @@ def add_arguments(parser: argparse.ArgumentParser, rules: str) -> None:
     group.add_argument("--judge-model", metavar="NAME", help="the model to ask for there")
     group.add_argument("--judge-key-env", metavar="NAME", default=KEY_VARIABLE,
                        help=f"environment variable with the endpoint's key ({KEY_VARIABLE})")  # fmt: skip
+    help_text = "a parameter of every request, as in top_p=0.9; null leaves one out; as often as needed"
+    group.add_argument("--judge-param", metavar="KEY=JSON", action="append", default=[], help=help_text)
     group.add_argument("--judge-local", metavar="DIR", help="a model folder or hub id to judge with, here")
     group.add_argument("--judge-tokens", type=int, default=4096, metavar="N", help="most tokens of a reply (4096)")
     group.add_argument("--workers", type=int, default=8, metavar="N", help="requests at once (8)")
     group.add_argument("--deadline", type=float, default=600, metavar="S", help="seconds for an item in all (600)")
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that the judge which was asked for does not read."""
+    reasons = {}
+    if not args.judge_url:
+        flags = ("--judge-model", "--judge-key-env", "--judge-param", "--workers", "--deadline")
+        reasons |= dict.fromkeys(flags, "without --judge-url")
+    if args.judge:
+        reasons["--judge-tokens"] = "with --judge rules"
+    if any(param.partition("=")[0] == "max_tokens" for param in args.judge_param):
+        reasons["--judge-tokens"] = "beside --judge-param max_tokens"
+    return reasons
+
+
+def request_parameters(texts: Sequence[str]) -> dict[str, object]:
+    """KEY=JSON texts as a dict. UserError for what is no JSON, or is set by the program."""
+    parameters = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            parameters[name] = parse_json(value)
+            json.dumps(parameters[name], allow_nan=False)
+        except ValueError as error:
+            remedy = f"expected KEY=JSON, as in temperature=0 or {name or 'KEY'}='\"text\"'"
+            raise UserError(f"--judge-param {text}: {error}; {remedy}") from None
+        if name in OURS or not name:
+            raise UserError(f"--judge-param {text}: {name or 'no key'}; {', '.join(OURS)} are set by the program")
+    return parameters
 
 
 def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None:
@@ -117,10 +150,11 @@ def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None
         return None
     if args.judge_local:
         options = Options(Sampling(temperature=temperature), max_new_tokens=args.judge_tokens)
-        return LocalJudge(ModelUnderTest(args.judge_local, options=options))
+        return LocalJudge(ModelUnderTest(args.judge_local, "", args.device, args.dtype, options))
     if not args.judge_model:
         raise UserError("--judge-url needs --judge-model NAME, the model to ask for there")
     key = key_from(args.judge_key_env)
     patience = Patience(deadline_s=args.deadline)
-    options = {"temperature": temperature, "max_tokens": args.judge_tokens}
+    options = {"temperature": temperature, "max_tokens": args.judge_tokens} | request_parameters(args.judge_param)
+    options = {name: value for name, value in options.items() if value is not None}
     return EndpointJudge(Endpoint(args.judge_url, args.judge_model, key, patience, **options), args.workers)

@@ -12,7 +12,7 @@ import torch
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.cli import progress, say
-from psysafe.data.prompts import system_text
+from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
@@ -42,10 +42,20 @@ class Variant(NamedTuple):
 
 
 class Question(NamedTuple):
-    """number: seeds the sampling of its answer, so it must not depend on what else is asked."""
+    """number: seeds the sampling of its answer, so it must not depend on what else is asked. messages: the conversation
+    to answer; None for the prompt alone."""
 
     number: int
     prompt: str
+    messages: tuple[dict, ...] | None = None
+
+    @property
+    def identity(self) -> list:
+        """What its answer depends on."""
+        return [self.number, self.prompt, *([list(self.messages)] if self.messages else [])]
+
+    def turns(self) -> list[dict]:
+        return list(self.messages or [{"role": "user", "content": self.prompt}])
 
 
 @dataclass(frozen=True)
@@ -97,23 +107,22 @@ class ModelUnderTest:
         keys = {}
         for variant in variants:
             parts = "answered", identity, *variant_identity(variant)
-            keys[variant] = {q: key_of(*parts, q.number, q.prompt) for q in questions}
+            keys[variant] = {q.number: key_of(*parts, *q.identity) for q in questions}
         with Journal(out) as journal:
-            missing = {v: [q for q in questions if keys[v][q] not in journal.rows] for v in variants}
+            missing = {v: [q for q in questions if keys[v][q.number] not in journal.rows] for v in variants}
             if any(missing.values()):
                 model, tokenizer = self.load()
                 for variant in filter(missing.get, variants):
                     self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
             journal.sync()
-            return {v: {q.number: journal.rows[keys[v][q]] for q in questions} for v in variants}
+            return {v: {q.number: journal.rows[keys[v][q.number]] for q in questions} for v in variants}
 
     def _answer(self, model, tokenizer, variant: Variant, questions: list[Question], keys: dict, journal: Journal):
         """Lets one variant answer the questions; each answer goes into the journal under the question's key."""
         if variant.adapter != BASE:
             load_adapter(model, expand(variant.adapter))
         system = system_text(variant.system)
-        head = [] if system is None else [{"role": "system", "content": system}]
-        conversations = [[*head, {"role": "user", "content": q.prompt}] for q in questions]
+        conversations = [with_system(q.turns(), system) for q in questions]
         by_number = {q.number: q for q in questions}
         n_typed = sum(map(tokenizer.has_typed_tokens, conversations))
         if n_typed:
@@ -124,7 +133,7 @@ class ModelUnderTest:
             row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
             for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
                 row[name] = getattr(answer, name)
-            journal.append(keys[question], row)
+            journal.append(keys[question.number], row)
         detach(model)
 
 
@@ -179,9 +188,9 @@ class VariantAnswers:
         return {prompt for prompt, row in self.rows.items() if row["unfinished_thinking"]}
 
 
-def read_answers(spec: str) -> dict[str, VariantAnswers]:
+def read_answers(spec: str, limit: int = 0) -> dict[str, VariantAnswers]:
     """`FILE` or `NAME=FILE`, rows with a prompt (or messages) and an answer, as of `generate.py --out` -> answers by
-    variant.
+    variant. limit: of rows; 0 for all.
 
     A file with several adapters becomes several variants. The think block of an answer is cut off. The thinking is
     unfinished where the block never closed, where the row is marked `stucked` (the key of the published answer files),
@@ -191,7 +200,7 @@ def read_answers(spec: str) -> dict[str, VariantAnswers]:
     name, equals, path = spec.partition("=")
     path = path if equals else spec
     texts: dict[str, list[tuple[dict, str, str]]] = {}  # variant -> (fields, prompt, the text that the model wrote)
-    for number, fields in enumerate(read_table(path, []), 1):
+    for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
         settings, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
         if not isinstance(settings, dict) or not isinstance(cluster, str):
             values = f"settings {settings!r:.40} and risk cluster {cluster!r:.40}"
@@ -235,15 +244,19 @@ def _prompt_and_text(fields: dict, where: str) -> tuple[str, str]:
 
 
 def conversation(fields: dict, where: str) -> list[dict]:
-    """A row's `messages`, each with a role and a text; UserError for any other."""
+    """A row's `messages`, each with a role and a text, which may come in parts; UserError for any other."""
     messages = fields["messages"]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not well_formed or not any(message["role"] == "user" for message in messages):
-        raise UserError(f"{where}: messages {messages!r:.60}; expected a user's message, each with role and content")
-    return messages
+    try:
+        turns = [message | {"content": _content(message["content"])} for message in messages]
+        if any(turn["role"] == "user" for turn in turns):
+            return turns
+    except (TypeError, KeyError):
+        pass
+    raise UserError(f"{where}: messages {messages!r:.60}; expected a user's message, each with role and content")
+
+
+def _content(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "".join([part["text"] for part in content])
 
 
 def prompt_of(messages: Sequence[dict]) -> str:
@@ -276,7 +289,22 @@ def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temp
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto: cuda if there is one)")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="(auto: bfloat16 on cuda, else float32)")  # fmt: skip
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=_count, default=0, metavar="N", help="only the first N rows")
+
+
+FLAGS = ("--model", "--revision", "--adapter", "--system", "--max-new-tokens", "--temperature", "--batch-size",
+         "--seed", "--thinking", "--no-thinking", "--device", "--dtype")  # fmt: skip
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that the model under test does not read."""
+    return {} if args.temperature else {"--seed": "without a --temperature above 0: nothing is drawn at random"}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows; expected 1 or more")
+    return int(text)
 
 
 def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Variant]]:
@@ -294,4 +322,11 @@ def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Varia
         model, revision = args.model or resolve([])[0].model, ""
     else:
         model, revision = base_of_adapter(named[0])
+    if args.revision and (revision or not is_hub_id(model)):
+        why = f"{named[0]} names {revision} of {model}" if revision else f"{model} is no hub id"
+        raise UserError(f"--revision has no effect: {why}; leave it out")
     return ModelUnderTest(model, revision or args.revision, args.device, args.dtype, options), variants
+
+
+def is_hub_id(model: str) -> bool:
+    return not model.startswith(("random:", "assets:")) and not Path(model).expanduser().exists()

@@ -11,15 +11,22 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.rows import read_table
+from psysafe.data.rows import read_prompts
 from psysafe.evaluation import criteria, judge_models, models_under_test, unfinished, word_list_judge
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
 from psysafe.evaluation.judge_models import Judge, ask_all
-from psysafe.evaluation.models_under_test import BASE, Question, VariantAnswers, read_answers
+from psysafe.evaluation.models_under_test import (
+    BASE,
+    Question,
+    VariantAnswers,
+    conversation,
+    prompt_of,
+    read_answers,
+)
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
-from psysafe.files import read_text, write_atomic
+from psysafe.files import MAX_TEXT, read_text, write_atomic
 from psysafe.program import UserError
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
@@ -42,25 +49,37 @@ class FourCriteria(Evaluation):
         models_under_test.add_arguments(parser, max_new_tokens=4096)
         judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
 
+    def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
+        reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
+        if args.judge:
+            reasons["--rubric"] = "with --judge rules"
+        if args.answers:
+            reasons |= dict.fromkeys(models_under_test.FLAGS, "with --answers: they are written already")
+        if args.answers and args.judge_local:  # the judge runs there
+            del reasons["--device"], reasons["--dtype"]
+        return reasons
+
     def run(self, args: argparse.Namespace) -> Result:
         if bool(args.answers) == bool(args.prompts):
             raise UserError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
         judge = judge_models.from_arguments(args, TEMPERATURE)
-        answers, settings = (read_all(args.answers), {}) if args.answers else answer_prompts(args)
+        answers, settings = (read_all(args.answers, args.limit), {}) if args.answers else answer_prompts(args)
         baseline = args.baseline or next(iter(answers))
         if baseline not in answers:
             raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
+        if args.baseline and len(answers) == 1:
+            raise UserError(f"--baseline {baseline} has no effect: it is the only variant; leave it out")
         result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out), args.rules)
         result.settings |= settings
         result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         return result
 
 
-def read_all(specs: Sequence[str]) -> dict[str, VariantAnswers]:
-    """The answers of all --answers files by variant."""
+def read_all(specs: Sequence[str], limit: int = 0) -> dict[str, VariantAnswers]:
+    """The answers of all --answers files by variant; of each file the first `limit` rows, 0 for all."""
     answers: dict[str, VariantAnswers] = {}
     for spec in specs:
-        for name, of_variant in read_answers(spec).items():
+        for name, of_variant in read_answers(spec, limit).items():
             if name in answers:
                 raise UserError(f"--answers {spec}: a variant {name!r} is there already; name it: NAME=FILE")
             answers[name] = of_variant
@@ -70,15 +89,25 @@ def read_all(specs: Sequence[str]) -> dict[str, VariantAnswers]:
 def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
     """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
     model, variants = models_under_test.from_arguments(args)
-    rows = read_table(args.prompts, ["prompt"])[: args.limit or None]
-    questions = [Question(number, row["prompt"]) for number, row in enumerate(rows, 1)]
+    rows = [row.fields for row in read_prompts(args.prompts)[: args.limit or None]]
+    questions = [question_of(row, number, args.prompts) for number, row in enumerate(rows, 1)]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            cluster = rows[number - 1].get("risk cluster", "")
+            cluster = rows[number - 1].get("risk cluster") or ""
             answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
     return answers, model.summary() | {"prompts": str(args.prompts)}
+
+
+def question_of(row: dict, number: int, file: str) -> Question:
+    """What is asked in a row with a prompt, or with a conversation whose last turn is the user's."""
+    if row.get("messages") is None:
+        return Question(number, row["prompt"])
+    messages = conversation(row, f"{file} row {number}")
+    while messages[-1]["role"] != "user":  # an answer that the row brings is not asked
+        messages = messages[:-1]
+    return Question(number, prompt_of(messages), tuple(messages))
 
 
 def align(prompts: Mapping[str, Iterable[str]], leaving: Collection[str]) -> tuple[list[str], dict[str, int]]:
@@ -150,7 +179,7 @@ def score(
     """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items)."""
     if judge is None:
         return score_by_word_lists(answers, prompts), {}, {}
-    instructions = read_text(rubric).strip()
+    instructions = read_text(rubric, MAX_TEXT).strip()
     conversations = {
         (name, prompt): criteria.messages(instructions, prompt, of_variant.rows[prompt]["answer"])
         for name, of_variant in answers.items()

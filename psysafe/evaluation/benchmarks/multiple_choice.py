@@ -135,6 +135,10 @@ class MultipleChoice(Evaluation):
         add_training_argument(parser)
         models_under_test.add_arguments(parser)
 
+    def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
+        thinking = ("--thinking", "--no-thinking")
+        return {} if args.chat else dict.fromkeys(thinking, "without --chat: there is no template to open a block")
+
     def run(self, args: argparse.Namespace) -> Result:
         path, origin = datasets.locate(self.repository, args)
         rows = self.read(path)[: args.limit or None]

@@ -1,0 +1,274 @@
+"""Every flag of every command of eval.py does something, or is refused: none is taken without effect.
+
+What a command does is observed from outside: its result, the models it builds and what it asks them, the requests that
+endpoints get and how they are sent. A flag whose observation is that of the same command without it has no effect.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as script
+from psysafe import endpoint
+from psysafe.endpoint import Outcome
+from psysafe.evaluation import judge_models
+from psysafe.evaluation.benchmarks import log_likelihood
+from psysafe.evaluation.judge_models import LocalJudge
+from psysafe.evaluation.models_under_test import ModelUnderTest
+from psysafe.program import main_guard
+from tests.mistakes import refused_by
+from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_eval_judge import reply
+from tests.test_eval_run import MODEL
+
+FIXTURES = Path(__file__).parent / "fixtures" / "eval"
+COMMANDS = next(a for a in script.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+FLAGS = [
+    (command, flag)
+    for command, parser in COMMANDS.items()
+    for action in parser._actions
+    for flag in action.option_strings
+    if flag.startswith("--") and flag != "--help"
+]
+
+JUDGE = "--judge-url URL --judge-model j"
+BY_RULES = {
+    "judge": "judge --prompts PROMPTS --model MODEL --out OUT --judge rules",
+    "xstest": "xstest --data DATA --model MODEL --out OUT --judge rules",
+}
+BY_MODEL = {command: line.replace("--judge rules", JUDGE) for command, line in BY_RULES.items()}
+BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUDGE}"
+CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" for command in ("mmlu", "hellaswag")}
+OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
+LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
+TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
+
+Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
+
+
+def of_models(line: str) -> dict[str, Effect]:
+    hub = line.replace("--model MODEL", "--model org/name")
+    flags = ("--model OTHER", "--adapter ADAPTER", "--system v0", "--device cpu", "--dtype float64", "--limit 1",
+             "--train TRAIN", "--out OUT2")  # fmt: skip
+    return {words.split()[0]: words for words in flags} | {"--revision": (hub, f"{hub} --revision abc")}
+
+
+def of_answers(line: str) -> dict[str, Effect]:
+    flags = ("--max-new-tokens 9", "--temperature 0.5", "--batch-size 2", "--no-thinking", "--rules published")
+    sampled, silent = f"{line} --temperature 0.5", f"{line} --no-thinking"
+    pairs = {"--seed": (sampled, f"{sampled} --seed 4"), "--thinking": (silent, f"{silent} --thinking")}
+    return of_models(line) | {words.split()[0]: words for words in flags} | pairs
+
+
+def of_judges(line: str) -> dict[str, Effect]:
+    """line: judged by a model behind an endpoint."""
+    flags = ("--judge-url URL2", "--judge-model k", "--judge-key-env OTHER_KEY", "--judge-param top_p=0.5",
+             "--judge-tokens 99", "--workers 3", "--deadline 77")  # fmt: skip
+    pairs = {words.split()[0]: (line, f"{line} {words}") for words in flags}
+    return pairs | {"--judge-local": (line, line.replace(JUDGE, "--judge-local MODEL"))}
+
+
+def of_data(line: str) -> dict[str, Effect]:
+    fetched = line.replace("--data DATA", "")
+    return {"--data": (fetched, line), "--data-revision": (fetched, f"{fetched} --data-revision abc")}
+
+
+EFFECTS: dict[str, dict[str, Effect]] = {
+    "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"]) | {
+        "--judge": (BY_MODEL["judge"], BY_RULES["judge"]),
+        "--prompts": "--prompts OTHERPROMPTS",
+        "--answers": ("judge --answers ANSWERS --judge rules --out OUT",
+                      "judge --answers ANSWERS --answers two=ANSWERS --judge rules --out OUT"),
+        "--limit": ("judge --answers ANSWERS --judge rules --out OUT",
+                    "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
+        "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
+        "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
+    },
+    "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
+        "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
+    },
+    "sorry-bench": of_answers(BY_MODEL["sorry-bench"]) | of_judges(BY_MODEL["sorry-bench"])
+    | of_data(BY_MODEL["sorry-bench"]) | {
+        "--mutations": "--mutations base,question",
+        "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
+        "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
+        "--translator-key-env": (TRANSLATED, f"{TRANSLATED} --translator-key-env OTHER_KEY"),
+    },
+    "agreement": {"--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2"},
+    "report": {"--out": "--out OUT2"},
+    **{command: of_models(line) | of_data(line) | {
+        "--chat": "--chat",
+        "--thinking": (f"{line} --chat --no-thinking", f"{line} --chat --no-thinking --thinking"),
+        "--no-thinking": (f"{line} --chat", f"{line} --chat --no-thinking"),
+        "--max-tokens": "--max-tokens 30",
+        "--batch-tokens": "--batch-tokens 64",
+    } for command, line in CHOICE.items()},
+}  # fmt: skip
+NEVER = {("sorry-bench", "--judge")}  # there is no rule; refused below
+
+REFUSED = [
+    *((f"judge --answers ANSWERS {JUDGE}", words) for words in (
+        "--adapter ADAPTER", "--system v0", "--model OTHER", "--revision abc", "--max-new-tokens 9",
+        "--temperature 0.5", "--batch-size 2", "--seed 4", "--no-thinking", "--thinking", "--device cpu",
+        "--dtype float64")),
+    *(("judge --prompts PROMPTS --judge rules", words) for words in (
+        "--rubric RUBRIC", "--judge-tokens 9", "--judge-model k", "--judge-key-env K", "--judge-param a=1",
+        "--workers 3", "--deadline 5", "--seed 3", "--baseline ONE")),
+    ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
+    (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
+    ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
+    ("xstest --data DATA --judge rules --adapter ADAPTER", "--revision abc"),
+    ("xstest --data DATA --judge rules", "--data-revision abc"),
+    ("sorry-bench --data DATA", "--judge rules"),
+    *((f"sorry-bench --data DATA {JUDGE}", words) for words in (
+        "--translator-url URL", "--translator-model t", "--translator-key-env K")),
+    (f"sorry-bench --data DATA --mutations base,translate-fr {JUDGE}", "--translator-model t"),
+    *((f"{command} --data DATA", words) for command in ("mmlu", "hellaswag") for words in (
+        "--thinking", "--no-thinking", "--revision abc", "--data-revision abc")),
+    ("judge --prompts PROMPTS --judge rules", "--limit 0"),
+    ("judge --prompts PROMPTS --judge rules", "--limit -1"),
+]  # fmt: skip
+
+
+@functools.cache
+def tiny_model():
+    return ModelUnderTest(MODEL, device="cpu").load()
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """observe(command line) -> everything that can be seen of it from outside."""
+    seen: list = []
+    files = {"OUT": tmp_path / "out", "OUT2": tmp_path / "out2", "MODEL": MODEL}
+    files |= {"OTHER": f"random:{FIXTURES}/./model/config.json"}
+
+    def rows(name: str, rows: list[dict]) -> None:
+        files[name] = tmp_path / f"{name.lower()}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    prompts = [{"prompt": f"I drink {i}", "risk cluster": "substance"} for i in range(3)]
+    rows("PROMPTS", prompts)
+    rows("OTHERPROMPTS", [row | {"prompt": f"{row['prompt']}!"} for row in prompts])
+    rows("ANSWERS", [row | {"answer": "I can't help with that."} for row in prompts])
+    rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
+    files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
+    files["RUBRIC"].write_text("Judge.")
+    files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
+    files["PEOPLE2"] = tmp_path / "people2.csv"
+    files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")
+    files["ADAPTER"] = tmp_path / "adapter"
+    files["ADAPTER"].mkdir()
+    (files["ADAPTER"] / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    )
+    for name in ("JUDGED", "JUDGED2"):
+        files[name] = tmp_path / name.lower()
+    loaded = tiny_model()
+
+    def answers(self, variants, questions, out):
+        seen.append(["answers", repr(self), list(variants), list(questions)])
+        row = {"response": "so</think>I can't help.", "answer": "I can't help.", "unfinished_thinking": False}
+        return {v: {q.number: {"prompt": q.prompt, **row} for q in questions} for v in variants}
+
+    def load(self):
+        seen.append(["load", repr(self)])
+        return loaded
+
+    def ask(self, conversations, out):
+        seen.append(["local judge", repr(self.model), list(conversations.values())])
+        return Outcome({key: {"text": reply(("Yes", "4", "No", "2"))} for key in conversations}, {})
+
+    def remembers(name, function):
+        def call(*args, **kwargs):
+            seen.append([name, *map(repr, args[1:]), repr(kwargs)])
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setenv("OTHER_KEY", "sk-another-key-of-a-test")
+    for name in ("answers", "load"):
+        monkeypatch.setattr(ModelUnderTest, name, locals()[name])
+    monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {"model": self.model})
+    monkeypatch.setattr(ModelUnderTest, "weights_summary", lambda self: {"model": self.model})
+    monkeypatch.setattr(ModelUnderTest, "identity", property(lambda self: [self.model, self.dtype, self.revision, 0]))
+    monkeypatch.setattr("psysafe.evaluation.benchmarks.multiple_choice.load_adapter", lambda *args: None)
+    monkeypatch.setattr(LocalJudge, "ask", ask)
+    monkeypatch.setattr(endpoint.Endpoint, "__init__", remembers("endpoint", endpoint.Endpoint.__init__))
+    monkeypatch.setattr(judge_models, "run_items", lambda items, call, out, workers, name: seen.append(
+        ["items", workers]) or endpoint.run_items(items, call, out, workers, name))  # fmt: skip
+    monkeypatch.setattr(log_likelihood, "batches", remembers("batches", log_likelihood.batches))
+    reply_by(monkeypatch, lambda asked: reply(("Yes", "4", "No", "2")) if "<response>" in asked else "0")
+
+    def fetch(repository, file, revision="", repo_type="model"):
+        seen.append(["fetched", repository, file, revision])
+        local = {"Paul/XSTest": "xstest.csv", "cais/mmlu": "mmlu.jsonl", "Rowan/hellaswag": "hellaswag.jsonl"}
+        return FIXTURES / "sorry" / file if repository.startswith("sorry") else FIXTURES / local[repository]
+
+    monkeypatch.setattr("psysafe.evaluation.datasets.fetch_file", fetch)
+    monkeypatch.setattr("psysafe.evaluation.datasets._commit", lambda path, file: "commit")
+
+    with StubEndpoint() as stub:
+        files |= {"URL": stub.url, "URL2": stub.url.replace("/v1", "/v2")}
+
+        def words(line: str) -> list[str]:
+            command = line.split()[0]
+            fixture = {"xstest": "xstest.csv", "sorry-bench": "sorry"}.get(command, f"{command}.jsonl")
+            here = files | {"DATA": FIXTURES / fixture, "ONE": "base, none", "TWO": "base, v0"}
+            parts = [word.rpartition("=") for word in line.split()]
+            return [f"{name}{equals}{here.get(value, value)}" for name, equals, value in parts]
+
+        def observe(line: str) -> str:
+            seen.clear()
+            code = main_guard(script.main, words(line))
+            results = {}
+            for path in sorted([*tmp_path.glob("out*/re*.json")]):
+                content = json.loads(path.read_text())
+                content.pop("finished", None)
+                content["notes"] = [note for note in content.get("notes", []) if "tokens/s" not in note]
+                results[path.parent.name + path.name] = content
+                path.unlink()
+            for path in tmp_path.glob("out*/*.jsonl"):
+                path.unlink()
+            assert code == 0, line
+            return json.dumps([sorted(map(str, seen)), results])
+
+        for name, text in (("JUDGED", "prompts"), ("JUDGED2", "answers")):
+            out = f"--{text} {text.upper()} --judge rules --out {name}"
+            assert main_guard(script.main, words(f"judge {out}")) == 0
+        yield observe, words
+
+
+@pytest.mark.parametrize(("command", "flag"), sorted(set(FLAGS) - NEVER), ids=lambda word: word)
+def test_a_flag_has_an_effect(command, flag, world):
+    observe, _ = world
+    effect = EFFECTS[command][flag]
+    before, after = (LINES[command], f"{LINES[command]} {effect}") if isinstance(effect, str) else effect
+    assert observe(before) != observe(after)
+
+
+LOCAL = "judge --answers ANSWERS --judge-local MODEL --out OUT"
+TRANSLATED_LOCALLY_JUDGED = TRANSLATED.replace(JUDGE, "--judge-local MODEL")
+ALSO = [(LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"), (LOCAL, "--limit 1"),
+        (TRANSLATED_LOCALLY_JUDGED, "--workers 3"), (TRANSLATED_LOCALLY_JUDGED, "--deadline 77")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "words"), ALSO, ids=lambda word: word)
+def test_a_flag_has_its_effect_beside_others_too(line, words, world):
+    observe, _ = world
+    assert observe(line) != observe(f"{line} {words}")
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_without_another_flag_nothing_differs(command, world):
+    """Else the test above would find an effect of every flag."""
+    observe, _ = world
+    assert observe(LINES[command]) == observe(LINES[command])
+
+
+@pytest.mark.parametrize(("line", "flag"), REFUSED, ids=lambda word: word)
+def test_a_flag_without_effect_is_refused(line, flag, world, capsys):
+    _, words = world
+    assert flag.split()[0] in refused_by(script.main, words(f"{line} {flag} --out OUT"), capsys)
