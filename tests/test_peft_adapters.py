@@ -30,7 +30,7 @@ KINDS = {
     "exclude_modules, an expression": dict(target_modules=["up_proj", "out_proj"], exclude_modules=r".*\.0\..*"),
     "layers_to_transform": dict(target_modules=ALL, layers_to_transform=[0, 3], layers_pattern="layers"),
     "layers_to_transform, one": dict(target_modules=["gate_proj"], layers_to_transform=0),
-    "whole paths": dict(target_modules=["3.self_attn.v_proj", "layers.1.mlp.gate_proj", "1.mlp.up_proj"]),
+    "ends of paths": dict(target_modules=["3.self_attn.v_proj", "layers.1.mlp.gate_proj", "3.mlp.up_proj"]),
     "rank_pattern": dict(target_modules=ALL, rank_pattern={"up_proj": 5, r"layers\.3\.self_attn\.q_proj": 1}),
     "alpha_pattern": dict(target_modules=ALL, alpha_pattern={"up_proj": 40, "3.mlp.down_proj": 1}),
     "both patterns, rslora": dict(
@@ -61,7 +61,7 @@ def their_logits(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_as_peft_computes_it(kind, tmp_path):
+def test_an_adapter_as_peft_computes_it(kind, tmp_path, capsys):
     """Loaded, saved again, converted, merged: each time PEFT's numbers."""
     reference, model = both_models(tmp_path / "base")
     bare = logits(model)
@@ -72,6 +72,7 @@ def test_an_adapter_as_peft_computes_it(kind, tmp_path):
 
     adapters = load_adapter(model, tmp_path / "theirs")
     assert relative_error(logits(model), expected) <= 1e-5
+    assert ("brought to rank" in capsys.readouterr().err) == ("pattern" in kind and "for all" not in kind)
     names = {name.removesuffix(".lora_A") for name in peft_tensors(peft) if name.endswith("lora_A")}
     assert {segment.name.removesuffix(".lora_A") for segment in adapters.segments[::2]} == names
     assert adapter_shape(tmp_path / "theirs") == (adapters.rank, adapters.alpha, list(adapters.targets))

@@ -139,6 +139,9 @@ def load_adapter(model: Qwen3_5, source: str | Path) -> Adapters:
     rank, alpha, use_rslora, tensors = adapter.uniform()
     if vision := len(adapter.modules) - len(adapter.decoder):
         say(f"{source}: left out: its adapters of {vision} modules of the vision tower, which does not run here")
+    if len({(len(module.A), adapter.scale(name)) for name, module in adapter.decoder.items()}) > 1:
+        # It matters for who trains it further: the step of a B that has taken up a factor is another one.
+        say(f"{source}: its ranks or scales differ: brought to rank {rank} and one scale, with the same products")
     try:
         adapters = attach(model, rank, alpha, adapter.targets, use_rslora=use_rslora)
     except UserError as error:
