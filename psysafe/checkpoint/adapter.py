@@ -100,7 +100,7 @@ def check_in_peft(directory: str | Path, base: str) -> str:
     if base.startswith("random:"):
         return f"PEFT cannot load it by itself: its base, {base}, is no folder or hub id"
     code = (
-        f"import torch, peft; model = peft.AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}); "
+        f"import torch, peft; model = peft.AutoPeftModelForCausalLM.from_pretrained({json.dumps(str(directory))}); "
         "ids = torch.arange(9)[None]; on = model(ids).logits; model.base_model.disable_adapter_layers(); "
         "print((on - model(ids).logits).abs().max().item())"
     )
