@@ -131,7 +131,7 @@ for thinking: --sampling model."""
     add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
-    add("--adapter", metavar="DIR", help="folder in PEFT's format, or base for none (for the bundled model: its run's)")
+    add("--adapter", metavar="DIR", help="folder or hub id (PEFT), or base for none (for the bundled model: its run's)")
     add("--merge", action="store_true", help="add the adapter into the weights instead of computing it beside them")
     add("--compare", metavar="base,DIR", help="answer with each of these adapters")
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")

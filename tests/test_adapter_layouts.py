@@ -1,8 +1,11 @@
 """The adapter of a multimodal base in every program that loads one: PEFT over both Auto classes, AutoPeft and
 transformers' own load_adapter. Each has to give our logits, which differ from the base's."""
 
+import ast
 import json
+import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +13,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import train
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint.__main__ import main
 from psysafe.checkpoint.adapter import base_of_adapter, check_in_peft, load_adapter, save_adapter
 from psysafe.files import ASSETS
 from psysafe.model.lora import attach
+from psysafe.training.config import TrainConfig
 from tests.mistakes import refused, refused_by
 from tests.oracles import multimodal_model, randomise_lora_B
 from tests.test_model import ids, one
@@ -143,6 +148,16 @@ def test_the_printed_check_runs_on_the_bundled_base(tmp_path, capsys):
     randomise_lora_B(adapters, seed=4)
     save_adapter(adapters, tmp_path, "assets:tiny", multimodal=False)
     assert printed_difference(check_in_peft(tmp_path, "assets:tiny"), capsys) > 0.01
+
+
+def test_a_run_ends_with_the_check(tmp_path, capsys):
+    run = SimpleNamespace(runtime=SimpleNamespace(is_main=True), save_error="", best_val=0.5)
+    run.config = TrainConfig(out=str(tmp_path / "it's a run"), model="assets:tiny")
+    assert train.finish(run) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"{check_in_peft(run.config.out, 'assets:tiny')}\n") and "(above 0)" in printed
+    code = shlex.split(printed.splitlines()[-1])[2]
+    assert ast.literal_eval(re.search(r"from_pretrained\((.*?)\);", code)[1]) == run.config.out
 
 
 def printed_difference(text: str, capsys) -> float:

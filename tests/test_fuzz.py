@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 import eval as eval_script
 import generate
 import psysafe.checkpoint.__main__
-import psysafe.checkpoint.adapter
 import psysafe.checkpoint.base
+import psysafe.checkpoint.peft_format
 import psysafe.data.tokenizer
 import psysafe.files
 import psysafe.model.config
@@ -415,7 +415,7 @@ MUTANTS = {
     "brackets without end": ("architecture", psysafe.files, "parse_json", json.loads),
     "sizes of any kind": ("architecture", psysafe.model.config, "_number", lambda source, key, *_: source[key]),
     "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint.base, "is_plain_name", lambda name: True),
-    "an adapter of any rank": ("adapter config", psysafe.checkpoint.adapter, "read_adapter_config", unchecked),
+    "an adapter of any rank": ("adapter config", psysafe.checkpoint.peft_format, "read_adapter_config", unchecked),
     "a state of any kind": ("state's entries", State, "entry", lambda state, name, *_: state.meta[name]),
     "a file outside --out": ("weights, other numbers", train, "enter_run_dir", stray),
     "a program that hangs": ("generation config", psysafe.data.tokenizer, "_read_eos_ids", forever),

@@ -345,7 +345,7 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
     refused_with("use_dora = True", use_dora=True)
     refused_with("bias none", bias="all")
     refused_with("modules_to_save", modules_to_save=["lm_head"])
-    refused_with("rank_pattern", rank_pattern={"q_proj": 4})
+    refused_with("of the config's rank 4", rank_pattern={"q_proj": 4})
     refused_with("layer_replication", layer_replication=[[0, 2], [1, 3]])
     refused_with("init_lora_weights = 'pissa_niter_4'.* changed base", init_lora_weights="pissa_niter_4")
     refused_with("bad: adapts lm_head; expected", {"base_model.model.lm_head.lora_A.weight": torch.ones(1, 1)})

@@ -269,6 +269,8 @@ def test_what_does_not_fit_is_named(published, capsys, tmp_path_factory):
     refused("/proc: a disk is mounted there", merge, base, adapter, "/proc")
     for size in ("lots", "5", "0GB", "-1GB", "1e3GB", "5GBs", "0.0001KB"):
         refused(f"--shard-size {size}: expected a size with its unit", merge, base, adapter, published / "merged", size)
+    refused("--revision main: .* is a folder, which has no", merge, base, adapter, published / "merged", "", "main")
+    refused("random:x.json: random weights lie in no file", merge, "random:x.json", adapter, published / "merged")
     other = tmp_path_factory.mktemp("other")
     both_models(other / "base", "wide heads")
     random_adapter(other / "base", other / "adapter")

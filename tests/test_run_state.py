@@ -288,6 +288,9 @@ def test_a_resumed_run_keeps_its_recipe():
     meta = {"recipe": json.loads(json.dumps(recipe(TrainConfig(data=["a"]))))}
     saved = State(5, {}, meta, pathlib.Path("state/step-00000005"))
     check_resume(saved, TrainConfig(data=["b"], out="x", resume="auto", micro_batch_tokens=64, plot=True))
+    check_resume(saved, TrainConfig(adapter_layout="text"))  # names in a file, not numbers of the run
+    saved.meta["recipe"]["adapter_layout"] = "auto"  # of a run from before there was "both"
+    check_resume(saved, TrainConfig())
     with pytest.raises(ValueError, match=r"differ: epochs \(saved 5, now 6\), lr \(saved 0.0001, now 0.001\); set"):
         check_resume(saved, TrainConfig(lr=1e-3, epochs=6))
 

@@ -21,13 +21,13 @@ def main(argv: Sequence[str]) -> int:
 
     command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
     command.add_argument("--model", default="", metavar="DIR|HUB_ID", help="the base (the one that the adapter names)")
-    command.add_argument("--adapter", required=True, metavar="DIR", help="an adapter of this project's or PEFT's")
+    command.add_argument("--adapter", required=True, metavar="DIR|HUB_ID", help="an adapter of ours or PEFT's")
     command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the merged checkpoint")
     command.add_argument("--revision", default="", help="commit or branch of a hub id")
     command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
 
     command = commands.add_parser("adapter", help="write an adapter under the key names of other classes")
-    command.add_argument("adapter", metavar="RUN", help="an adapter of this project's or PEFT's")
+    command.add_argument("adapter", metavar="RUN", help="folder or hub id of an adapter of ours or PEFT's")
     names = "text: as AutoModelForCausalLM has them; multimodal: as AutoModelForImageTextToText; both: equal doubles"
     command.add_argument("--layout", required=True, choices=LAYOUTS, help=names)
     command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psysafe.checkpoint.adapter import base_of_adapter, check_matrices, read_adapter
+from psysafe.checkpoint.adapter import base_of_adapter
 from psysafe.checkpoint.base import resolve_model
+from psysafe.checkpoint.peft_format import read_adapter
 from psysafe.checkpoint.tensor_files import (
     INDEX,
     NOT_FINITE,
@@ -29,8 +30,7 @@ from psysafe.checkpoint.tensor_files import (
     decoder_name,
     tensor_entries,
 )
-from psysafe.files import TEMPORARY, expand, make_readable, new_folder, remove_leftovers, sync, temporary_for
-from psysafe.model.lora import lora_scale
+from psysafe.files import TEMPORARY, make_readable, new_folder, remove_leftovers, sync, temporary_for
 from psysafe.program import UserError
 
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
@@ -45,14 +45,16 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     """
     out = new_folder(out)
     limit = _bytes(shard_size) if shard_size else 0
+    named = ""
     if not model:
         model, named = base_of_adapter(adapter)
-        revision = revision or named
     if str(model).startswith("random:"):
         raise UserError(f"{model}: random weights lie in no file that could be merged into; give --model a folder")
-    base, _ = resolve_model(model, revision)
+    base, commit = resolve_model(model, revision or named)
+    if revision and not commit:
+        raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions; leave the flag out")
     entries = list(tensor_entries(base))
-    updates = _Updates(expand(str(adapter)), entries, base)
+    updates = _Updates(adapter, entries, base)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out.parent, glob.escape(out.name))
     # Everything is written beside `out` and renamed at the end: a folder of that name is always a whole checkpoint.
@@ -97,27 +99,25 @@ def _write_index(path: Path, plan: dict[str, list[TensorEntry]]) -> None:
 class _Updates:
     """What the adapter adds to which of the base's tensors."""
 
-    def __init__(self, adapter: str, entries: list[TensorEntry], base: Path):
-        config, tensors = read_adapter(adapter)
-        check_matrices(config, tensors, adapter)
-        self.scale = lora_scale(config["r"], config["lora_alpha"], config.get("use_rslora", False))
-        # The adapter's names and the base's differ by prefixes; both are compared by the decoder's own names.
-        names = {decoder_name(entry.key): entry for entry in entries}
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, adapter: str | Path, entries: list[TensorEntry], base: Path):
+        peft = read_adapter(adapter)
+        # The adapter's names and the base's differ by prefixes; both are compared without. The vision tower's weights
+        # are merged, too, where the adapter has any.
+        names = {decoder_name(entry.key) or entry.key.removeprefix("model."): entry for entry in entries}
+        self.pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
         faults = []
-        for name in sorted({name.rpartition(".")[0] for name in tensors}):
-            A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+        for name, (A, B, _) in sorted(peft.modules.items()):
             entry = names.get(f"{name}.weight")
-            if A is None or B is None:
-                faults.append(f"{name} has only one of lora_A and lora_B")
+            if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]:
+                faults.append(f"{name} is no pair of matrices")
             elif entry is None:
                 faults.append(f"the base has no {name}.weight")
             elif entry.dtype not in READABLE:  # 8 bits alone are no number: their scales are another tensor
                 faults.append(f"{entry.key} is {entry.dtype}; merge into the base before it was quantised")
-            elif (B.shape[0], A.shape[1]) != entry.shape or A.shape[0] != B.shape[1]:
+            elif (B.shape[0], A.shape[1]) != entry.shape:
                 faults.append(f"{name} would add {(B.shape[0], A.shape[1])} to {entry.shape}")
             else:
-                self.pairs[entry.key] = A, B
+                self.pairs[entry.key] = A, B, peft.scale(name)
         # All faults in one error: an adapter of another model has hundreds, and one alone would mislead.
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -129,9 +129,9 @@ class _Updates:
             W = file.get_tensor(entry.key)
         if entry.key not in self.pairs:
             return W
-        A, B = self.pairs[entry.key]
+        A, B, scale = self.pairs[entry.key]
         # Summed in fp32 and rounded once: B A in bf16 would add a rounding of its own.
-        return torch.addmm(W.float(), B.float(), A.float(), alpha=self.scale).to(W.dtype)
+        return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
 
 
 def _plan(entries: list[TensorEntry], limit: int) -> dict[str, list[TensorEntry]]:

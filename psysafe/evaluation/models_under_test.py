@@ -11,8 +11,14 @@ import torch
 
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
+<<<<<<< HEAD
 from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text, with_system
+=======
+from psysafe.checkpoint.peft_format import adapter_folder
+from psysafe.cli import progress
+from psysafe.data.prompts import system_text
+>>>>>>> w/adapter
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
@@ -163,7 +169,7 @@ def variant_identity(variant: Variant) -> tuple[str, str | None]:
     """What answers depend on in a variant: (the adapter's weights, the text of the system prompt)."""
     if variant.adapter == BASE:
         return BASE, system_text(variant.system)
-    folder = Path(expand(variant.adapter))
+    folder = adapter_folder(variant.adapter)
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"{variant.adapter}: no adapter_config.json in it; expected a run directory, or base")
     return fingerprint(folder), system_text(variant.system)

@@ -94,6 +94,11 @@ class Adapters:
         """Trained parameters."""
         return sum(segment.stop - segment.start for segment in self.segments)
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the adapted projections; which layers have them is left out."""
+        return tuple(dict.fromkeys(target.rpartition(".")[2] for target in self.targets))
+
     def tensors(self, flat: Tensor | None = None) -> dict[str, Tensor]:
         """PEFT's tensors by name, views of the flat parameters (or of another buffer of that layout)."""
         flat = self.param if flat is None else flat
@@ -104,7 +109,7 @@ def attach(
     model: Qwen3_5,
     rank: int,
     alpha: float,
-    targets: str | Sequence[str] = TARGETS,
+    targets: str | Sequence[str] = TARGETS,  # names, or paths that end in one: "layers.3.self_attn.q_proj"
     seed: int = 0,
     use_rslora: bool = False,
 ) -> Adapters:
@@ -176,13 +181,19 @@ def merge_adapters(model: Qwen3_5) -> None:
 
 
 def resolve_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """A list of projection names, or "all-linear" -> the names. Raises UserError for unknown ones."""
+    """A list of projection names, or of paths that end in one, or "all-linear" -> the names. Raises UserError for
+    unknown names; whether the model has a path is seen by `attach`."""
     names = (targets,) if isinstance(targets, str) else targets
     names = tuple(name for entry in names for name in (ALL_LINEAR if entry == "all-linear" else (entry,)))
-    unknown = sorted(set(names) - set(ALL_LINEAR))
+    unknown = sorted(name for name in set(names) if name.rpartition(".")[2] not in ALL_LINEAR)
     if unknown or not names:
         raise UserError(f"lora_targets: {unknown or 'empty'}; expected all-linear or names of {ALL_LINEAR}")
     return names
+
+
+def is_target(module: str, targets: Sequence[str]) -> bool:
+    """Whether a projection ("layers.3.self_attn.q_proj") is meant by a name or by the end of its path, as in PEFT."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -198,7 +209,15 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLinear]]:
 
 
 def _targeted_layers(model: Qwen3_5, targets: tuple[str, ...], rank: int) -> list[tuple[str, FusedLinear]]:
-    layers = [(path, layer) for path, layer in fused_layers(model) if set(layer.parts) & set(targets)]
+    modules = {f"{path}.{part}" for path, layer in fused_layers(model) for part in layer.parts}
+    for target in targets:
+        if "." in target and not any(is_target(module, [target]) for module in modules):
+            raise UserError(f"lora_targets: the model has no projection {target:.100}")
+    layers = [
+        (path, layer)
+        for path, layer in fused_layers(model)
+        if any(is_target(f"{path}.{part}", targets) for part in layer.parts)
+    ]
     if not layers:
         raise UserError(f"lora_targets {list(targets)}: the model has none of these projections")
     # A larger rank than the matrix has adds parameters and nothing that they could express.
@@ -230,7 +249,7 @@ def _segments(path: str, layer: FusedLinear, start: int, rank: int, targets: tup
     segments, a, b = [], start, start + _a_size(layer, rank)
     for part, out_features in layer.parts.items():
         a_stop, b_stop = a + rank * in_features, b + out_features * rank
-        if part in targets:
+        if is_target(f"{path}.{part}", targets):
             segments.append(Segment(f"{path}.{part}.lora_A", a, a_stop, (rank, in_features)))
             segments.append(Segment(f"{path}.{part}.lora_B", b, b_stop, (out_features, rank)))
         a, b = a_stop, b_stop

@@ -81,11 +81,11 @@ class TrainConfig:
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Projections that carry an adapter, by name, or all-linear for every one of a block."""
+    """Projections that carry an adapter: names, ends of paths (layers.3.self_attn.q_proj), or all-linear for all."""
     adapter_layout: Literal["both", "text", "multimodal"] = "both"
     """Names of the saved adapter's tensors: those of both classes that load a multimodal base, or of one by force."""
     adapter_init: str = ""
-    """Folder of an adapter to start from instead of a fresh one."""
+    """Folder or hub id of an adapter to start from instead of a fresh one."""
 
     # Optimiser
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"

@@ -198,7 +198,7 @@ def make_plan(
     if config.memory_limit:
         total = min(total, round(config.memory_limit * 1e9))
     fixed, element = fixed_bytes(config, model, adapters, optimizer, runtime.world_size), model.norm.element_size()
-    return Plan(model.config, adapters.targets, adapters.rank, total - RESERVE, fixed, element)
+    return Plan(model.config, adapters.projections, adapters.rank, total - RESERVE, fixed, element)
 
 
 def fixed_bytes(config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, ranks: int) -> int:
