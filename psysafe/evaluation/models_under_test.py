@@ -11,14 +11,9 @@ import torch
 
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
-<<<<<<< HEAD
+from psysafe.checkpoint.peft_format import adapter_folder
 from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text, with_system
-=======
-from psysafe.checkpoint.peft_format import adapter_folder
-from psysafe.cli import progress
-from psysafe.data.prompts import system_text
->>>>>>> w/adapter
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
