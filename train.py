@@ -7,6 +7,7 @@
 The run directory receives config.toml, metrics.jsonl, the adapter in PEFT's format, and state/ for exact resuming.
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import sys
 from collections.abc import Sequence
 from dataclasses import replace

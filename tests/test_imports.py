@@ -19,8 +19,8 @@ LAYERS = [
     ["kernels.documents", "kernels.lora_term"],
     ["kernels.ops"],
     ["kernels"],
-    ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.journal", "psysafe.endpoint", "psysafe.program",
-     "psysafe.runtime", "psysafe.version"],
+    ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal", "psysafe.endpoint",
+     "psysafe.program", "psysafe.runtime", "psysafe.version"],
     ["psysafe.model"],
     ["psysafe.checkpoint", "psysafe.data"],
     ["psysafe"],  # load_model and load_tokenizer: the package's front door

@@ -3,6 +3,7 @@
     python -m psysafe.checkpoint merge --model DIR|HUB_ID --adapter DIR --out DIR
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import argparse
 import sys
 from collections.abc import Sequence
