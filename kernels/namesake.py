@@ -17,7 +17,8 @@ def lookup(name: str, path: list[str]) -> object:
 
     path: the folders of all packages of this name, this one first.
     """
-    folder = next((Path(folder) for folder in path[1:] if Path(folder, "layer.py").is_file()), None)
+    # Another checkout of this repository can be on the path, too.
+    folder = next((Path(folder) for folder in path[1:] if not Path(folder, "namesake.py").exists()), None)
     if folder is not None and (name == "__version__" or not name.startswith("__")):
         module = sys.modules.get(MODULE) or _load(folder)
         if hasattr(module, name):
