@@ -9,6 +9,7 @@ Every evaluation may be killed and started again: it continues, and its tables c
 listed, and the exit code is then 1. Keys are read from the environment only.
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import argparse
 import functools
 import sys

@@ -7,6 +7,7 @@ echo "..." | python generate.py                               # the prompt from 
 python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import argparse
 import contextlib
 import os

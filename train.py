@@ -7,6 +7,7 @@
 The run directory receives config.toml, metrics.jsonl, the adapter in PEFT's format, and state/ for exact resuming.
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,14 +83,13 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     config = with_pinned_data(config)
     state = load_state(config.out, config.resume)
     config, sources = with_adapter_shape(config, sources, state.meta if state else {})
-    if state:
-        check_resume(state, config)
-
     # Every rank reads all rows: then a step's documents are a pure function of (rows, seed, step).
     train_set, val_set = load_data(config, folder)
     rows_digest = digest_rows(train_set, val_set)
     if state:
+        check_resume(state, config)
         check_rows(state, rows_digest)
+    watch.progress(0)
     runtime.agree(**recipe(config), rows=rows_digest, resumes_after_step=state.step if state else 0)
 
     model = load_model(
@@ -105,6 +105,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
         restore_run(run, state)
     if runtime.is_main:
         announce(run, sources, state)
+    watch.progress(0)
     return run
 
 

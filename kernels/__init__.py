@@ -9,6 +9,7 @@ This file is the public list and the only switch. PSYSAFE_KERNELS chooses:
 
 import functools
 import os
+import pkgutil
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.lora_term import LoRATerm, Pending
+from kernels.namesake import lookup
 from kernels.ops._triton import HAS_TRITON
 from kernels.ops.adamw_8bit import adamw_8bit_reference, adamw_8bit_triton
 from kernels.ops.attention_decode import attention_decode_reference, attention_decode_triton
@@ -30,6 +32,14 @@ from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
 from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
 from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
 from kernels.ops.swiglu import swiglu_reference, swiglu_triton
+
+# Hugging Face has a package of this name, which transformers imports: what is not found here is looked up there.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+
+def __getattr__(name: str) -> object:
+    return lookup(name, __path__)
+
 
 CHOICES = ("auto", "triton", "reference")
 

@@ -12,8 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import torch.distributed as dist
-
 from psysafe.printable import one_line
 
 MAX_ERROR = 1500  # characters of an error line: a name in it can be of any length
@@ -95,8 +93,11 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
     """
     if hasattr(sys.stdout, "reconfigure"):  # else a character that this terminal cannot show would end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as psysafe/interrupt.py left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = _guarded(main, sys.argv[1:] if argv is None else argv)
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")  # never imported for this alone
+    if dist and dist.is_available() and dist.is_initialized():
         # Not by returning: where ranks end one after the other, gloo's threads sometimes abort at exit.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -126,6 +126,14 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
 def _meet(backend: str, timeout_s: float) -> dist.Store:
     """Join the other ranks, once a process. Returns the store through which they meet."""
     timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        return _join(backend, timeout)
+    except dist.DistError as error:
+        text = f"the ranks did not meet within {timeout_s:.0f} s; did each of them start?"
+        raise UserError(f"{text} ({str(error).strip().partition(chr(10))[0]})") from None
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     # torchrun's store outlives a restart, and still holds the addresses of the ranks that died: hence a name for each
     # attempt. Every machine counts its own restarts. Where the counts differ, ranks wait for each other in vain

@@ -212,3 +212,8 @@ def test_the_round_trip_rejects_a_writer_that_does_not_escape(tmp_path, monkeypa
     monkeypatch.setattr(config_module, "_toml_value", lambda v: f'"{v}"' if isinstance(v, str) else right(v))
     with pytest.raises(AssertionError):
         assert_round_trip(values, "--model", tmp_path)
+
+
+@pytest.mark.parametrize("seconds", ["0.001", "9", "1e9", "inf"])
+def test_an_absurd_timeout_is_refused(seconds):
+    refused("timeout is .*; expected a number, between 10 seconds and a week", resolve, ["--timeout", seconds])

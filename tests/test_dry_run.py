@@ -134,3 +134,21 @@ def test_an_embedding_in_host_memory_gives_the_same_model(tmp_path):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(p.to("meta"), requires_grad=False))
     assert model.embed(tokens).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (1, 10, "1 steps are not more than --warmup-steps 10: the learning rate never reaches --lr 0.001, at most 0; "),
+        (10, 10, "10 steps are not more than --warmup-steps 10: the learning rate never reaches --lr 0.001, at most 0"),
+        (11, 10, ""),
+        (1, 0, ""),
+    ],
+)
+def test_a_run_that_ends_in_its_warm_up_is_said_to_never_see_its_rate(steps, warmup, expected, capsys, tmp_path):
+    flags = f"--max-steps {steps} --warmup-steps {warmup} --lr 1e-3 --out {tmp_path}/run"
+    text = printed(capsys, "--dry-run", *flags.split())
+    assert expected in text and ("never reaches" in text) == bool(expected)
+    assert ("the run learns nothing" in text) == (steps == 1 and warmup > 0)
+    if steps == warmup:
+        assert "at most 0.0009\n" in text

@@ -16,11 +16,11 @@ OURS = {"kernels", "psysafe", "tests", "tools", "benchmarks", *SCRIPTS}
 # A file may import from its own line and the lines above it. A name stands for the module and all below it; the longest
 # name counts. Files beside psysafe's folders are services: they know no folder.
 LAYERS = [
-    ["kernels.documents", "kernels.lora_term"],
+    ["kernels.documents", "kernels.lora_term", "kernels.namesake"],
     ["kernels.ops"],
     ["kernels"],
-    ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.journal", "psysafe.endpoint", "psysafe.printable",
-     "psysafe.program", "psysafe.runtime", "psysafe.version"],
+    ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal", "psysafe.endpoint",
+     "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.version"],
     ["psysafe.model"],
     ["psysafe.checkpoint", "psysafe.data"],
     ["psysafe"],  # load_model and load_tokenizer: the package's front door

@@ -455,3 +455,26 @@ def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise
     assert train.main(command(workspace, "same", *init, "--lora-rank", "2", "--max-steps", "1", "--dry-run")[2:]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     assert ["lora_rank", "2", "--adapter-init"] in lines and ["lora_alpha", "32.0", "--adapter-init"] in lines
+
+
+def test_an_out_folder_that_is_deleted_while_running_is_said_and_made_anew(workspace, capsys):
+    import train
+
+    original = train.train_step
+
+    def step(run):
+        if run.step == 2:
+            shutil.rmtree(workspace / "deleted")
+        return original(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        assert train.main(command(workspace, "deleted", "--max-steps", "6")[2:]) == 0
+    out = capsys.readouterr().out
+    warning = f"warning: {workspace}/deleted/metrics.jsonl was deleted or moved while the run was going on: a new one"
+    assert out.count(warning) == 1
+    assert [row["step"] for row in metrics(workspace / "deleted") if "loss" in row] == [4, 5, 6]
+    assert (workspace / "deleted" / "adapter_model.safetensors").exists()
+    assert (workspace / "deleted" / ".lock").exists()
+    assert train.main(command(workspace, "deleted", "--max-steps", "6")[2:]) == 0  # nothing left to do
+    assert "has no rows of 3 of the steps 1 to 3" in capsys.readouterr().out

@@ -245,3 +245,27 @@ def test_the_peak_is_known_by_the_exact_name_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 MIG 1g.18gb")
     assert run.peak is None
     assert all(1e14 < peak.flops < 1e16 and 1e11 < peak.bandwidth < 1e13 for peak in PEAKS.values())
+
+
+PROGRAMS = ("train.py", "generate.py", "eval.py", "-m psysafe.data", "-m psysafe.checkpoint", "-m psysafe.corpus")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(program, tmp_path):
+    """A torch that does not come to the end of its import stands in for the real one."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "numpy.py").write_text("import torch\n")
+    process = subprocess.Popen(
+        [sys.executable, *program.split()],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == -signal.SIGINT  # 130 in a shell
+
+
+def test_a_program_of_somebody_else_keeps_its_own_ctrl_c():
+    code = "import signal, psysafe.interrupt; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

@@ -140,3 +140,70 @@ def test_the_line_is_the_watchdogs(workspace, tmp_path):  # noqa: F811
     wrong = "import sys, train\ntrain.Watchdog._explain = lambda *_: None\nsys.exit(train.main_guard(train.main))\n"
     (tmp_path / "wrong.py").write_text(wrong)
     assert kill_a_rank(workspace, "killed-rank-unsaid", tmp_path / "wrong.py")[1] == []
+
+
+START = """
+    import os, signal, sys, time
+    from psysafe.program import main_guard
+    from psysafe.runtime import start
+    from psysafe.training.watchdog import Watchdog
+
+    def main(argv):
+        runtime = start("cpu", timeout_s=60)
+        if runtime.rank == 1:
+            EARLY
+        with Watchdog(runtime, timeout=4) as watch:
+            if runtime.rank == 1:
+                BEFORE
+            watch.progress(0)
+            runtime.agree(lr=0.1)
+            LOAD
+            watch.progress(0)
+            runtime.largest(0)
+        print("done")
+
+    sys.exit(main_guard(main, []))
+"""
+
+
+def starting(early="pass", before="pass", load="pass") -> list[subprocess.Popen]:
+    return two_ranks(START.replace("EARLY", early).replace("BEFORE", before).replace("LOAD", load))
+
+
+STOP, SLEEP = "os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(60)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ({"early": STOP}, "error (rank 0): rank 1 is dead or frozen before the first step: silent for 4 s; all ranks"),
+        ({"before": STOP}, " before the first step: "),  # silent, and without progress, for 4 s: either is said
+        ({"before": SLEEP}, "rank 1 hangs before the first step: no progress for 4 s (--timeout); all ranks end here"),
+        ({"load": f"runtime.rank and {SLEEP}"}, "rank 1 hangs before the first step: no progress for 4 s (--timeout)"),
+    ],
+)
+def test_a_rank_that_is_stuck_in_start_up_ends_by_the_watchdog(trouble, message):
+    """Not by a traceback of torch, a minute later. A frozen process also counts as one that never came."""
+    began = time.monotonic()
+    assert_one_line(starting(**trouble), message, frozen=STOP in trouble.values())
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.slow
+def test_all_may_load_for_longer_than_the_timeout():
+    ranks = starting(load="time.sleep(7)")
+    assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
+
+
+@pytest.mark.slow
+def test_torchrun_killed_is_said_once_and_rank_0_is_not_blamed(workspace):  # noqa: F811
+    flags = command(workspace, "no-torchrun", "--max-steps", "100000")[2:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launch, str(ROOT / "train.py"), *flags], env=ENVIRONMENT, **pipes) as process:
+        next(line for line in process.stdout if " 5/100000 " in line)
+        process.kill()
+        process.stdout.read()
+        errors = [line for line in process.stderr.read().splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "torchrun, through which the ranks met, is gone in step" in errors[0], errors

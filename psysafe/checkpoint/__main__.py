@@ -4,6 +4,7 @@
     python -m psysafe.checkpoint adapter RUN --layout both|text|multimodal --out DIR
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import argparse
 import sys
 from collections.abc import Sequence

@@ -10,6 +10,7 @@
 validate and leakage exit with 1 when they find something, impute when a row is left without reasoning.
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import sys
 from collections.abc import Sequence
 

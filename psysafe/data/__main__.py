@@ -3,6 +3,7 @@
 python -m psysafe.data --show FILE [--row N] [--model DIR] [--max-tokens N] [--system v0|v1|none|FILE]
 """
 
+import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import os
 import sys
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ from psysafe.program import UserError
 from psysafe.runtime import Runtime
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
-from psysafe.training.optim import AdamW
+from psysafe.training.optim import AdamW, cosine_schedule
 from psysafe.training.roofline import SPEEDS, flops_per_token, step_seconds
 from psysafe.training.setup import (
     RowCounts,
@@ -95,6 +95,7 @@ def _rows_summary(config: TrainConfig, rows: RowCounts, validation: str) -> dict
         "validation rows": validation,
         "steps": f"{config.batch_size} documents, about {_step_tokens(config, rows):,.0f} tokens each; "
         f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens",
+        **_warm_up_warning(config, steps),
     }
 
 
@@ -105,6 +106,16 @@ def _validation_summary(config: TrainConfig, val_set: Dataset | None) -> str:
     if config.val_data:
         return val_set.summary()
     return f"{val_set.summary()}; set apart from the training rows (val_fraction {config.val_fraction:g})"
+
+
+def _warm_up_warning(config: TrainConfig, steps: int) -> dict[str, str]:
+    """A word about a run that ends before the learning rate has reached its peak."""
+    if steps > config.warmup_steps:
+        return {}
+    largest = max(cosine_schedule(step, steps, config.warmup_steps, config.lr) for step in range(steps))
+    what = f"{steps:,} steps are not more than --warmup-steps {config.warmup_steps:,}: the learning rate never reaches "
+    what += f"--lr {config.lr:g}, at most {largest:.3g}"
+    return {"warning": what + ("; the run learns nothing" if largest == 0 else "")}
 
 
 def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ Only the main rank prints and writes, so the loop needs no branches. A full disk
 until there is room, and training goes on. So does output that fails; where nobody reads it any more, `signal` says so.
 """
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -215,9 +216,23 @@ class RunLog:
 
     def sync(self) -> None:
         """Log the newest step, and bring all rows to the disk if it takes them."""
+        if self.file is not None:
+            self._open_again_if_gone()
         self.catch_up()
         if self.file is not None:
             self._flush(os.fsync)
+
+    def _open_again_if_gone(self) -> None:
+        """Rows that are written to a deleted file would be lost without a word."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+                return
+        self.say(f"warning: {self.path} was deleted or moved while the run was going on: a new one begins here")
+        with contextlib.suppress(OSError):  # what cannot be made now is tried again at the next save
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab", buffering=0)
+            self.file.close()
+            self.file = file
 
     def __enter__(self) -> "RunLog":
         return self

@@ -270,6 +270,8 @@ def save_run(run: Run, log: RunLog) -> None:
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
     multimodal, run.save_error = run.model.config.multimodal, ""
     try:
+        if not (Path(config.out) / LOCK).exists():  # the directory was deleted, and with it the lock (RunLog says so)
+            run.lock = open_locked(Path(config.out) / LOCK, f"--out {config.out}")
         save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
         save_state(config.out, run.step, tensors, meta)
     except OSError as error:  # StateNotSaved is one

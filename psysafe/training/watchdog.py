@@ -62,14 +62,17 @@ class Watchdog:
         self.max_silence = min(MAX_SILENCE, timeout / 2)
         self.heartbeat = Heartbeat(0, 0, 0, False)
         self.progress_at = time.monotonic()
-        self.others: dict[int, tuple[Heartbeat, float]] = {}  # rank -> its newest heartbeat, and when it was read here
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        # rank -> its newest heartbeat, and when it was read here. Number 0: none has come yet.
+        self.others = {rank: (Heartbeat(0, 0, 0, False), self.progress_at) for rank in range(self.ranks)}
+        del self.others[self.rank]
+        self.local_rank = runtime.local_rank
+        self.lock, self.stop, self.ending = threading.Lock(), threading.Event(), threading.Lock()
         # A connection of its own: on a shared one a call that waits would delay the thread's.
         self.store = runtime.store.clone() if self.ranks > 1 else None
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def progress(self, step: int) -> None:
-        """This rank has made progress, and is in that step (from 1)."""
+        """This rank has made progress, and is in that step (from 1); 0: before it waits for the others in start-up."""
         is_new_step = step != self.heartbeat.step
         with self.lock:
             self.heartbeat = self.heartbeat._replace(progress=self.heartbeat.progress + 1, step=step)
@@ -127,10 +130,13 @@ class Watchdog:
                 if heartbeat.failed and silence > GRACE:
                     self._end(f"rank {rank} {heartbeat.last_message}")
                 # Before its first step a rank may load weights for longer, and its thread then gets no turn.
-                if heartbeat.step and silence > self.max_silence:
+                max_silence = self.max_silence if heartbeat.step else self.timeout
+                if silence > max_silence:
                     where = f"rank {rank} is dead or frozen {heartbeat.place}"
-                    self._end(f"{where}: silent for {self.max_silence:.0f} s; {REMEDY}")
-            if self.heartbeat.step and now - self.progress_at > self.timeout:
+                    self._end(f"{where}: silent for {max_silence:.0f} s; {REMEDY}")
+            # Before the first step only a rank that waits for another one judges: all may load for as long as it takes.
+            waits = any(heartbeat.progress < self.heartbeat.progress for heartbeat, _ in self.others.values())
+            if (self.heartbeat.step or waits) and now - self.progress_at > self.timeout:
                 self._end(self._who_hangs())
 
     def _explain(self, error: RuntimeError) -> None:
@@ -160,33 +166,40 @@ class Watchdog:
         self._try(self.store.set, _key(self.rank), json.dumps(self.heartbeat))
 
     def _read(self) -> None:
-        ranks = [rank for rank in range(self.ranks) if rank != self.rank]
         # Reading a key that nobody has written yet would wait for it.
-        ranks = [rank for rank in ranks if rank in self.others or self._try(self.store.check, [_key(rank)])]
+        came = {rank: heartbeat.number > 0 for rank, (heartbeat, _) in self.others.items()}
+        ranks = [rank for rank in came if came[rank] or self._try(self.store.check, [_key(rank)])]
         values = self._try(self.store.multi_get, [_key(rank) for rank in ranks]) if ranks else []
         for rank, value in zip(ranks, values, strict=True):
             heartbeat = Heartbeat(*json.loads(value))
-            if rank not in self.others or heartbeat.number != self.others[rank][0].number:
+            if heartbeat.number != self.others[rank][0].number:
                 self.others[rank] = heartbeat, time.monotonic()
 
     def _try(self, call: Callable, *args):
         try:
             return call(*args)
         except RuntimeError:
-            self._end(f"{self.heartbeat.place}: the store in which the ranks met is gone, and with it rank 0; {REMEDY}")
+            gone = "torchrun, through which the ranks met, is gone" if _in_torchrun() else "rank 0 is gone"
+            self._end(f"{gone} {self.heartbeat.place}; {REMEDY}")
 
     def _end(self, message: str) -> None:
         """Ends this process, from any thread. The first rank to come here prints for all; "": one already has."""
+        self.ending.acquire()  # for ever: the other thread may come here, too
         try:
             is_first = self.store.add(REPORTED, 1) == 1
-        except RuntimeError:
-            is_first = bool(message)
+        except RuntimeError:  # the store is gone: one rank of a machine speaks, or the first after the one that held it
+            is_first = bool(message) and (self.local_rank == 0 if _in_torchrun() else self.rank == 1)
         if is_first:
             complain(f"error (rank {self.rank}): {message}")
             time.sleep(2 * INTERVAL)  # the store may be in this process: time for the others to read that one printed
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(1)
+
+
+def _in_torchrun() -> bool:
+    """Whether the store lives in torchrun, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _key(rank: int) -> str:
