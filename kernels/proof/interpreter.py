@@ -109,6 +109,7 @@ class _Launch:
     names: dict[int, str] = field(default_factory=dict)  # address -> parameter
     arguments: list[tuple[str, _Storage]] = field(default_factory=list)
     storages: dict[int, _Storage] = field(default_factory=dict)
+    patched: set[str] = field(default_factory=set)  # modules whose view of triton.language is NumPy's
     program: int = 0
     faults: dict[tuple[str, str], str] = field(default_factory=dict)  # the first of each kind and argument
 
@@ -241,34 +242,50 @@ def _no_bf16(self, inputs) -> None:
         raise NotImplementedError("a reduction of bf16 numbers: convert them to fp32 first")
 
 
+_stock_argument = interpreter._implicit_cvt
+
+
+def _argument(arg):
+    """A launch's argument as the kernel sees it; a pointer carries its number."""
+    x = _stock_argument(arg)
+    if hasattr(arg, "data_ptr"):
+        x.handle.data = x.handle.data | interpreter.interpreter_builder.launch.add(arg)
+    return x
+
+
+class _Grid(interpreter.GridExecutor):
+    def __call__(self, *args, **kwargs):
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        tensors = {name: getattr(x, "base", x) for name, x in named.items()}  # the base of a tensor descriptor
+        names = {x.data_ptr(): name for name, x in tensors.items() if hasattr(x, "data_ptr")}
+        launch = interpreter.interpreter_builder.launch = _Launch(self.fn.__name__, names)
+        with np.errstate(all="ignore"):  # overflow and NaN are the kernel's business, as on a GPU
+            super().__call__(*args, **kwargs)
+        assert not launch.faults, "; ".join(launch.faults.values())
+
+
+def _call_helper(self, *args, **kwargs):
+    """A call of one jit function by another one."""
+    # Triton's own patches its language anew at every call, in a fifth of all time; once a launch and module is enough.
+    patched, module = interpreter.interpreter_builder.launch.patched, self.fn.__module__
+    if module not in patched:
+        patched.add(module)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def strict_interpreter(backwards: bool = False) -> Iterator[None]:
     """Kernels launched within run as described above. AssertionError, after the launch, for a wrong access: it names
     the kernel, the program, the argument and the element.
     """
-    builder, stock_argument = _Builder(backwards), interpreter._implicit_cvt
-
-    def to_handle(arg):
-        x = stock_argument(arg)
-        if hasattr(arg, "data_ptr"):
-            x.handle.data = x.handle.data | builder.launch.add(arg)
-        return x
-
-    class Grid(interpreter.GridExecutor):
-        def __call__(self, *args, **kwargs):
-            named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            tensors = {name: getattr(x, "base", x) for name, x in named.items()}  # the base of a tensor descriptor
-            names = {x.data_ptr(): name for name, x in tensors.items() if hasattr(x, "data_ptr")}
-            launch = builder.launch = _Launch(self.fn.__name__, names)
-            with np.errstate(all="ignore"):  # overflow and NaN are the kernel's business, as on a GPU
-                super().__call__(*args, **kwargs)
-            assert not launch.faults, "; ".join(launch.faults.values())
-
+    builder = _Builder(backwards)
     with (
         mock.patch.multiple(
             interpreter, interpreter_builder=builder, interpreter_semantic=TritonSemantic(builder),
-            GridExecutor=Grid, _implicit_cvt=to_handle,
+            GridExecutor=_Grid, _implicit_cvt=_argument,
         ),
+        mock.patch.object(interpreter.InterpretedFunction, "__call__", _call_helper),
         mock.patch.object(interpreter.ReduceScanOpInterface, "check_tensor", _no_bf16),
     ):  # fmt: skip
         yield

@@ -64,7 +64,13 @@ def toy(monkeypatch):
 @needs_triton
 def test_the_check_takes_a_new_operation(toy):
     rows = list(check_op(toy, 2, "cpu"))
-    assert [row.case for row in rows] == ["n 1", "n 300", "mutant: negative numbers pass"]
+    assert [(row.case, row.dtype) for row in rows] == [
+        ("n 1", "bfloat16"),
+        ("n 300", "bfloat16"),
+        ("n 1", "float32"),
+        ("n 300", "float32"),
+        ("mutant: negative numbers pass", "float32"),
+    ]
     assert all(row.ok for row in rows), rows
 
 

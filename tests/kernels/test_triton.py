@@ -15,7 +15,10 @@ from kernels.proof.registry import OPERATIONS
 from tests.kernels.test_attention import naive, naive_decode
 from tests.kernels.trials import TRIALS
 
-pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
+if not kernels.HAS_TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from kernels.proof.interpreter import strict_interpreter
 
 # Where the reference is a faster form itself. For the others it is the definition.
 DEFINITIONS = {
@@ -53,10 +56,11 @@ def test_every_operation_is_tried():
 
 @pytest.mark.parametrize(("op", "size"), tried(lambda op, trial: trial.sizes))
 def test_equals_the_definition(op, size):
-    """Every output and gradient in fp32, memory poisoned; a second run bit for bit."""
+    """Every output and gradient in fp32, memory poisoned; the programs in reverse order give the same bits."""
     case = op.make_case(**size)
     with poisoned_empty():
         actual = outputs_and_gradients(case, op.triton)
+    with poisoned_empty(), strict_interpreter(backwards=True):
         again = outputs_and_gradients(case, op.triton)
     assert_close_fp32(actual, in_fp64(op, case))
     assert all(torch.equal(actual[n], again[n]) for n in actual), "two runs differ"
@@ -73,12 +77,13 @@ def test_mutants_are_rejected(op, mutant):
     assert "nan" not in str(error.value)
 
 
-@pytest.mark.parametrize(("op", "size"), tried(lambda op, trial: [trial.fp16] if trial.fp16 else []))
-def test_rounding_points(op, size):
-    """fp16, which the interpreter rounds correctly: no worse than the reference in fp16 (Triton keeps gradients in
-    fp32 where autograd rounds them, so it may be better).
+@pytest.mark.parametrize(("op", "size"), tried(lambda op, trial: [trial.rounded] if trial.rounded else []))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_points(op, size, dtype):
+    """No worse than the reference in that dtype (Triton keeps gradients in fp32 where autograd rounds them, so it may
+    be better).
     """
-    case = op.make_case(**size, dtype=torch.float16)
+    case = op.make_case(**size, dtype=dtype)
     plain = outputs_and_gradients(case, op.reference)
     with poisoned_empty():
         actual = outputs_and_gradients(case, op.triton)

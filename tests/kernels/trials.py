@@ -6,13 +6,13 @@ from kernels.proof.cases import attention_decode, causal_attention, gated_delta_
 
 
 class Trial(NamedTuple):
-    """sizes: compared with fp64. mutant: rejects every mutant. fp16: shows where a result is rounded. adapter: the size
-    at which the outputs `terms` show the adapter's term alone, at rank 1 and at one that is not fused.
+    """sizes: compared with fp64. mutant: rejects every mutant. rounded: shows where 16 bits are rounded. adapter: the
+    size at which the outputs `terms` show the adapter's term alone, at rank 1 and at one that is not fused.
     """
 
     sizes: list[dict]
     mutant: dict
-    fp16: dict | None = None
+    rounded: dict | None = None
     adapter: dict | None = None
     terms: tuple[str, ...] = ()
 
@@ -37,7 +37,7 @@ TRIALS = {
             {"T": 9, "D": 64, "J": 0, "rank": 0, "pending": False},
         ],
         mutant={"T": 5, "D": 40, "J": 2},
-        fp16={"T": 33, "D": 64, "J": 2},
+        rounded={"T": 33, "D": 64, "J": 2},
         adapter={"T": 9, "D": 64, "J": 1},
         terms=("h_out",),
     ),
@@ -52,14 +52,14 @@ TRIALS = {
             {"T": 4, "H": 2, "G": 2, "K": 256, "P": 32, "strided": True},
         ],
         mutant={"T": 5, "H": 2, "G": 1, "K": 24, "P": 3},
-        fp16={"T": 17, "H": 2, "G": 1, "K": 32, "P": 4},
+        rounded={"T": 17, "H": 2, "G": 1, "K": 32, "P": 4},
         adapter={"T": 9, "H": 2, "G": 1, "K": 32, "P": 4},
         terms=("gate", "v"),
     ),
     "causal_attention": Trial(
         small(causal_attention.CASES),
         mutant=small(causal_attention.CASES)[1],
-        fp16={"lengths": [33, 100], "heads": 2, "kv_heads": 1, "head_dim": 64},
+        rounded={"lengths": [33, 100], "heads": 2, "kv_heads": 1, "head_dim": 64},
     ),
     "attention_decode": Trial(small(attention_decode.CASES), mutant=small(attention_decode.CASES)[0]),
     "sigmoid_gate": Trial(
@@ -72,7 +72,7 @@ TRIALS = {
             {"T": 5, "F": 2100, "J": 4, "strided": True},  # more rows than are fused: the plain projection
         ],
         mutant={"T": 5, "F": 40, "J": 1},
-        fp16={"T": 33, "F": 64, "J": 1},
+        rounded={"T": 33, "F": 64, "J": 1},
     ),
     "causal_conv1d_silu": Trial(
         [
@@ -94,7 +94,7 @@ TRIALS = {
             {"batch": 5, "channels": 7, "taps": 5, "strided": True},
         ],
         mutant={"batch": 2, "channels": 40},
-        fp16={"batch": 3, "channels": 300},
+        rounded={"batch": 3, "channels": 300},
     ),
     # Two documents, two key heads with two value heads each, states: every mutant has something to get wrong.
     "gated_delta_rule": Trial(small(gated_delta_rule.CASES), mutant=gated_delta_rule.CASES[-1]),
@@ -109,7 +109,7 @@ TRIALS = {
             {"T": 5, "H": 3, "V": 32, "J": 4},  # more rows than are fused: the plain projection
         ],
         mutant={"T": 5, "H": 3, "V": 24, "J": 1},
-        fp16={"T": 33, "H": 2, "V": 32, "J": 1},
+        rounded={"T": 33, "H": 2, "V": 32, "J": 1},
     ),
     "swiglu": Trial(
         [

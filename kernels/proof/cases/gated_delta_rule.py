@@ -206,12 +206,50 @@ class _RoundedDot(torch.autograd.Function):
         return g @ y.mT, x.mT @ g, None
 
 
+class _CarriedOn(torch.autograd.Function):
+    """factor * S, the state after a chunk's decay. The factor's gradient <S, dS> reads both as they were stored."""
+
+    @staticmethod
+    def forward(ctx, factor: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(factor, S)
+        ctx.dtype = dtype
+        return factor * S
+
+    @staticmethod
+    def backward(ctx, dS: Tensor):
+        factor, S = ctx.saved_tensors
+        stored, d_stored = (x.to(ctx.dtype).to(x.dtype) for x in (S, dS))
+        return (stored * d_stored).sum((1, 2), keepdim=True), factor * dS, None
+
+
+class _Beta(torch.autograd.Function):
+    """E itself. beta's whole gradient is taken here, as the kernels do: diag(dv R^T) / beta^2, of dv and R as stored.
+
+    R = M E is computed after E: forward gets an empty list that holds it by the time of backward.
+    """
+
+    @staticmethod
+    def forward(ctx, beta: Tensor, E: Tensor, R: list[Tensor], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(beta)
+        ctx.R, ctx.dtype = R, dtype
+        return E.view_as(E)
+
+    @staticmethod
+    def backward(ctx, dE: Tensor):
+        (beta,), (R,) = ctx.saved_tensors, ctx.R
+        dv, stored = (x.to(ctx.dtype).to(x.dtype) for x in (beta * dE, R))
+        # beta may underflow to 0, and then dv is 0 as well. Its square would underflow earlier.
+        beta = beta.clamp(min=1e-30)
+        return (dv * stored).sum(-1, keepdim=True) / beta / beta, dE, None, None
+
+
 def rounded_delta_rule(
     q, k, v, a, b, A_log, dt_bias, documents, initial_state=None, output_final_state=False
 ) -> tuple[Tensor, Tensor | None]:
     """gated_delta_rule by the equations of its Triton path (ops/gated_delta_rule.py), chunk by chunk through autograd.
 
-    Every dot takes operands in the inputs' dtype, as tensor cores do; the inverse, sums, gates and states stay wide.
+    Every dot takes operands in the inputs' dtype, as tensor cores do, and so do the gradients of beta and of a state's
+    decay: S, R and their gradients are stored so. The inverse, sums, gates and the states carried on stay wide.
     """
     dtype, wide, group, K = v.dtype, compute_dtype(v), v.shape[1] // k.shape[1], k.shape[2]
     dot = lambda x, y: _RoundedDot.apply(x, y, dtype)  # noqa: E731
@@ -231,11 +269,14 @@ def rounded_delta_rule(
             eye = torch.eye(c.shape[1], device=c.device, dtype=wide)
             below = torch.ones_like(eye, dtype=torch.bool).tril(-1)
             D = (c - c.mT).masked_fill(~below, float("-inf")).exp() + eye
-            M = torch.linalg.inv(eye + (beta_c * k_scale * k_scale.mT * dot(k_c, k_c.mT) * D).tril(-1))
+            beta_only = beta_c.detach()  # its gradient is _Beta's
+            M = torch.linalg.inv(eye + (beta_only * k_scale * k_scale.mT * dot(k_c, k_c.mT) * D).tril(-1))
             P = q_scale * k_scale.mT * dot(q_c, k_c.mT) * D
-            R = dot(M, beta_c * (v_c - c.exp() * k_scale * dot(k_c, S)))
+            solved = []
+            R = dot(M, _Beta.apply(beta_c, beta_only * (v_c - c.exp() * k_scale * dot(k_c, S)), solved, dtype))
+            solved.append(R.detach())
             outs.append(c.exp() * q_scale * dot(q_c, S) + dot(P, R))
-            S = c[:, -1:].exp() * S + dot(k_c.mT, rest.exp() * k_scale * R)
+            S = _CarriedOn.apply(c[:, -1:].exp(), S, dtype) + dot(k_c.mT, rest.exp() * k_scale * R)
         finals.append(S)
     o = torch.cat(outs, 1).transpose(0, 1).to(dtype)
     return o, torch.stack(finals) if output_final_state else None
