@@ -111,6 +111,27 @@ INITIALISE = """
     [------ -- -- S01] @UP0 SYNCS.EXCH.64 URZ, [UR60+0x100], UR4"""
 WAIT = """
     [------ -- -- S01] SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR60+0x100], R9"""
+# A loop in which two loads alternate; the address of the second wait is in a register alone.
+TWO_LOADS = f"""
+    [------ -- -- S01] MOV R3, 0x8000
+    [------ -- -- S01] @UP0 SYNCS.EXCH.64 URZ, [UR60+0x100], UR4
+    [------ -- -- S01] @UP0 SYNCS.EXCH.64 URZ, [UR60+0x110], UR4
+    [------ -- -- S01] @P2 SYNCS.ARRIVE.TRANS64 RZ, [UR60+0x100], R3
+    [------ -- -- S01] @UP0 UTMALDG.2D [UR12], [UR8]
+    [------ -- -- S01] @P2 SYNCS.ARRIVE.TRANS64 RZ, [UR60+0x110], R3
+    [------ -- -- S01] @UP0 UTMALDG.2D [UR12], [UR8]
+.L_x_0:
+    [------ -- -- S01] SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R7+URZ+0x100], R9
+    [------ -- -- S01] @P2 SYNCS.ARRIVE.TRANS64 RZ, [R7+URZ+0x100], R3
+    [------ -- -- S01] @UP0 UTMALDG.2D [UR12], [UR8]
+    [------ -- -- S01] SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R12+URZ], R9
+    [------ -- -- S01] @P2 SYNCS.ARRIVE.TRANS64 RZ, [R7+URZ+0x110], R3
+    [------ -- -- S01] @UP0 UTMALDG.2D [UR12], [UR8]
+    [------ -- -- S01] NOP
+    [------ -- -- S01] NOP
+    [------ -- -- S01] NOP
+    [------ -- -- S05] @P0 BRA `(.L_x_0)
+    {EXIT}"""
 BYTES = "    [------ -- -- S01] MOV R3, 0x8000"
 LEFT_OVER = BYTES + INITIALISE + 2 * ARM + WAIT + INITIALISE + ARM + WAIT + "\n" + EXIT
 BODY = "\n".join(f"    [------ -- -- S02] FADD R{i}, R2, R3" for i in range(10, 20))
@@ -168,6 +189,8 @@ CASES = {
     # First load: issued at 3, there at 1522.2. The second is still under way when the mbarrier is initialised anew and
     # a third is issued, which follows it: 3 + 50 + 3 x 819.2 + 650.
     "TMA, what an earlier loop left over": (LEFT_OVER, {}, 3 + 50 + 3 * 819.2 + 650 + 1 + 1),
+    # Two loads an iteration through TMA, whose time is that of their bytes. The last wait is for the sixth load.
+    "TMA, an address in a register": (TWO_LOADS, {"trips": [3]}, 4 + 50 + 6 * 819.2 + 650 + 6 + 5 + 1),
     # 1 + 3 x (10 x 2 + 5) + EXIT.
     "a loop": (LOOP, {"trips": [3]}, 77),
     "an if that is entered": (IF, {"trips": [2]}, 2 * (2 + 60 + 5) + 1),
@@ -313,6 +336,7 @@ def test_loops_outer_first_and_no_polling_loop():
         (STALLS, [3], "1 trip counts, but the code has 0 loops"),
         (STALLS.replace("FADD", "FNEW"), [], "unknown opcode; add FNEW"),
         (TMA.replace("UTMALDG.2D [UR12], [UR8]", "NOP"), [], "every warp waits for a load or a barrier"),
+        (TMA.replace("R7+URZ+0x100", "R7+URZ"), [], "which load it waits for"),
         (TMA.replace("MOV R3, 0x8000", "MOV R3, R4"), [], "no constant in R3"),
         (STALLS.replace("FADD R2, R2, R3", "CALL.REL.NOINC 0x10"), [], "calls are not modelled"),
         (LOOP.replace("@P0 BRA", "BRA"), [], "a loop without a condition"),

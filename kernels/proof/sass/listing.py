@@ -119,6 +119,7 @@ class Listing:
             if any(first <= i and target <= last for first, last in self.loops)
         )
 
+<<<<<<< HEAD
     @cached_property
     def _awaited(self) -> set[int]:
         """The arrays of mbarriers that waits name by a constant."""
@@ -138,11 +139,28 @@ class Listing:
         if match := re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands):
             return int(match[1], 16)
         return None if re.search(r"\[R\d+\+URZ\]", instruction.operands) else 0
+=======
+    @staticmethod
+    def offset(instruction: Instruction) -> int:
+        """The constant part of an address such as [UR60+0x30100]; 0 if it has none."""
+        match = re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands)
+        return int(match[1], 16) if match else 0
+>>>>>>> w/sass
+
+    @cached_property
+    def _arrays(self) -> tuple[list[int], set[int]]:
+        """(the first offsets of all arrays of mbarriers, those at which no wait has a constant address)."""
+        initialised = {self.offset(i) for i in self.code if "SYNCS.EXCH" in i.name}
+        waited = {self.offset(i) for i in self.code if "PHASECHK" in i.name} & initialised
+        inside = {i for first, last in self.loops for i in range(first, last)}
+        armed = {self.offset(self.code[i]) for i in inside if "ARRIVE.TRANS64" in self.code[i].name}
+        return sorted(waited | armed), armed - waited
 
     def mbarriers(self, instruction: Instruction) -> int:
-        """Which array of mbarriers (one for each buffer of a pipelined load) a SYNCS uses: its first one's offset.
+        """Which array of mbarriers (one for each buffer of a pipelined load) a SYNCS uses: the first one's offset.
 
         Code before a loop uses the second one of an array by its own offset, code in the loop by the first one's and a
+<<<<<<< HEAD
         register. So an offset belongs to the nearest one below. A wait without one is for the array that no other wait
         names. ValueError where that leaves several.
         """
@@ -154,6 +172,17 @@ class Listing:
             return unnamed[0]
         place = bisect_right(self._arrays, offset or 0)
         return self._arrays[max(0, place - 1)]
+=======
+        register. So an offset belongs to the nearest one below that a loop uses. ptxas may add all of the address to
+        the register: then the array is the one that is armed in a loop and waited for nowhere else.
+        """
+        (arrays, unnamed), offset = self._arrays, self.offset(instruction)
+        if arrays and offset >= arrays[0]:
+            return arrays[bisect_right(arrays, offset) - 1]
+        if len(unnamed) != 1:
+            raise ValueError(f"{instruction}: which load it waits for does not show in its address")
+        return min(unnamed)
+>>>>>>> w/sass
 
     def expected_bytes(self, i: int) -> int:
         """How many bytes the mbarrier that is armed at index i shall receive: the constant in its last operand."""
