@@ -119,33 +119,11 @@ class Listing:
             if any(first <= i and target <= last for first, last in self.loops)
         )
 
-<<<<<<< HEAD
-    @cached_property
-    def _awaited(self) -> set[int]:
-        """The arrays of mbarriers that waits name by a constant."""
-        waits = (i for i in self.code if "PHASECHK" in i.name)
-        return {offset for i in waits if (offset := self.offset(i)) is not None}
-
-    @cached_property
-    def _arrays(self) -> list[int]:
-        """Those, and the arrays that loads inside a loop arm: there their first mbarrier's offset stands."""
-        in_loops = (self.code[i] for first, last in self.loops for i in range(first, last + 1))
-        armed = {self.offset(i) or 0 for i in in_loops if "ARRIVE.TRANS64" in i.name}
-        return sorted(self._awaited | armed)
-
-    @staticmethod
-    def offset(instruction: Instruction) -> int | None:
-        """The constant part of an address such as [UR60+0x30100]; None for [R12+URZ], where R12 holds all of it."""
-        if match := re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands):
-            return int(match[1], 16)
-        return None if re.search(r"\[R\d+\+URZ\]", instruction.operands) else 0
-=======
     @staticmethod
     def offset(instruction: Instruction) -> int:
         """The constant part of an address such as [UR60+0x30100]; 0 if it has none."""
         match = re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands)
         return int(match[1], 16) if match else 0
->>>>>>> w/sass
 
     @cached_property
     def _arrays(self) -> tuple[list[int], set[int]]:
@@ -160,19 +138,6 @@ class Listing:
         """Which array of mbarriers (one for each buffer of a pipelined load) a SYNCS uses: the first one's offset.
 
         Code before a loop uses the second one of an array by its own offset, code in the loop by the first one's and a
-<<<<<<< HEAD
-        register. So an offset belongs to the nearest one below. A wait without one is for the array that no other wait
-        names. ValueError where that leaves several.
-        """
-        offset = self.offset(instruction)
-        if offset is None and "PHASECHK" in instruction.name and self._arrays:
-            unnamed = [array for array in self._arrays if array not in self._awaited]
-            if len(unnamed) != 1:
-                raise ValueError(f"{instruction}: waits for one of {len(unnamed)} mbarriers, no telling which")
-            return unnamed[0]
-        place = bisect_right(self._arrays, offset or 0)
-        return self._arrays[max(0, place - 1)]
-=======
         register. So an offset belongs to the nearest one below that a loop uses. ptxas may add all of the address to
         the register: then the array is the one that is armed in a loop and waited for nowhere else.
         """
@@ -182,7 +147,6 @@ class Listing:
         if len(unnamed) != 1:
             raise ValueError(f"{instruction}: which load it waits for does not show in its address")
         return min(unnamed)
->>>>>>> w/sass
 
     def expected_bytes(self, i: int) -> int:
         """How many bytes the mbarrier that is armed at index i shall receive: the constant in its last operand."""
