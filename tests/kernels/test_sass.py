@@ -368,6 +368,18 @@ def test_long_loops_go_on_at_their_period():
     assert timing([(1000,)]).cycles == 1 + 25 * 1000 + 1
 
 
+def test_a_loop_without_a_period_is_not_continued():
+    """From one trip nothing follows about more."""
+    with pytest.raises(ValueError, match="loop 0 has no period"):
+        timing([(1,)]).program((2,), 1)
+
+
+def test_the_main_loop_takes_most_of_the_time():
+    assert timing([(4,)]).main_loop == 0
+    assert timing([(1,)]).main_loop is None, "one trip has no period"
+    assert Timing(Kernel("straight", listing(STALLS), 4, 1), Launch("", "", False, [()], 1)).main_loop is None
+
+
 def test_equal_programs_run_in_rounds():
     assert timing([(4,)] * 132).cycles == 102
     assert timing([(4,)] * 133).cycles == 204

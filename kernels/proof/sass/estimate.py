@@ -49,6 +49,7 @@ class Kernel:
         return any(first <= a and b <= last for j, (a, b) in enumerate(self.listing.loops) if j != i)
 
     def inner_loop(self, i: int) -> bool:
+        """Whether loop i lies in another one."""
         first, last = self.listing.loops[i]
         return any(a <= first and last <= b for j, (a, b) in enumerate(self.listing.loops) if j != i)
 
@@ -86,8 +87,10 @@ class Timing:
         """Cycles of one of `blocks` programs with these trips that run side by side."""
         run = self.run(blocks)
         cycles = run.cycles
-        for simulated, wanted, period in zip(self.longest, trips, run.periods, strict=True):
+        for i, (simulated, wanted, period) in enumerate(zip(self.longest, trips, run.periods, strict=True)):
             if (extra := wanted - min(simulated, MAX_TRIPS)) != 0:
+                if math.isnan(period):
+                    raise ValueError(f"{self.kernel.name}: loop {i} has no period: one trip at most was simulated")
                 cycles += extra * period
         return cycles
 
@@ -121,8 +124,8 @@ class Timing:
         """The loop that takes most of the longest program's time; None if none takes half, or it contains others."""
         run, total = self.run(self.resident), self.program(self.longest, self.resident)
         shares = [
-            0 if math.isnan(period) else n * period / total
-            for n, period in zip(self.longest, run.periods, strict=True)
+            0 if math.isnan(period) or self.kernel.inner_loop(i) else n * period / total
+            for i, (n, period) in enumerate(zip(self.longest, run.periods, strict=True))
         ]
         best = max(range(len(shares)), key=shares.__getitem__, default=None)
         return None if best is None or shares[best] < 0.5 or self.kernel.loop_of_loops(best) else best
