@@ -154,6 +154,12 @@ _RANGES = [  # (what a value must be, its test, the keys)
 ]
 _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
+_NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
+    ("project", lambda c: c.report != "none", "add --report wandb or --report trackio"),
+    ("revision", lambda c: not _is_local(c.model), "give a hub id as --model"),
+    ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
+]
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
 
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
@@ -173,7 +179,15 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
             value = KEYS[key](value) if KEYS[key] in (int, float) else value
         values[key], sources[key] = _checked(key, value, flag), flag
     _leave_out_the_files_rows(values, sources, file, flags)
-    return TrainConfig(**values), sources
+    config = TrainConfig(**values)
+    for key, has_effect, remedy in _NEEDS:
+        if sources[key].startswith("--") and not has_effect(config):
+            raise UserError(f"{sources[key]} has no effect here: {remedy}, or leave it out")
+    return config, sources
+
+
+def _is_local(model: str) -> bool:
+    return model.startswith(("assets:", "random:")) or Path(model).expanduser().is_dir()
 
 
 def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, flags: Mapping[str, object]) -> None:

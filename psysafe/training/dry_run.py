@@ -94,7 +94,8 @@ def _rows_summary(config: TrainConfig, rows: RowCounts, validation: str) -> dict
         "training rows": rows.summary,
         "validation rows": validation,
         "steps": f"{config.batch_size} documents, about {_step_tokens(config, rows):,.0f} tokens each; "
-        f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens",
+        f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens"
+        + ("; --max-steps counts, not --epochs" if config.max_steps else ""),
         **_warm_up_warning(config, steps),
     }
 

@@ -1,0 +1,91 @@
+"""Every flag of train.py: it changes what a run prints, writes or learns, or it is refused."""
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from psysafe.program import main_guard
+from psysafe.training.config import KEYS
+from tests.mistakes import refused_by
+from tests.test_resume import metrics, workspace  # noqa: F401
+
+# Values other than the base run's. "{folder}" holds a model, its rows, and an adapter of rank 2.
+CHANGED = {
+    "model": "assets:tiny", "data": "{folder}/val.jsonl", "val_data": "{folder}/train.jsonl", "val_fraction": "0.5",
+    "system": "{folder}/system.txt", "max_tokens": "60", "save_every": "1", "batch_size": "3", "epochs": "2",
+    "max_steps": "4", "lora_rank": "2", "lora_alpha": "8", "lora_targets": "q_proj", "adapter_layout": "multimodal",
+    "adapter_init": "{folder}/adapter", "optimizer": "adamw", "min_8bit_size": "100000", "lr": "0.5", "beta1": "0.1",
+    "beta2": "0.1", "eps": "0.1", "weight_decay": "0.9", "warmup_steps": "1", "max_grad_norm": "1e-3", "seed": "1",
+    "dtype": "float64", "plot": "", "dry_run": "",
+}  # fmt: skip
+REFUSED = {  # on one rank of a CPU, or without what they belong to
+    "shard": "", "memory_limit": "60", "device": "cuda", "project": "x", "report": "wandb", "timeout": "1e9",
+    "revision": "none-such",
+}  # fmt: skip
+# Where the run lives, and what by design changes no number: tests of their own show what they do.
+ELSEWHERE = {"out", "resume", "threads", "micro_batch_tokens", "embedding"}
+
+
+def observed(folder: Path, out: Path, **changes: str) -> tuple:
+    """What a short run prints (without the list of settings and times), writes and learns."""
+    flags = {
+        "model": "random:{folder}/config.json", "data": "{folder}/train.jsonl", "val_data": "{folder}/val.jsonl",
+        "batch_size": "2", "max_steps": "3", "max_tokens": "80", "lr": "1e-2", "warmup_steps": "0",
+    }  # fmt: skip
+    flags |= {"out": str(out), **changes}
+    if "epochs" in changes:
+        del flags["max_steps"]
+        flags |= {"batch_size": "11"}
+    if "val_fraction" in changes:
+        del flags["val_data"]
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value) if word]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main_guard(train.main, [word.format(folder=folder) for word in words]) == 0
+    summary = printed.getvalue().split("\n\n")[1].split("\n   ")[0] if "\n\n" in printed.getvalue() else ""
+    if not out.exists():
+        return (summary,)
+    states = sorted(path.name for path in (out / "state").iterdir())
+    adapter = load_file(out / "adapter_model.safetensors")
+    files = sorted(path.name for path in out.iterdir())
+    return summary.replace(str(out), ""), metrics(out), states, files, {k: x.tolist() for k, x in adapter.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(workspace):  # noqa: F811
+    (workspace / "system.txt").write_text("Be kind.")
+    observed(workspace, workspace / "adapter", lora_rank="2")
+    return workspace
+
+
+def test_the_walk_names_every_flag():
+    assert CHANGED.keys() | REFUSED.keys() | ELSEWHERE == KEYS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_flag_changes_something(key, folder, tmp_path):
+    pytest.importorskip("matplotlib") if key == "plot" else None
+    base = {"max_steps": ""} if key == "epochs" else {}
+    first = observed(folder, tmp_path / "run", **({"epochs": "1"} if base else {}))
+    shutil.rmtree(tmp_path / "run")
+    assert observed(folder, tmp_path / "run", **{key: CHANGED[key]}) != first
+    if (tmp_path / "run").exists():
+        shutil.rmtree(tmp_path / "run")
+    assert observed(folder, tmp_path / "run", **({"epochs": "1"} if base else {})) == first
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_flag_that_can_have_no_effect_is_refused(key, tmp_path, capsys):
+    words = [f"--{key.replace('_', '-')}", *([REFUSED[key]] if REFUSED[key] else []), "--out", str(tmp_path / "run")]
+    refused_by(train.main, words, capsys)
+
+
+def test_a_size_for_8_bit_state_without_8_bit_state_is_refused(capsys):
+    line = refused_by(train.main, ["--min-8bit-size", "1", "--optimizer", "adamw"], capsys)
+    assert "--min-8bit-size has no effect here: take --optimizer adamw8bit, or leave it out" in line
