@@ -5,7 +5,7 @@ Beside the arguments of an operation's own make_case a size may hold
     zero_rows  every third row of every input with a row a token is zero
     gradients  how the outputs' gradients lie in memory: "strided" (columns of wider rows, NaN beside them), "expanded"
                (one row for all, as a sum passes it back) or "transposed" (the elements of a row are not adjacent)
-    amplifies  the mathematics multiplies rounding errors: fp32 is held to the reference's own error in fp32, not to 1e-5
+    amplifies  the mathematics multiplies rounding errors: fp32 is held to the reference in fp32, not to 1e-5
 """
 
 import dataclasses
@@ -175,12 +175,13 @@ ODD = {
             {"lengths": (129,), "key_heads": 1, "value_heads": 1, **_STATES, "shift": -20.0, "state": True},
             {"lengths": (33,), "key_heads": 1, "value_heads": 8, "V": 32, "zero_rows": True},
         ],
-        [{"lengths": (T,), "key_heads": 1, "value_heads": 1, "K": 64, "V": 64, "state": True} for T in LENGTHS]
+        # Of one or two tokens several documents: the largest error of a handful of numbers is luck.
+        [{"lengths": (T,) * (1 if T > 2 else 6), "key_heads": 1, "value_heads": 1, "K": 64, "V": 64, "state": True}
+         for T in LENGTHS]
         + [{"lengths": (33,), "key_heads": 1, "value_heads": g, "K": 32, "V": 32} for g in (3, 6)]
         + [{"lengths": TINY_DOCUMENTS[:25], "key_heads": 1, "value_heads": 1, "state": True}]
         + [{"lengths": (130, 3), "key_heads": 1, "value_heads": 2, **_STATES, "shift": s, "state": True}
            for s in (-20.0, 800.0)]
-        + [{"lengths": (66,), "key_heads": 1, "value_heads": 1, "scaled": {"ab": 200.0}}]
         + [{"lengths": (1100,), "key_heads": 1, "value_heads": 1, "K": 32, "V": 32, "state": True}],
     ),
     "gated_delta_rule_step": Odd(
