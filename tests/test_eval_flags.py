@@ -207,8 +207,8 @@ def world(tmp_path, monkeypatch):
         local = {"Paul/XSTest": "xstest.csv", "cais/mmlu": "mmlu.jsonl", "Rowan/hellaswag": "hellaswag.jsonl"}
         return FIXTURES / "sorry" / file if repository.startswith("sorry") else FIXTURES / local[repository]
 
-    monkeypatch.setattr("psysafe.evaluation.datasets.fetch_file", fetch)
-    monkeypatch.setattr("psysafe.evaluation.datasets._commit", lambda path, file: "commit")
+    monkeypatch.setattr("psysafe.hub.fetch_file", fetch)
+    monkeypatch.setattr("psysafe.evaluation.datasets.commit_of", lambda path, file: "commit")
 
     with StubEndpoint() as stub:
         files |= {"URL": stub.url, "URL2": stub.url.replace("/v1", "/v2")}

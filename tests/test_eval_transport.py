@@ -92,7 +92,7 @@ def test_a_url_that_cannot_be_meant(url):
 def test_offline_mode_is_the_hubs_and_leaves_other_endpoints_alone(stub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert chat(stub, "ok:fine").text == "fine"
-    refused("HF_HUB_OFFLINE", Endpoint, "https://router.huggingface.co/v1", "stub")
+    refused("HF_HUB_OFFLINE", Endpoint, "https://huggingface.co/v1", "stub")
 
 
 @pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504, 520, 524, 529])

@@ -14,7 +14,7 @@ from psysafe.program import UserError, main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_run import run
 
-EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31mred\r\u202edlrow\x00 <img src=x onerror=a()> [click](http://x.test) **bold** |"
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31mred\r\u202edlrow\x00 <img src=x onerror=a()> [click](http://localhost) **bold** |"
 STEERING = [*map(chr, [*range(9), *range(11, 32), *range(127, 160)]), *"\u202a\u202e\u2066\u2069\u2028"]
 
 
@@ -34,7 +34,7 @@ MARKDOWN = [
     ("max_new_tokens", "max_new_tokens"),
     ("_x_ and __y__", r"\_x\_ and \_\_y\_\_"),
     ("**b** *i* ~~s~~", r"\*\*b\*\* \*i\* \~\~s\~\~"),
-    ("[a](http://x.test)", r"\[a\](http://x.test)"),
+    ("[a](http://localhost)", r"\[a\](http://localhost)"),
     ("![i](x)", r"!\[i\](x)"),
     ("a|b", r"a\|b"),
     ("`c` $m$", r"\`c\` \$m\$"),
