@@ -269,3 +269,27 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(program, tmp_path):
 def test_a_program_of_somebody_else_keeps_its_own_ctrl_c():
     code = "import signal, psysafe.interrupt; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     subprocess.run([sys.executable, "-c", code], cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+@pytest.mark.parametrize("own", ["", "max_split_size_mb:128"])
+def test_segments_that_can_grow_are_asked_for_before_cuda_starts(own, monkeypatch):
+    """A setting of the user's own stays as it is."""
+    seen = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+    else:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "removed again when the test ends")
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+
+    def set_device(device):
+        seen.append(os.environ.get("PYTORCH_ALLOC_CONF"))
+        raise UserError("no GPU here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(UserError, match="no GPU here"):
+        runtime.start("cuda")
+    assert seen == [None if own else "expandable_segments:True"]
