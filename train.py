@@ -15,15 +15,14 @@ import torch
 import torch.distributed as dist
 
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.data.documents import pack_share, step_documents
+from psysafe.data.documents import pack_share
 from psysafe.files import write_atomic
 from psysafe.program import StopRequest, UserError, main_guard
-from psysafe.runtime import DeviceTime, Runtime, start, versions
+from psysafe.runtime import Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve, to_toml
 from psysafe.training.dry_run import dry_run, run_summary
 from psysafe.training.loss import batch_loss, count_targets
-from psysafe.training.optim import cosine_schedule
-from psysafe.training.run_log import RunLog, StepResult, check_packages, plot_loss, print_run
+from psysafe.training.run_log import RunLog, check_packages, plot_loss, print_run
 from psysafe.training.run_state import (
     State,
     check_resume,
@@ -46,6 +45,7 @@ from psysafe.training.setup import (
     make_plan,
     with_adapter_shape,
 )
+from psysafe.training.step import train_step
 from psysafe.training.watchdog import Watchdog
 
 
@@ -156,43 +156,6 @@ def validate_and_save(run: Run, log: RunLog) -> None:
         run.best_val = val_loss if run.best_val is None else min(val_loss, run.best_val)
     run.validation_due = False  # before the save: a resumed run must not validate again
     save_run(run, log)
-
-
-def train_step(run: Run) -> StepResult:
-    """One optimiser step over this rank's share of the step's documents."""
-    config, runtime, adapters = run.config, run.runtime, run.adapters
-    began = DeviceTime(runtime.device)
-    indices = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
-    documents = [run.train_set.documents[i] for i in indices]
-    # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
-    n_targets = count_targets(documents)
-
-    run.optimizer.zero_grad()
-    loss = torch.zeros((), dtype=adapters.param.dtype, device=runtime.device)
-    for batch in pack_share(documents, config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(run.step + 1)
-        run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
-        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
-        loss += part.detach()  # stays on the device: .item() here would wait for it
-    run.watch.progress(run.step + 1)
-
-    # Sums, not means: each part is already divided by all ranks' tokens.
-    if runtime.world_size > 1:
-        dist.all_reduce(adapters.grad)
-        dist.all_reduce(loss)
-
-    lr = cosine_schedule(run.step, run.total_steps, config.warmup_steps, config.lr)
-    run.optimizer.step(lr)  # clips; leaves everything as it is where the norm is not finite
-    fields = {
-        "step": run.step + 1,
-        "lr": lr,
-        "tokens": sum(map(len, documents)),
-        "trained_tokens": n_targets,
-        "epoch": run.step // run.steps_per_epoch + 1,
-        "documents": [document.source for document in documents],
-    }
-    return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
 
 
 @torch.no_grad()
