@@ -4,26 +4,33 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.paper import on_paper
-from psysafe import paper
+from psysafe import load_model, paper
 from psysafe.checkpoint.base import build
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import MLP, Block
 from psysafe.model.lora import TARGETS, attach
 from psysafe.program import main_guard
+from psysafe.runtime import start
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import Sizes
+from psysafe.training.paper import timeline
 from psysafe.training.paper.rates import KINDS, PaperGPU, gemm_share, kind
-from psysafe.training.paper.run import paper_run, parse_lengths, trace_generation, trace_step
-from psysafe.training.paper.trace import PaperError, Trace, record
+from psysafe.training.paper.run import documents_of, paper_run, parse_lengths, trace_generation, trace_step
+from psysafe.training.paper.shard import gathers
+from psysafe.training.paper.trace import PaperError, Trace, nbytes, record
 from psysafe.training.roofline import SPEEDS, context, flops_per_token
 from psysafe.training.setup import Run, make_optimizer, plan_within
 from psysafe.training.step import train_step
+from psysafe.training.watchdog import Watchdog
+from tests.test_shard import spawn, write_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton"),
@@ -298,7 +305,7 @@ def test_nothing_is_left_behind():
 def test_the_command_prints_what_it_says(capsys):
     assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", "--lengths", "640x4"]) == 0
     text = capsys.readouterr().out
-    for expected in ("a step of 2,560 tokens in 4 documents", "ms on paper, on one H100", "simulated peak"):
+    for expected in ("Qwen3.5-27B, a step of 2,560 tokens in 4 documents", "on paper, on one H100", "simulated peak"):
         assert expected in text, expected
     assert "measured" not in text
 
@@ -322,3 +329,68 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 def test_lengths():
     assert parse_lengths("--lengths", ["4096", "640x3"]) == [4096, 640, 640, 640]
+
+
+# Pictures
+
+
+def test_the_pictures_show_every_operation(tmp_path, monkeypatch):
+    run, gpu = run_of([64] * 2), PaperGPU("H100", 64)
+    trace = trace_step(run)
+    seconds = gpu.total(trace.ops)[""].seconds
+    rows = json.loads(timeline.chrome_trace("a step", trace, gpu))["traceEvents"]
+    spans = [row for row in rows if row["ph"] == "X"]
+    assert len(spans) == len(trace.ops) and sum(row["dur"] for row in spans) == pytest.approx(1e6 * seconds)
+    page = timeline.page("a <step>", trace, gpu)
+    assert page.count("<title>") == len(trace.ops) + 1 and "a <step>" not in page
+    picture = ElementTree.fromstring(timeline.svg("a <step>", trace, gpu))
+    texts = [x.text for x in picture.iter() if x.tag.endswith("}text")]
+    assert {"GEMM", "delta rule", "forward", "backward"} <= set(texts)
+    assert any("computed, not measured" in text for text in texts)
+
+
+@pytest.mark.slow
+def test_the_committed_picture_and_table_are_what_the_command_gives(tmp_path, capsys):
+    file = tmp_path / "step.svg"
+    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", "--svg", str(file)]) == 0
+    committed = CONFIGS.parent / "docs" / "step-on-paper.svg"
+    command = "python -m psysafe.paper --config configs/qwen3.5-27b.toml --svg docs/step-on-paper.svg"
+    assert file.read_text() == committed.read_text(), f"run: {command}"
+    printed = capsys.readouterr().out
+    table = printed[printed.index("kind of work") : printed.index("heaviest lines")].strip()
+    assert table in committed.with_suffix(".md").read_text(), "docs/step-on-paper.md shows another table"
+
+
+# Sharding
+
+
+def count_gathers(folder: str) -> None:
+    """On one of two ranks: the gathers of a step of two micro-batches, and their bytes, against the arithmetic."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name.startswith("c10d::_allgather_base_"):
+                counted.append(nbytes(args[0]))
+            return result
+
+    runtime = start("cpu")
+    model = load_model(folder, shard=True)
+    adapters = attach(model, 1, 32.0, TARGETS)
+    settings = TrainConfig(dtype="float32", batch_size=4, micro_batch_tokens=16)
+    data = documents_of([16] * 4)
+    watch = Watchdog(replace(runtime, world_size=1), 600)
+    run = Run(settings, runtime, model, adapters, make_optimizer(adapters, settings), data, None, 2, watch)
+    train_step(run)  # the first step builds what later ones use
+    with Count():
+        train_step(run)
+    whole = build(model.config, "meta", torch.float32)
+    expected = gathers(whole, 2, 2)
+    assert (len(counted), sum(counted)) == tuple(expected)
+
+
+@pytest.mark.slow
+def test_gathers_are_those_of_two_ranks(tmp_path):
+    write_checkpoint(tmp_path)
+    spawn(2, count_gathers, str(tmp_path))

@@ -6,6 +6,7 @@ from psysafe.training.paper.rates import KINDS, PaperGPU, Total, kind
 from psysafe.training.paper.trace import Trace
 
 HOST_US = 20.0  # microseconds of Python for one launch of Triton or of torch
+PHASES = ("forward", "recompute", "backward", "optimizer")
 _NUMBERS = f"{'ops':>7}{'Triton':>8}{'TFLOP':>9}{'GB':>9}{'ms':>9}{'share':>7}"
 
 
@@ -17,7 +18,7 @@ def report(
     seconds = f"{1e3 * whole.seconds:,.1f} ms on paper, on one {gpu.name}"
     lines = [f"{title}: {whole.ops:,} kernels and copies, {whole.launches:,} of them Triton's; {seconds}", ""]
     lines += table("kind of work", sorted_by(gpu.total(trace.ops, kind), KINDS), whole)
-    lines += ["", *table("phase", gpu.total(trace.ops, lambda op: op.phase), whole)]
+    lines += ["", *table("phase", sorted_by(gpu.total(trace.ops, lambda op: op.phase), PHASES), whole)]
     lines += ["", *table("layers", by_layer(trace, gpu), whole)]
     heaviest = gpu.total(trace.ops, lambda op: f"{op.name}  {op.where}")
     heaviest = dict(sorted(heaviest.items(), key=lambda item: -item[1].seconds)[:top])
@@ -56,8 +57,8 @@ def memory(trace: Trace) -> str:
     op = trace.ops[min(trace.peak_op, len(trace.ops) - 1)]
     layer = "outside the layers" if op.layer is None else f"in layer {op.layer}"
     return (
-        f"memory: simulated peak {trace.peak / 1e9:.2f} GB, {trace.fixed / 1e9:.2f} of them weights, adapter and "
-        f"optimiser; at {trace.peak_name}, {layer}, {trace.peak_where}"
+        f"memory: simulated peak {trace.peak / 1e9:.2f} GB, {trace.fixed / 1e9:.2f} of them there all the time; "
+        f"at {trace.peak_name}, {layer}, {trace.peak_where}"
     )
 
 
