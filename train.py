@@ -17,15 +17,14 @@ import torch.distributed as dist
 
 from psysafe.checkpoint.adapter import check_in_peft
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.data.documents import Document, pack_share, step_documents
+from psysafe.data.documents import pack_share
 from psysafe.program import StopRequest, main_guard
-from psysafe.runtime import DeviceTime, Runtime, start, versions
+from psysafe.runtime import Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import dry_run, run_summary
 from psysafe.training.loss import batch_loss, count_targets
-from psysafe.training.optim import cosine_schedule
-from psysafe.training.out_of_memory import again_with_less_memory, saved_if_out_of_memory
-from psysafe.training.run_log import RunLog, StepResult, check_packages, plot_loss, print_run
+from psysafe.training.out_of_memory import saved_if_out_of_memory
+from psysafe.training.run_log import RunLog, check_packages, plot_loss, print_run
 from psysafe.training.run_state import (
     State,
     check_resume,
@@ -50,6 +49,7 @@ from psysafe.training.setup import (
     with_adapter_shape,
     with_pinned_data,
 )
+from psysafe.training.step import train_step
 from psysafe.training.tracker import check_login
 from psysafe.training.watchdog import Watchdog
 
@@ -154,50 +154,6 @@ def validate_and_save(run: Run, log: RunLog) -> None:
         run.best_val = val_loss if run.best_val is None else min(val_loss, run.best_val)
     run.validation_due = False  # before the save: a resumed run must not validate again
     save_run(run, log)
-
-
-def train_step(run: Run) -> StepResult:
-    """One optimiser step over this rank's share of the step's documents."""
-    config, runtime, adapters = run.config, run.runtime, run.adapters
-    began = DeviceTime(runtime.device)
-    indices = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
-    documents = [run.train_set.documents[i] for i in indices]
-    # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
-    n_targets = count_targets(documents)
-
-    loss = backward(run, documents, n_targets)
-    # Sums, not means: each part is already divided by all ranks' tokens.
-    if runtime.world_size > 1:
-        dist.all_reduce(adapters.grad)
-        dist.all_reduce(loss)
-
-    lr = cosine_schedule(run.step, run.total_steps, config.warmup_steps, config.lr)
-    run.optimizer.step(lr)  # clips; leaves everything as it is where the norm is not finite
-    fields = {
-        "step": run.step + 1,
-        "lr": lr,
-        "tokens": sum(map(len, documents)),
-        "trained_tokens": n_targets,
-        "epoch": run.step // run.steps_per_epoch + 1,
-        "documents": [document.source for document in documents],
-    }
-    return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
-
-
-@again_with_less_memory
-def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tensor:
-    """Fill adapters.grad with the gradient of this rank's part of the loss. Returns that part: (), on the device."""
-    runtime = run.runtime
-    run.optimizer.zero_grad()
-    loss = torch.zeros((), dtype=run.adapters.param.dtype, device=runtime.device)
-    for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(run.step + 1)
-        run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
-        part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
-        loss += part.detach()  # .item() here would wait for the device
-    run.watch.progress(run.step + 1)
-    return loss
 
 
 @torch.no_grad()

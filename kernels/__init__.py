@@ -32,6 +32,7 @@ from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
 from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
 from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
 from kernels.ops.swiglu import swiglu_reference, swiglu_triton
+from kernels.paper import is_gpu
 
 # Hugging Face has a package of this name, which transformers imports: what is not found here is looked up there.
 __path__ = pkgutil.extend_path(__path__, __name__)
@@ -57,10 +58,10 @@ def runs_triton(x: Tensor) -> bool:
     """Whether an operation on x runs as Triton kernels."""
     value = choice()
     if value == "auto":
-        return HAS_TRITON and x.is_cuda
+        return HAS_TRITON and is_gpu(x.device)
     if value == "triton" and not HAS_TRITON:
         raise ValueError("PSYSAFE_KERNELS=triton: Triton is not installed; use auto or reference")
-    if value == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if value == "triton" and not is_gpu(x.device) and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("PSYSAFE_KERNELS=triton on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 as well")
     return value == "triton"
 
@@ -70,7 +71,7 @@ def describe(device: torch.device, head_dim: int) -> str:
     x = torch.empty(0, device=device)
     if not runs_triton(x):
         return "PyTorch references" + ("" if choice() == "reference" else f" (no Triton on {device.type})")
-    line = "Triton" + ("" if x.is_cuda else "'s interpreter")
+    line = "Triton" + ("" if is_gpu(device) else "'s interpreter")
     # Only attention has a size of head that its Triton kernels may not take.
     if triton_supports(head_dim):
         return line
@@ -116,4 +117,4 @@ OPS = (
     "linear_cross_entropy", "adamw_8bit",
 )  # fmt: skip
 
-__all__ = ["HAS_TRITON", "OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "runs_triton", *OPS]
+__all__ = ["HAS_TRITON", "OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "is_gpu", "runs_triton", *OPS]

@@ -2,9 +2,9 @@
 
     python -m kernels.compile_check [--op NAME ...] [--target sm_90|sm_80|sm_89|sm_100] [--json FILE]
 
-Every operation states its kernels as they are launched (`compile_specs`, kernels/proof/contract.py). Printed per
-kernel: registers a thread, shared memory and stack, and the bytes that ptxas spilled. Exit code 1: a compile error, a
-spill above its stated budget, serialised wgmma, or more than the target offers. Triton's cache makes a second run fast.
+Compiled is what real steps launch (kernels/proof/launches.json, which the step on paper writes). Printed per kernel:
+registers a thread, shared memory and stack, and the bytes that ptxas spilled. Exit code 1: a compile error, a spill
+above its stated budget, serialised wgmma, or more than the target offers. Triton's cache makes a second run fast.
 """
 
 import dataclasses

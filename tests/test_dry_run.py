@@ -36,7 +36,9 @@ def test_the_27b_without_weights_rows_or_gpu(capsys):
         "4,980,736 parameters in 512 tensors",
         "assumed: 7,019 rows of 640 tokens",
         "8,775 in all, 22,460,800 tokens",
-        "at 4,096 tokens: predicted peak 83.88 GB of 84.00 GB",
+        "at 4,096 tokens: predicted peak 83.84 GB of 84.00 GB",
+        "one row of 4,096 tokens: simulated peak 83.81 GB, at sum, forward",
+        "of them Triton's",
         "recomputed: conv, delta_rule",
         "computed from the roofline, not measured",
     ):

@@ -17,14 +17,14 @@ OURS = {"kernels", "psysafe", "tests", "tools", "benchmarks", *SCRIPTS}
 # name counts. Files beside psysafe's folders are services: they know no folder.
 LAYERS = [
     ["kernels.documents", "kernels.lora_term", "kernels.namesake"],
-    ["kernels.ops"],
+    ["kernels.ops", "kernels.paper"],
     ["kernels"],
     ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal", "psysafe.endpoint",
      "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.version"],
     ["psysafe.model"],
     ["psysafe.checkpoint", "psysafe.data"],
     ["psysafe"],  # load_model and load_tokenizer: the package's front door
-    ["psysafe.training", "psysafe.generation"],
+    ["psysafe.training", "psysafe.generation", "psysafe.paper"],
     ["psysafe.evaluation"],
     ["psysafe.corpus", "psysafe.serve", "psysafe.publish"],
     list(SCRIPTS),

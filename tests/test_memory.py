@@ -138,8 +138,9 @@ def test_saved_bytes_with_other_targets(monkeypatch, targets):
 
 
 @needs_triton
-def test_saved_bytes_at_rank_2(monkeypatch):
-    compare(monkeypatch, rank=2)
+@pytest.mark.parametrize("dropped", [(), ("rope",), ("conv", "rope"), ("gate_up",), STAGES], ids=" ".join)
+def test_saved_bytes_at_rank_2(monkeypatch, dropped):
+    compare(monkeypatch, rank=2, dropped=dropped)
 
 
 @needs_triton

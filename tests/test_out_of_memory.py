@@ -16,7 +16,7 @@ from psysafe import load_model
 from psysafe.model.lora import attach
 from psysafe.program import StopRequest, UserError
 from psysafe.runtime import Runtime, start
-from psysafe.training import out_of_memory
+from psysafe.training import out_of_memory, step
 from psysafe.training.memory_plan import Plan, Sizes
 from psysafe.training.run_log import RunLog, read_metrics
 from psysafe.training.watchdog import Watchdog
@@ -38,7 +38,7 @@ def planned_run(folder, **changes):
 
 def inject(monkeypatch, fails, in_backward: bool = False) -> None:
     """Calls of batch_loss whose number (from 0) `fails` names run out of memory, there or in their backward pass."""
-    original, calls = train.batch_loss, [0]
+    original, calls = step.batch_loss, [0]
 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError(ERROR)
@@ -52,7 +52,7 @@ def inject(monkeypatch, fails, in_backward: bool = False) -> None:
             loss.register_hook(out_of_memory)
         return loss
 
-    monkeypatch.setattr(train, "batch_loss", loss)
+    monkeypatch.setattr(step, "batch_loss", loss)
 
 
 def unharmed(folder) -> tuple[list[float], torch.Tensor]:
@@ -171,10 +171,11 @@ SHARDED = """
 import sys
 import torch
 import train
+from psysafe.training import step
 from psysafe.training.memory_plan import Plan
 
 train.make_plan = lambda config, model, adapters, *rest: Plan(model.config, adapters.targets, 1, 84 * 10**9, 0, 4)
-calls, original = [0], train.batch_loss
+calls, original = [0], step.batch_loss
 
 def batch_loss(*args):
     calls[0] += torch.is_grad_enabled()
@@ -183,7 +184,7 @@ def batch_loss(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return original(*args)
 
-train.batch_loss = batch_loss
+step.batch_loss = batch_loss
 sys.exit(train.main_guard(train.main))
 """
 

@@ -13,6 +13,7 @@ from psysafe.checkpoint.base import build
 from psysafe.data.documents import Dataset, Document
 from psysafe.model.lora import attach
 from psysafe.runtime import Runtime
+from psysafe.training import step as training_step
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import Plan
 from psysafe.training.setup import make_optimizer
@@ -34,7 +35,8 @@ def step_without_a_device(monkeypatch, limit=84 * 10**9):
     monkeypatch.setattr(torch.cuda.Stream, "synchronize", wait)
     monkeypatch.setenv("PSYSAFE_KERNELS", "triton")
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train, "StepResult", lambda began, fields, **scalars: SimpleNamespace(fields=fields, **scalars))
+    result = lambda began, fields, **scalars: SimpleNamespace(fields=fields, **scalars)  # noqa: E731
+    monkeypatch.setattr(training_step, "StepResult", result)
     config = TrainConfig(micro_batch_tokens=1500)
     model = build(CONFIG, "meta", torch.bfloat16)
     adapters = attach(model, 1, 32)
@@ -71,14 +73,14 @@ def test_no_value_of_the_device_is_asked_for(monkeypatch, limit):
     ids=["item", "bool", "nonzero", "cpu", "mask", "synchronize"],
 )
 def test_a_wait_is_seen(monkeypatch, wait):
-    original = train.batch_loss
+    original = training_step.batch_loss
 
     def waiting(*args):
         loss = original(*args)
         wait(loss)
         return loss
 
-    monkeypatch.setattr(train, "batch_loss", waiting)
+    monkeypatch.setattr(training_step, "batch_loss", waiting)
     with pytest.raises(RuntimeError):  # or NotImplementedError, which is one: a meta tensor has no value to wait for
         step_without_a_device(monkeypatch)
 

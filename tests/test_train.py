@@ -14,6 +14,7 @@ from kernels.proof.closeness import relative_error
 from psysafe.data.documents import Dataset, Document, step_documents
 from psysafe.model.lora import TARGETS, attach
 from psysafe.runtime import Runtime
+from psysafe.training import step as training_step
 from psysafe.training.config import TrainConfig
 from psysafe.training.run_log import RunLog, read_metrics
 from psysafe.training.watchdog import Watchdog
@@ -99,12 +100,12 @@ def test_the_curve_equals_peft_and_torch_adamw(tmp_path):
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_shifted_mask_is_caught(shift, tmp_path, monkeypatch):
     """The mask of trained tokens moved by one: the curve is another one."""
-    original = train.pack_share
+    original = training_step.pack_share
 
     def wrong(documents, *share):
         return original([replace(d, trained=np.roll(d.trained, shift)) for d in documents], *share)
 
-    monkeypatch.setattr(train, "pack_share", wrong)
+    monkeypatch.setattr(training_step, "pack_share", wrong)
     with pytest.raises(AssertionError):
         compare_with_peft(tmp_path)
 
@@ -133,12 +134,12 @@ def test_micro_batches_in_fp32(tmp_path):
 
 
 def test_a_loss_averaged_per_micro_batch_is_caught(tmp_path, monkeypatch):
-    original = train.batch_loss
+    original = training_step.batch_loss
 
     def wrong(model, batch, device):
         return original(model, batch, device) / len(batch.labels)
 
-    monkeypatch.setattr(train, "batch_loss", wrong)
+    monkeypatch.setattr(training_step, "batch_loss", wrong)
     with pytest.raises(AssertionError):
         test_micro_batches_change_nothing(tmp_path)
 
@@ -148,15 +149,15 @@ def test_a_step_without_a_finite_norm_changes_nothing(tmp_path, monkeypatch):
     run, _ = setup(tmp_path, torch.float32, optimizer="adamw8bit")
     curve(run, 2)
     before = {"param": run.adapters.param.clone(), **{k: v.clone() for k, v in run.optimizer.state_tensors().items()}}
-    original = train.batch_loss
-    monkeypatch.setattr(train, "batch_loss", lambda *args: original(*args) * float("nan"))
+    original = training_step.batch_loss
+    monkeypatch.setattr(training_step, "batch_loss", lambda *args: original(*args) * float("nan"))
     row = train.train_step(run).read()
     assert row["skipped"] == 1 and row["grad_norm"] != row["grad_norm"]
     after = {"param": run.adapters.param, **run.optimizer.state_tensors()}
     # Counters: [applied steps, skipped steps in a row].
     assert after.pop("counters").tolist() == [before.pop("counters")[0], 1]
     assert all(torch.equal(before[k], after[k]) for k in before)
-    monkeypatch.setattr(train, "batch_loss", original)
+    monkeypatch.setattr(training_step, "batch_loss", original)
     assert train.train_step(run).read()["skipped"] == 0
     assert not torch.equal(run.adapters.param, before["param"])
 

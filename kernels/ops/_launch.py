@@ -1,11 +1,10 @@
 """What the launchers of the row-wise Triton kernels share: argument checks, grid sizes, layouts."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from kernels.ops._triton import TensorDescriptor
+from kernels.paper import is_gpu, multiprocessors
 
 # The rows of A and the running sums of dA stay in registers. At D = 5,120 three rows (q, k and v) fit; a fourth spills.
 MAX_FUSED_ROWS = 3
@@ -42,14 +41,10 @@ def adjacent(grad: Tensor) -> Tensor:
 
 def persistent_programs(x: Tensor, items: int, per_sm: float) -> int:
     """The number of programs that share `items`: `per_sm` on each multiprocessor, so the same in every run on a GPU."""
-    return max(1, min(items, int(_multiprocessors(x.device) * per_sm)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
     # In the interpreter as on a GPU of three: several programs, so that tests cover the partial sums, and few, so that
     # they are quick.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    count = multiprocessors(x.device) if is_gpu(x.device) else 3
+    return max(1, min(items, int(count * per_sm)))
 
 
 def tma_reads(x: Tensor) -> bool:

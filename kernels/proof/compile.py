@@ -80,7 +80,7 @@ def _compile(spec: CompileSpec, target: str):
     signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = triton.compiler.ASTSource(fn, signature, dict(spec.constexprs), attributes)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {name: getattr(spec, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
 
 

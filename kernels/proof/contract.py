@@ -40,7 +40,8 @@ class CompileSpec:
     signature: dict[str, str]
     constexprs: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 3  # Triton's own default
+    enable_fp_fusion: bool = True
     spill_budget: int = 0
     why: str = ""
     unaligned: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class Op:
     make_case(**size, device, dtype, seed): the inputs of that size, and how they are passed.
     mutants: name -> a wrong version that the comparison of at least one case must reject.
     work(**size): bytes and FLOPs that the operation cannot avoid, counted in the open.
-    compile_specs(): the kernels as they are launched at the 27B shapes.
+    compile_specs(): the kernels as steps of the 27B launch them (kernels/proof/launches.py: launched).
     dtypes: what the kernels run in; the first is what training runs and the bench times.
     plain: plain PyTorch with the kernels' rounding points, which a bf16 result is measured by; None: the reference.
     baselines: other versions that a bf16 result must not be worse than.

@@ -25,6 +25,8 @@ from psysafe.runtime import Runtime
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
 from psysafe.training.optim import AdamW, cosine_schedule
+from psysafe.training.paper.rates import PaperGPU
+from psysafe.training.paper.run import CUBLAS_WORKSPACE, paper_run, trace_step
 from psysafe.training.roofline import SPEEDS, flops_per_token, step_seconds
 from psysafe.training.setup import (
     RowCounts,
@@ -75,7 +77,27 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
         **_model_summary(model, adapters, optimizer),
         **_rows_summary(config, rows, validation),
         **_memory_summary(config, rows, plan),
+        **(_paper_summary(config, rows, model, adapters, optimizer, plan) if plan else {}),
     }
+
+
+def _paper_summary(
+    config: TrainConfig, rows: RowCounts, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, plan: Plan
+) -> dict[str, str]:
+    """The largest micro-batch, executed on paper: the memory that it needs and where, kernels, time."""
+    if not kernels.HAS_TRITON:
+        return {"on paper": "not traced: Triton is not installed"}
+    tokens = _max_tokens(config, rows)
+    run = paper_run(replace(config, micro_batch_tokens=tokens), model, adapters, optimizer, plan, [tokens])
+    trace = trace_step(run)
+    peak = plan.fixed + CUBLAS_WORKSPACE + trace.peak - trace.fixed  # the model here is whole, and on one device
+    whole = PaperGPU("H100", tokens).total(trace.ops)[""]
+    lines = [
+        f"one row of {tokens:,} tokens: simulated peak {peak / 1e9:.2f} GB, at {trace.peak_name}, {trace.peak_where}",
+        f"{whole.ops:,} kernels and copies, {whole.launches:,} of them Triton's; {1e3 * whole.seconds:,.0f} ms on one "
+        "H100, computed and not measured; python -m psysafe.paper shows it in parts",
+    ]
+    return {"on paper": NEXT_LINE.join(lines)}
 
 
 def _model_summary(model: Qwen3_5, adapters: Adapters, optimizer: AdamW) -> dict[str, str]:
@@ -123,8 +145,7 @@ def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> 
     """The plan's peak for the largest and for the usual micro-batch, and the predicted time; nothing without a plan."""
     if plan is None:
         return {}
-    # A row longer than the limit stands alone; a micro-batch has no more than the documents of a step.
-    max_tokens = min(max(config.micro_batch_tokens, rows.longest), config.batch_size * rows.longest)
+    max_tokens = _max_tokens(config, rows)
     largest = Sizes.largest(max_tokens, config.batch_size)
     usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), config.batch_size)
     summary = {"memory": NEXT_LINE.join(plan.describe(largest))}
@@ -149,6 +170,11 @@ def _predictions(config: TrainConfig, rows: RowCounts, plan: Plan, usual: Sizes,
             f"{full:.2f} s, {full_tokens / full:,.0f} tokens/s (computed from the roofline, not measured)"
         )
     return summary
+
+
+def _max_tokens(config: TrainConfig, rows: RowCounts) -> int:
+    """Of a micro-batch: a row longer than the limit stands alone, and there are no more than the step's documents."""
+    return min(max(config.micro_batch_tokens, rows.longest), config.batch_size * rows.longest)
 
 
 def _step_tokens(config: TrainConfig, rows: RowCounts) -> float:

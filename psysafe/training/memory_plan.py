@@ -25,9 +25,9 @@ RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps 
 RETRY_STEP = 1_000_000_000  # by how much the limit is lowered when a GPU runs out all the same (out_of_memory.py)
 H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
-MAX_LOSS_ROWS = 4095  # rows of logits that exist at once (kernels/ops/linear_cross_entropy.py: chunks)
+MIN_LOSS_ROWS = 2048  # of a chunk of logits, if there are as many (kernels/ops/linear_cross_entropy.py)
 MAX_FUSED_RANK = 3  # rows of A that the output gate's and the gated norm's kernels take (kernels/ops/_launch.py)
-WORKSPACE = 150_000_000  # cuBLAS's workspaces, column sums of the adapters' gradients, schedules
+WORKSPACE = 110_000_000  # cuBLAS's workspaces, column sums of the adapters' gradients, schedules
 
 
 class Sizes(NamedTuple):
@@ -49,7 +49,8 @@ class Sizes(NamedTuple):
     @staticmethod
     def largest(tokens: int, documents: int) -> "Sizes":
         """The largest sizes that so many tokens in so many documents can have."""
-        return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, tokens)
+        # Nothing predicts the first token.
+        return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, max(1, tokens - 1))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class _LayerBytes:
         # The rotary kernel's outputs have the columns of its input.
         in_proj = rope = T * config.attention_in * self.element
         if self.rank > 1 and into:
-            always, in_proj = always + 4 * T * (config.hidden_size + config.attention_in), 0
+            # As in the MLP; but the sum of GEMM and term, in fp32, belongs to the rotary stage. Dropping that stage
+            # frees the sum and its outputs, and saves its input instead, until the input's own stage is dropped, too.
+            always, rope = always + 4 * T * config.hidden_size, 4 * T * config.attention_in
         if self.rank > MAX_FUSED_RANK and out:
             always += 4 * T * config.attention_out
         return Saved(always, {"in_proj": in_proj, "rope": rope})
@@ -152,15 +155,21 @@ class _LayerBytes:
         if self.rank > MAX_FUSED_RANK and out:
             always += 4 * T * config.delta_out
         in_proj, conv, o = (T * n * self.element for n in (config.delta_in, config.conv_channels, config.delta_out))
-        return Saved(always, {"in_proj": in_proj, "conv": conv, "delta_rule": o + self.delta_rule_states()})
+        rule = o + delta_rule_states(config, self.sizes, self.element)
+        return Saved(always, {"in_proj": in_proj, "conv": conv, "delta_rule": rule})
 
-    def delta_rule_states(self) -> int:
-        """Two (64, 64) tiles a chunk and head; gates and norms of its tokens in fp32; the saved states in fp32."""
-        config, sizes = self.config, self.sizes
-        H, dk, dv = config.state_shape
-        tokens = sizes.chunks * DELTA_CHUNK
-        tiles = tokens * (2 * H * DELTA_CHUNK * self.element + 4 * (3 * H + 2 * config.linear_num_key_heads))
-        return tiles + sizes.checkpoints * H * dk * dv * 4
+
+def delta_rule_states(config: ModelConfig, sizes: Sizes, element: int) -> int:
+    """Two (64, 64) tiles a chunk and head; gates and norms of its tokens in fp32; the saved states in fp32."""
+    H, dk, dv = config.state_shape
+    tokens = sizes.chunks * DELTA_CHUNK
+    tiles = tokens * (2 * H * DELTA_CHUNK * element + 4 * (3 * H + 2 * config.linear_num_key_heads))
+    return tiles + sizes.checkpoints * H * dk * dv * 4
+
+
+def loss_rows(rows: int) -> int:
+    """Rows of logits that exist at once: the chunks of kernels/ops/linear_cross_entropy.py."""
+    return -(-rows // max(1, rows // MIN_LOSS_ROWS))
 
 
 def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2) -> int:
@@ -247,14 +256,19 @@ class Plan:
         """Bytes in use at once beside what is saved, at most: one chunk of logits, or one layer's backward pass."""
         config, T = self.config, sizes.tokens
         D, size = config.hidden_size, config.intermediate_size
-        logits = min(sizes.rows, MAX_LOSS_ROWS) * config.vocab_size
+        logits = loss_rows(sizes.rows) * config.vocab_size
         # gate|up recomputed, its gradient, that of SwiGLU's output, and the stream's on both sides.
-        mlp = T * (5 * size + 6 * D)
-        # The mixer's tensors recomputed and their gradients; R, S and dS of the delta rule.
+        mlp = T * (5 * size + 2 * D)
+        # Recomputed: the mixer's input, q, k and v, and what the delta rule saves. Gradients of the gated norm's two
+        # inputs, of q, k and v, and of the stream. R, S and dS of the delta rule.
         H, dk, dv = config.state_shape
-        delta = T * (2 * (config.delta_in + config.conv_channels) + 4 * config.delta_out + 6 * D)
-        delta += 2 * sizes.chunks * DELTA_CHUNK**2 * H + 2 * sizes.chunks * H * dk * dv
-        attention = T * (4 * config.attention_in + 3 * config.attention_out + 6 * D)
+        delta = T * (config.delta_in + config.conv_channels + 3 * config.delta_out + 2 * config.delta_key + 2 * D)
+        delta += sizes.chunks * H * (2 * dk * dv + DELTA_CHUNK * dv)
+        delta += delta_rule_states(config, sizes, self.element) // self.element
+        # Recomputed: the mixer's input, q, gate, k and v. Gradients of gate and o, of q, k and v, and of the stream; in
+        # fp32 the parts of dk or dv, one for each query head of a group at most.
+        parts = 2 * config.attention_out
+        attention = T * (2 * config.attention_in + 3 * config.attention_out + 2 * config.attention_kv + 2 * D + parts)
         kinds = {"full_attention": attention, "linear_attention": delta}
         return self.element * max(logits, mlp, *(kinds[kind] for kind in set(config.layer_types)))
 

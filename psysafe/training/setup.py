@@ -195,9 +195,16 @@ def make_plan(
         raise UserError(f"--memory-limit plans a GPU's memory, this run is on {device.type}; leave the flag out")
     else:
         return None
+    return plan_within(total, config, model, adapters, optimizer, runtime.world_size)
+
+
+def plan_within(
+    total: int, config: TrainConfig, model: Qwen3_5, adapters: Adapters, optimizer: AdamW, ranks: int
+) -> Plan:
+    """The plan for a GPU with so many bytes, or --memory-limit if that is less."""
     if config.memory_limit:
         total = min(total, round(config.memory_limit * 1e9))
-    fixed, element = fixed_bytes(config, model, adapters, optimizer, runtime.world_size), model.norm.element_size()
+    fixed, element = fixed_bytes(config, model, adapters, optimizer, ranks), model.norm.element_size()
     return Plan(model.config, adapters.projections, adapters.rank, total - RESERVE, fixed, element)
 
 

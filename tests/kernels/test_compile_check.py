@@ -9,7 +9,6 @@ import pytest
 
 from kernels import compile_check
 from kernels.ops._triton import HAS_TRITON, tl, triton
-from kernels.proof.closeness import outputs_and_gradients
 from kernels.proof.compile import Resources, compile_all, complaints, table, ttgir_of
 from kernels.proof.contract import CompileSpec
 from kernels.proof.registry import OPERATIONS, operations
@@ -155,43 +154,6 @@ def test_unknown_op_is_one_line(capsys, monkeypatch):
         compile_check.main()
     error = capsys.readouterr().err
     assert error.startswith("error: --op no_such_op") and error.count("\n") == 1
-
-
-WIDTHS = ("D", "F", "H", "I", "K", "V", "channels", "head_dim", "heads", "splits", "value_heads", "vocab")
-# What of a size changes no compile-time constant; a document of 1,100 tokens has a checkpoint of its state.
-SMALLER = {"T": 8, "lengths": (1100,), "batch": 2, "sizes": (600, 256)}
-
-
-def launches_of(op, monkeypatch) -> list[tuple[object, dict]]:
-    """(kernel, keyword arguments) of every launch at the 27B's sizes, few tokens long; nothing is computed."""
-    launched = []
-    run = lambda self, *args, **options: launched.append((self.fn, options))  # noqa: E731
-    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", run)
-    widths = lambda size: {n: x for n, x in size.items() if n in WIDTHS}  # noqa: E731
-    for size in op.cases:
-        if widths(size) == widths(op.cases[0]):
-            size = size | {n: SMALLER[n] for n in SMALLER.keys() & size}
-            if "vocab" in size:
-                size["D"] = 16  # of the head's GEMM, which is torch's, and slow here
-            outputs_and_gradients(op.make_case(**size, dtype=op.dtypes[0]), op.triton)
-    return launched
-
-
-@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: op.name)
-def test_kernels_are_compiled_as_they_are_launched(op, monkeypatch):
-    """Warps and stages, and every constant; Triton's own defaults are 4 warps and 3 stages."""
-    specs = {spec.name: (spec.fn.fn, spec.constexprs | {"num_warps": spec.num_warps, "num_stages": spec.num_stages})
-             for spec in op.compile_specs()}  # fmt: skip
-    launched = launches_of(op, monkeypatch)
-    assert launched
-    for kernel, options in launched:
-        options = {"num_warps": 4, "num_stages": 3} | options
-        same = [
-            name
-            for name, (fn, constants) in specs.items()
-            if fn is kernel and all(constants[n] == options[n] for n in constants.keys() & options.keys())
-        ]
-        assert same, (kernel.__name__, {n: x for n, x in options.items() if isinstance(x, int | str)}, specs)
 
 
 def test_every_spec_names_its_kernels_arguments():

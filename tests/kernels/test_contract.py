@@ -16,11 +16,11 @@ import kernels
 from kernels.ops._triton import HAS_TRITON, tl, triton
 from kernels.proof import registry
 from kernels.proof.bench import calls_of, without_adapter, worth_timing
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import random_on, with_changes
 from kernels.proof.check import check_op
 from kernels.proof.closeness import Case
 from kernels.proof.compile import compile_all, complaints
-from kernels.proof.contract import Op, Work
+from kernels.proof.contract import CompileSpec, Op, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -51,7 +51,7 @@ def make_case(n, device="cpu", dtype=torch.float32, seed=0) -> Case:
 TOY = Op(
     "relu_squared", relu_squared_reference, relu_squared_triton, [{"n": 2**26}, {"n": 300}, {"n": 1}], make_case,
     with_changes(relu_squared_reference, {"negative numbers pass": lambda x: {"x": x.abs()}}), lambda n: Work(4 * n, 0),
-    lambda: [compile_spec("relu_squared", relu_squared_kernel, {"n": "i32"}, {"BN": 256})],
+    lambda: [CompileSpec("relu", relu_squared_kernel, {"p_x": "*bf16", "p_y": "*bf16", "n": "i32"}, {"BN": 256})],
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "attention dz"], "--kernel attention dz: no kernel of that name; expected one of"),
+        (["--kernel", "attention backward_dz"], "--kernel attention backward_dz: no kernel of that name; expected one of"),
         (["--op", "swiglu"], "--op swiglu: its launches are not listed; expected causal_attention, gated_delta_rule"),
         (["--trips", "3"], "name it with --kernel"),
     ],
@@ -95,6 +95,6 @@ def test_the_model_agrees_with_measurements_of_the_tutorial():
 @needs_triton
 @pytest.mark.slow
 def test_one_kernel_on_the_command_line():
-    command = [sys.executable, "-m", "kernels.proof.sass", "--kernel", "delta rule prepare", "--listing"]
+    command = [sys.executable, "-m", "kernels.proof.sass", "--kernel", "gated_delta_rule_forward prepare", "--listing"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "HGMMA" in text and "loops: none" in text and "cycles, 4 blocks on a multiprocessor" in text

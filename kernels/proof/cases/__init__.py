@@ -1,1 +1,1 @@
-"""One file per operation: its sizes, inputs, mutants, unavoidable work, compile specs, in one record `OP`."""
+"""One file per operation: its sizes, inputs, mutants, unavoidable work, in one record `OP`."""

@@ -1,4 +1,4 @@
-"""What the case files share: documents of given lengths, mutants of a kind, a compile spec from types by name."""
+"""What the case files share: documents of given lengths, mutants of a kind."""
 
 import functools
 import inspect
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.documents import Documents
-from kernels.proof.contract import CompileSpec
 
 
 def packed(lengths: list[int] | tuple[int, ...], device: torch.device | str = "cpu") -> Documents:
@@ -50,16 +49,3 @@ def without_u_gradient(op: Callable) -> Callable:
         return *outputs, None if u is None else u.detach() + 0 * u
 
     return mutant
-
-
-def compile_spec(
-    name: str, kernel: Callable, types: dict[str, str], constants: dict[str, object], pointers: str = "*bf16", **more
-) -> CompileSpec:
-    """The spec of a kernel from its arguments' types and its launch's constants (num_warps and num_stages among them).
-
-    Of both it takes what the kernel has. An argument in neither is a pointer to `pointers`.
-    """
-    constexprs = {n: value for n, value in constants.items() if n in kernel.arg_names}
-    signature = {n: types.get(n, pointers) for n in kernel.arg_names if n not in constexprs}
-    options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}
-    return CompileSpec(name, kernel, signature, constexprs, **options, **more)

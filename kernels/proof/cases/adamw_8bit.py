@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import adamw_8bit as adamw
-from kernels.proof.cases._shared import compile_spec, with_changes
+from kernels.proof.cases._shared import with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 # Rank 1 at 27B: A and B of gate, up, down in 64 layers, of q|gate, k, v, o in 16. 512 segments, 4,980,736 elements.
 RECIPE_27B = [5120, 17408, 5120, 17408, 17408, 5120] * 64 + [5120, 12288, 5120, 1024, 5120, 1024, 6144, 5120] * 16
@@ -141,24 +142,8 @@ def work(sizes: list[int], min_8bit_size: float = 4096) -> Work:
     return Work(forward_bytes=total, backward_bytes=0)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """The three kernels as launched; the shape of the model enters none of their constants."""
-    types = {"p_start": "*i64", "p_code_m": "*u8", "p_code_v": "*u8"}
-    types |= dict.fromkeys(("p_length", "p_counters", "p_skipped"), "*i32")
-    types |= dict.fromkeys(("n_rows", "n_8bit", "n_partials"), "i32")
-    types |= dict.fromkeys(("lr", "decay", "max_grad_norm"), "fp32")
-    warps = {"num_warps": adamw.NUM_WARPS}
-    rows, betas = warps | {"B_ROWS": adamw.B_ROWS, "ROW": adamw.ROW}, HYPER["betas"]
-    step = adamw._step_constants(betas, HYPER["eps"]) | warps
-    update = rows | {"BETA1": betas[0], "BETA2": betas[1]}
-    return [
-        compile_spec("adamw_8bit norm", adamw._norm_partials_kernel, types, rows, "*fp32"),
-        compile_spec("adamw_8bit step", adamw._step_kernel, types, step, "*fp32"),
-        compile_spec("adamw_8bit update", adamw._update_kernel, types, update, "*fp32"),
-    ]
-
-
 OP = Op(
-    "adamw_8bit", adamw.adamw_8bit_reference, adamw.adamw_8bit_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    "adamw_8bit", adamw.adamw_8bit_reference, adamw.adamw_8bit_triton, CASES, make_case, MUTANTS, work,
+    launched("adamw_8bit"),
     dtypes=(torch.float32,),  # of parameters and gradients, in every run
 )  # fmt: skip

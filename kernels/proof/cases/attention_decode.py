@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ops import attention_decode as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 
 def make_case(
@@ -55,17 +56,6 @@ def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int) -> Work:
     return Work(4 * head_dim * (tokens * kv_heads + len(lengths) * heads), 0, 4 * tokens * heads * head_dim)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """Both kernels at the 27B sizes."""
-    sizes, (_, warps, stages) = ops._sizes(24, 4, 256, 2), ops.STEPS[2]
-    types = {"p_lengths": "*i64", "scale": "fp32", "p_parts": "*fp32", "p_lse": "*fp32"}
-    types |= {name: "i32:16" for name in ops._split_kernel.arg_names if name.startswith("stride")}
-    return [
-        compile_spec("decode split", ops._split_kernel, types, sizes | {"num_warps": warps, "num_stages": stages}),
-        compile_spec("decode combine", ops._combine_kernel, types, {"K": 256, "SPLITS": ops.SPLITS, "num_warps": 8}),
-    ]
-
-
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """attention_decode by torch's scaled_dot_product_attention, one call a sequence: P enters its dot in 16 bits."""
     outs = [
@@ -79,5 +69,5 @@ def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) ->
 
 OP = Op(
     "attention_decode", ops.attention_decode_reference, ops.attention_decode_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, plain=sdpa_decode,
+    launched("attention_decode"), plain=sdpa_decode,
 )  # fmt: skip

@@ -9,9 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.documents import Documents
 from kernels.ops import causal_attention as ops
-from kernels.proof.cases._shared import compile_spec, packed, random_on
+from kernels.proof.cases._shared import packed, random_on
 from kernels.proof.closeness import Case
-from kernels.proof.contract import Baseline, CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Baseline, Op, Peer, Work
+from kernels.proof.launches import launched
 
 
 def make_case(
@@ -77,31 +78,6 @@ def work(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **_: obje
     return Work(2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse, 2 * dot, 5 * dot)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """Every kernel at the 27B sizes; dK and dV also with the fp32 output of several parts."""
-    s = ops._Sizes(24, 6, 256, ops.TILES[2, 256], "tf32")
-    block = s.tiles.block
-    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_items": "*i32", "scale": "fp32", "factor": "fp32"}
-    types |= dict.fromkeys(("T", "inner", "parts", "n"), "i32") | {"stride_do": "i32:16", "p_parts": "*fp32"}
-
-    def spec(name: str, fn, queries: int, keys: int, options: dict | None = None, **out: str) -> CompileSpec:
-        boxes = {"desc_q": queries, "desc_do": queries, "desc_k": keys, "desc_v": keys}
-        descriptors = {name: f"tensordesc<bf16[{rows},256]>" for name, rows in boxes.items()}
-        options = options or s.backward_options(queries, keys)
-        return compile_spec(f"attention {name}", fn, types | descriptors | out, options)
-
-    return [
-        spec("forward", ops._forward_kernel, block, s.tiles.forward, s.forward_options()),
-        spec("dv", ops._backward_dv_kernel, s.tiles.dv, block),
-        spec("dv parts", ops._backward_dv_kernel, s.tiles.dv, block, p_dv="*fp32"),
-        spec("dk", ops._backward_dk_kernel, s.tiles.dk, block),
-        spec("dk parts", ops._backward_dk_kernel, s.tiles.dk, block, p_dk="*fp32"),
-        spec("dq", ops._backward_dq_kernel, block, s.tiles.dq),
-        compile_spec("attention delta", ops._delta_kernel, types, {"H": 24, "K": 256, "BT": 32}),
-        compile_spec("attention add parts", ops._add_parts_kernel, types, {"BLOCK": 2048}),
-    ]
-
-
 # Other versions in plain PyTorch, and other people's kernels
 
 
@@ -148,7 +124,7 @@ def _flex(size: dict, device: str):
 
 OP = Op(
     "causal_attention", ops.causal_attention_reference, ops.causal_attention_triton, CASES, make_case, MUTANTS, work,
-    compile_specs,
+    launched("causal_attention"),
     permuted=(
         {"lengths": [1, 63, 64, 65, 127, 128, 129, 650, 2048], **_27B},
         {"lengths": [1, 3, 66], "heads": 2, "kv_heads": 1, "head_dim": 64},

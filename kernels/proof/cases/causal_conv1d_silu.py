@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kernels.documents import Documents
 from kernels.ops import causal_conv1d_silu as ops
-from kernels.proof.cases._shared import compile_spec, packed, random_on, rows_of, with_changes
+from kernels.proof.cases._shared import packed, random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"lengths": (4096,), "splits": (2048, 2048, 6144), "strided": True},
@@ -59,20 +60,6 @@ def work(lengths, splits, taps=4, strided=False, state=False) -> Work:
     return Work(4 * elements, 6 * elements, 2 * taps * elements, 4 * taps * elements)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """C = 10,240 = 2,048 + 2,048 + 6,144 and four taps, as in training; forward also with states, as in decoding."""
-    types = {"p_pos": "*i64", "p_index": "*i64", "T": "i32", "length": "i32"}
-    types |= dict.fromkeys(("stride", "stride_dc0", "stride_dc1", "stride_dc2"), "i32:16")
-    shape = {"C0": 2048, "C1": 2048, "C2": 6144, "M": 4, "BC": ops.BC}
-    specs = []
-    for kernel, state in ((ops._forward_kernel, False), (ops._forward_kernel, True), (ops._backward_kernel, False)):
-        stages = ops.BACKWARD_STAGES if kernel is ops._backward_kernel else ops.FORWARD_STAGES
-        constants = shape | {"STAGES": stages} | ({} if state else {"p_state": None})
-        name = f"causal_conv1d_silu{kernel.__name__}{' with state' * state}"
-        specs.append(compile_spec(name, kernel, types, constants))
-    return specs
-
-
 def _fla(size: dict, device: str):
     conv = import_module("fla.modules.convolution").causal_conv1d
     cu = packed(size["lengths"], device).cu_seqlens.long()
@@ -81,7 +68,7 @@ def _fla(size: dict, device: str):
 
 OP = Op(
     "causal_conv1d_silu", ops.causal_conv1d_silu_reference, ops.causal_conv1d_silu_triton, CASES, make_case, MUTANTS,
-    work, compile_specs, weights=("weight",), by_document=("initial_state",),
+    work, launched("causal_conv1d_silu"), weights=("weight",), by_document=("initial_state",),
     permuted=(
         {"lengths": (1, 2, 3, 63, 650, 1024), "splits": (2048, 2048, 6144)},
         {"lengths": (1, 3, 66), "splits": (32, 32, 100)},

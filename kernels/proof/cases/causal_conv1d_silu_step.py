@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import causal_conv1d_silu_step as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes
+from kernels.proof.cases._shared import random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"batch": 64, "channels": 10240},
@@ -47,13 +48,7 @@ def work(batch, channels, taps=4, strided=False) -> Work:
     return Work(4 * batch * channels * taps + 2 * channels * taps, 0, 2 * batch * channels * taps)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """C = 10,240 and four taps."""
-    constants = {"C": 10240, "M": 4, "BC": ops.BC, "num_warps": ops.WARPS}
-    return [compile_spec("causal_conv1d_silu_step", ops._step_kernel, {"stride_x": "i32:16"}, constants)]
-
-
 OP = Op(
     "causal_conv1d_silu_step", ops.causal_conv1d_silu_step_reference, ops.causal_conv1d_silu_step_triton, CASES,
-    make_case, MUTANTS, work, compile_specs,
+    make_case, MUTANTS, work, launched("causal_conv1d_silu_step"),
 )  # fmt: skip

@@ -10,11 +10,11 @@ from torch import Tensor
 from kernels.lora_term import compute_dtype
 from kernels.ops import gated_delta_rule as rule
 from kernels.ops import gated_delta_rule_backward as backward
-from kernels.ops import gated_delta_rule_forward as forward
 from kernels.ops.gated_delta_rule_forward import CHUNK, L2_EPS
-from kernels.proof.cases._shared import compile_spec, packed, random_on, with_changes
+from kernels.proof.cases._shared import packed, random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 # The 27B layer, then what breaks kernels: one token, both sides of a chunk's end, many short documents, every ratio.
 CASES = (
@@ -154,36 +154,12 @@ def work(lengths: tuple[int, ...], key_heads: int, value_heads: int, K: int = 16
     )
 
 
-def compile_specs() -> list[CompileSpec]:
-    """The kernels as they are launched at 27B: 16 key heads, 48 value heads of 128."""
-    sizes = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BT": CHUNK, "PRECISION": "tf32", "EPS": L2_EPS}
-    sizes["SEGMENT"] = forward.SEGMENT
-    fp32 = ("p_gates", "p_norms", "p_walk", "p_carry", "p_checkpoints", "p_dc", "p_A_log")
-    fp32 += ("p_initial", "p_final", "p_dfinal", "p_dinitial")
-    tables = dict.fromkeys(("p_chunks", "p_documents", "p_segments"), "*i32")
-    boxes = {"q": 128, "k": 128, "v": 64, "do": 64, "M": CHUNK, "P": CHUNK}
-
-    def spec(name: str, fn, launch: dict[str, int], *absent: str, spills: int = 0, why: str = "", **flags: bool):
-        types = {n: "i32:16" for n in fn.arg_names if n.startswith("s_")} | tables | dict.fromkeys(fp32, "*fp32")
-        types |= {f"desc_{n}": f"tensordesc<bf16[{CHUNK},{width}]>" for n, width in boxes.items()}
-        constants = sizes | launch | flags | dict.fromkeys(absent)
-        return compile_spec(f"delta rule {name}", fn, types, constants, spill_budget=spills, why=why)
-
-    names = ("states", "recompute", "reverse", "gradients")
-    launch = {name: forward.options(name, torch.bfloat16, 128) for name in names}
-    return [
-        spec("prepare", forward._prepare_kernel, {"num_warps": 4, "num_stages": 1}),
-        spec("walk", forward._walk_kernel, {"num_warps": 2}),
-        spec("states", forward._states_kernel, launch["states"], "p_initial", "p_final",
-             HAS_INITIAL=False, STORE_FINAL=False, STORE_CHECKPOINTS=True),
-        spec("states, prefill", forward._states_kernel, launch["states"], "p_checkpoints",
-             HAS_INITIAL=True, STORE_FINAL=True, STORE_CHECKPOINTS=False),
-        spec("recompute", backward._recompute_kernel, launch["recompute"], "p_initial", HAS_INITIAL=False),
-        spec("reverse", backward._reverse_kernel, launch["reverse"], "p_dfinal", "p_dinitial",
-             HAS_FINAL=False, STORE_INITIAL=False),
-        spec("gradients", backward._gradients_kernel, launch["gradients"], spills=64,
-             why="a few addresses of reductions, stored once and read once per head"),
-    ]  # fmt: skip
+SPECS = launched(
+    "gated_delta_rule_forward", "gated_delta_rule_backward",
+    spill_budgets={
+        "_gradients_kernel": (64, "a few addresses of reductions, stored once and read once per head"),
+    },
+)  # fmt: skip
 
 
 # Plain PyTorch that rounds where the kernels do, and other people's kernels
@@ -301,7 +277,7 @@ def _fla(size: dict, device: str):
 _27B = {"key_heads": 16, "value_heads": 48, "K": 128, "V": 128}
 OP = Op(
     "gated_delta_rule", rule.gated_delta_rule_reference, rule.gated_delta_rule_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, plain=rounded_delta_rule, weights=("A_log", "dt_bias"), by_document=("initial_state", "final_state"),
+    SPECS, plain=rounded_delta_rule, weights=("A_log", "dt_bias"), by_document=("initial_state", "final_state"),
     permuted=(
         {"lengths": (1, 63, 64, 65, 127, 128, 129, 650, 2048), **_27B},
         {"lengths": (1, 3, 66), "key_heads": 1, "value_heads": 2},

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import gated_delta_rule_step as ops
-from kernels.ops.gated_delta_rule_forward import L2_EPS
 from kernels.proof.cases import gated_delta_rule
-from kernels.proof.cases._shared import compile_spec
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 CASES = (
     {"batch": 64, "key_heads": 16, "value_heads": 48, "K": 128},
@@ -49,14 +48,7 @@ def work(batch, key_heads, value_heads, K) -> Work:
     return Work(8 * states + 2 * batch * (2 * key_heads + 2 * value_heads) * K, 0, 6 * states)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """16 key heads, 48 value heads of 128."""
-    types = dict.fromkeys(("s_q", "s_k", "s_v", "s_a", "s_b"), "i32:16") | {"p_state": "*fp32", "p_A_log": "*fp32"}
-    constants = {"H": 48, "GROUP": 3, "K": 128, "V": 128, "BV": 32, "EPS": L2_EPS}
-    return [compile_spec("delta rule step", ops._step_kernel, types, constants)]
-
-
 OP = Op(
     "gated_delta_rule_step", ops.gated_delta_rule_step_reference, ops.gated_delta_rule_step_triton, CASES, make_case,
-    MUTANTS, work, compile_specs,
+    MUTANTS, work, launched("gated_delta_rule_step"),
 )  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import gated_rms_norm as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
+from kernels.proof.cases._shared import random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 4096, "H": 48, "V": 128, "J": 0},
@@ -50,20 +51,6 @@ def work(T, H, V, J=0, strided=False) -> Work:
     return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * J * T * H * V, 4 * J * T * H * V)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """48 heads of 128, with and without an adapter on the output layer."""
-    types = dict.fromkeys(("p_w", "p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"eps": "fp32", "T": "i32"}
-    types |= dict.fromkeys(("stride_o", "stride_z", "stride_dx"), "i32:16")
-    specs = []
-    for J in (0, 1):
-        absent = {} if J else dict.fromkeys(("p_A", "p_u", "p_du"))
-        forward = {"PIECES": 6 if J else 2, **ops._blocks(48, 128)}
-        for kernel, sizes in ((ops._forward_kernel, forward), (ops._backward_kernel, ops._blocks(48, 128))):
-            constants = absent | {"H": 48, "V": 128, "J": J, "STAGES": 3} | sizes
-            specs.append(compile_spec(f"gated_rms_norm{kernel.__name__} J {J}", kernel, types, constants))
-    return specs
-
-
 def _fla(size: dict, device: str):
     norm = import_module("fla.modules.fused_norm_gate").rms_norm_gated
     return lambda x: norm(x["o"], x["z"].view_as(x["o"]), x["weight"], None, activation="swish", eps=1e-6).flatten(1)
@@ -71,5 +58,5 @@ def _fla(size: dict, device: str):
 
 OP = Op(
     "gated_rms_norm", ops.gated_rms_norm_reference, ops.gated_rms_norm_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, without_lora={"J": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
+    launched("gated_rms_norm"), without_lora={"J": 0}, peers=(Peer("flash-linear-attention", "fla", _fla),),
 )  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import linear_cross_entropy as ops
-from kernels.proof.cases._shared import compile_spec, random_on, with_changes
+from kernels.proof.cases._shared import random_on, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 2048, "D": 5120, "vocab": 248320},
@@ -48,18 +49,6 @@ def work(T, D, vocab) -> Work:
     return Work(2 * (2 * T * D + 2 * vocab * D + 4 * T * vocab), 2 * (2 * T * D), 4 * T * D * vocab, T * D)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """vocab = 248,320 with gradient (training) and without (validation)."""
-    types = {"p_label": "*i64", "p_loss": "*fp32"}
-    specs = []
-    for gradient in (True, False):
-        constants = {"VOCAB": 248320, "GRAD": gradient, "B_VOCAB": ops.B_VOCAB}
-        constants |= {"STAGES": ops.STAGES, "num_warps": ops.WARPS}
-        name = f"cross_entropy_kernel{' with gradient' * gradient}"
-        specs.append(compile_spec(name, ops._cross_entropy_kernel, types, constants, unaligned=("p_label", "p_loss")))
-    return specs
-
-
 def _liger(size: dict, device: str):
     function = import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
     options = (None, None, -100, 0.0, 0.0, "sum")  # bias, class weights, ignore_index, z loss, smoothing, reduction
@@ -68,5 +57,5 @@ def _liger(size: dict, device: str):
 
 OP = Op(
     "linear_cross_entropy", ops.linear_cross_entropy_reference, ops.linear_cross_entropy_triton, CASES, make_case,
-    MUTANTS, work, compile_specs, peers=(Peer("Liger", "liger_kernel", _liger),),
+    MUTANTS, work, launched("linear_cross_entropy"), peers=(Peer("Liger", "liger_kernel", _liger),),
 )  # fmt: skip

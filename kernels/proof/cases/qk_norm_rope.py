@@ -5,9 +5,10 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm
 from kernels.ops import qk_norm_rope as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes
+from kernels.proof.cases._shared import random_on, rows_of, with_changes
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 4096, "H": 24, "G": 4, "K": 256, "P": 32},
@@ -63,21 +64,8 @@ def work(T, H, G, K, P, rank=1, strided=False) -> Work:
     return Work(4 * T * F + adapter + angles, 5 * T * F + 2 * adapter + angles, flops, 2 * flops)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """24/4 heads of 256, 64 dims rotated, with and without adapters."""
-    types = dict.fromkeys(("p_cos", "p_sin", "p_u", "p_B", "p_du", "p_partial"), "*fp32")
-    types |= {"T": "i32", "stride_in": "i32:16", "eps": "fp32", "scale": "fp32"}
-    specs = []
-    for adapted in (True, False):
-        absent = {} if adapted else dict.fromkeys(("p_u", "p_B", "p_du", "p_partial"))
-        constants = absent | {"H": 24, "G": 4, "K": 256, "P": 32, "BK": 256} | ops._CONSTANTS
-        for kernel in (ops._forward_kernel, ops._backward_kernel):
-            name = f"qk_norm_rope{kernel.__name__}{' rank 1' if adapted else ''}"
-            specs.append(compile_spec(name, kernel, types, constants))
-    return specs
-
-
 OP = Op(
-    "qk_norm_rope", ops.qk_norm_rope_reference, ops.qk_norm_rope_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    "qk_norm_rope", ops.qk_norm_rope_reference, ops.qk_norm_rope_triton, CASES, make_case, MUTANTS, work,
+    launched("qk_norm_rope"),
     without_lora={"rank": 0},
 )  # fmt: skip

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm, Pending
 from kernels.ops import residual_rms_norm as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
+from kernels.proof.cases._shared import random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 4096, "D": 5120, "J": 2},
@@ -59,22 +60,6 @@ def work(T, D, J=0, rank=1, pending=True, strided=False) -> Work:
     return Work((4 if pending else 2) * row + adapter, 4 * row + 2 * adapter, flops, 2 * flops)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """D = 5120 with what the 27B model asks for: q|k|v, gate|up and no A rows after a rank-1 or a plain output."""
-    types = {"T": "i32", "scale": "fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("stride_h", "stride_y", "stride_dh", "stride_dx"), "i32:16")
-    types |= dict.fromkeys(("p_h", "p_y", "p_w", "p_h_out", "p_x", "p_dh", "p_dx", "p_dy"), "*bf16")
-    specs = []
-    for J, adapted in ((3, True), (2, True), (0, True), (3, False), (0, False)):
-        absent = (() if adapted else ("p_u", "p_B", "p_du")) + (() if J else ("p_A", "p_u_out", "p_du_out"))
-        constants = dict.fromkeys(absent) | {"D": 5120, "J": J, "WANTS_DA": J > 0, "BD": 1024}
-        constants |= {"STAGES": 3, "num_warps": 8}
-        for kernel in (ops._forward_kernel, ops._backward_kernel):
-            name = f"residual_rms_norm{kernel.__name__} J {J}{' + B' if adapted else ''}"
-            specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
-    return specs
-
-
 def _liger(size: dict, device: str):
     function = import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
     return lambda x: function.apply(x["y"], x["h"], x["weight"], 1e-6, 1.0, "gemma", False)
@@ -82,5 +67,5 @@ def _liger(size: dict, device: str):
 
 OP = Op(
     "residual_rms_norm", ops.residual_rms_norm_reference, ops.residual_rms_norm_triton, CASES, make_case, MUTANTS, work,
-    compile_specs, without_lora={"J": 0, "rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
+    launched("residual_rms_norm"), without_lora={"J": 0, "rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
 )  # fmt: skip

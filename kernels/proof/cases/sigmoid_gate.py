@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import sigmoid_gate as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
+from kernels.proof.cases._shared import random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Work
+from kernels.proof.contract import Op, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 4096, "F": 6144, "J": 1},
@@ -43,20 +44,8 @@ def work(T, F, J=1, strided=False) -> Work:
     return Work(3 * row + adapter, 5 * row + 2 * adapter, 2 * J * T * F, 4 * J * T * F)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """F = 6144, with and without an adapter on the output layer."""
-    types = dict.fromkeys(("p_A", "p_u", "p_du", "p_partial"), "*fp32") | {"T": "i32"}
-    types |= dict.fromkeys(("stride_o", "stride_gate", "stride_dx"), "i32:16")
-    specs = []
-    for J in (0, 1):
-        absent = {} if J else dict.fromkeys(("p_A", "p_u", "p_du"))
-        for kernel, sizes in ((ops._forward_kernel, {"BF": 1024, "STAGES": 3}), (ops._backward_kernel, ops._BACKWARD)):
-            constants = absent | {"F": 6144, "J": J} | sizes
-            specs.append(compile_spec(f"sigmoid_gate{kernel.__name__} J {J}", kernel, types, constants))
-    return specs
-
-
 OP = Op(
-    "sigmoid_gate", ops.sigmoid_gate_reference, ops.sigmoid_gate_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    "sigmoid_gate", ops.sigmoid_gate_reference, ops.sigmoid_gate_triton, CASES, make_case, MUTANTS, work,
+    launched("sigmoid_gate"),
     without_lora={"J": 0},
 )  # fmt: skip

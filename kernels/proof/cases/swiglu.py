@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kernels.lora_term import LoRATerm
 from kernels.ops import swiglu as ops
-from kernels.proof.cases._shared import compile_spec, random_on, rows_of, with_changes, without_u_gradient
+from kernels.proof.cases._shared import random_on, rows_of, with_changes, without_u_gradient
 from kernels.proof.closeness import Case
-from kernels.proof.contract import CompileSpec, Op, Peer, Work
+from kernels.proof.contract import Op, Peer, Work
+from kernels.proof.launches import launched
 
 CASES = [
     {"T": 4096, "I": 17408, "rank": 1},
@@ -51,27 +52,12 @@ def work(T, I, rank=1, strided=False) -> Work:
     return Work(6 * T * I + adapter, 10 * T * I + 2 * adapter, 6 * rank * T * I, 14 * rank * T * I)
 
 
-def compile_specs() -> list[CompileSpec]:
-    """I = 17,408, with rank-1 adapters on all three and with none."""
-    types = {"T": "i32", "stride": "i32:16", "stride_dx": "i32:16", "scale": "fp32"}
-    types |= dict.fromkeys(("p_gate_up", "p_x", "p_dx", "p_dgate_up"), "*bf16")
-    specs = []
-    for kernel, BT in ((ops._forward_kernel, ops.FORWARD_BT), (ops._backward_kernel, ops.BACKWARD_BT)):
-        for adapted in (True, False):
-            absent = () if adapted else ("p_u", "p_B", "p_A", "p_u_parts", "p_du_out", "p_du_parts")
-            constants = dict.fromkeys(absent) | {"I": 17408, "WANTS_DA": adapted, "BT": BT, "BI": ops.BI}
-            constants["STAGES"] = ops.STAGES
-            name = f"swiglu{kernel.__name__}{' rank 1' if adapted else ''}"
-            specs.append(compile_spec(name, kernel, types, constants, "*fp32"))
-    return specs
-
-
 def _liger(size: dict, device: str):
     function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
     return lambda x: function.apply(*x["gate_up"].chunk(2, dim=1))
 
 
 OP = Op(
-    "swiglu", ops.swiglu_reference, ops.swiglu_triton, CASES, make_case, MUTANTS, work, compile_specs,
+    "swiglu", ops.swiglu_reference, ops.swiglu_triton, CASES, make_case, MUTANTS, work, launched("swiglu"),
     without_lora={"rank": 0}, peers=(Peer("Liger", "liger_kernel", _liger),),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """How long a kernel takes on paper: its machine code, run by a model of one quarter of a multiprocessor.
 
     python -m kernels.proof.sass                          every kernel of the 27B's two cores: cycles, waits, ms a step
-    python -m kernels.proof.sass --kernel "attention dq" --listing    one kernel's code with its control codes
+    python -m kernels.proof.sass --kernel NAME --listing  one kernel's code with its control codes
 
 How to read SASS, the machine code of an NVIDIA GPU. An instruction is 128 bits. Beside the operation it holds a
 control code, because the hardware checks no dependencies by itself: the assembler (ptxas) counted the cycles, and wrote

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from kernels.ops import causal_attention
-from kernels.proof.cases._shared import compile_spec
 from kernels.proof.compile import compile_all, machine_code, markdown
 from kernels.proof.contract import CompileSpec
 from kernels.proof.registry import operations
@@ -189,11 +188,11 @@ TUTORIAL_HEADS, TUTORIAL_WIDTH, TUTORIAL_TILE = 16, 128, 128
 def tutorial_spec() -> CompileSpec:
     """Our forward kernel with the tutorial's tiles: 128 queries x 128 keys, 8 warps, 3 stages. The same algorithm."""
     sizes = {"H": TUTORIAL_HEADS, "GROUP": 1, "K": TUTORIAL_WIDTH, "BT": TUTORIAL_TILE, "BS": TUTORIAL_TILE}
-    types = {"p_lse": "*fp32", "p_items": "*i32", "T": "i32", "inner": "i32", "scale": "fp32"}
+    types = {"p_o": "*bf16", "p_lse": "*fp32", "p_items": "*i32", "T": "i32", "inner": "i32", "scale": "fp32"}
     box = f"tensordesc<bf16[{TUTORIAL_TILE},{TUTORIAL_WIDTH}]>"
     types |= {f"desc_{x}": box for x in "qkv"}
-    options = {"PRECISION": "tf32", "num_warps": 8, "num_stages": 3}
-    return compile_spec("attention tutorial", causal_attention._forward_kernel, types, sizes | options)
+    kernel, constants = causal_attention._forward_kernel, sizes | {"PRECISION": "tf32"}
+    return CompileSpec("attention tutorial", kernel, types, constants, num_warps=8, num_stages=3)
 
 
 class Calibration(NamedTuple):

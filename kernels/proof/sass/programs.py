@@ -23,7 +23,7 @@ DELTA_BACKWARD_LAYERS = DELTA_LAYERS - 1
 class Launch(NamedTuple):
     """One launch of a kernel.
 
-    kernel: the name in the compile specs of the operation `op`. programs: for each the trips of its loops, in the order
+    kernel: the name in launches.json, of the operation `op`. programs: for each the trips of its loops, in the order
     in which the GPU takes them. launches: in a step. rare: whether an `if` inside a loop is almost never entered.
     bytes: read and written by a kernel that only streams, whose least time memory sets.
     """
@@ -53,14 +53,14 @@ def _attention() -> Iterator[Launch]:
         return [first for _, _, first, *_ in items.tolist()]
 
     def launch(kernel: str, programs: list[tuple[int, ...]], backward: bool = True, bytes: int = 0) -> Launch:
-        return Launch(f"attention {kernel}", "causal_attention", backward, programs, count, bytes=bytes)
+        return Launch(f"causal_attention {kernel}", "causal_attention", backward, programs, count, bytes=bytes)
 
     queries, keys = starts(late_first=True), starts(late_first=False)
     masked = tiles.block // tiles.forward
     forward = [(first // tiles.forward, masked) for first in queries for _ in range(HEADS)]
     yield launch("forward", forward, backward=False)
     yield launch("delta", [()] * (HEADS * TOKENS // 32), bytes=2 * 2 * TOKENS * HEADS * HEAD)
-    yield launch("dq", [((first + tiles.block) // tiles.dq,) for first in queries for _ in range(HEADS)])
+    yield launch("backward_dq", [((first + tiles.block) // tiles.dq,) for first in queries for _ in range(HEADS)])
     parts = attention_schedule.head_parts(documents, group, KEY_HEADS, tiles.block)
     heads = group // parts  # of a program
     # dv has a loop for the blocks of queries that see a part of the tile's keys, and one for those that see all.
@@ -69,10 +69,12 @@ def _attention() -> Iterator[Launch]:
         "dv": [(heads * tiles.block // tiles.dv, heads * (TOKENS - first - tiles.block) // tiles.dv) for first in keys],
     }
     for kernel, trips in steps.items():
-        yield launch(kernel + " parts" * (parts > 1), [trip for trip in trips for _ in range(KEY_HEADS * parts)])
+        dtype = "fp32" if parts > 1 else "bf16"
+        programs = [trip for trip in trips for _ in range(KEY_HEADS * parts)]
+        yield launch(f"backward_{kernel}, p_{kernel} *{dtype}", programs)
         if parts > 1:
             n = TOKENS * KEY_HEADS * HEAD
-            yield launch("add parts", [(parts,)] * (n // 2048), bytes=(4 * parts + 2) * n)
+            yield launch("add_parts", [(parts,)] * (n // 2048), bytes=(4 * parts + 2) * n)
 
 
 def _delta_rule() -> Iterator[Launch]:
@@ -85,13 +87,16 @@ def _delta_rule() -> Iterator[Launch]:
         kernel: str, programs: list[tuple[int, ...]], backward: bool = True, rare: bool = False, bytes: int = 0
     ) -> Launch:
         count = MICRO_BATCHES * (DELTA_BACKWARD_LAYERS if backward else DELTA_LAYERS)
-        return Launch(f"delta rule {kernel}", "gated_delta_rule", backward, programs, count, rare, bytes)
+        file = "backward" if kernel in ("recompute", "reverse", "gradients") else "forward"
+        return Launch(f"gated_delta_rule_{file} {kernel}", "gated_delta_rule", backward, programs, count, rare, bytes)
 
     yield launch("prepare", [()] * (chunks * VALUE_HEADS), backward=False)
     # Rare: the checkpoint is stored before every 16th chunk.
-    yield launch("states", [(chunks,)] * (columns * VALUE_HEADS), backward=False, rare=True)
+    saving = "HAS_INITIAL False, STORE_CHECKPOINTS True, p_checkpoints *fp32"
+    yield launch(f"states, {saving}", [(chunks,)] * (columns * VALUE_HEADS), backward=False, rare=True)
     # Per token and value head: c, its fine part and beta, two norms; and three factors.
-    yield launch("walk", [()] * (chunks * VALUE_HEADS), bytes=4 * 8 * TOKENS * VALUE_HEADS)
+    for backward in (False, True):
+        yield launch("walk", [()] * (chunks * VALUE_HEADS), backward, bytes=4 * 8 * TOKENS * VALUE_HEADS)
     walk = [(-(-tokens // delta_rule.CHUNK),) for tokens in segments for _ in range(columns * VALUE_HEADS)]
     yield launch("recompute", walk)
     yield launch("reverse", [(chunks,)] * (columns * VALUE_HEADS))
