@@ -68,7 +68,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "attention backward_dz"], "--kernel attention backward_dz: no kernel of that name; expected one of"),
+        (["--kernel", "no_such"], "--kernel no_such: no kernel of that name; expected one of"),
         (["--op", "swiglu"], "--op swiglu: its launches are not listed; expected causal_attention, gated_delta_rule"),
         (["--trips", "3"], "name it with --kernel"),
     ],

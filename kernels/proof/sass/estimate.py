@@ -172,7 +172,7 @@ def row(kernel: Kernel, launch: Launch, factor: float = 1.0) -> Row:
         tensor = products * blocks * -(-kernel.warps // hopper.PARTITIONS) / period
     idle = run.idle.total()
     return Row(
-        launch.kernel, launch.op, launch.backward, blocks, trips, counts.total(), period, tensor,
+        launch.kernel.partition(",")[0], launch.op, launch.backward, blocks, trips, counts.total(), period, tensor,
         counts["WARPGROUP.DEPBAR"], counts["BAR.SYNC"],
         ", ".join(f"{reason} {cycles / idle:.0%}" for reason, cycles in run.idle.most_common(3)),
         seconds, *(launch.launches * s for s in (seconds, low, high)),
