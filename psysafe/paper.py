@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from psysafe.checkpoint.base import build
 from psysafe.cli import Parser
 from psysafe.files import write_atomic
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     for name, what in PICTURES.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=what)
     args, rest = parser.parse_known_args(argv)
+    if not kernels.HAS_TRITON:
+        raise UserError("a step on paper records Triton's launches; install it (Linux and `pip install triton`)")
     if args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: expected 1 or more")
     config, _ = resolve(rest)

@@ -327,6 +327,12 @@ def test_mistakes_are_one_line(argv, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_without_triton_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml"]) == 2
+    assert "pip install triton" in capsys.readouterr().err
+
+
 def test_lengths():
     assert parse_lengths("--lengths", ["4096", "640x3"]) == [4096, 640, 640, 640]
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kernels.paper import H100_MULTIPROCESSORS, Launch, on_paper
+from kernels.paper import H100_MULTIPROCESSORS, Argument, Launch, on_paper
 from psysafe.model import recompute
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,11 +95,8 @@ class Trace:
 
 
 def nbytes(x: Tensor) -> int:
-    """Bytes of the elements that exist: an expanded dimension has one."""
-    elements = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        elements *= size if stride or size == 0 else 1
-    return elements * x.element_size()
+    """Bytes of the elements that exist."""
+    return Argument.of(x).nbytes
 
 
 @contextlib.contextmanager
