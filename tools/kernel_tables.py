@@ -1,13 +1,14 @@
 """Writes the generated tables of docs/kernels.md and docs/rank1-lora-for-free.md, each between its two markers.
 
     python tools/kernel_tables.py            counts bytes and compiles every kernel for sm_90 (minutes, no GPU)
-    python tools/kernel_tables.py --bytes    the byte tables only
+    python tools/kernel_tables.py --bytes    without compiling
 
 Bytes come from every operation's own `work` (kernels/proof/cases/); the traffic of PEFT and Unsloth is counted by hand
-below, pass by pass.
+below, pass by pass. Errors at odd sizes are those of the committed soak (tests/kernels/soak_odd_sizes.py).
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from kernels.proof.compile import compile_all, table  # noqa: E402
 from kernels.proof.registry import OPERATIONS, operations  # noqa: E402
 
 DOCS = ROOT / "docs"
+SOAK = ROOT / "benchmarks" / "results" / "kernels-odd-sizes.json"
 T = 4096  # tokens a micro-batch: A, B and the norm's weights are read once for all of them
 STEP = 16_384  # tokens an optimiser step of the worked example
 BANDWIDTH = 4.3e12  # B/s: a copy on one H200, measured
@@ -145,6 +147,20 @@ def compile_table(target: str = "sm_90") -> str:
     return table(specs, compile_all(specs, target), target)
 
 
+def odd_sizes_table() -> str:
+    """The worst RMS errors against fp64 of every operation, in the interpreter."""
+    rows = json.loads(SOAK.read_text())["rows"]
+    lines = ["| operation | checks | worst fp32 | worst bf16 |", "|---|---:|---:|---:|"]
+    for op in OPERATIONS:
+        of_op = [row for row in rows if row["op"] == op.name]
+        worst = {}
+        for row in of_op:
+            worst[row["dtype"]] = max(worst.get(row["dtype"], 0.0), row["error"])
+        cells = [f"{worst[dtype]:.1e}" if dtype in worst else "-" for dtype in ("float32", "bfloat16")]
+        lines.append(f"| `{op.name}` | {len(of_op)} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def between(text: str, name: str, content: str) -> str:
     """The text with `content` between the markers of that name."""
     pattern = rf"(<!-- {name}: written by tools/kernel_tables.py -->\n).*?(<!-- end of {name} -->)"
@@ -159,9 +175,10 @@ def main() -> None:
     page = DOCS / "rank1-lora-for-free.md"
     text = between(page.read_text(), "bytes of a block", block_table())
     page.write_text(between(text, "bytes of an adapter", traffic_table()))
+    page = DOCS / "kernels.md"
+    page.write_text(between(page.read_text(), "errors at odd sizes", odd_sizes_table()))
     if not args.bytes:
-        page, resources = DOCS / "kernels.md", compile_table()
-        page.write_text(between(page.read_text(), "compiled resources", resources))
+        page.write_text(between(page.read_text(), "compiled resources", compile_table()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""The tables in docs/ say what the kernel files say: bytes exactly, compiled kernels by name, warps and stages."""
+"""The tables in docs/ say what the kernel files say (bytes exactly, compiled kernels by name, warps and stages) and
+what the committed soak showed.
+"""
+
+import json
 
 import pytest
 
 import kernels
 from kernels.proof.registry import OPERATIONS
 from tools import kernel_tables
-from tools.kernel_tables import DOCS, between, block_table, traffic_table
+from tools.kernel_tables import DOCS, SOAK, between, block_table, odd_sizes_table, traffic_table
 
 
 def written(page: str, name: str) -> str:
@@ -17,6 +21,13 @@ def written(page: str, name: str) -> str:
 @pytest.mark.parametrize(("name", "table"), [("bytes of a block", block_table), ("bytes of an adapter", traffic_table)])
 def test_bytes_are_those_of_work(name, table):
     assert written("rank1-lora-for-free.md", name) == table(), "run: python tools/kernel_tables.py --bytes"
+
+
+def test_errors_are_those_of_the_soak():
+    table = written("kernels.md", "errors at odd sizes")
+    assert table == odd_sizes_table(), "run: python tools/kernel_tables.py --bytes"
+    rows = json.loads(SOAK.read_text())["rows"]
+    assert {row["op"] for row in rows} == set(kernels.OPS) and all(row["result"] == "ok" for row in rows)
 
 
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
