@@ -1,16 +1,17 @@
 """Writes the generated tables of docs/ and benchmarks/README.md, each between its two markers.
 
     python tools/kernel_tables.py            all of them: compiles every kernel for sm_90 (minutes, no GPU)
-    python tools/kernel_tables.py --bytes    the byte tables of docs/rank1-lora-for-free.md only
+    python tools/kernel_tables.py --bytes    the tables that need no compiler
     python tools/kernel_tables.py --speed    the predicted times only, and what follows from them
 
 Bytes come from every operation's own `work` (kernels/proof/cases/); the traffic of PEFT and Unsloth is counted by hand
-below, pass by pass. Predicted times come from machine code (kernels/proof/sass/). From them follow the speeds of
-attention and the delta rule in psysafe/training/roofline.py, which are written there, and from these the table of a
-step in benchmarks/README.md.
+below, pass by pass. Errors at odd sizes are those of the committed soak (tests/kernels/soak_odd_sizes.py). Predicted
+times come from machine code (kernels/proof/sass/). From them follow the speeds of attention and the delta rule in
+psysafe/training/roofline.py, which are written there, and from these the table of a step in benchmarks/README.md.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from psysafe.training.setup import fixed_bytes, make_optimizer  # noqa: E402
 
 DOCS = ROOT / "docs"
 MODEL = "Qwen/Qwen3.5-27B"
+SOAK = ROOT / "benchmarks" / "results" / "kernels-odd-sizes.json"
 T = 4096  # tokens a micro-batch: A, B and the norm's weights are read once for all of them
 STEP = 16_384  # tokens an optimiser step of the worked example
 BANDWIDTH = 4.3e12  # B/s: a copy on one H200, measured
@@ -237,6 +239,20 @@ def write(page: Path, name: str, content: str) -> None:
     page.write_text(between(page.read_text(), name, content))
 
 
+def odd_sizes_table() -> str:
+    """The worst RMS errors against fp64 of every operation, in the interpreter."""
+    rows = json.loads(SOAK.read_text())["rows"]
+    lines = ["| operation | checks | worst fp32 | worst bf16 |", "|---|---:|---:|---:|"]
+    for op in OPERATIONS:
+        of_op = [row for row in rows if row["op"] == op.name]
+        worst = {}
+        for row in of_op:
+            worst[row["dtype"]] = max(worst.get(row["dtype"], 0.0), row["error"])
+        cells = [f"{worst[dtype]:.1e}" if dtype in worst else "-" for dtype in ("float32", "bfloat16")]
+        lines.append(f"| `{op.name}` | {len(of_op)} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def between(text: str, name: str, content: str) -> str:
     """The text with `content` between the markers of that name."""
     pattern = rf"(<!-- {name}: written by tools/kernel_tables.py -->\n).*?(<!-- end of {name} -->)"
@@ -253,6 +269,7 @@ def main() -> None:
     if not args.speed:
         write(DOCS / "rank1-lora-for-free.md", "bytes of a block", block_table())
         write(DOCS / "rank1-lora-for-free.md", "bytes of an adapter", traffic_table())
+        write(DOCS / "kernels.md", "errors at odd sizes", odd_sizes_table())
     if not args.bytes and not args.speed:
         write(DOCS / "kernels.md", "compiled resources", compile_table())
     if not args.bytes:

@@ -287,6 +287,6 @@ def test_tiles_of_attention_that_overlap(monkeypatch):
 
     module = sys.modules[op.triton.__module__]
     monkeypatch.setattr(module, "tile_items", halved)
-    with pytest.raises(AssertionError, match=r"_forward_kernel: program .* writes an element of p_o that program"):
+    with pytest.raises(AssertionError, match=r"_forward_kernel: program \d+ writes an element of \w+ that program"):
         closeness_of(op, size, BF16, 1, "cpu")
     assert len(tile_items(packed([129]), packed([129]), 64, True)) == 3

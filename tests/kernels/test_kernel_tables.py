@@ -1,7 +1,9 @@
 """The generated tables say what the code says: bytes exactly, compiled kernels by name, warps and stages, predicted
-times by kernel; the roofline's constants and the table of a step follow from the predicted times.
+times by kernel; the roofline's constants and the table of a step follow from the predicted times. Errors at odd sizes
+are those of the committed soak.
 """
 
+import json
 import re
 
 import pytest
@@ -13,7 +15,17 @@ from psysafe.model.config import ForwardBackward
 from psysafe.training import roofline
 from psysafe.training.dry_run import read_architecture
 from tools import kernel_tables
-from tools.kernel_tables import DOCS, ROOT, between, block_table, step_table, traffic_table, with_speeds
+from tools.kernel_tables import (
+    DOCS,
+    ROOT,
+    SOAK,
+    between,
+    block_table,
+    odd_sizes_table,
+    step_table,
+    traffic_table,
+    with_speeds,
+)
 
 
 def written(page: str, name: str) -> str:
@@ -25,6 +37,13 @@ def written(page: str, name: str) -> str:
 @pytest.mark.parametrize(("name", "table"), [("bytes of a block", block_table), ("bytes of an adapter", traffic_table)])
 def test_bytes_are_those_of_work(name, table):
     assert written("rank1-lora-for-free.md", name) == table(), "run: python tools/kernel_tables.py --bytes"
+
+
+def test_errors_are_those_of_the_soak():
+    table = written("kernels.md", "errors at odd sizes")
+    assert table == odd_sizes_table(), "run: python tools/kernel_tables.py --bytes"
+    rows = json.loads(SOAK.read_text())["rows"]
+    assert {row["op"] for row in rows} == set(kernels.OPS) and all(row["result"] == "ok" for row in rows)
 
 
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
