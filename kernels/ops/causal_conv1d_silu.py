@@ -144,7 +144,7 @@ def _backward_kernel(
         b_w += (tl.load(p_w + o_c * M + M - 1 - lag, m_c, other=0).to(tl.float32),)
         b_past += (_before(p_x, p_index, p_state, begin, pos, lag, o_c, m_c & (begin < T), stride, C, M),)
         b_open += (tl.zeros([BC], tl.float32),)
-    # M-1 tokens behind the segment still add to dx of its last rows. After T, dc is read as zero.
+    # M-1 tokens past the segment still add to dx of its last rows. After T, dc is read as zero.
     for i_t in tl.range(begin, end + M - 1, num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         m = m_c & (i_t < T)

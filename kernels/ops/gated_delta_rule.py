@@ -28,7 +28,7 @@ f_q = K^-1/2 / |q|, f_k = 1 / |k|, and M = (I + L)^-1, P = f_q f_k (q k^T) D,
 and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). The launches, and what each fuses:
 
     prepare      gates (sigmoid, softplus, cumulative sum), l2 norms, M and P        ops/gated_delta_rule_forward.py
-    walk         the factors of the walk, in both passes: they are not saved
+    factors      those of the walks, in both passes: they are not saved
     states       the walk over the chunks of a document: o, final state, checkpoints
     recompute    R and S of every chunk again, in segments of 16 chunks              ops/gated_delta_rule_backward.py
     reverse      the walk back: dv, dS'
@@ -204,9 +204,9 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, a, b, initial_state, frozen):
         A_log, dt_bias, plan, wants_final = frozen
         prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
-        walk = forward.walk_factors(prepared, k.shape[2])
+        factors = forward.state_factors(prepared, k.shape[2])
         save = any(ctx.needs_input_grad)
-        o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial_state, plan, wants_final, save)
+        o, final, checkpoints = forward.states(q, k, v, prepared, factors, initial_state, plan, wants_final, save)
         if save:
             ctx.save_for_backward(q, k, v, a, initial_state, A_log, dt_bias, checkpoints, *prepared)
             ctx.plan = plan
@@ -220,12 +220,12 @@ class _GatedDeltaRule(torch.autograd.Function):
         prepared, plan = forward.Prepared(*prepared), ctx.plan
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        walk = forward.walk_factors(prepared, k.shape[2])  # not saved: 579 bytes a token and layer
-        dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, ctx.needs_input_grad[5])
+        factors = forward.state_factors(prepared, k.shape[2])  # not saved: 579 bytes a token and layer
+        dv, dST, dinitial = backward.reverse(q, k, do, prepared, factors, dfinal, plan, ctx.needs_input_grad[5])
         dq = dk = da = db = None
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3, 4)):
-            RT, ST = backward.recompute(k, v, prepared, walk, initial_state, checkpoints, plan)
-            del walk  # no part of the peak, which is reached with dq and dk
+            RT, ST = backward.recompute(k, v, prepared, factors, initial_state, checkpoints, plan)
+            del factors  # no part of the peak, which is reached with dq and dk
             dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
         return dq, dk, dv, da, db, dinitial, None
 

@@ -18,15 +18,15 @@ from kernels.ops.gated_delta_rule_forward import (
     CHUNK,
     Prepared,
     Schedule,
-    Walk,
+    StateFactors,
     decay_between,
     descriptors,
     load_beta,
     load_chunk,
     load_erase,
-    load_factors,
     load_gates,
     load_last,
+    load_norm_factors,
     load_read,
     load_rows,
     load_write,
@@ -40,7 +40,7 @@ from kernels.ops.gated_delta_rule_forward import (
 
 @triton.jit
 def _recompute_kernel(
-    desc_k, desc_v, desc_M, p_gates, p_walk, p_carry, p_initial, p_checkpoints, p_segments, p_RT, p_ST,
+    desc_k, desc_v, desc_M, p_gates, p_factors, p_carry, p_initial, p_checkpoints, p_segments, p_RT, p_ST,
     HAS_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _recompute_kernel(
     for i in range(tl.cdiv(length, BT)):
         i_gate = (first_chunk + i) * H + i_h
         at = begin + i * BT
-        b_erase, b_write = load_erase(p_walk, i_gate, BT), load_write(p_walk, i_gate, BT)
+        b_erase, b_write = load_erase(p_factors, i_gate, BT), load_write(p_factors, i_gate, BT)
         carry = tl.load(p_carry + i_gate)
         b_k = desc_k.load([at, i_g * K])
         b_v = desc_v.load([at, i_h * V + i_v * BV])
@@ -82,7 +82,8 @@ def _recompute_kernel(
 
 @triton.jit
 def _reverse_kernel(
-    desc_q, desc_k, desc_do, desc_M, desc_P, p_gates, p_walk, p_carry, p_dfinal, p_documents, p_dv, p_dST, p_dinitial,
+    desc_q, desc_k, desc_do, desc_M, desc_P, p_gates, p_factors, p_carry, p_dfinal, p_documents,
+    p_dv, p_dST, p_dinitial,
     HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +104,7 @@ def _reverse_kernel(
         i = count - 1 - j
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
-        b_read, b_write = load_read(p_walk, i_gate, BT), load_write(p_walk, i_gate, BT)
+        b_read, b_write = load_read(p_factors, i_gate, BT), load_write(p_factors, i_gate, BT)
         carry = tl.load(p_carry + i_gate)
         b_k = desc_k.load([at, i_g * K])
         b_q = desc_q.load([at, i_g * K])
@@ -124,7 +125,7 @@ def _reverse_kernel(
         # dv = beta M^T dR. Rows without a token get 0, because their beta is 0.
         b_dvT = tl.dot(b_dRT.to(dtype), b_M, input_precision=PRECISION) * load_beta(p_gates, i_gate, BT)[None, :]
         # Loaded only here: with all three factors from the start, registers are spilled.
-        b_x = b_dvT * -load_erase(p_walk, i_gate, BT)[None, :]
+        b_x = b_dvT * -load_erase(p_factors, i_gate, BT)[None, :]
         b_dST = tl.dot(b_x.to(dtype), b_k, b_dST, input_precision=PRECISION)
         store_rows(p_dv + i_h * V, tl.trans(b_dvT.to(dtype)), at, left, H * V, o_v, BT)
     if STORE_INITIAL:
@@ -204,7 +205,7 @@ def _gradients_kernel(
             b_ST = tl.load(tile(p_ST, i_gate, V, K, i_v + o_v, o_k))
             b_read = tl.dot(b_do, b_ST, b_read, input_precision=PRECISION)
         b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
+        b_fq, b_fk = load_norm_factors(p_norms, i_norm, K, BT)
         b_read *= tl.exp(b_c + b_fine)[:, None]
         b_q = load_rows(p_q, begin, length, s_q, o_k, BT)
         b_dc = b_fq * tl.sum(b_q.to(tl.float32) * b_read, 1)
@@ -226,7 +227,7 @@ def _gradients_kernel(
     begin, length = load_chunk(p_chunks, i_chunk)
     # f_q holds the scale K^-1/2, which is no part of the norm: taken out of the factor, and applied to dq.
     b_raw = load_rows(p_q, begin, length, s_q, o_k, BT).to(tl.float32)
-    b_fq, _ = load_factors(p_norms, i_norm, K, BT)
+    b_fq, _ = load_norm_factors(p_norms, i_norm, K, BT)
     b_dq = _through_norm(b_dq * K**-0.5, b_raw, b_fq * K**0.5)
     store_rows(p_dq + i_g * K, b_dq, begin, length, H // GROUP * K, o_k, BT)
     tl.debug_barrier()  # p_dc, written above, is read below by other threads of this program
@@ -249,7 +250,7 @@ def _gradients_kernel(
             b_dST = tl.load(tile(p_dST, i_gate, V, K, i_v + o_v, o_k))
             b_dk_part = tl.dot(tl.trans(b_RT), b_dST, b_dk_part, input_precision=PRECISION)
         b_c, b_fine, b_beta = load_gates(p_gates, i_gate, BT)
-        b_fq, b_fk = load_factors(p_norms, i_norm, K, BT)
+        b_fq, b_fk = load_norm_factors(p_norms, i_norm, K, BT)
         last, last_fine = load_last(p_gates, i_gate, BT)
         b_dk_part *= tl.exp((last - b_c) + (last_fine - b_fine))[:, None]
         b_k = load_rows(p_k, begin, length, s_k, o_k, BT)
@@ -307,13 +308,14 @@ def _gradients_kernel(
         tl.store(p_da + o_row * H + i_h, b_da.to(p_da.dtype.element_ty), mask=m_t)
     begin, length = load_chunk(p_chunks, i_chunk)
     b_raw = load_rows(p_k, begin, length, s_k, o_k, BT).to(tl.float32)
-    _, b_fk = load_factors(p_norms, i_norm, K, BT)
+    _, b_fk = load_norm_factors(p_norms, i_norm, K, BT)
     store_rows(p_dk + i_g * K, _through_norm(b_dk, b_raw, b_fk), begin, length, H // GROUP * K, o_k, BT)
 
 
 def recompute(
-    k: Tensor, v: Tensor, prepared: Prepared, walk: Walk, initial: Tensor | None, checkpoints: Tensor, plan: Schedule
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, prepared: Prepared, factors: StateFactors, initial: Tensor | None, checkpoints: Tensor,
+    plan: Schedule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """R^T (NC, H, V, BT) and S^T (NC, H, V, K), the state before every chunk, in v's dtype."""
     (G, K), (H, V), NC = k.shape[1:], v.shape[1:], len(plan.chunks)
     RT = torch.empty(NC, H, V, CHUNK, dtype=v.dtype, device=v.device)
@@ -321,7 +323,7 @@ def recompute(
     constants = options("recompute", v.dtype, V)
     _recompute_kernel[(V // constants["BV"], H, len(plan.segments))](
         *(*descriptors(constants["BV"], k=k, v=v), tile_descriptor("M", prepared.M)),
-        *(prepared.gates, *walk, initial, checkpoints, plan.segments, RT, ST),
+        *(prepared.gates, *factors, initial, checkpoints, plan.segments, RT, ST),
         HAS_INITIAL=initial is not None, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v),
         **constants,
     )  # fmt: skip
@@ -329,7 +331,7 @@ def recompute(
 
 
 def reverse(
-    q: Tensor, k: Tensor, do: Tensor, prepared: Prepared, walk: Walk, dfinal: Tensor | None, plan: Schedule,
+    q: Tensor, k: Tensor, do: Tensor, prepared: Prepared, factors: StateFactors, dfinal: Tensor | None, plan: Schedule,
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dv (T, H, V), dS^T (NC, H, V, K) of the state after every chunk, and if `initial` that of the initial states."""
@@ -341,7 +343,7 @@ def reverse(
     _reverse_kernel[(V // constants["BV"], H, N)](
         *descriptors(constants["BV"], q=q, k=k, do=do),
         *(tile_descriptor("M", prepared.M), tile_descriptor("P", prepared.P)),
-        *(prepared.gates, *walk, dfinal, plan.documents, dv, dST, dinitial),
+        *(prepared.gates, *factors, dfinal, plan.documents, dv, dST, dinitial),
         HAS_FINAL=dfinal is not None, STORE_INITIAL=initial,
         H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(do), **constants,
     )  # fmt: skip

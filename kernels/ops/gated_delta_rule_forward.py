@@ -1,14 +1,15 @@
 """The three forward kernels of the gated delta rule, and the schedule that all its kernels share.
 
     prepare   a program per chunk and value head: gates, norms, M and P
-    walk      a program per chunk and value head: the factors with which the walks read, erase and write
+    factors   a program per chunk and value head: the factors with which the walks read, erase and write
     states    a program per document, value head and BV columns of v: walks over the chunks with the state in registers
 
 Equations and matrices: gated_delta_rule.py. Sizes: kernels/ops/__init__.py; BT = 64 tokens.
 
 The kernels pass on for each chunk, in fp32, `gates (NC, H, 3, BT)`: the coarse and the fine part of c, and beta;
-`norms (NC, G, 2, BT)`: 1/|q| and 1/|k|; and in v's dtype `M, P (NC, H, BT, BT)`. The walks read `walk (NC, H, 3, BT)`:
-e^c f_q, e^c f_k and e^(c_last - c) f_k, with which q and k read, erase and write; and `carry (NC, H)`: e^(c_last).
+`norms (NC, G, 2, BT)`: 1/|q| and 1/|k|; and in v's dtype `M, P (NC, H, BT, BT)`. The walks (states, recompute, reverse)
+read `factors (NC, H, 3, BT)`: e^c f_q, e^c f_k and e^(c_last - c) f_k, with which q and k read, erase and write; and
+`carry (NC, H)`: e^(c_last).
 
 The walks hold the state transposed, S^T (V, K), and compute everything transposed: E^T, R^T, o^T. Then the left operand
 of every product is what the product before it left in registers. Untransposed it would be the right operand, which
@@ -115,7 +116,7 @@ def load_beta(p_gates, i_gate, BT: tl.constexpr):
 
 
 @triton.jit
-def load_factors(p_norms, i_norm, K: tl.constexpr, BT: tl.constexpr):
+def load_norm_factors(p_norms, i_norm, K: tl.constexpr, BT: tl.constexpr):
     """f_q = K^-1/2 / |q| and f_k = 1 / |k|, (BT,) each. i_norm = i_chunk * G + i_g."""
     p = p_norms + i_norm.to(tl.int64) * (2 * BT) + tl.arange(0, BT)
     return tl.load(p) * K**-0.5, tl.load(p + BT)
@@ -129,21 +130,21 @@ def load_last(p_gates, i_gate, BT: tl.constexpr):
 
 
 @triton.jit
-def load_read(p_walk, i_gate, BT: tl.constexpr):
+def load_read(p_factors, i_gate, BT: tl.constexpr):
     """e^c f_q (BT,): the factors with which q reads the state."""
-    return tl.load(p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT))
+    return tl.load(p_factors + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT))
 
 
 @triton.jit
-def load_erase(p_walk, i_gate, BT: tl.constexpr):
+def load_erase(p_factors, i_gate, BT: tl.constexpr):
     """e^c f_k (BT,): the factors with which k reads what the state already holds."""
-    return load_read(p_walk + BT, i_gate, BT)
+    return load_read(p_factors + BT, i_gate, BT)
 
 
 @triton.jit
-def load_write(p_walk, i_gate, BT: tl.constexpr):
+def load_write(p_factors, i_gate, BT: tl.constexpr):
     """e^(c_last - c) f_k (BT,): the factors with which k writes into the state."""
-    return load_read(p_walk + 2 * BT, i_gate, BT)
+    return load_read(p_factors + 2 * BT, i_gate, BT)
 
 
 @triton.jit
@@ -257,17 +258,17 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _walk_kernel(
-    p_gates, p_norms, p_walk, p_carry,
+def _factors_kernel(
+    p_gates, p_norms, p_factors, p_carry,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Program (value head, chunk): what load_read, load_erase and load_write load, and e^(c_last)."""
     i_h, i_chunk = tl.program_id(0), tl.program_id(1)
     i_gate = i_chunk * H + i_h
     b_c, b_fine, _ = load_gates(p_gates, i_gate, BT)
-    b_fq, b_fk = load_factors(p_norms, i_chunk * (H // GROUP) + i_h // GROUP, K, BT)
+    b_fq, b_fk = load_norm_factors(p_norms, i_chunk * (H // GROUP) + i_h // GROUP, K, BT)
     last, last_fine = load_last(p_gates, i_gate, BT)
-    p = p_walk + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
+    p = p_factors + i_gate.to(tl.int64) * (3 * BT) + tl.arange(0, BT)
     b_decay = tl.exp(b_c + b_fine)
     tl.store(p, b_decay * b_fq)
     tl.store(p + BT, b_decay * b_fk)
@@ -277,7 +278,7 @@ def _walk_kernel(
 
 @triton.jit
 def _states_kernel(
-    desc_q, desc_k, desc_v, desc_M, desc_P, p_gates, p_walk, p_carry, p_initial, p_documents,
+    desc_q, desc_k, desc_v, desc_M, desc_P, p_gates, p_factors, p_carry, p_initial, p_documents,
     p_o, p_final, p_checkpoints,
     HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_CHECKPOINTS: tl.constexpr, SEGMENT: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
@@ -303,7 +304,7 @@ def _states_kernel(
                 tl.store(tile(p_checkpoints, i_checkpoint * H + i_h, V, K, o_v, o_k), b_ST)
         i_gate = (first_chunk + i) * H + i_h
         at, left = begin + i * BT, length - i * BT
-        b_read, b_erase = load_read(p_walk, i_gate, BT), load_erase(p_walk, i_gate, BT)
+        b_read, b_erase = load_read(p_factors, i_gate, BT), load_erase(p_factors, i_gate, BT)
         carry = tl.load(p_carry + i_gate)
         b_k = desc_k.load([at, i_g * K])
         b_q = desc_q.load([at, i_g * K])
@@ -321,7 +322,7 @@ def _states_kernel(
         b_oT = tl.dot(b_st, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :]
         b_oT = tl.dot(b_RT.to(dtype), tl.trans(b_P), b_oT, input_precision=PRECISION)
         # S' = e^(c_last) S + k^T (e^(c_last - c) f_k R).
-        b_RT *= load_write(p_walk, i_gate, BT)[None, :]
+        b_RT *= load_write(p_factors, i_gate, BT)[None, :]
         b_ST *= carry
         b_ST = tl.dot(b_RT.to(dtype), b_k, b_ST, input_precision=PRECISION)
         store_rows(p_o + i_h * V, tl.trans(b_oT.to(dtype)), at, left, H * V, o_v, BT)
@@ -352,7 +353,7 @@ class Prepared(NamedTuple):
     P: Tensor  # (NC, H, BT, BT), in v's dtype
 
 
-class Walk(NamedTuple):
+class StateFactors(NamedTuple):
     """The factors that the walks read. Not saved: gates and norms have all that they follow from."""
 
     rows: Tensor  # (NC, H, 3, BT) fp32: e^c f_q, e^c f_k, e^(c_last - c) f_k
@@ -373,16 +374,16 @@ def prepare(q: Tensor, k: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: 
     return Prepared(gates, norms, M, P)
 
 
-def walk_factors(prepared: Prepared, K: int) -> Walk:
-    """The factors of the walk, from gates and norms."""
+def state_factors(prepared: Prepared, K: int) -> StateFactors:
+    """The factors of the walks, from gates and norms."""
     NC, H, _, BT = prepared.gates.shape
     G, device = prepared.norms.shape[1], prepared.gates.device
-    walk = Walk(
+    factors = StateFactors(
         torch.empty(NC, H, 3, BT, dtype=torch.float32, device=device),
         torch.empty(NC, H, dtype=torch.float32, device=device),
     )
-    _walk_kernel[(H, NC)](prepared.gates, prepared.norms, *walk, H=H, GROUP=H // G, K=K, BT=BT, num_warps=2)
-    return walk
+    _factors_kernel[(H, NC)](prepared.gates, prepared.norms, *factors, H=H, GROUP=H // G, K=K, BT=BT, num_warps=2)
+    return factors
 
 
 def descriptors(BV: int, **tensors: Tensor) -> list:
@@ -398,7 +399,7 @@ def tile_descriptor(name: str, x: Tensor) -> "TensorDescriptor":
 
 
 def states(
-    q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, walk: Walk, initial: Tensor | None, plan: Schedule,
+    q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, factors: StateFactors, initial: Tensor | None, plan: Schedule,
     final: bool, save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """o (T, H, V), the final states (N, H, K, V) if `final`, the checkpoints (plan.checkpoints, H, V, K) if `save`."""
@@ -410,7 +411,7 @@ def states(
     _states_kernel[(V // constants["BV"], H, N)](
         *descriptors(constants["BV"], q=q, k=k, v=v),
         *(tile_descriptor("M", prepared.M), tile_descriptor("P", prepared.P)),
-        *(prepared.gates, *walk, initial, plan.documents, o, S_final, checkpoints),
+        *(prepared.gates, *factors, initial, plan.documents, o, S_final, checkpoints),
         HAS_INITIAL=initial is not None, STORE_FINAL=final, STORE_CHECKPOINTS=save and plan.checkpoints > 0,
         SEGMENT=SEGMENT, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v), **constants,
     )  # fmt: skip

@@ -40,10 +40,10 @@ def test_every_tensor_between_the_kernels():
         )
         plan = forward.schedule(documents)
         prepared = forward.prepare(q, k, a, b, A_log, dt_bias, plan)
-        walk = forward.walk_factors(prepared, k.shape[2])
-        o, final, checkpoints = forward.states(q, k, v, prepared, walk, initial, plan, final=True, save=True)
-        RT, ST = backward.recompute(k, v, prepared, walk, initial, checkpoints, plan)
-        dv, dST, dinitial = backward.reverse(q, k, do, prepared, walk, dfinal, plan, initial=True)
+        factors = forward.state_factors(prepared, k.shape[2])
+        o, final, checkpoints = forward.states(q, k, v, prepared, factors, initial, plan, final=True, save=True)
+        RT, ST = backward.recompute(k, v, prepared, factors, initial, checkpoints, plan)
+        dv, dST, dinitial = backward.reverse(q, k, do, prepared, factors, dfinal, plan, initial=True)
         dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
     gates, norms = prepared.gates, prepared.norms
     assert_close_fp32(

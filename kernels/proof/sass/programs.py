@@ -96,7 +96,7 @@ def _delta_rule() -> Iterator[Launch]:
     yield launch(f"states, {saving}", [(chunks,)] * (columns * VALUE_HEADS), backward=False, rare=True)
     # Per token and value head: c, its fine part and beta, two norms; and three factors.
     for backward in (False, True):
-        yield launch("walk", [()] * (chunks * VALUE_HEADS), backward, bytes=4 * 8 * TOKENS * VALUE_HEADS)
+        yield launch("factors", [()] * (chunks * VALUE_HEADS), backward, bytes=4 * 8 * TOKENS * VALUE_HEADS)
     walk = [(-(-tokens // delta_rule.CHUNK),) for tokens in segments for _ in range(columns * VALUE_HEADS)]
     yield launch("recompute", walk)
     yield launch("reverse", [(chunks,)] * (columns * VALUE_HEADS))
