@@ -323,6 +323,7 @@ def test_the_command_prints_what_it_says(capsys):
         (["--lenghts", "4"], "unknown flag"),
         (["--shard"], "--shard spreads the base over ranks"),
         (["--ranks", "0"], "--ranks 0"),
+        (["--config", "configs/tiny.toml", "--dtype", "float64"], "float64"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):
