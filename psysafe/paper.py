@@ -70,7 +70,12 @@ def main(argv: Sequence[str]) -> int:
     config, _ = resolve(rest)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
-    print("\n".join(trace_all(args, config)))
+    try:
+        print("\n".join(trace_all(args, config)))
+    except UserError:
+        raise
+    except ValueError as error:  # of a kernel, which may not import psysafe: what it does not take
+        raise UserError(f"{error} (a GPU would refuse it, too)") from None
     return 0
 
 

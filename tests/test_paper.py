@@ -4,7 +4,6 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,18 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.paper import on_paper
-from psysafe import load_model, paper
+from psysafe import load_model
 from psysafe.checkpoint.base import build
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import MLP, Block
 from psysafe.model.lora import TARGETS, attach
-from psysafe.program import main_guard
 from psysafe.runtime import start
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import Sizes
-from psysafe.training.paper import timeline
 from psysafe.training.paper.rates import KINDS, PaperGPU, gemm_share, kind
-from psysafe.training.paper.run import documents_of, paper_run, parse_lengths, trace_generation, trace_step
+from psysafe.training.paper.run import documents_of, paper_run, trace_generation, trace_step
 from psysafe.training.paper.shard import gathers
 from psysafe.training.paper.trace import PaperError, Trace, nbytes, record
 from psysafe.training.roofline import SPEEDS, context, flops_per_token
@@ -187,7 +184,7 @@ def compare_peaks(trace: Trace, run: Run, lengths: list[int]) -> None:
 def test_the_recipes_planned_peak_is_the_simulated_one(step):
     compare_peaks(step, run_of(RECIPE, QWEN_27B), RECIPE)
     assert step.peak_where.startswith("kernels/ops/linear_cross_entropy.py")
-    assert step.end - step.fixed < 1e5, "a step leaves memory behind"
+    assert step.live - step.fixed < 1e5, "a step leaves memory behind"
 
 
 @pytest.mark.slow
@@ -287,7 +284,11 @@ def test_generation_waits_for_nothing_while_it_decodes():
     assert {op.name for op in traces["decode"].ops if op.from_host} == set()
     decode = [op.name for op in traces["decode"].ops if op.launch]
     assert decode.count("gated_delta_rule_step step") == 3 and decode.count("attention_decode split") == 1
-    assert any(op.name == "causal_attention forward" for op in traces["prefill"].ops)
+    prefill = traces["prefill"].ops
+    assert any(op.name == "causal_attention forward" for op in prefill)
+    # Slots are emptied with one index for all layers: a Python list as index is copied, and waited for, each time.
+    assert not any(op.name == "scalar_tensor" and "cache.py" in op.where for op in prefill)
+    assert sum(op.where.startswith("psysafe/model/cache.py") and op.from_host for op in prefill) <= 2
 
 
 def test_nothing_is_left_behind():
@@ -297,74 +298,6 @@ def test_nothing_is_left_behind():
     assert not kernels.is_gpu(torch.device("meta"))
     x = torch.randn(4, 64)
     assert kernels.swiglu.reference(x)[0].shape == (4, 32)
-
-
-# The command
-
-
-def test_the_command_prints_what_it_says(capsys):
-    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", "--lengths", "640x4"]) == 0
-    text = capsys.readouterr().out
-    for expected in ("Qwen3.5-27B, a step of 2,560 tokens in 4 documents", "on paper, on one H100", "simulated peak"):
-        assert expected in text, expected
-    assert "measured" not in text
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--lengths", "0"], "--lengths 0: expected a length"),
-        (["--lengths", "640y4"], "--lengths 640y4"),
-        (["--gpu", "H300"], "--gpu"),
-        (["--lenghts", "4"], "unknown flag"),
-        (["--shard"], "--shard spreads the base over ranks"),
-        (["--ranks", "0"], "--ranks 0"),
-    ],
-)
-def test_mistakes_are_one_line(argv, message, capsys):
-    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", *argv]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_without_triton_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml"]) == 2
-    assert "pip install triton" in capsys.readouterr().err
-
-
-def test_lengths():
-    assert parse_lengths("--lengths", ["4096", "640x3"]) == [4096, 640, 640, 640]
-
-
-# Pictures
-
-
-def test_the_pictures_show_every_operation(tmp_path, monkeypatch):
-    run, gpu = run_of([64] * 2), PaperGPU("H100", 64)
-    trace = trace_step(run)
-    seconds = gpu.total(trace.ops)[""].seconds
-    rows = json.loads(timeline.chrome_trace("a step", trace, gpu))["traceEvents"]
-    spans = [row for row in rows if row["ph"] == "X"]
-    assert len(spans) == len(trace.ops) and sum(row["dur"] for row in spans) == pytest.approx(1e6 * seconds)
-    page = timeline.page("a <step>", trace, gpu)
-    assert page.count("<title>") == len(trace.ops) + 1 and "a <step>" not in page
-    picture = ElementTree.fromstring(timeline.svg("a <step>", trace, gpu))
-    texts = [x.text for x in picture.iter() if x.tag.endswith("}text")]
-    assert {"GEMM", "delta rule", "forward", "backward"} <= set(texts)
-    assert any("computed, not measured" in text for text in texts)
-
-
-@pytest.mark.slow
-def test_the_committed_picture_and_table_are_what_the_command_gives(tmp_path, capsys):
-    file = tmp_path / "step.svg"
-    assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", "--svg", str(file)]) == 0
-    committed = CONFIGS.parent / "docs" / "step-on-paper.svg"
-    command = "python -m psysafe.paper --config configs/qwen3.5-27b.toml --svg docs/step-on-paper.svg"
-    assert file.read_text() == committed.read_text(), f"run: {command}"
-    printed = capsys.readouterr().out
-    table = printed[printed.index("kind of work") : printed.index("heaviest lines")].strip()
-    assert table in committed.with_suffix(".md").read_text(), "docs/step-on-paper.md shows another table"
 
 
 # Sharding

@@ -45,10 +45,10 @@ class Cache:
 
     def reset(self, slots: list[int]) -> None:
         """Empties slots. States have to be zeroed; so have values, since 0 times the NaN of a broken row is NaN."""
-        for layer in self.layers:
-            for x in layer:
-                x[slots] = 0
-        self.lengths[slots] = 0
+        # x[slots] = 0 would copy the list to the device once for every x, and wait for each copy.
+        at = torch.tensor(slots, device=self.lengths.device)
+        for x in (*(x for layer in self.layers for x in layer), self.lengths):
+            x.index_fill_(0, at, 0)
         for slot in slots:
             self.host_lengths[slot] = 0
 

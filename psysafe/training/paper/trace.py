@@ -76,16 +76,14 @@ class Op:
 
 @dataclass
 class Trace:
-    """What was recorded. fixed: bytes that were in use before; live: now; peak: the most, asked for at peak_where."""
+    """What was recorded. fixed: bytes in use before; live: now, in the end; peak: the most, asked for at peak_where."""
 
     ops: list[Op] = field(default_factory=list)
     fixed: int = 0
     live: int = 0
-    end: int = 0  # live when the recording ended
     peak: int = 0
     peak_op: int = 0  # the number of the operation whose result made it the peak
     peak_where: str = ""
-
 
     @property
     def peak_name(self) -> str:
@@ -118,8 +116,8 @@ def record(
         keep_lines = torch.autograd.set_detect_anomaly(True, check_nan=False)
         with keep_lines, on_paper(recorder.on_launch, multiprocessors), recorder:
             yield trace
-        trace.end = trace.live
     finally:
+        recorder.stop()
         for hook in hooks:
             hook.remove()
 
@@ -128,7 +126,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, trace: Trace):
         super().__init__()
         self.trace, self.layer = trace, None
-        self.alive: dict[int, int] = {}  # storage -> bytes
+        self.alive: dict[int, tuple[int, weakref.finalize]] = {}  # storage -> bytes, and what notices that it is freed
 
     # Memory
 
@@ -139,15 +137,19 @@ class _Recorder(TorchDispatchMode):
         if x.device.type != "meta" or key in self.alive:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self.alive[key] = size
-        weakref.finalize(storage, self.forget, key).atexit = False
-        trace = self.trace
+        trace, freed = self.trace, weakref.finalize(storage, self.forget, key)
+        self.alive[key] = size, freed
         trace.live += size
         if trace.live > trace.peak:
             trace.peak, trace.peak_op, trace.peak_where = trace.live, len(trace.ops), where
 
     def forget(self, key: int) -> None:
-        self.trace.live -= self.alive.pop(key)
+        self.trace.live -= self.alive.pop(key)[0]
+
+    def stop(self) -> None:
+        """Follows nothing any more: what is alive, such as the model, must not keep the trace."""
+        for _, freed in self.alive.values():
+            freed.detach()
 
     # Layers
 
