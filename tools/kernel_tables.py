@@ -33,7 +33,11 @@ from psysafe.training import roofline  # noqa: E402
 from psysafe.training.config import TrainConfig  # noqa: E402
 from psysafe.training.dry_run import read_architecture  # noqa: E402
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes  # noqa: E402
+from psysafe.training.paper import rates  # noqa: E402
+from psysafe.training.paper.rates import RATES, PaperGPU, busy  # noqa: E402
+from psysafe.training.paper.run import trace_step  # noqa: E402
 from psysafe.training.setup import fixed_bytes, make_optimizer  # noqa: E402
+from tools.write_launches import run_of  # noqa: E402
 
 DOCS = ROOT / "docs"
 MODEL = "Qwen/Qwen3.5-27B"
@@ -191,6 +195,22 @@ def with_speeds(source: str, speeds: dict[str, ForwardBackward]) -> str:
     return source
 
 
+def kernel_rates(speeds: Report) -> dict[str, int]:
+    """Kernel of paper/rates.py -> FLOP/s with the whole GPU busy: its counted FLOP over its predicted seconds."""
+    seconds = {row.kernel: row.launch_seconds for row in speeds.rows}
+    gpu = PaperGPU("H100", T)
+    launches = {op.name: op for op in trace_step(run_of([T])).ops if op.name in RATES}
+    return {name: round(gpu.flops(op) / seconds[name] / busy(op), -12) for name, op in launches.items()}
+
+
+def with_rates(source: str, by_kernel: dict[str, int]) -> str:
+    """rates.py's text with these rates."""
+    for kernel, rate in by_kernel.items():
+        source, count = re.subn(rf'("{kernel}": Rate\()\d+e12', rf"\g<1>{rate / 1e12:.0f}e12", source)
+        assert count == 1, f"no line for {kernel}"
+    return source
+
+
 def step_table() -> str:
     """The roofline of a step by kind of kernel in ms, as the dry run computes it; nothing in it is measured."""
     architecture, _ = read_architecture(MODEL)
@@ -220,12 +240,14 @@ def step_table() -> str:
 
 
 def write_speeds() -> None:
-    """The table of predicted times, roofline.py's constants, the table of a step."""
+    """The table of predicted times, the speeds in roofline.py and paper/rates.py, the table of a step."""
     speeds = report(["causal_attention", "gated_delta_rule"], say=print)
     write(DOCS / "kernels.md", "predicted times", speed_table(speeds))
     constants = core_speeds(speeds, read_architecture(MODEL)[0])
     path = Path(roofline.__file__)
     path.write_text(with_speeds(path.read_text(), constants))
+    path = Path(rates.__file__)
+    path.write_text(with_rates(path.read_text(), kernel_rates(speeds)))
     # This process has read the old constants, which the memory plan has a copy of: the table is another process's.
     command = [sys.executable, "-c", "from tools.kernel_tables import write_step; write_step()"]
     subprocess.run(command, check=True, cwd=ROOT)

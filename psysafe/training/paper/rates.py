@@ -32,15 +32,15 @@ _ATTENTION, _RULE = f"{_COMPILED}, +-20 %", f"{_COMPILED}, +-30 %"
 # Attention's and the delta rule's kernels. A walk over chunks has a program for a document, head and half of the
 # columns, so a single long document leaves multiprocessors idle: `busy` accounts for that, and the rate does not.
 RATES = {
-    "causal_attention forward": Rate(370e12, _ATTENTION),
-    "causal_attention backward_dq": Rate(350e12, _ATTENTION),
-    "causal_attention backward_dk": Rate(320e12, _ATTENTION),
-    "causal_attention backward_dv": Rate(375e12, _ATTENTION),
-    "gated_delta_rule_forward prepare": Rate(143e12, _RULE),
-    "gated_delta_rule_forward states": Rate(131e12, _RULE),
-    "gated_delta_rule_backward recompute": Rate(195e12, _RULE),
-    "gated_delta_rule_backward reverse": Rate(149e12, _RULE),
-    "gated_delta_rule_backward gradients": Rate(93e12, _RULE),
+    "causal_attention forward": Rate(393e12, _ATTENTION),
+    "causal_attention backward_dq": Rate(571e12, _ATTENTION),
+    "causal_attention backward_dk": Rate(568e12, _ATTENTION),
+    "causal_attention backward_dv": Rate(511e12, _ATTENTION),
+    "gated_delta_rule_forward prepare": Rate(144e12, _RULE),
+    "gated_delta_rule_forward states": Rate(367e12, _RULE),
+    "gated_delta_rule_backward recompute": Rate(242e12, _RULE),
+    "gated_delta_rule_backward reverse": Rate(311e12, _RULE),
+    "gated_delta_rule_backward gradients": Rate(84e12, _RULE),
 }
 # Products of a delta-rule kernel per chunk and value head: (64, K) x (K, V); (64, 64) x (64, V); (64, 64) x (64, 64).
 _PRODUCTS = {
