@@ -63,7 +63,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         words = sys.argv[1:] if args is None else args
-        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+        end = words.index("--") if "--" in words else len(words)  # after it nothing is a flag
+        flags = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words[:end]]
+        words = [*flags, *words[end:]]
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):

@@ -51,6 +51,9 @@ class DataSet(NamedTuple):
     files: list[Path]
 
 
+# How the hub numbers the parts of one file: train-00000-of-00002.jsonl; train/0000.parquet on refs/convert/parquet.
+PART = re.compile(r"-\d{5}-of-\d{5}(?=\.)|(?<=/)\d{4}(?=\.parquet$)")
+
 # owner/name, owner/name@REVISION, hf://datasets/owner/name/FILE or hf://datasets/owner/name@REVISION/FILE. A Path made
 # of the last two has one slash less. The branch refs/convert/parquet holds most data sets as Parquet.
 DATA_SET = re.compile(
@@ -84,7 +87,8 @@ def _training_files(repository: str, files: Sequence[str], types: Sequence[str])
     rows = [file for file in sorted(files) if file.lower().removesuffix(".gz").endswith(tuple(types))]
     rows = [file for file in rows if not Path(file).name.startswith((".", "dataset_info"))]
     chosen = [file for file in rows if re.search(r"(?:^|[/_.-])train(?:[/_.-]|$)", file.lower())] or rows
-    if len({re.sub(r"\d+", "", file) for file in chosen}) != 1:  # parts of one file differ in their numbers alone
+    # Other numbers are part of a name: mmlu_2023/train.jsonl and mmlu_2024/train.jsonl are two files.
+    if len({PART.sub("", file) for file in chosen}) != 1:
         names = ", ".join((chosen or list(files))[:10])
         raise UserError(f"{repository}: which file? name one as hf://datasets/{repository}/FILE (there are: {names})")
     return chosen

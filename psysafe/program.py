@@ -40,9 +40,7 @@ class StopRequest:
     received: int = 0
 
     def __enter__(self) -> "StopRequest":
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # the terminal is gone
+        numbers = signal.SIGINT, *_ending_signals()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -55,6 +53,12 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             complain("\nfinishing this step, then saving; Ctrl-C again leaves at once")
+
+
+def _ending_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP (the terminal is gone) unless it is ignored, as nohup asks."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM] if is_ignored else [signal.SIGTERM, signal.SIGHUP]
 
 
 def complain(text: str) -> None:
@@ -71,13 +75,16 @@ def drop_stdout() -> None:
 
 @contextlib.contextmanager
 def ending_cleans_up() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise SystemExit, so that what is half-written is removed: code 143 or 129."""
+    """Inside, SIGTERM and SIGHUP raise SystemExit, so that what is half-written is removed: code 143 or 129.
+
+    A SIGHUP that is ignored (nohup) stays so. Handlers are put back on leaving.
+    """
 
     def end(number: int, frame) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in _ending_signals()}
     try:
         yield
     finally:

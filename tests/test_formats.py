@@ -239,6 +239,12 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(hub):
     assert hub.asked[0] == ("an/set", "main") and ("an/set", COMMIT) in hub.asked
 
 
+def test_the_parts_that_the_hub_makes_of_a_parquet_file_are_one_data_set(hub):
+    hub.holds["an/set"] = {f"default/train/000{i}.parquet": written("x.parquet") for i in (0, 1)}
+    first = read_file("hf://datasets/an/set/default/train/0000.parquet")
+    assert len(read_file("an/set@refs/convert/parquet")) == 2 * len(first)
+
+
 def test_a_file_of_a_data_set_can_be_named(hub):
     hub.holds["an/set"] = {"red/team.jsonl.gz": gzip.compress(lines({"chosen": DIALOGUE})), "x.csv": b"prompt\nq\n"}
     name = "hf://datasets/an/set/red/team.jsonl.gz"
@@ -255,6 +261,9 @@ def test_a_data_set_of_many_files_asks_which(hub):
     hub.holds["an/set"] = {"help/train.jsonl.gz": b"", "harm/train.jsonl.gz": b""}
     message = "an/set: which file. name one as hf://datasets/an/set/FILE .there are: harm/train.jsonl.gz, help/train"
     refused(message, read_rows, "an/set")
+    for files in (("mmlu_2023/train.jsonl", "mmlu_2024/train.jsonl"), ("llama-7b.jsonl", "llama-70b.jsonl")):
+        hub.holds["an/set"] = dict.fromkeys(files, lines(PAIR))
+        refused("an/set: which file", read_rows, "an/set")  # their numbers are no numbers of parts
     hub.holds["an/set"] = {"README.md": b"", "code.py": b""}
     refused("which file.*README.md, code.py", read_rows, "an/set")
 

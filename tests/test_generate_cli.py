@@ -20,6 +20,7 @@ import torch
 import generate
 from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
+from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
@@ -136,6 +137,14 @@ def test_a_prompt_may_come_from_a_pipe(run):
 def test_flags_may_have_underscores(run):
     expected = run("hello", *SHORT).out
     assert run("hello", "--max_new_tokens", "6").out == run("hello", "--max_new_tokens=6").out == expected
+
+
+def test_after_two_hyphens_a_word_keeps_its_underscores():
+    parser = Parser()
+    parser.add_argument("--max-tokens")
+    parser.add_argument("prompt")
+    args = parser.parse_args(["--max_tokens", "6", "--", "--what_is_this"])
+    assert (args.max_tokens, args.prompt) == ("6", "--what_is_this")
 
 
 def test_only_the_first_rows_are_answered(run, tmp_path):
