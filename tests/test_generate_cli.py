@@ -24,9 +24,11 @@ from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
+from psysafe.generation.sampling import recommended
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
+from tests.mistakes import refused
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +177,7 @@ def test_the_models_own_sampling(run, base, tmp_path):
     own, err = used("--sampling", "model")
     assert (own["temperature"], own["top_k"], own["top_p"]) == (0.6, 20, 0.95) and "--sampling model" not in err
     assert used("--sampling", "model", "--top-k", "5")[0]["top_k"] == 5
+    assert used("--sampling", "model", top_k=20.0)[0]["top_k"] == 20
     assert used("--sampling", "model", do_sample=False)[0]["temperature"] == 0
     assert "--sampling model" not in used("--no-thinking")[1]
     for value, message in (("hot", "temperature is 'hot', expected a number"), (-1, "temperature is -1.0")):
@@ -182,6 +185,12 @@ def test_the_models_own_sampling(run, base, tmp_path):
         assert_one_line(run("hi", "--model", folder, "--sampling", "model"), message)
     (folder / "generation_config.json").unlink()
     assert_one_line(run("hi", "--model", folder, "--sampling", "model"), "no generation_config.json in it")
+
+
+@pytest.mark.parametrize("value", ["20.5", "NaN", "Infinity", "true", '"20"'])
+def test_a_models_own_sampling_needs_numbers(value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(f'{{"top_k": {value}}}')
+    refused("generation_config.json: top_k is .*, expected a whole number", recommended, tmp_path)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

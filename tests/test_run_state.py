@@ -292,6 +292,9 @@ def test_a_resumed_run_keeps_its_recipe():
     check_resume(saved, TrainConfig(adapter_layout="text"))  # names in a file, not numbers of the run
     saved.meta["recipe"]["adapter_layout"] = "auto"  # of a run from before there was "both"
     check_resume(saved, TrainConfig())
+    del saved.meta["recipe"]["train_turns"]  # of a run from before there was this setting
+    check_resume(saved, TrainConfig())
+    refused("train_turns .saved 'last', now 'all'.", check_resume, saved, TrainConfig(train_turns="all"))
     with pytest.raises(ValueError, match=r"differ: epochs \(saved 5, now 6\), lr \(saved 0.0001, now 0.001\); set"):
         check_resume(saved, TrainConfig(lr=1e-3, epochs=6))
 

@@ -47,10 +47,10 @@ class Turn:
 def read_turns(messages: Sequence[Message], train_turns: TrainTurns = "last") -> list[Turn]:
     """The messages as turns. UserError for a conversation that the template refuses.
 
-    A message has a role and, under "content", a text or a list of text parts; no content (None) is an empty text where
-    the template has a use for it: beside an assistant's "tool_calls" and from a tool. An assistant may carry
-    "reasoning_content", else a think block in its content is split off. `weight` 0, `train` false or `loss` false in an
-    assistant message keep it from being trained; without text and calls it is not trained either.
+    A message has a role and, under "content", a text or a list of text parts; no content (None) is an empty text
+    from an assistant, usually beside "tool_calls", and from a tool. An assistant may carry "reasoning_content", else a
+    think block in its content is split off. `weight` 0, `train` false or `loss` false in an assistant message keep it
+    from being trained; without text and calls it is not trained either.
     """
     if not messages:
         raise UserError("No messages provided.")

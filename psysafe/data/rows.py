@@ -40,7 +40,7 @@ class Row:
     fields: dict  # as the file has them: `read_file` checks nothing
     file: Path
     number: int  # its place among the rows of the file, from 1
-    line: int | None = None  # in formats that have lines, from 1
+    line: int | None = None  # in formats that have lines, from 1; of one file, so not in a data set of several
 
     @property
     def where(self) -> str:
@@ -74,6 +74,8 @@ def read_file(path: str | Path) -> list[Row]:
     name = expand(str(path))
     data_set = find_data_set(name, tuple(FILE_TYPES)) or DataSet(name, [Path(name)])
     entries = [entry for file in data_set.files for entry in _entries(file)]
+    if len(data_set.files) > 1:  # a line of which of them?
+        entries = [(fields, None) for fields, _ in entries]
     if not entries:
         raise UserError(f"{name}: no rows in it; {EXPECTED_FILE}")
     return [Row(fields, Path(data_set.name), number, line) for number, (fields, line) in enumerate(entries, 1)]

@@ -155,6 +155,7 @@ _RANGES = [  # (what a value must be, its test, the keys)
 _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
 _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
+    ("epochs", lambda c: not c.max_steps, "max_steps counts instead; give --max-steps 0"),
     ("project", lambda c: c.report != "none", "add --report wandb or --report trackio"),
     ("revision", lambda c: not _is_local(c.model), "give a hub id as --model"),
     ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
