@@ -19,6 +19,7 @@ from typing import BinaryIO
 from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+BUNDLED_MODEL = "assets:tiny"  # as `expand` takes it
 MAX_TEXT, MAX_JSON, MAX_ROWS = 10**6, 2 * 10**8, 10**9  # bytes: of a prompt or a TOML file, of JSON, of rows
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-HOST-PID
 HOST = re.sub(r"[^\w.-]", "_", os.uname().nodename)

@@ -18,6 +18,7 @@ from psysafe.data.rows import pinned, prompt_messages, read_file, read_prompts, 
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.overlap import training_prompts
 from psysafe.files import ASSETS
+from psysafe.hub import is_repository
 from psysafe.program import UserError, main_guard
 from psysafe.training.config import TrainConfig
 from psysafe.training.setup import load_data, with_pinned_data
@@ -288,6 +289,29 @@ def test_a_run_records_the_commit_of_its_data_sets(hub):
     hub.holds["an/set"] = {"train.jsonl": lines(PAIR)}
     config = with_pinned_data(TrainConfig(data=["an/set", "assets:rows/train.jsonl"], val_data=["an/set"]))
     assert config.data == [f"an/set@{COMMIT}", "assets:rows/train.jsonl"] and config.val_data == [f"an/set@{COMMIT}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/name", True),
+        ("Qwen/Qwen3.5-27B", True),
+        ("here/folder", False),  # it lies here
+        ("org/name/file", False),
+        ("name", False),
+        ("./name", False),
+        ("../name", False),
+        ("~/name", False),
+        ("/name", False),
+        ("assets:org/name", False),
+        ("random:org/name", False),
+        ("org/name\n", False),
+    ],
+)
+def test_what_can_be_a_repository_of_the_hub(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here/folder").mkdir(parents=True)
+    assert is_repository(name) == expected
 
 
 # What the documentation promises

@@ -361,7 +361,8 @@ def test_bad_files(tmp_path):
     path.write_text(json.dumps(small_tokenizer_json(added_tokens=[])))
     refused_here("no added token <|im_start|>")
     path.write_text(json.dumps(small_tokenizer_json()))
-    for damage, match in (("{", "damaged"), ("[]", "damaged"), ('{"eos_token_id": "x"}', "eos_token_id is")):
+    damages = {"{": "not valid JSON", "[]": "expected a JSON object", '{"eos_token_id": "x"}': "eos_token_id is"}
+    for damage, match in damages.items():
         (tmp_path / "generation_config.json").write_text(damage)
         refused_here(f"generation_config.json: {match}")
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from psysafe.checkpoint.tensor_files import NOT_FINITE, all_finite
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_folder
-from psysafe.model.lora import ALL_LINEAR, lora_scale
+from psysafe.hub import HubError, fetch_folder, is_repository
+from psysafe.model.lora import ALL_LINEAR, is_target, lora_scale
 from psysafe.program import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,9 +111,8 @@ class PeftAdapter:
 
 def adapter_folder(source: str | Path) -> Path:
     """The folder of an adapter: as it is, or of a hub id downloaded. Raises UserError where neither has it."""
-    path = Path(expand(str(source))).expanduser()
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        return path
+    if not is_repository(str(source)):
+        return Path(expand(str(source))).expanduser()
     try:
         return fetch_folder(str(source), "", [CONFIG, WEIGHTS])
     except HubError as error:
@@ -239,7 +238,7 @@ def _layers(config: dict) -> list[int] | None:
 def is_selected(config: dict, path: str) -> bool:
     """Whether PEFT gives the module of that path an adapter (its check_target_module_exists)."""
     excluded = config.get("exclude_modules") or []
-    if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
+    if re.fullmatch(excluded, path) if isinstance(excluded, str) else is_target(path, excluded):
         return False
     targets = config.get("target_modules") or "all-linear"
     if targets == "all-linear" or isinstance(targets, str):
@@ -247,15 +246,11 @@ def is_selected(config: dict, path: str) -> bool:
     if path in targets:
         return True  # a whole path counts in every layer
     layers, patterns = _layers(config), config.get("layers_pattern") or r"[^.]*"
-    if not _ends_with(path, targets) or layers is None:
-        return _ends_with(path, targets)
+    if not is_target(path, targets) or layers is None:
+        return is_target(path, targets)
     patterns = [patterns] if isinstance(patterns, str) else patterns
     matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in patterns)
     return any(int(match["index"]) in layers for match in matches if match)
-
-
-def _ends_with(path: str, names: Sequence[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _rank_and_alpha(config: dict, name: str, paths: Sequence[str], folder: Path) -> tuple[int, float]:

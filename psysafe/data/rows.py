@@ -202,7 +202,7 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
     Of a row with `messages` only their type is checked here: the chat template checks the rest.
     """
     if not isinstance(row.fields, dict):
-        return row, [f"{_shown(row.fields)}, {expected}"]
+        return row, [f"{_in_json(row.fields)}, {expected}"]
     try:
         fields, names = standard(row.fields)
     except UserError as error:
@@ -212,15 +212,15 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
         required, optional = [], []
         if not isinstance(fields["messages"], list):
             name = names.get("messages", "messages")
-            problems = [f"{name} is {_shown(fields['messages'])}, expected a list of messages"]
+            problems = [f"{name} is {_in_json(fields['messages'])}, expected a list of messages"]
     for key in required:
         if key not in fields:
             problems.append(f"no {key} in it (found: {_names(row.fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
-            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text that is not empty")
+            problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text that is not empty")
     for key in optional:
         if not isinstance(fields.get(key), str | None):
-            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text")
+            problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text")
     return replace(row, fields=fields), problems
 
 
@@ -228,7 +228,8 @@ def _names(fields: dict) -> str:
     return ", ".join(map(str, fields))[:100] or "nothing"
 
 
-def _shown(value: object) -> str:
+def _in_json(value: object) -> str:
+    """A value as a file of rows has it: null, not None."""
     return f"{json.dumps(value):.60} ({type(value).__name__})"
 
 

@@ -30,8 +30,8 @@ from psysafe.data.chat_template import (
     chat_pieces,
     read_turns,
 )
-from psysafe.files import MAX_JSON, expand, parse_json, read_bounded
-from psysafe.hub import HubError, MissingFileError, fetch_file
+from psysafe.files import MAX_JSON, expand, read_bounded, read_json
+from psysafe.hub import HubError, MissingFileError, fetch_file, is_repository
 from psysafe.program import UserError
 
 EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
@@ -206,7 +206,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+    if not is_repository(str(source)):
         raise UserError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
     try:
         return fetch_file(str(source), name, revision or "")
@@ -219,10 +219,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
 def _read_eos_ids(path: Path | None) -> list[int] | None:
     if path is None:
         return None
-    try:
-        eos_ids = parse_json(read_bounded(path, MAX_JSON)).get("eos_token_id")
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+    eos_ids = read_json(path).get("eos_token_id")
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
     if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
         raise UserError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")

@@ -28,6 +28,7 @@ from typing import Literal
 from psysafe.cli import Parser, hint, shown
 from psysafe.data.documents import LongRows
 from psysafe.files import MAX_TEXT, read_text
+from psysafe.hub import is_repository
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -157,7 +158,7 @@ _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
     ("epochs", lambda c: not c.max_steps, "max_steps counts instead; give --max-steps 0"),
     ("project", lambda c: c.report != "none", "add --report wandb or --report trackio"),
-    ("revision", lambda c: not _is_local(c.model), "give a hub id as --model"),
+    ("revision", lambda c: is_repository(c.model), "give a hub id as --model"),
     ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
 ]
 
@@ -185,10 +186,6 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
         if sources[key].startswith("--") and not has_effect(config):
             raise UserError(f"{sources[key]} has no effect here: {remedy}, or leave it out")
     return config, sources
-
-
-def _is_local(model: str) -> bool:
-    return model.startswith(("assets:", "random:")) or Path(model).expanduser().is_dir()
 
 
 def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, flags: Mapping[str, object]) -> None:
