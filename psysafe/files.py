@@ -20,7 +20,8 @@ from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_MODEL = "assets:tiny"  # as `expand` takes it
-MAX_TEXT, MAX_JSON, MAX_ROWS = 10**6, 2 * 10**8, 10**9  # bytes: of a prompt or a TOML file, of JSON, of rows
+MAX_TEXT_BYTES = 10**6  # of a prompt or a TOML file
+MAX_JSON_BYTES, MAX_ROWS_BYTES = 2 * 10**8, 10**9
 TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-HOST-PID
 HOST = re.sub(r"[^\w.-]", "_", os.uname().nodename)
 
@@ -31,7 +32,7 @@ def clusters() -> dict:
     return tomllib.loads(read_text(ASSETS / "clusters.toml"))
 
 
-def read_text(path: str | Path, max_bytes: int = MAX_JSON) -> str:
+def read_text(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. UserError names the line that is not UTF-8, or says that there is more than max_bytes;
     OSError where the file cannot be read."""
     return decode_text(read_bounded(path, max_bytes), path)
@@ -52,9 +53,11 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
     """Write a file so that its name never holds half of it, not even after a power cut.
 
     content: bytes, text (UTF-8), or a function that writes to the path it is given. After an error the old file, if
-    there was one, is unchanged, and the temporary is gone.
+    there was one, is unchanged, and the temporary is gone. UserError for a device or a pipe.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # the rename would put a file in place of /dev/stdout
+        raise UserError(f"{path}: not a regular file; expected the name of a file to write")
     temporary = temporary_for(path)
     remove_leftovers(path.parent, glob.escape(path.name))
     try:
@@ -129,7 +132,7 @@ def parse_json(text: str | bytes) -> object:
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError naming the file and line."""
     try:
-        value = parse_json(read_text(path, MAX_JSON))
+        value = parse_json(read_text(path, MAX_JSON_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:

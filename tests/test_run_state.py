@@ -232,6 +232,12 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypa
     assert path.read_bytes() == b"new"
 
 
+def test_an_atomic_write_does_not_take_the_place_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused("pipe: not a regular file; expected the name of a file", write_atomic, tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+
+
 def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")

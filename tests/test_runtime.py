@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from psysafe import runtime
-from psysafe.program import StopRequest, UserError, ending_cleans_up, main_guard
+from psysafe.program import StopRequest, UserError, exit_on_signals, main_guard
 from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
 from tests.mistakes import refused, refused_by
@@ -77,7 +77,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.received == 0
-        with ending_cleans_up():
+        with exit_on_signals():
             signal.raise_signal(signal.SIGHUP)
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:

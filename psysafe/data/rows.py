@@ -19,7 +19,7 @@ from pathlib import Path
 from psysafe.data.formats import standard
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import MAX_ROWS, decode_text, expand, parse_json, read_bounded, write_atomic
+from psysafe.files import MAX_ROWS_BYTES, decode_text, expand, parse_json, read_bounded, write_atomic
 from psysafe.hub import DataSet, find_data_set
 from psysafe.program import UserError
 
@@ -89,7 +89,7 @@ def pinned(path: str) -> str:
 
 def _entries(path: Path) -> list[Entry]:
     try:
-        content = read_bounded(path, MAX_ROWS)
+        content = read_bounded(path, MAX_ROWS_BYTES)
         if content.startswith(GZIP):
             content = unpacked(content, path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -100,11 +100,11 @@ def _entries(path: Path) -> list[Entry]:
 
 
 def unpacked(content: bytes, path: Path) -> bytes:
-    """What a gzip file holds. A few bytes of it can stand for terabytes, so at most MAX_ROWS are taken."""
+    """What a gzip file holds. A few bytes of it can stand for terabytes, so at most MAX_ROWS_BYTES are taken."""
     with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        text = file.read(MAX_ROWS + 1)
-    if len(text) > MAX_ROWS:
-        raise UserError(f"{path}: more than {MAX_ROWS:,} bytes in it; expected a smaller file")
+        text = file.read(MAX_ROWS_BYTES + 1)
+    if len(text) > MAX_ROWS_BYTES:
+        raise UserError(f"{path}: more than {MAX_ROWS_BYTES:,} bytes in it; expected a smaller file")
     return text
 
 
@@ -182,12 +182,12 @@ def read_prompts(path: str | Path) -> list[Row]:
 
 
 def _all_sound(rows: Iterable[tuple[Row, list[str]]]) -> list[Row]:
-    sound = []
+    checked_rows = []
     for row, problems in rows:
         if problems:
             raise UserError(f"{row.where}: {problems[0]}")
-        sound.append(row)
-    return sound
+        checked_rows.append(row)
+    return checked_rows
 
 
 def as_training_row(row: Row) -> tuple[Row, list[str]]:

@@ -27,7 +27,7 @@ from typing import Literal
 
 from psysafe.cli import Parser, hint, shown
 from psysafe.data.documents import LongRows
-from psysafe.files import MAX_TEXT, read_text
+from psysafe.files import MAX_TEXT_BYTES, read_text
 from psysafe.hub import is_repository
 from psysafe.program import UserError
 
@@ -42,7 +42,7 @@ class TrainConfig:
     revision: str = ""
     """Commit or branch of a hub id; the commit that was loaded is written to the run's config.toml."""
     data: list[str] = field(default_factory=list)
-    """Training rows: files, or data sets of the hub. As a flag it leaves the file's val_data out, too."""
+    """Training rows: files, or data sets of the hub. Given as a flag, the file's val_data is ignored."""
     val_data: list[str] = field(default_factory=list)
     """Validation rows; without any, val_fraction of the training rows is set apart."""
     val_fraction: float = 0.1
@@ -164,6 +164,7 @@ _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
 
+
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run, and for each key where its value came from: "default", the file, or the flag.
 
@@ -228,9 +229,9 @@ A flag wins over the file, and the file over the default.""",
     parser.add_argument("--config", default=file, metavar="FILE", help=f"TOML file of the keys below ({file})")
     for key, sentence in sentences().items():
         kind, default = KEYS[key], DEFAULTS[key]
-        shown = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
+        default_text = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
         # No default of argparse's own: a flag that was not given must not overrule the file.
-        options = {"help": (sentence + shown).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
+        options = {"help": (sentence + default_text).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -252,7 +253,7 @@ def sentences() -> dict[str, str]:
 def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     """Each (key, value, "FILE line N") of a TOML file."""
     try:
-        text = read_text(path, MAX_TEXT)
+        text = read_text(path, MAX_TEXT_BYTES)
         table = tomllib.loads(text)
     except UserError:
         raise
