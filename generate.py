@@ -24,7 +24,6 @@ from psysafe.cli import Parser, add_settings, read_settings, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
-from psysafe.files import MAX_TEXT
 from psysafe.generation.answer_file import AnswerFile, answer_rows
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
@@ -35,6 +34,7 @@ from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
 from psysafe.training.config import resolve
 
+MAX_PROMPT = 10**6  # characters from stdin
 BASE = "base"  # how --adapter, --compare and the rows name the model without an adapter
 
 
@@ -113,9 +113,9 @@ def add_options(parser: Parser) -> None:
 
 
 def read_stdin() -> str:
-    text = sys.stdin.read(MAX_TEXT + 1)
-    if len(text) > MAX_TEXT:
-        raise UserError(f"stdin: more than {MAX_TEXT:,} characters in it; expected a prompt")
+    text = sys.stdin.read(MAX_PROMPT + 1)
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"stdin: more than {MAX_PROMPT:,} characters in it; expected a prompt")
     return text.strip()
 
 

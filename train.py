@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from psysafe.checkpoint.adapter import check_in_peft
+from psysafe.checkpoint.adapter import peft_check_command
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.documents import pack_share
 from psysafe.program import StopRequest, main_guard
@@ -179,7 +179,7 @@ def finish(run: Run) -> int:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
         print(f"adapter in {out}{best}; try:")
         print(f"  python generate.py --adapter {out} \"I feel like giving up.\"")
-        print(check_in_peft(out, run.config.model))
+        print(peft_check_command(out, run.config.model))
         if run.config.plot:
             print(f"plot in {plot_loss(out)}")
     return 0

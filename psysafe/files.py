@@ -19,8 +19,11 @@ from typing import BinaryIO
 from psysafe.program import UserError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-MAX_TEXT, MAX_JSON, MAX_ROWS = 10**6, 2 * 10**8, 10**9  # bytes: of a prompt or a TOML file, of JSON, of rows
-TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-PID
+BUNDLED_MODEL = "assets:tiny"  # as `expand` takes it
+MAX_TEXT_BYTES = 10**6  # of a prompt or a TOML file
+MAX_JSON_BYTES, MAX_ROWS_BYTES = 2 * 10**8, 10**9
+TEMPORARY = ".tmp-"  # what marks an unfinished file or folder: NAME.tmp-HOST-PID
+HOST = re.sub(r"[^\w.-]", "_", os.uname().nodename)
 
 
 @functools.cache
@@ -29,7 +32,7 @@ def clusters() -> dict:
     return tomllib.loads(read_text(ASSETS / "clusters.toml"))
 
 
-def read_text(path: str | Path, max_bytes: int = MAX_JSON) -> str:
+def read_text(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. UserError names the line that is not UTF-8, or says that there is more than max_bytes;
     OSError where the file cannot be read."""
     return decode_text(read_bounded(path, max_bytes), path)
@@ -50,9 +53,11 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
     """Write a file so that its name never holds half of it, not even after a power cut.
 
     content: bytes, text (UTF-8), or a function that writes to the path it is given. After an error the old file, if
-    there was one, is unchanged, and the temporary is gone.
+    there was one, is unchanged, and the temporary is gone. UserError for a device or a pipe.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # the rename would put a file in place of /dev/stdout
+        raise UserError(f"{path}: not a regular file; expected the name of a file to write")
     temporary = temporary_for(path)
     remove_leftovers(path.parent, glob.escape(path.name))
     try:
@@ -73,8 +78,8 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
 
 
 def temporary_for(path: Path) -> Path:
-    """The name under which a file or folder is prepared. The process id keeps two writers apart."""
-    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+    """The name under which a file or folder is prepared. Host and process id keep two writers apart."""
+    return path.with_name(f"{path.name}{TEMPORARY}{HOST}-{os.getpid()}")
 
 
 def sync(path: str | Path) -> None:
@@ -127,7 +132,7 @@ def parse_json(text: str | bytes) -> object:
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError naming the file and line."""
     try:
-        value = parse_json(read_text(path, MAX_JSON))
+        value = parse_json(read_text(path, MAX_JSON_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
@@ -145,20 +150,23 @@ def make_readable(path: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, name: str) -> None:
-    """Remove what a killed write of a name (or glob pattern) left in a folder. What a living process writes stays."""
-    for path in Path(folder).glob(f"{name}{TEMPORARY}*"):
-        if not _is_written(path):
+    """Remove what a killed write of a name (or glob pattern) left in a folder.
+
+    What a living process writes stays. So does what another machine left, as on a shared disk: nothing here can tell
+    whether its process still runs.
+    """
+    for path in Path(folder).glob(f"{name}{TEMPORARY}{HOST}-*"):
+        pid = path.name.rpartition(f"{TEMPORARY}{HOST}-")[2]
+        if re.fullmatch(r"[1-9]\d{0,8}", pid) and not _is_running(int(pid)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def _is_written(temporary: Path) -> bool:
-    """Whether the process that a temporary is named after is another one that runs on this machine."""
-    pid = temporary.name.rpartition(TEMPORARY)[2]
-    # Our own id: an earlier process had it, as in a container, where every start counts from 1.
-    if not re.fullmatch(r"[1-9]\d{0,8}", pid) or int(pid) == os.getpid():
+def _is_running(pid: int) -> bool:
+    """Whether another process of that id runs on this machine."""
+    if pid == os.getpid():  # an earlier process had it, as in a container, where every start counts from 1
         return False
     try:
-        os.kill(int(pid), 0)  # signal 0 asks, and sends nothing
+        os.kill(pid, 0)  # signal 0 asks, and sends nothing
     except ProcessLookupError:
         return False
     except PermissionError:  # it runs, as another user's

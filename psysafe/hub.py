@@ -7,12 +7,15 @@ Whatever goes wrong is a HubError of one line; for a data set, which a user name
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.program import UserError
+
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
 
 
 class HubError(Exception):
@@ -25,6 +28,11 @@ class GatedError(HubError):
 
 class MissingFileError(HubError):
     """The repository is there and has no such file."""
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is a repository's, such as org/name: of that form, and nothing of that name lies here."""
+    return re.fullmatch(REPOSITORY, name) is not None and not os.path.exists(name)
 
 
 def fetch_file(repository: str, file: str, revision: str = "", repo_type: str = "model") -> Path:
@@ -51,10 +59,13 @@ class DataSet(NamedTuple):
     files: list[Path]
 
 
+# How the hub numbers the parts of one file: train-00000-of-00002.jsonl; train/0000.parquet on refs/convert/parquet.
+PART = re.compile(r"-\d{5}-of-\d{5}(?=\.)|(?<=/)\d{4}(?=\.parquet$)")
+
 # owner/name, owner/name@REVISION, hf://datasets/owner/name/FILE or hf://datasets/owner/name@REVISION/FILE. A Path made
 # of the last two has one slash less. The branch refs/convert/parquet holds most data sets as Parquet.
 DATA_SET = re.compile(
-    r"(?P<scheme>hf:/{1,2}datasets/)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)"
+    r"(?P<scheme>hf:/{1,2}datasets/)?(?P<repository>" + REPOSITORY + r")"
     r"(?:@(?P<revision>(?:refs/(?:convert|pr)/)?[\w.-]+))?(?:/(?P<file>.+))?"
 )
 
@@ -84,7 +95,8 @@ def _training_files(repository: str, files: Sequence[str], types: Sequence[str])
     rows = [file for file in sorted(files) if file.lower().removesuffix(".gz").endswith(tuple(types))]
     rows = [file for file in rows if not Path(file).name.startswith((".", "dataset_info"))]
     chosen = [file for file in rows if re.search(r"(?:^|[/_.-])train(?:[/_.-]|$)", file.lower())] or rows
-    if len({re.sub(r"\d+", "", file) for file in chosen}) != 1:  # parts of one file differ in their numbers alone
+    # Other numbers are part of a name: mmlu_2023/train.jsonl and mmlu_2024/train.jsonl are two files.
+    if len({PART.sub("", file) for file in chosen}) != 1:
         names = ", ".join((chosen or list(files))[:10])
         raise UserError(f"{repository}: which file? name one as hf://datasets/{repository}/FILE (there are: {names})")
     return chosen

@@ -1,7 +1,7 @@
 r"""Text of others, made harmless before it is shown: a server's error, a row's prompt, a model's answer.
 
     plain(text)        without what steers a terminal; lines stay lines
-    escaped(text)      the same, with what is taken out as an escape: \x1b
+    escaped(text)      shows control characters as escapes such as \x1b
     one_line(text)     without it, on one line
     in_markdown(text)  one line whose Markdown and HTML are shown, not obeyed
 

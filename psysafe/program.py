@@ -40,9 +40,7 @@ class StopRequest:
     received: int = 0
 
     def __enter__(self) -> "StopRequest":
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # the terminal is gone
+        numbers = signal.SIGINT, *_ending_signals()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -54,30 +52,39 @@ class StopRequest:
         self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            complain("\nfinishing this step, then saving; Ctrl-C again leaves at once")
+            print_error("\nfinishing this step, then saving; Ctrl-C again leaves at once")
 
 
-def complain(text: str) -> None:
+def _ending_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP (the terminal is gone) unless it is ignored, as nohup asks."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM] if is_ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
+def print_error(text: str) -> None:
     """A line on stderr, if anything can be written there: an error about an error would hide the first one."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
-def drop_stdout() -> None:
+def discard_stdout() -> None:
     """From here on all output is lost, also what still waits in Python's buffer and what its end would write."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
-def ending_cleans_up() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise SystemExit, so that what is half-written is removed: code 143 or 129."""
+def exit_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit, so that what is half-written is removed: code 143 or 129.
+
+    A SIGHUP that is ignored (nohup) stays so. Handlers are put back on leaving.
+    """
 
     def end(number: int, frame) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in _ending_signals()}
     try:
         yield
     finally:
@@ -112,8 +119,8 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as with `| head`
-        complain("stopped: nobody reads this output any more")
-        drop_stdout()
+        print_error("stopped: nobody reads this output any more")
+        discard_stdout()
         return 128 + signal.SIGPIPE
     except UserError as error:
         return _report(str(error))
@@ -130,8 +137,8 @@ def _flush() -> bool:
     except BrokenPipeError:
         raise
     except OSError as error:
-        complain(f"error: standard output: {error.strerror}; its last lines are lost")
-        drop_stdout()
+        print_error(f"error: standard output: {error.strerror}; its last lines are lost")
+        discard_stdout()
         return False
     return True
 
@@ -141,5 +148,5 @@ def _report(text: str) -> int:
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     line = one_line(text)
     line = line if len(line) <= MAX_ERROR else f"{line[: MAX_ERROR - 300]} ... {line[-300:]}"
-    complain(f"error{rank}: {line}")
+    print_error(f"error{rank}: {line}")
     return 2

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -124,13 +125,15 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
 
 @functools.cache
 def _meet(backend: str, timeout_s: float) -> dist.Store:
-    """Join the other ranks, once a process. Returns the store through which they meet."""
+    """Join the other ranks, once a process. Returns the store through which they meet. UserError where they do not."""
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         return _join(backend, timeout)
     except dist.DistError as error:
-        text = f"the ranks did not meet within {timeout_s:.0f} s; did each of them start?"
-        raise UserError(f"{text} ({str(error).strip().partition(chr(10))[0]})") from None
+        reason = str(error).strip().partition("\n")[0]
+        if re.search("timed? ?out", reason, re.IGNORECASE):  # torch has one type of error for this and for a taken port
+            reason = f"they did not within {timeout_s:.0f} s; did each of them start? ({reason})"
+        raise UserError(f"the ranks could not meet: {reason}") from None
 
 
 def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:

@@ -17,7 +17,7 @@ import train
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint.__main__ import main
-from psysafe.checkpoint.adapter import base_of_adapter, check_in_peft, load_adapter, save_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, peft_check_command, save_adapter
 from psysafe.files import ASSETS
 from psysafe.model.lora import attach
 from psysafe.training.config import TrainConfig
@@ -144,10 +144,10 @@ def test_the_printed_check_runs_on_the_bundled_base(tmp_path, capsys):
     save_adapter(adapters, tmp_path, "assets:tiny", multimodal=False)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(ASSETS / "tiny")
     assert base_of_adapter(tmp_path) == ("assets:tiny", "")
-    assert printed_difference(check_in_peft(tmp_path, "assets:tiny"), capsys) == 0  # B = 0 as yet
+    assert printed_difference(peft_check_command(tmp_path, "assets:tiny"), capsys) == 0  # B = 0 as yet
     randomise_lora_B(adapters, seed=4)
     save_adapter(adapters, tmp_path, "assets:tiny", multimodal=False)
-    assert printed_difference(check_in_peft(tmp_path, "assets:tiny"), capsys) > 0.01
+    assert printed_difference(peft_check_command(tmp_path, "assets:tiny"), capsys) > 0.01
 
 
 def test_a_run_ends_with_the_check(tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_run_ends_with_the_check(tmp_path, capsys):
     run.config = TrainConfig(out=str(tmp_path / "it's a run"), model="assets:tiny")
     assert train.finish(run) == 0
     printed = capsys.readouterr().out
-    assert printed.endswith(f"{check_in_peft(run.config.out, 'assets:tiny')}\n") and "(above 0)" in printed
+    assert printed.endswith(f"{peft_check_command(run.config.out, 'assets:tiny')}\n") and "(above 0)" in printed
     code = shlex.split(printed.splitlines()[-1])[2]
     assert ast.literal_eval(re.search(r"from_pretrained\((.*?)\);", code)[1]) == run.config.out
 
@@ -170,4 +170,4 @@ def printed_difference(text: str, capsys) -> float:
 
 
 def test_a_base_of_random_weights_is_said_to_be_no_base_for_peft():
-    assert "PEFT cannot load it by itself" in check_in_peft("runs/x", "random:configs/micro.json")
+    assert "PEFT cannot load it by itself" in peft_check_command("runs/x", "random:configs/micro.json")

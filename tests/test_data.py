@@ -262,6 +262,19 @@ def test_turns_that_are_not_trained_are_counted(tokenizer):
     assert encode_rows(rows[:1], tokenizer, 4096).notes == []
 
 
+def test_turns_that_the_cut_removes_are_not_counted_as_trained(tokenizer):
+    rows = rows_of(chat(Q, A, Q, A | {"content": "a " * 50}, Q, A))
+    whole = encode_rows(rows, tokenizer, 4096, train_turns="all")
+    begins = np.flatnonzero(np.diff(whole.documents[0].trained.astype(int)) == 1) + 1
+    assert len(begins) == 3 and whole.notes == ["3 of 3 assistant turns trained"]
+    for limit, note in (
+        (begins[2] + 1, "3 of 3 assistant turns trained"),
+        (begins[2], "2 of 3 assistant turns trained (1 cut off)"),
+        (begins[1], "1 of 3 assistant turns trained (2 cut off)"),
+    ):
+        assert encode_rows(rows, tokenizer, limit, train_turns="all").notes[1:] == [note]
+
+
 def test_a_row_whose_turns_are_all_switched_off_is_refused(tokenizer):
     rows = rows_of(ROW, chat(Q, A | {"train": False}), chat(Q, A, Q, A | {"content": None}))
     refused("row 2, rows.json row 3: no trained token .* not switched off", encode_rows, rows, tokenizer, 4096)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from psysafe.program import main_guard
-from psysafe.training.config import KEYS
+from psysafe.training.config import KEYS, resolve
 from tests.mistakes import refused_by
 from tests.test_resume import metrics, workspace  # noqa: F401
 
@@ -85,6 +85,16 @@ def test_a_flag_changes_something(key, folder, tmp_path):
 def test_a_flag_that_can_have_no_effect_is_refused(key, tmp_path, capsys):
     words = [f"--{key.replace('_', '-')}", *([REFUSED[key]] if REFUSED[key] else []), "--out", str(tmp_path / "run")]
     refused_by(train.main, words, capsys)
+
+
+def test_epochs_that_do_not_count_are_refused(capsys, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("epochs = 5\nmax_steps = 9\n")  # as the config.toml of a run has both
+    for words in (["--max-steps", "3", "--epochs", "2"], ["--config", str(file), "--epochs", "2"]):
+        line = refused_by(train.main, words, capsys)
+        assert "--epochs has no effect here: max_steps counts instead; give --max-steps 0, or leave it out" in line
+    assert resolve(["--config", str(file), "--max-steps", "0", "--epochs", "2"])[0].epochs == 2
+    assert resolve(["--config", str(file), "--max-steps", "7"])[0].max_steps == 7
 
 
 def test_a_size_for_8_bit_state_without_8_bit_state_is_refused(capsys):

@@ -18,6 +18,7 @@ from psysafe.data.rows import pinned, prompt_messages, read_file, read_prompts, 
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.overlap import training_prompts
 from psysafe.files import ASSETS
+from psysafe.hub import is_repository
 from psysafe.program import UserError, main_guard
 from psysafe.training.config import TrainConfig
 from psysafe.training.setup import load_data, with_pinned_data
@@ -231,12 +232,19 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(hub):
     hub.holds["an/set"] = {"README.md": b"", ".gitattributes": b"", "data/test.jsonl": lines({})} | parts
     rows = read_rows("an/set")
     assert [row.fields["n"] for row in rows] == [0, 1, 2, 3]
-    # A row's number is its place in the data set: files of prompts are answered by number.
-    assert [row.where for row in rows] == [f"an/set@{COMMIT} row {i + 1} (line {1 + i % 2})" for i in range(4)]
+    # A row's number is its place in the data set: files of prompts are answered by number. Of which of the files a line
+    # would be nobody could tell.
+    assert [row.where for row in rows] == [f"an/set@{COMMIT} row {i + 1}" for i in range(4)]
     assert [request[-1] for request in hub.asked] == [None, COMMIT, COMMIT]
     hub.asked.clear()
     assert [row.where for row in read_rows(pinned("an/set@main"))] == [row.where for row in rows]
     assert hub.asked[0] == ("an/set", "main") and ("an/set", COMMIT) in hub.asked
+
+
+def test_the_parts_that_the_hub_makes_of_a_parquet_file_are_one_data_set(hub):
+    hub.holds["an/set"] = {f"default/train/000{i}.parquet": written("x.parquet") for i in (0, 1)}
+    first = read_file("hf://datasets/an/set/default/train/0000.parquet")
+    assert len(read_file("an/set@refs/convert/parquet")) == 2 * len(first)
 
 
 def test_a_file_of_a_data_set_can_be_named(hub):
@@ -255,6 +263,9 @@ def test_a_data_set_of_many_files_asks_which(hub):
     hub.holds["an/set"] = {"help/train.jsonl.gz": b"", "harm/train.jsonl.gz": b""}
     message = "an/set: which file. name one as hf://datasets/an/set/FILE .there are: harm/train.jsonl.gz, help/train"
     refused(message, read_rows, "an/set")
+    for files in (("mmlu_2023/train.jsonl", "mmlu_2024/train.jsonl"), ("llama-7b.jsonl", "llama-70b.jsonl")):
+        hub.holds["an/set"] = dict.fromkeys(files, lines(PAIR))
+        refused("an/set: which file", read_rows, "an/set")  # their numbers are no numbers of parts
     hub.holds["an/set"] = {"README.md": b"", "code.py": b""}
     refused("which file.*README.md, code.py", read_rows, "an/set")
 
@@ -278,6 +289,29 @@ def test_a_run_records_the_commit_of_its_data_sets(hub):
     hub.holds["an/set"] = {"train.jsonl": lines(PAIR)}
     config = with_pinned_data(TrainConfig(data=["an/set", "assets:rows/train.jsonl"], val_data=["an/set"]))
     assert config.data == [f"an/set@{COMMIT}", "assets:rows/train.jsonl"] and config.val_data == [f"an/set@{COMMIT}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/name", True),
+        ("Qwen/Qwen3.5-27B", True),
+        ("here/folder", False),  # it lies here
+        ("org/name/file", False),
+        ("name", False),
+        ("./name", False),
+        ("../name", False),
+        ("~/name", False),
+        ("/name", False),
+        ("assets:org/name", False),
+        ("random:org/name", False),
+        ("org/name\n", False),
+    ],
+)
+def test_what_can_be_a_repository_of_the_hub(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here/folder").mkdir(parents=True)
+    assert is_repository(name) == expected
 
 
 # What the documentation promises

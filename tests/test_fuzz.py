@@ -32,13 +32,13 @@ from safetensors.torch import load_file
 import eval as eval_script
 import generate
 import psysafe.checkpoint.__main__
-import psysafe.checkpoint.base
 import psysafe.checkpoint.peft_format
 import psysafe.data.tokenizer
 import psysafe.files
 import psysafe.model.config
 import psysafe.training.config
 import train
+from psysafe.checkpoint import tensor_files
 from psysafe.program import main_guard
 from psysafe.training.run_state import State, _sums, enter_run_dir
 from tests import damage
@@ -414,7 +414,7 @@ MUTANTS = {
     "a value of any type": ("settings, dry run", psysafe.training.config, "_checked", lambda key, value, where: value),
     "brackets without end": ("architecture", psysafe.files, "parse_json", json.loads),
     "sizes of any kind": ("architecture", psysafe.model.config, "_number", lambda source, key, *_: source[key]),
-    "a shard anywhere": ("index that leaves its folder", psysafe.checkpoint.base, "is_plain_name", lambda name: True),
+    "a shard anywhere": ("index that leaves its folder", tensor_files, "is_plain_name", lambda name: True),
     "an adapter of any rank": ("adapter config", psysafe.checkpoint.peft_format, "read_adapter_config", unchecked),
     "a state of any kind": ("state's entries", State, "entry", lambda state, name, *_: state.meta[name]),
     "a file outside --out": ("weights, other numbers", train, "enter_run_dir", stray),

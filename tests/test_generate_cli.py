@@ -20,12 +20,15 @@ import torch
 import generate
 from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
+from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
+from psysafe.generation.sampling import recommended
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
+from tests.mistakes import refused
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +141,14 @@ def test_flags_may_have_underscores(run):
     assert run("hello", "--max_new_tokens", "6").out == run("hello", "--max_new_tokens=6").out == expected
 
 
+def test_after_two_hyphens_a_word_keeps_its_underscores():
+    parser = Parser()
+    parser.add_argument("--max-tokens")
+    parser.add_argument("prompt")
+    args = parser.parse_args(["--max_tokens", "6", "--", "--what_is_this"])
+    assert (args.max_tokens, args.prompt) == ("6", "--what_is_this")
+
+
 def test_only_the_first_rows_are_answered(run, tmp_path):
     rows, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
     call = ("--prompts", rows, "--out", out, *SHORT)
@@ -166,6 +177,7 @@ def test_the_models_own_sampling(run, base, tmp_path):
     own, err = used("--sampling", "model")
     assert (own["temperature"], own["top_k"], own["top_p"]) == (0.6, 20, 0.95) and "--sampling model" not in err
     assert used("--sampling", "model", "--top-k", "5")[0]["top_k"] == 5
+    assert used("--sampling", "model", top_k=20.0)[0]["top_k"] == 20
     assert used("--sampling", "model", do_sample=False)[0]["temperature"] == 0
     assert "--sampling model" not in used("--no-thinking")[1]
     for value, message in (("hot", "temperature is 'hot', expected a number"), (-1, "temperature is -1.0")):
@@ -173,6 +185,12 @@ def test_the_models_own_sampling(run, base, tmp_path):
         assert_one_line(run("hi", "--model", folder, "--sampling", "model"), message)
     (folder / "generation_config.json").unlink()
     assert_one_line(run("hi", "--model", folder, "--sampling", "model"), "no generation_config.json in it")
+
+
+@pytest.mark.parametrize("value", ["20.5", "NaN", "Infinity", "true", '"20"'])
+def test_a_models_own_sampling_needs_numbers(value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(f'{{"top_k": {value}}}')
+    refused("generation_config.json: top_k is .*, expected a whole number", recommended, tmp_path)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -177,7 +177,7 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_finished(published):
     assert done.returncode == -9
     assert not (published / "merged").exists()
     assert len(list(published.glob("merged.tmp-*"))) == 1
-    other = published / f"merged.tmp-{os.getppid()}"  # a process that runs
+    other = published / f"merged.tmp-{os.uname().nodename}-{os.getppid()}"  # a process that runs
     other.mkdir()
     merge(published / "base", published / "adapter", published / "merged")
     assert (published / "merged").exists() and list(published.glob("merged.tmp-*")) == [other]

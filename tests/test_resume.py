@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from psysafe.files import ASSETS, TEMPORARY
+from psysafe.program import main_guard
 from tests.oracles import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +41,10 @@ def write_workspace(folder: Path) -> Path:
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
-    """22 rows, 2 a step, 3 epochs: 33 steps with a validation after 0, 11, 22 and 33."""
+    """22 rows, 2 a step, 3 epochs (or --max-steps): 33 steps with a validation after 0, 11, 22 and 33."""
     flags = f"--model random:{folder}/config.json --data {folder}/train.jsonl --val-data {folder}/val.jsonl "
-    flags += f"--out {folder / out} --batch-size 2 --epochs 3 --save-every 2 --warmup-steps 3 --max-tokens 80 --lr 1e-2"
+    flags += f"--out {folder / out} --batch-size 2 --save-every 2 --warmup-steps 3 --max-tokens 80 --lr 1e-2"
+    flags += "" if "--max-steps" in more else " --epochs 3"
     return [sys.executable, str(ROOT / "train.py"), "--resume", "auto", *flags.split(), *more]
 
 
@@ -445,6 +447,27 @@ def test_a_run_that_began_from_an_adapter_resumes_without_its_folder(workspace, 
     assert json.loads((workspace / "homeless" / "adapter_config.json").read_text())["use_rslora"]
 
 
+def test_an_out_folder_that_is_another_runs_by_now_is_left_alone(workspace, capfd):
+    import train
+
+    original, out = train.train_step, workspace / "taken"
+
+    def step(run):
+        if run.step == 2:
+            shutil.rmtree(out)
+            out.mkdir()
+            (out / ".lock").touch()
+            (out / "metrics.jsonl").write_text("the other run's")
+        return original(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        assert main_guard(train.main, command(workspace, "taken", "--max-steps", "6")[2:]) == 2
+    assert f"--out {out}: was deleted or moved while this run was going on, and is another" in capfd.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl"]
+    assert (out / "metrics.jsonl").read_text() == "the other run's"
+
+
 def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise_is_refused(workspace, capfd):
     import train
 
@@ -452,6 +475,10 @@ def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise
     init = ("--adapter-init", str(workspace / "shape"))
     assert "--lora-rank 3: the adapter of --adapter-init" in refused(workspace, capfd, *init, "--lora-rank", "3")
     assert "has ['down_proj'" in refused(workspace, capfd, *init, "--lora-targets", "q_proj")
+    assert train.main(command(workspace, "all", "--max-steps", "1", "--lora-targets", "all-linear")[2:]) == 0
+    every = ("--adapter-init", str(workspace / "all"), "--lora-targets", "all-linear")
+    assert train.main(command(workspace, "same", *every, "--max-steps", "1", "--dry-run")[2:]) == 0
+    capfd.readouterr()
     assert train.main(command(workspace, "same", *init, "--lora-rank", "2", "--max-steps", "1", "--dry-run")[2:]) == 0
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     assert ["lora_rank", "2", "--adapter-init"] in lines and ["lora_alpha", "32.0", "--adapter-init"] in lines

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from psysafe.files import write_atomic
+from psysafe.files import temporary_for, write_atomic
 from psysafe.training import run_state
 from psysafe.training.config import TrainConfig
 from psysafe.training.run_state import (
@@ -232,6 +232,12 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypa
     assert path.read_bytes() == b"new"
 
 
+def test_an_atomic_write_does_not_take_the_place_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused("pipe: not a regular file; expected the name of a file", write_atomic, tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+
+
 def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
@@ -267,10 +273,11 @@ def test_a_fresh_start_sets_an_earlier_run_aside_and_touches_nothing_else(tmp_pa
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(resume, tmp_path):
     with prepare_run_dir(tmp_path):
         save(tmp_path, 1)
-        (tmp_path / "state" / "step-00000002.tmp-1").mkdir()  # of a save that is going on
+        temporary_for(tmp_path / "state" / "step-00000002").mkdir()  # of a save that is going on
         for enter in (check_run_dir, lambda out: prepare_run_dir(out, resume)):
             refused(r"--out .*: another process is writing it; wait, or give another --out", enter, tmp_path)
-        assert names(tmp_path / "state") == ["step-00000001", "step-00000002.tmp-1"]
+        unfinished = temporary_for(tmp_path / "state" / "step-00000002").name
+        assert names(tmp_path / "state") == ["step-00000001", unfinished]
     prepare_run_dir(tmp_path, "auto").close()
     assert names(tmp_path / "state") == ["step-00000001"]
 
@@ -291,6 +298,9 @@ def test_a_resumed_run_keeps_its_recipe():
     check_resume(saved, TrainConfig(adapter_layout="text"))  # names in a file, not numbers of the run
     saved.meta["recipe"]["adapter_layout"] = "auto"  # of a run from before there was "both"
     check_resume(saved, TrainConfig())
+    del saved.meta["recipe"]["train_turns"]  # of a run from before there was this setting
+    check_resume(saved, TrainConfig())
+    refused("train_turns .saved 'last', now 'all'.", check_resume, saved, TrainConfig(train_turns="all"))
     with pytest.raises(ValueError, match=r"differ: epochs \(saved 5, now 6\), lr \(saved 0.0001, now 0.001\); set"):
         check_resume(saved, TrainConfig(lr=1e-3, epochs=6))
 
@@ -300,8 +310,11 @@ def test_what_a_killed_write_left_is_removed_by_the_next_write_of_that_name(tmp_
     name = "answers [1].jsonl"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    kept = [f"{name}.tmp-{os.getppid()}", "other.jsonl.tmp-1234567", "answers 1.jsonl.tmp-1234567"]
-    for path in (f"{name}.tmp-{dead.pid}", f"{name}.tmp-{os.getpid()}", f"{name}.tmp-x", *kept):
+    here = f".tmp-{os.uname().nodename}-"
+    kept = [f"{name}{here}{os.getppid()}", f"other.jsonl{here}{dead.pid}", f"answers 1.jsonl{here}{dead.pid}"]
+    kept += [f"{name}.tmp-another-machine-{dead.pid}"]  # on a shared disk, whose process may well run
+    kept += [f"{name}.tmp-old", f"{name}.tmp-{dead.pid}", f"{name}{here}old", f"{name}{here}0"]  # the user's own
+    for path in (f"{name}{here}{dead.pid}", f"{name}{here}{os.getpid()}", *kept):
         (tmp_path / path).write_text("half")
     write_atomic(tmp_path / name, "whole")
     assert {path.name for path in tmp_path.iterdir()} == {name, *kept}

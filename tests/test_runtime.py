@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from psysafe import runtime
-from psysafe.program import StopRequest, UserError, main_guard
+from psysafe.program import StopRequest, UserError, exit_on_signals, main_guard
 from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
-from tests.mistakes import refused_by
+from tests.mistakes import refused, refused_by
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,13 +71,17 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     assert process.returncode == -signal.SIGINT  # a shell calls this 130
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+def test_a_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGHUP)
-        assert stop.received == 0
-    signal.signal(signal.SIGHUP, before)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received == 0
+        with exit_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -218,6 +222,25 @@ def test_two_ranks_agree_on_a_stop():
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        (
+            "The client socket has timed out after 3000ms",
+            r"they did not within 3 s; did each of them start\? \(The client",
+        ),
+        ("wait timeout after 3000ms, keys: /0", r"they did not within 3 s; did each of them start\? \(wait timeout"),
+        ("The server socket has failed to listen: address already in use", "The server socket .*already in use$"),
+    ],
+)
+def test_why_the_ranks_did_not_meet(reason, line, monkeypatch):
+    def join(*_):
+        raise torch.distributed.DistNetworkError(f"{reason}\nException raised from listen at socket.cpp")
+
+    monkeypatch.setattr(runtime, "_join", join)
+    refused(f"^the ranks could not meet: {line}", runtime._meet, "gloo", 3)
+
+
 def test_ranks_that_were_given_other_things_end_before_they_begin():
     code = """
         import sys
@@ -268,7 +291,8 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(program, tmp_path):
 
 def test_a_program_of_somebody_else_keeps_its_own_ctrl_c():
     code = "import signal, psysafe.interrupt; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    subprocess.run([sys.executable, "-c", code], cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    for folder in ("/", ROOT):  # code of one's own, also where it is started inside the checkout
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 @pytest.mark.parametrize("own", ["", "max_split_size_mb:128"])

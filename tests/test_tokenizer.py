@@ -284,6 +284,9 @@ def test_properties(tokenizer):
         ([user("u"), assistant("", tool_calls={"name": "f"})], "message 2: tool_calls is"),
         ([user("u"), assistant("", tool_calls=["f"])], "message 2: a tool call is 'f'"),
         ([user("u"), assistant("", tool_calls=[{"name": "f", "arguments": "x"}])], "message 2: a tool call is"),
+        ([user("u"), assistant("", tool_calls=[{"name": "f", "arguments": "[]"}])], "message 2: a tool call is"),
+        ([user("u"), assistant("", tool_calls=[{"name": "f", "arguments": 0}])], "message 2: a tool call is"),
+        ([user("u"), assistant("a", tool_calls=0)], "message 2: tool_calls is 0"),
         ([user("u"), assistant("", tool_calls=[{"function": {"arguments": {}}}])], "message 2: a tool call is"),
         ([user("u"), assistant("a", weight=0.5)], "message 2: weight is 0.5, expected 0 or 1"),
         ([user("u"), assistant("a", train="no")], "message 2: train is 'no'"),
@@ -298,9 +301,18 @@ def test_refused_conversations(tokenizer, messages, message):
     refused(message, tokenizer.render, messages)
 
 
-@pytest.mark.parametrize("tools", ["now", {"name": "now"}, ["now"], 3])
+@pytest.mark.parametrize("tools", ["now", {"name": "now"}, ["now"], 3, 0, "0", {}, "{}", False])
 def test_refused_tools(tokenizer, tools):
     refused("tools is .*, expected a list of objects", tokenizer.render, [user("u")], tools=tools)
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", "null"])
+def test_no_tools_and_no_arguments(tokenizer, nothing):
+    """As joined data sets have them, where every row has every column."""
+    plain, call = [user("u"), assistant("a")], {"name": "f", "arguments": {}}
+    assert tokenizer.render(plain, tools=nothing) == tokenizer.render(plain)
+    called = [user("u"), assistant("", tool_calls=[call | {"arguments": nothing}])]
+    assert tokenizer.render(called) == tokenizer.render([user("u"), assistant("", tool_calls=[call])])
 
 
 def test_half_a_surrogate_pair(tokenizer):
@@ -349,7 +361,8 @@ def test_bad_files(tmp_path):
     path.write_text(json.dumps(small_tokenizer_json(added_tokens=[])))
     refused_here("no added token <|im_start|>")
     path.write_text(json.dumps(small_tokenizer_json()))
-    for damage, match in (("{", "damaged"), ("[]", "damaged"), ('{"eos_token_id": "x"}', "eos_token_id is")):
+    damages = {"{": "not valid JSON", "[]": "expected a JSON object", '{"eos_token_id": "x"}': "eos_token_id is"}
+    for damage, match in damages.items():
         (tmp_path / "generation_config.json").write_text(damage)
         refused_here(f"generation_config.json: {match}")
 

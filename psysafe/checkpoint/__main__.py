@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from psysafe.checkpoint.adapter import LAYOUTS, convert_adapter
 from psysafe.checkpoint.merge import merge
 from psysafe.cli import Parser
-from psysafe.program import ending_cleans_up, main_guard
+from psysafe.program import exit_on_signals, main_guard
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         out = convert_adapter(args.adapter, args.out, args.layout)
         print(f"adapter in {out}, under the key names of layout {args.layout}")
     else:
-        with ending_cleans_up():  # what is half-written may be 54 GB
+        with exit_on_signals():  # what is half-written may be 54 GB
             out = merge(args.model, args.adapter, args.out, args.shard_size, args.revision)
         print(f"merged checkpoint in {out}, read back and checked")
     return 0

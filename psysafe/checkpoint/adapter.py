@@ -58,7 +58,7 @@ def convert_adapter(source: str | Path, out: str | Path, layout: str) -> Path:
     adapter, out = read_adapter(source), new_folder(out)
     base = expand(adapter.config.get("base_model_name_or_path") or "") or None
     config = {**adapter.config, "base_model_name_or_path": base}
-    if not adapter.names_projections:
+    if not adapter.fits_every_layout:
         config |= _by_path(adapter)
     tensors = {}
     for name, module in adapter.modules.items():
@@ -83,19 +83,19 @@ def _by_path(adapter: PeftAdapter) -> dict:
 
 def _write(directory: Path, tensors: dict[str, Tensor], config: dict, layout: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    named = {}
+    by_key = {}
     for name, x in tensors.items():
         # The vision tower has one name, and none in the text class.
         prefixes = LAYOUTS[layout] if not name.startswith(VISION) else LAYOUTS["text"] if layout != "text" else ()
         # Copies, because safetensors refuses two names for one memory (20 MB more for the 27B's adapter).
-        named |= {f"{prefix}{name}.weight": x.clone() for prefix in prefixes}
+        by_key |= {f"{prefix}{name}.weight": x.clone() for prefix in prefixes}
     if dropped := sum(name.startswith(VISION) for name in tensors) if layout == "text" else 0:
         say(f"{directory}: left out: {dropped} tensors of the vision tower, which the text class has not")
-    write_atomic(directory / WEIGHTS, save(named, metadata={"format": "pt"}))
+    write_atomic(directory / WEIGHTS, save(by_key, metadata={"format": "pt"}))
     write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def check_in_peft(directory: str | Path, base: str) -> str:
+def peft_check_command(directory: str | Path, base: str) -> str:
     """A command that shows whether PEFT, at the user's place, really applies this adapter; or why there is none."""
     if base.startswith("random:"):
         return f"PEFT cannot load it by itself: its base, {base}, is no folder or hub id"
@@ -136,10 +136,10 @@ def load_adapter(model: Qwen3_5, source: str | Path) -> Adapters:
     """Attaches an adapter of ours or PEFT's: a folder in either key layout, or a hub id. Raises UserError for what
     cannot be honoured (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
     adapter = read_adapter(source)
-    rank, alpha, use_rslora, tensors = adapter.uniform()
-    if vision := len(adapter.modules) - len(adapter.decoder):
+    rank, alpha, use_rslora, tensors = adapter.with_one_rank_and_scale()
+    if vision := len(adapter.modules) - len(adapter.decoder_modules):
         say(f"{source}: left out: its adapters of {vision} modules of the vision tower, which does not run here")
-    if len({(len(module.A), adapter.scale(name)) for name, module in adapter.decoder.items()}) > 1:
+    if len({(len(module.A), adapter.scale(name)) for name, module in adapter.decoder_modules.items()}) > 1:
         # It matters for who trains it further: the step of a B that has taken up a factor is another one.
         say(f"{source}: its ranks or scales differ: brought to rank {rank} and one scale, with the same products")
     try:
@@ -153,7 +153,7 @@ def load_adapter(model: Qwen3_5, source: str | Path) -> Adapters:
 def adapter_shape(source: str | Path) -> tuple[int, float, list[str]]:
     """(rank, alpha, targets) of an adapter, as `load_adapter` attaches it."""
     adapter = read_adapter(source)
-    rank, alpha, _, _ = adapter.uniform()
+    rank, alpha, _, _ = adapter.with_one_rank_and_scale()
     return rank, alpha, adapter.targets
 
 

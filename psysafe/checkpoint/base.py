@@ -21,7 +21,7 @@ from psysafe.checkpoint.adapter import load_adapter
 from psysafe.checkpoint.tensor_files import NOT_FINITE, READABLE, TensorEntry, all_finite, decoder_name, tensor_entries
 from psysafe.cli import say
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_folder
+from psysafe.hub import HubError, fetch_folder, is_repository
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear, frozen
@@ -93,7 +93,7 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
         return path.parent, ""
     if path.is_dir():
         return path, ""
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_repository(source):
         raise UserError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
     try:
         folder = fetch_folder(source, revision or "", ["*.json", "*.safetensors", "*.jinja", "*.txt"])

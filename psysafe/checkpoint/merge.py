@@ -45,12 +45,12 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     """
     out = new_folder(out)
     limit = _bytes(shard_size) if shard_size else 0
-    named = ""
+    base_revision = ""
     if not model:
-        model, named = base_of_adapter(adapter)
+        model, base_revision = base_of_adapter(adapter)
     if str(model).startswith("random:"):
         raise UserError(f"{model}: random weights lie in no file that could be merged into; give --model a folder")
-    base, commit = resolve_model(model, revision or named)
+    base, commit = resolve_model(model, revision or base_revision)
     if revision and not commit:
         raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions; leave the flag out")
     entries = list(tensor_entries(base))

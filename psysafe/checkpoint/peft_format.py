@@ -22,8 +22,8 @@ from torch import Tensor
 
 from psysafe.checkpoint.tensor_files import NOT_FINITE, all_finite
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_folder
-from psysafe.model.lora import ALL_LINEAR, lora_scale
+from psysafe.hub import HubError, fetch_folder, is_repository
+from psysafe.model.lora import ALL_LINEAR, is_target, lora_scale
 from psysafe.program import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,22 +59,22 @@ class PeftAdapter:
         return bool(self.config.get("use_rslora"))
 
     @property
-    def decoder(self) -> dict[str, LoRAModule]:
+    def decoder_modules(self) -> dict[str, LoRAModule]:
         """The modules of the decoder, without the vision tower's."""
         return {name: module for name, module in self.modules.items() if not name.startswith(VISION)}
 
     @property
-    def names_projections(self) -> bool:
-        """Whether the config reaches, in every layout, all modules of the projections that it names."""
+    def fits_every_layout(self) -> bool:
+        """Whether the config selects the same modules, with the same rank and scale, under the names of each class."""
         patterns = self.config.get("rank_pattern") or self.config.get("alpha_pattern")
-        return _names_projections(self.config) and not patterns
+        return _selects_whole_projections(self.config) and not patterns
 
     @property
     def targets(self) -> list[str]:
         """What `attach` needs to reach the same projections: their names, or, where only some layers have an adapter,
         each one's path."""
-        names = [name for name in self.decoder if _projection(name) in ALL_LINEAR]
-        if _names_projections(self.config):
+        names = [name for name in self.decoder_modules if _projection(name) in ALL_LINEAR]
+        if _selects_whole_projections(self.config):
             return sorted({_projection(name) for name in names})
         # layers.2 before layers.10
         return sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
@@ -83,13 +83,13 @@ class PeftAdapter:
         module = self.modules[name]
         return lora_scale(len(module.A), module.alpha, self.use_rslora)
 
-    def uniform(self) -> tuple[int, float, bool, dict[str, Tensor]]:
+    def with_one_rank_and_scale(self) -> tuple[int, float, bool, dict[str, Tensor]]:
         """The decoder's modules for `attach`, which has one rank and one scale: (rank, alpha, use_rslora, tensors).
 
         Where the modules differ, smaller matrices are padded with zeros, and B takes up the ratio of the scales: B A
         times the scale stays what it was.
         """
-        modules = self.decoder
+        modules = self.decoder_modules
         kinds = {(len(module.A), module.alpha) for module in modules.values()}
         if len(kinds) == 1:
             rank, alpha = kinds.pop()
@@ -111,9 +111,8 @@ class PeftAdapter:
 
 def adapter_folder(source: str | Path) -> Path:
     """The folder of an adapter: as it is, or of a hub id downloaded. Raises UserError where neither has it."""
-    path = Path(expand(str(source))).expanduser()
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        return path
+    if not is_repository(str(source)):
+        return Path(expand(str(source))).expanduser()
     try:
         return fetch_folder(str(source), "", [CONFIG, WEIGHTS])
     except HubError as error:
@@ -224,7 +223,7 @@ def _projection(name: str) -> str:
 _SELECTION = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
 
 
-def _names_projections(config: dict) -> bool:
+def _selects_whole_projections(config: dict) -> bool:
     """Whether the config reaches every module of the projections that it names."""
     targets = config.get("target_modules") or "all-linear"
     plain = targets == "all-linear" if isinstance(targets, str) else not any("." in target for target in targets)
@@ -239,7 +238,7 @@ def _layers(config: dict) -> list[int] | None:
 def is_selected(config: dict, path: str) -> bool:
     """Whether PEFT gives the module of that path an adapter (its check_target_module_exists)."""
     excluded = config.get("exclude_modules") or []
-    if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
+    if re.fullmatch(excluded, path) if isinstance(excluded, str) else is_target(path, excluded):
         return False
     targets = config.get("target_modules") or "all-linear"
     if targets == "all-linear" or isinstance(targets, str):
@@ -247,15 +246,11 @@ def is_selected(config: dict, path: str) -> bool:
     if path in targets:
         return True  # a whole path counts in every layer
     layers, patterns = _layers(config), config.get("layers_pattern") or r"[^.]*"
-    if not _ends_with(path, targets) or layers is None:
-        return _ends_with(path, targets)
+    if not is_target(path, targets) or layers is None:
+        return is_target(path, targets)
     patterns = [patterns] if isinstance(patterns, str) else patterns
     matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in patterns)
     return any(int(match["index"]) in layers for match in matches if match)
-
-
-def _ends_with(path: str, names: Sequence[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _rank_and_alpha(config: dict, name: str, paths: Sequence[str], folder: Path) -> tuple[int, float]:
@@ -265,15 +260,15 @@ def _rank_and_alpha(config: dict, name: str, paths: Sequence[str], folder: Path)
         # One path is enough: a pattern may be written for one of the two classes.
         if not any(is_selected(config, path) for path in paths):
             raise UserError(f"{file}: {name} has an adapter, but target_modules and what limits them leave it out")
-        found = {
+        values = {
             (_matching(config, "rank_pattern", path, "r"), _matching(config, "alpha_pattern", path, "lora_alpha"))
             for path in paths
         }
     except re.error as error:
         raise UserError(f"{file}: a pattern in it is no regular expression ({error})") from None
-    if len(found) > 1:
+    if len(values) > 1:
         raise UserError(f"{file}: rank_pattern or alpha_pattern give {name} other values in each of the two layouts")
-    return found.pop()
+    return values.pop()
 
 
 def _matching(config: dict, patterns: str, path: str, default: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prompts_of, template, whole_words
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
-from psysafe.data.text import normalise, quotes
+from psysafe.data.text import contains_words, normalise
 from psysafe.files import write_atomic
 from psysafe.printable import plain
 
@@ -108,7 +108,7 @@ def _quoted(row: Row, system_prompts: Mapping[str, str]) -> Iterable[Leak]:
     prompt, answer = prompt_of(row.fields), answer_of(row)
     for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", _start(answer), whole_words(answer))):
         for name, system in system_prompts.items():
-            if quotes(normalise(system), words):
+            if contains_words(normalise(system), words):
                 yield Leak(row, what, name, name, text in system)
 
 

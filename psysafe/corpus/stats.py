@@ -14,17 +14,16 @@ from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.files import write_atomic
+from psysafe.files import BUNDLED_MODEL, write_atomic
 from psysafe.printable import plain
 from psysafe.program import UserError
 
-BUNDLED = "assets:tiny"
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--model", default=BUNDLED, help="whose tokenizer counts (default: the bundled one)")
+    parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
     parser.add_argument("--plot", metavar="DIR", help="write lengths.png there")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
@@ -78,7 +77,8 @@ def as_text(numbers: dict) -> str:
     """The statistics as lines for a terminal."""
     n = numbers["rows"]
     lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens, counted by the tokenizer of {numbers['tokenizer']}"]
-    if numbers["tokenizer"] == BUNDLED:  # its vocabulary is a fraction of the real one: it cuts a text into more tokens
+    # Its vocabulary is a fraction of the real one: it cuts a text into more tokens.
+    if numbers["tokenizer"] == BUNDLED_MODEL:
         lines.append("that is the bundled tiny tokenizer; --model names the model that will be trained")
     for group in ("clusters", "categories"):
         lines.append(f"\n{group}")

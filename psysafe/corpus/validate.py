@@ -10,7 +10,7 @@ from psysafe.data.prompts import system_text
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, as_training_row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
-from psysafe.files import clusters
+from psysafe.files import BUNDLED_MODEL, clusters
 from psysafe.printable import one_line, plain
 from psysafe.program import UserError
 
@@ -21,7 +21,7 @@ Notes = Mapping[str, Sequence[str]]  # what was noted -> the rows, each a text
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--model", default="assets:tiny", help="whose tokenizer counts (default: the bundled one)")
+    parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of train.py (4096)")
     parser.add_argument("--system", default="none", metavar="v0|v1|none|FILE", help="of train.py (none)")
 

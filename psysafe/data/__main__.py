@@ -16,6 +16,7 @@ from psysafe.data.documents import Document, encode_row
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_rows
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
+from psysafe.files import BUNDLED_MODEL
 from psysafe.printable import escaped
 from psysafe.program import UserError, main_guard
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m psysafe.data", description="Show a row as the model sees it.")
     parser.add_argument("--show", required=True, metavar="FILE", help="a file of training rows")
     parser.add_argument("--row", type=int, default=1, metavar="N", help="which row, from 1 (default 1)")
-    parser.add_argument("--model", default="assets:tiny", metavar="DIR", help="folder or hub id (default: bundled)")
+    parser.add_argument("--model", default=BUNDLED_MODEL, metavar="DIR", help="folder or hub id (default: bundled)")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="cut longer rows (default 4096)")
     parser.add_argument("--system", default="none", metavar="v0|v1|none|FILE", help="system message, as train.py's")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")

@@ -1,7 +1,8 @@
 """The chat template of Qwen3.5: messages become turns, turns become pieces of text.
 
 Every turn is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the last user query
-begin with a think block. Here is also decided which turns are trained (`read_turns`).
+begin with a think block. Here is also decided which turns are trained (`read_turns`): of these, everything after their
+marker `<|im_start|>assistant\\n<think>`, up to and including the turn's last newline.
 """
 
 import re
@@ -47,10 +48,10 @@ class Turn:
 def read_turns(messages: Sequence[Message], train_turns: TrainTurns = "last") -> list[Turn]:
     """The messages as turns. UserError for a conversation that the template refuses.
 
-    A message has a role and, under "content", a text or a list of text parts; no content (None) is an empty text where
-    the template has a use for it: beside an assistant's "tool_calls" and from a tool. An assistant may carry
-    "reasoning_content", else a think block in its content is split off. `weight` 0, `train` false or `loss` false in an
-    assistant message keep it from being trained; without text and calls it is not trained either.
+    A message has a role and, under "content", a text or a list of text parts; no content (None) is an empty text
+    from an assistant, usually beside "tool_calls", and from a tool. An assistant may carry "reasoning_content", else a
+    think block in its content is split off. `weight` 0, `train` false or `loss` false in an assistant message keep it
+    from being trained; without text and calls it is not trained either.
     """
     if not messages:
         raise UserError("No messages provided.")
@@ -64,7 +65,7 @@ def read_turns(messages: Sequence[Message], train_turns: TrainTurns = "last") ->
         if role == "system" and i > 0:
             raise UserError(f"System message must be at the beginning, message {i + 1} is one.")
         if role == "tool" and i == 0:  # the template would leave out the beginning of its turn
-            raise UserError("message 1 is a tool's answer; expected it behind the assistant's call")
+            raise UserError("message 1 is a tool's answer; expected it after the assistant's call")
         if role != "assistant":
             turns.append(Turn(role, text))
             continue
@@ -100,10 +101,11 @@ def chat_pieces(
         elif turn.role == "tool":  # the answers of several tools in a row are one turn
             is_first = turns[i - 1].role != "tool"
             is_last = i + 1 == len(turns) or turns[i + 1].role != "tool"
-            pieces.append(Piece(f"{IM_START}user" * is_first + f"\n{TOOL_RESPONSE}\n", markup=True))
+            begin, end = f"{IM_START}user" if is_first else "", f"{IM_END}\n" if is_last else ""
+            pieces.append(Piece(f"{begin}\n{TOOL_RESPONSE}\n", markup=True))
             pieces.append(Piece(turn.text, markup=False))
-            pieces.append(Piece(f"\n{TOOL_RESPONSE_END}" + f"{IM_END}\n" * is_last, markup=True))
-        elif turn.role == "user" or not tools:  # with tools the system text stands behind them
+            pieces.append(Piece(f"\n{TOOL_RESPONSE_END}{end}", markup=True))
+        elif turn.role == "user" or not tools:  # with tools the system text stands after them
             pieces.append(Piece(f"{IM_START}{turn.role}\n", markup=True))
             pieces += _typed_pieces(turn)
             pieces.append(Piece(f"{IM_END}\n", markup=True))
@@ -120,23 +122,27 @@ def _assistant_pieces(turn: Turn) -> list[Piece]:
     else:
         pieces = [
             Piece(ASSISTANT_MARKER, markup=True),
-            Piece("\n", True, trained),
-            Piece(turn.reasoning, False, trained),
-            Piece(f"\n{THINK_END}\n\n", True, trained),
+            Piece("\n", markup=True, trained=trained),
+            Piece(turn.reasoning, markup=False, trained=trained),
+            Piece(f"\n{THINK_END}\n\n", markup=True, trained=trained),
         ]
     # An assistant's text may hold calls as the model writes them: their tags are the model's own control tokens.
     for i, part in enumerate(re.split("(</?tool_call>)", turn.text)):
-        pieces.append(Piece(part, i % 2 == 1, trained))
-    pieces += [Piece(*part, trained) for part in written_calls(turn.calls, turn.text)]
-    return [*pieces, Piece(f"{IM_END}\n", True, trained)]
+        pieces.append(Piece(part, markup=i % 2 == 1, trained=trained))
+    pieces += [Piece(*part, trained=trained) for part in written_calls(turn.calls, turn.text)]
+    return [*pieces, Piece(f"{IM_END}\n", markup=True, trained=trained)]
 
 
 def _typed_pieces(turn: Turn) -> list[Piece]:
     """What a user or the system prompt says: text, but for the tags of a tool's answer."""
     if turn.role == "user" and _is_tool_response(turn.text):
         answer = turn.text.removeprefix(TOOL_RESPONSE).removesuffix(TOOL_RESPONSE_END)
-        return [Piece(TOOL_RESPONSE, True), Piece(answer, False), Piece(TOOL_RESPONSE_END, True)]
-    return [Piece(turn.text, False)]
+        return [
+            Piece(TOOL_RESPONSE, markup=True),
+            Piece(answer, markup=False),
+            Piece(TOOL_RESPONSE_END, markup=True),
+        ]
+    return [Piece(turn.text, markup=False)]
 
 
 def _text(message: Message, number: int) -> str:

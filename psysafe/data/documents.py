@@ -114,7 +114,7 @@ def encode_rows(
         raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
     n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
-    notes += _turn_notes(rows, train_turns, tokenizer)
+    notes += _turn_notes(rows, documents, train_turns, tokenizer)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning, notes)
 
 
@@ -131,7 +131,9 @@ def _long_row_notes(too_long: Sequence[str], max_tokens: int, long_rows: LongRow
     return [f"not trained to their end (--long-rows drop leaves them out): {_named(too_long)}"]
 
 
-def _turn_notes(rows: Sequence[Row], train_turns: TrainTurns, tokenizer: Tokenizer) -> list[str]:
+def _turn_notes(
+    rows: Sequence[Row], documents: Sequence[Document], train_turns: TrainTurns, tokenizer: Tokenizer
+) -> list[str]:
     """Which assistant turns are not trained, and which rows hold control tokens that somebody typed."""
     n_turns, typed = 0, []
     untrained: dict[str, list[str]] = {EARLIER: [], SWITCHED_OFF: [], WITHOUT_TEXT: []}
@@ -151,12 +153,19 @@ def _turn_notes(rows: Sequence[Row], train_turns: TrainTurns, tokenizer: Tokeniz
             for reason, places in untrained.items()
             if places
         ]
-        n_trained = n_turns - sum(map(len, untrained.values()))
+        n_trained = sum(map(_count_trained_turns, documents))
+        if n_cut := n_turns - sum(map(len, untrained.values())) - n_trained:
+            reasons.append(f"{n_cut:,} cut off")
         why = f" ({', '.join(reasons)})" if reasons else ""
         notes.append(f"{n_trained:,} of {n_turns:,} assistant turns trained{why}")
     if typed:
         notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
     return notes
+
+
+def _count_trained_turns(document: Document) -> int:
+    """Of which the cut left something. Between two of them stands the marker that the second begins with."""
+    return int(np.count_nonzero(document.trained[1:] & ~document.trained[:-1]))
 
 
 def _named(places: Sequence[str]) -> str:

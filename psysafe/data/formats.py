@@ -31,9 +31,11 @@ class Standard(NamedTuple):
 def standard(fields: dict) -> Standard:
     """A row of any shape; one of no known shape as it is. UserError for a conversation that cannot be read."""
     shapes = (shape(fields) for shape in FORMATS.values())
-    row = next((row for row in shapes if row is not None), Standard(fields, {}))
-    no_other_shape = row.fields is fields and fields.get("messages") == []  # left to the chat template's own words
-    if "messages" in row.fields and not _has(row.fields, "messages") and not no_other_shape:
+    match = next((row for row in shapes if row is not None), None)
+    if match is None and fields.get("messages") == []:
+        return Standard(fields, {})  # the chat template refuses it in its own words
+    row = match or Standard(fields, {})
+    if "messages" in row.fields and not _has(row.fields, "messages"):
         # Joined data sets have the columns of all in every row: null means that this row has no messages.
         return row._replace(fields={key: value for key, value in row.fields.items() if key != "messages"})
     return row

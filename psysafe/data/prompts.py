@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from psysafe.data.tokenizer import Message
-from psysafe.files import ASSETS, MAX_TEXT, expand, read_text
+from psysafe.files import ASSETS, MAX_TEXT_BYTES, expand, read_text
 from psysafe.program import UserError
 
 NAMES = ("none", "v0", "v1")
@@ -16,7 +16,7 @@ def system_text(name: str) -> str | None:
         return None
     path = ASSETS / f"system_{name}.txt" if name in NAMES else Path(expand(name))
     try:
-        text = read_text(path, MAX_TEXT).strip()
+        text = read_text(path, MAX_TEXT_BYTES).strip()
     except (OSError, UserError) as error:
         raise UserError(f"--system {name}: no readable text file ({error}); expected none, v0, v1 or a file") from None
     if not text:

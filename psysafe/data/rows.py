@@ -19,7 +19,7 @@ from pathlib import Path
 from psysafe.data.formats import standard
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message
-from psysafe.files import MAX_ROWS, decode_text, expand, parse_json, read_bounded, write_atomic
+from psysafe.files import MAX_ROWS_BYTES, decode_text, expand, parse_json, read_bounded, write_atomic
 from psysafe.hub import DataSet, find_data_set
 from psysafe.program import UserError
 
@@ -40,7 +40,7 @@ class Row:
     fields: dict  # as the file has them: `read_file` checks nothing
     file: Path
     number: int  # its place among the rows of the file, from 1
-    line: int | None = None  # in formats that have lines, from 1
+    line: int | None = None  # in formats that have lines, from 1; of one file, so not in a data set of several
 
     @property
     def where(self) -> str:
@@ -74,6 +74,8 @@ def read_file(path: str | Path) -> list[Row]:
     name = expand(str(path))
     data_set = find_data_set(name, tuple(FILE_TYPES)) or DataSet(name, [Path(name)])
     entries = [entry for file in data_set.files for entry in _entries(file)]
+    if len(data_set.files) > 1:  # a line of which of them?
+        entries = [(fields, None) for fields, _ in entries]
     if not entries:
         raise UserError(f"{name}: no rows in it; {EXPECTED_FILE}")
     return [Row(fields, Path(data_set.name), number, line) for number, (fields, line) in enumerate(entries, 1)]
@@ -87,7 +89,7 @@ def pinned(path: str) -> str:
 
 def _entries(path: Path) -> list[Entry]:
     try:
-        content = read_bounded(path, MAX_ROWS)
+        content = read_bounded(path, MAX_ROWS_BYTES)
         if content.startswith(GZIP):
             content = unpacked(content, path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -98,11 +100,11 @@ def _entries(path: Path) -> list[Entry]:
 
 
 def unpacked(content: bytes, path: Path) -> bytes:
-    """What a gzip file holds. A few bytes of it can stand for terabytes, so at most MAX_ROWS are taken."""
+    """What a gzip file holds. A few bytes of it can stand for terabytes, so at most MAX_ROWS_BYTES are taken."""
     with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        text = file.read(MAX_ROWS + 1)
-    if len(text) > MAX_ROWS:
-        raise UserError(f"{path}: more than {MAX_ROWS:,} bytes in it; expected a smaller file")
+        text = file.read(MAX_ROWS_BYTES + 1)
+    if len(text) > MAX_ROWS_BYTES:
+        raise UserError(f"{path}: more than {MAX_ROWS_BYTES:,} bytes in it; expected a smaller file")
     return text
 
 
@@ -180,12 +182,12 @@ def read_prompts(path: str | Path) -> list[Row]:
 
 
 def _all_sound(rows: Iterable[tuple[Row, list[str]]]) -> list[Row]:
-    sound = []
+    checked_rows = []
     for row, problems in rows:
         if problems:
             raise UserError(f"{row.where}: {problems[0]}")
-        sound.append(row)
-    return sound
+        checked_rows.append(row)
+    return checked_rows
 
 
 def as_training_row(row: Row) -> tuple[Row, list[str]]:
@@ -200,7 +202,7 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
     Of a row with `messages` only their type is checked here: the chat template checks the rest.
     """
     if not isinstance(row.fields, dict):
-        return row, [f"{_shown(row.fields)}, {expected}"]
+        return row, [f"{_in_json(row.fields)}, {expected}"]
     try:
         fields, names = standard(row.fields)
     except UserError as error:
@@ -210,15 +212,15 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
         required, optional = [], []
         if not isinstance(fields["messages"], list):
             name = names.get("messages", "messages")
-            problems = [f"{name} is {_shown(fields['messages'])}, expected a list of messages"]
+            problems = [f"{name} is {_in_json(fields['messages'])}, expected a list of messages"]
     for key in required:
         if key not in fields:
             problems.append(f"no {key} in it (found: {_names(row.fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
-            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text that is not empty")
+            problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text that is not empty")
     for key in optional:
         if not isinstance(fields.get(key), str | None):
-            problems.append(f"{names.get(key, key)} is {_shown(fields[key])}, expected a text")
+            problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text")
     return replace(row, fields=fields), problems
 
 
@@ -226,7 +228,8 @@ def _names(fields: dict) -> str:
     return ", ".join(map(str, fields))[:100] or "nothing"
 
 
-def _shown(value: object) -> str:
+def _in_json(value: object) -> str:
+    """A value as a file of rows has it: null, not None."""
     return f"{json.dumps(value):.60} ({type(value).__name__})"
 
 

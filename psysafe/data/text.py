@@ -23,6 +23,6 @@ def normalise(text: str) -> str:
     return " ".join(WORD.findall(folded.translate(APOSTROPHES))) or " ".join(text.split())
 
 
-def quotes(text: str, words: str) -> bool:
-    """Whether a normalised text has these normalised words in it, whole ones: "it" does not stand inside "with"."""
+def contains_words(text: str, words: str) -> bool:
+    """Whether a normalised text contains these normalised words as whole words: "with" does not contain "it"."""
     return bool(words) and f" {words} " in f" {text} "

@@ -1,11 +1,7 @@
-"""Text to token ids: tokenizer.json, the chat template of Qwen3.5, and which tokens of a conversation are trained.
-
-Every turn of a conversation is the text `<|im_start|>{role}\\n{content}<|im_end|>\\n`. The assistant turns after the
-last user query begin with a think block. They are what is trained: everything after their marker
-`<|im_start|>assistant\\n<think>`, up to and including the turn's last newline.
+"""Text to token ids: tokenizer.json, the chat template of Qwen3.5 (`chat_template.py`), and which tokens are trained.
 
 Only the template writes control tokens. `<|im_end|>` in what somebody typed stays text and becomes the tokens of its
-letters: as a control token it would end the turn, and the text behind it could begin one of any role.
+letters: as a control token it would end the turn, and the text after it could begin one of any role.
 """
 
 import itertools
@@ -30,8 +26,8 @@ from psysafe.data.chat_template import (
     chat_pieces,
     read_turns,
 )
-from psysafe.files import MAX_JSON, expand, parse_json, read_bounded
-from psysafe.hub import HubError, MissingFileError, fetch_file
+from psysafe.files import MAX_JSON_BYTES, expand, read_bounded, read_json
+from psysafe.hub import HubError, MissingFileError, fetch_file, is_repository
 from psysafe.program import UserError
 
 EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
@@ -143,7 +139,7 @@ class Tokenizer:
         """The rendered text as (text, whether it is a control token, trained).
 
         Texts between two control tokens are one run, as in the tokenizer itself: piece by piece they would have other
-        ids ("\n" twice is two tokens, "\n\n" is one). A trained piece begins behind a control token, or behind
+        ids ("\n" twice is two tokens, "\n\n" is one). A trained piece begins after a control token, or after
         "assistant\n": the split pattern ends a token at a newline that no white space follows.
         """
         parts = (
@@ -169,7 +165,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     if path is None:
         raise UserError(f"{source}: no tokenizer.json in it; expected a {EXPECTED_SOURCE}")
     try:
-        backend = Backend.from_buffer(read_bounded(path, MAX_JSON))
+        backend = Backend.from_buffer(read_bounded(path, MAX_JSON_BYTES))
     except UserError:
         raise
     except Exception as error:  # the library raises nothing more precise
@@ -206,7 +202,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+    if not is_repository(str(source)):
         raise UserError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
     try:
         return fetch_file(str(source), name, revision or "")
@@ -219,10 +215,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
 def _read_eos_ids(path: Path | None) -> list[int] | None:
     if path is None:
         return None
-    try:
-        eos_ids = parse_json(read_bounded(path, MAX_JSON)).get("eos_token_id")
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+    eos_ids = read_json(path).get("eos_token_id")
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
     if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
         raise UserError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")

@@ -4,6 +4,7 @@ Everything comes as parts (text, markup). In markup `<tool_call>` is the control
 wrote it is text.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 
@@ -52,7 +53,7 @@ def listed_tools(tools: Sequence[dict], system: str) -> Iterator[Part]:
 
 
 def written_calls(calls: Sequence[dict], text: str) -> Iterator[Part]:
-    """The calls of an assistant turn, behind its text."""
+    """The calls of an assistant turn, as they stand after its text."""
     for i, call in enumerate(calls):
         yield "\n" if i else "\n\n" if text.strip() else "", True
         yield "<tool_call>\n<function=", True
@@ -66,11 +67,12 @@ def written_calls(calls: Sequence[dict], text: str) -> Iterator[Part]:
 
 
 def read_tools(tools: object) -> list[dict]:
-    """The tools of a conversation: a list of JSON schemas or its JSON text; none for None. UserError for others."""
-    read = _parsed(tools) or []
-    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+    """The tools of a conversation: a list of JSON schemas or its JSON text; none for None and "". UserError for others.
+    """
+    schemas = _parsed(tools, empty=[])
+    if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):
         raise UserError(f"tools is {tools!r:.60}, expected a list of objects with the functions' JSON schemas")
-    return read
+    return schemas
 
 
 def read_calls(message: dict, number: int) -> list[dict]:
@@ -78,24 +80,27 @@ def read_calls(message: dict, number: int) -> list[dict]:
 
     UserError for anything else: a call that is left out in silence would leave an empty answer to be trained.
     """
-    calls = message.get("tool_calls") or []
+    calls = message.get("tool_calls")
+    calls = [] if calls in (None, "") else calls
     if not isinstance(calls, list):
         raise UserError(f"message {number}: tool_calls is {calls!r:.60}, expected a list")
-    read = []
+    checked_calls = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        arguments = _parsed(function.get("arguments")) or {} if isinstance(name, str) else None
+        arguments = _parsed(function.get("arguments"), empty={}) if isinstance(name, str) else None
         if not isinstance(arguments, dict):
             expected = "a function with a name, and arguments as an object"
             raise UserError(f"message {number}: a tool call is {call!r:.60}, expected {expected}")
-        read.append({"name": name, "arguments": arguments})
-    return read
+        checked_calls.append({"name": name, "arguments": arguments})
+    return checked_calls
 
 
-def _parsed(value: object) -> object:
-    """A value that may come as JSON text, too."""
-    try:
-        return parse_json(value) if isinstance(value, str) and value.strip() else value
-    except ValueError:
-        return value
+def _parsed(value: object, empty: object) -> object:
+    """A value that may come as JSON text, too; `empty` for None and a blank text."""
+    if isinstance(value, str):
+        if not value.strip():
+            return empty
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
+    return empty if value is None else value

@@ -63,8 +63,10 @@ def recommended(folder: Path) -> dict:
     for item in fields(Sampling):
         value = config.get(item.name)
         if value is not None:
-            if type(value) not in (int, item.type):
-                raise UserError(f"{path}: {item.name} is {value!r:.60}, expected a number")
+            # JSON has one type of number: some writers have 20.0 for 20.
+            if type(value) not in (int, float) or (item.type is int and value != value // 1):
+                kind = "a whole number" if item.type is int else "a number"
+                raise UserError(f"{path}: {item.name} is {value!r:.60}, expected {kind}")
             settings[item.name] = item.type(value)
     return settings if config.get("do_sample") else settings | {"temperature": 0.0}
 

@@ -27,7 +27,8 @@ from typing import Literal
 
 from psysafe.cli import Parser, hint, shown
 from psysafe.data.documents import LongRows
-from psysafe.files import MAX_TEXT, read_text
+from psysafe.files import MAX_TEXT_BYTES, read_text
+from psysafe.hub import is_repository
 from psysafe.program import UserError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "configs" / "tiny.toml"
@@ -41,7 +42,7 @@ class TrainConfig:
     revision: str = ""
     """Commit or branch of a hub id; the commit that was loaded is written to the run's config.toml."""
     data: list[str] = field(default_factory=list)
-    """Training rows: files, or data sets of the hub. As a flag it leaves the file's val_data out, too."""
+    """Training rows: files, or data sets of the hub. Given as a flag, the file's val_data is ignored."""
     val_data: list[str] = field(default_factory=list)
     """Validation rows; without any, val_fraction of the training rows is set apart."""
     val_fraction: float = 0.1
@@ -155,12 +156,14 @@ _RANGES = [  # (what a value must be, its test, the keys)
 _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
 _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
+    ("epochs", lambda c: not c.max_steps, "max_steps counts instead; give --max-steps 0"),
     ("project", lambda c: c.report != "none", "add --report wandb or --report trackio"),
-    ("revision", lambda c: not _is_local(c.model), "give a hub id as --model"),
+    ("revision", lambda c: is_repository(c.model), "give a hub id as --model"),
     ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
 ]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
+
 
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run, and for each key where its value came from: "default", the file, or the flag.
@@ -184,10 +187,6 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
         if sources[key].startswith("--") and not has_effect(config):
             raise UserError(f"{sources[key]} has no effect here: {remedy}, or leave it out")
     return config, sources
-
-
-def _is_local(model: str) -> bool:
-    return model.startswith(("assets:", "random:")) or Path(model).expanduser().is_dir()
 
 
 def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, flags: Mapping[str, object]) -> None:
@@ -230,9 +229,9 @@ A flag wins over the file, and the file over the default.""",
     parser.add_argument("--config", default=file, metavar="FILE", help=f"TOML file of the keys below ({file})")
     for key, sentence in sentences().items():
         kind, default = KEYS[key], DEFAULTS[key]
-        shown = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
+        default_text = "" if default in ("", [], False) else f" ({default if kind != list[str] else ' '.join(default)})"
         # No default of argparse's own: a flag that was not given must not overrule the file.
-        options = {"help": (sentence + shown).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
+        options = {"help": (sentence + default_text).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": key}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -254,7 +253,7 @@ def sentences() -> dict[str, str]:
 def _read_file(path: str) -> Iterator[tuple[str, object, str]]:
     """Each (key, value, "FILE line N") of a TOML file."""
     try:
-        text = read_text(path, MAX_TEXT)
+        text = read_text(path, MAX_TEXT_BYTES)
         table = tomllib.loads(text)
     except UserError:
         raise

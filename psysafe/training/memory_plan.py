@@ -279,7 +279,7 @@ class Plan:
             recompute(block, stages)
         return choice
 
-    def out_of_memory(self, step: int, out: str, error: Exception, saved: bool) -> UserError:
+    def out_of_memory_error(self, step: int, out: str, error: Exception, saved: bool) -> UserError:
         """For a GPU that ran out of memory in spite of the plan. saved: by this rank, with all whole steps."""
         limit = self.limit - self.lowered
         lower_limit = (limit + RESERVE) / 1e9 - 2

@@ -91,4 +91,4 @@ def saved_if_out_of_memory(run: Run, log: RunLog) -> Iterator[None]:
             is_cuda = run.runtime.device.type == "cuda"
             with torch.cuda.stream(torch.cuda.Stream()) if is_cuda else contextlib.nullcontext():
                 save_run(run, log)
-        raise run.plan.out_of_memory(run.step + 1, run.config.out, error, saves and not run.save_error) from None
+        raise run.plan.out_of_memory_error(run.step + 1, run.config.out, error, saves and not run.save_error) from None

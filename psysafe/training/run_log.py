@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from psysafe.files import parse_json, write_atomic
-from psysafe.program import UserError, complain, drop_stdout
+from psysafe.program import UserError, discard_stdout, print_error
 from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
 from psysafe.training.tracker import Tracker
@@ -211,7 +211,7 @@ class RunLog:
                 self.signal = signal.SIGPIPE
                 text = "nobody reads this output any more: finishing this step, then saving"
             if not self.output_fails:
-                complain(text)
+                print_error(text)
             self.output_fails = True
 
     def sync(self) -> None:
@@ -247,7 +247,7 @@ class RunLog:
         if self.bar is not None:
             self._show(self.bar.close)
         if self.output_fails:
-            drop_stdout()  # what cannot be printed at the end is no error of its own
+            discard_stdout()  # what cannot be printed at the end is no error of its own
         if self.tracker is not None:
             self.tracker.finish()
         self.file = self.bar = self.tracker = None

@@ -29,7 +29,7 @@ from psysafe.data.documents import Dataset
 from psysafe.files import open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import versions
-from psysafe.training.config import KEYS, TrainConfig, to_toml
+from psysafe.training.config import DEFAULTS, KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
 from psysafe.training.setup import USE_RSLORA, Run
 
@@ -226,8 +226,9 @@ def recipe(config: TrainConfig) -> dict:
 
 def check_resume(state: State, config: TrainConfig) -> None:
     """Raise UserError that names each setting which differs from the saved run's `recipe`."""
-    saved, now = state.entry("recipe", dict), recipe(config)
-    changed = [f"{key} (saved {saved.get(key)!r}, now {now[key]!r})" for key in now if saved.get(key) != now[key]]
+    # A run saved before a setting existed did what its default does.
+    saved, now = DEFAULTS | state.entry("recipe", dict), recipe(config)
+    changed = [f"{key} (saved {saved[key]!r}, now {now[key]!r})" for key in now if saved[key] != now[key]]
     if changed:
         remedy = "set them back, or start another run with --out (--adapter-init DIR starts from this adapter)"
         differ = f"a resumed run keeps its recipe, but these settings differ: {', '.join(changed)}"
@@ -251,12 +252,15 @@ def check_rows(state: State, rows_digest: str) -> None:
 def save_run(run: Run, log: RunLog) -> None:
     """Log what is not yet logged, then write the run's state, and the adapter as PEFT reads it.
 
-    A full disk costs a warning and sets run.save_error; training goes on.
+    A full disk costs a warning and sets run.save_error; training goes on. UserError where the directory is another
+    run's by now.
     """
-    log.sync()  # first: a state whose rows of metrics.jsonl were lost could never be completed
+    config = run.config
+    if log.writes:
+        _keep_run_dir(run)  # before the log writes: the rows would stand among another run's
+    log.sync()  # before the state: one whose rows of metrics.jsonl were lost could never be completed
     if not log.writes:
         return
-    config = run.config
     meta = {
         "recipe": recipe(config),
         "rows": run.rows_digest,
@@ -270,13 +274,23 @@ def save_run(run: Run, log: RunLog) -> None:
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
     multimodal, run.save_error = run.model.config.multimodal, ""
     try:
-        if not (Path(config.out) / LOCK).exists():  # the directory was deleted, and with it the lock (RunLog says so)
-            run.lock = open_locked(Path(config.out) / LOCK, f"--out {config.out}")
         save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
         save_state(config.out, run.step, tensors, meta)
     except OSError as error:  # StateNotSaved is one
         run.save_error = f"step {run.step} was not saved: {error}"
         log.say(f"warning: {run.save_error}; training goes on, what was saved before is kept")
+
+
+def _keep_run_dir(run: Run) -> None:
+    """Make a deleted run directory, and its lock, anew (RunLog says so). UserError where another run was faster."""
+    out, path = run.config.out, Path(run.config.out) / LOCK
+    with contextlib.suppress(OSError):  # what cannot be made now is tried again at the next save
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run.lock = open_locked(path, f"--out {out}")
+        elif not os.path.samestat(os.fstat(run.lock.fileno()), path.stat()):
+            found = "was deleted or moved while this run was going on, and is another run's now"
+            raise UserError(f"--out {out}: {found}; step {run.step} is not saved; start again with another --out")
 
 
 def restore_run(run: Run, state: State) -> None:

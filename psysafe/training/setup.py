@@ -17,7 +17,7 @@ from psysafe.data.rows import pinned, read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import Adapters, attach
+from psysafe.model.lora import Adapters, attach, resolve_targets
 from psysafe.model.shard import GATHERED
 from psysafe.program import UserError
 from psysafe.runtime import Runtime, memory_total
@@ -147,14 +147,11 @@ def with_adapter_shape(
         shape = dict(zip(names, adapter_shape(expand(config.adapter_init)), strict=True))
     for name, value in shape.items():
         wanted = getattr(config, name)
-        if sources[name].startswith("--") and _as_set(wanted) != _as_set(value):
-            found = f"the adapter of --adapter-init {config.adapter_init} has {value}"
-            raise UserError(f"{sources[name]} {wanted}: {found}, which cannot change; leave the flag out")
+        differs = set(resolve_targets(wanted)) != set(value) if name == "lora_targets" else wanted != value
+        if sources[name].startswith("--") and differs:
+            shape_text = f"the adapter of --adapter-init {config.adapter_init} has {value}"
+            raise UserError(f"{sources[name]} {wanted}: {shape_text}, which cannot change; leave the flag out")
     return replace(config, **shape), sources | dict.fromkeys(names, "--adapter-init")
-
-
-def _as_set(value: object) -> object:
-    return set(value) if isinstance(value, list) else value
 
 
 def attach_adapters(model: Qwen3_5, config: TrainConfig, saved: Mapping = MappingProxyType({})) -> Adapters:

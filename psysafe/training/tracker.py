@@ -5,7 +5,7 @@
     tracker.log({"step": 1, "loss": 0.5})
     tracker.finish()
 
-The first call that fails is said in one line, and the tracker is left alone from then on: metrics.jsonl has every row.
+The first failure is printed, then the tracker is no longer called: metrics.jsonl has every row.
 """
 
 import importlib

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from psysafe.program import complain
+from psysafe.program import print_error
 from psysafe.runtime import Runtime
 
 INTERVAL = 1.0  # seconds between two heartbeats
@@ -190,7 +190,7 @@ class Watchdog:
         except RuntimeError:  # the store is gone: one rank of a machine speaks, or the first after the one that held it
             is_first = bool(message) and (self.local_rank == 0 if _in_torchrun() else self.rank == 1)
         if is_first:
-            complain(f"error (rank {self.rank}): {message}")
+            print_error(f"error (rank {self.rank}): {message}")
             time.sleep(2 * INTERVAL)  # the store may be in this process: time for the others to read that one printed
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -26,7 +26,7 @@ from psysafe.evaluation.models_under_test import (
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
-from psysafe.files import MAX_TEXT, read_text, write_atomic
+from psysafe.files import MAX_TEXT_BYTES, read_text, write_atomic
 from psysafe.program import UserError
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
@@ -179,7 +179,7 @@ def score(
     """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items)."""
     if judge is None:
         return score_by_word_lists(answers, prompts), {}, {}
-    instructions = read_text(rubric, MAX_TEXT).strip()
+    instructions = read_text(rubric, MAX_TEXT_BYTES).strip()
     conversations = {
         (name, prompt): criteria.messages(instructions, prompt, of_variant.rows[prompt]["answer"])
         for name, of_variant in answers.items()
