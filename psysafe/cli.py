@@ -62,9 +62,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        words = sys.argv[1:] if args is None else args
-        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(hyphenated(sys.argv[1:] if args is None else args), namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         settings, unknown = self.parse_known_args(args, namespace)
@@ -86,6 +84,12 @@ class Parser(argparse.ArgumentParser):
                 command = getattr(settings, action.dest, None)
                 names += action.choices[command]._flags(settings) if command in action.choices else []
         return names
+
+
+def hyphenated(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with hyphens where the name of a flag has underscores: --judge_url=A_B is
+    --judge-url=A_B."""
+    return [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
 
 
 def hint(name: str, known: Iterable[str], dashes: str = "") -> str:
