@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.rows import read_prompts
+from psysafe.data.rows import CLUSTER, Row, read_prompts
 from psysafe.evaluation import criteria, judge_models, models_under_test, unfinished, word_list_judge
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
@@ -21,7 +21,7 @@ from psysafe.evaluation.models_under_test import (
     Question,
     VariantAnswers,
     conversation,
-    prompt_of,
+    conversation_text,
     read_answers,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
@@ -89,25 +89,22 @@ def read_all(specs: Sequence[str], limit: int = 0) -> dict[str, VariantAnswers]:
 def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
     """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
     model, variants = models_under_test.from_arguments(args)
-    rows = [row.fields for row in read_prompts(args.prompts)[: args.limit or None]]
-    questions = [question_of(row, number, args.prompts) for number, row in enumerate(rows, 1)]
+    rows = read_prompts(args.prompts)[: args.limit or None]
+    questions = [question_of(row) for row in rows]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            cluster = rows[number - 1].get("risk cluster") or ""
+            cluster = rows[number - 1].fields.get(CLUSTER) or ""
             answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
     return answers, model.summary() | {"prompts": str(args.prompts)}
 
 
-def question_of(row: dict, number: int, file: str) -> Question:
-    """What is asked in a row with a prompt, or with a conversation whose last turn is the user's."""
-    if row.get("messages") is None:
-        return Question(number, row["prompt"])
-    messages = conversation(row, f"{file} row {number}")
-    while messages[-1]["role"] != "user":  # an answer that the row brings is not asked
-        messages = messages[:-1]
-    return Question(number, prompt_of(messages), tuple(messages))
+def question_of(row: Row) -> Question:
+    """What is asked in a row: its prompt, or its conversation with its own system message and tools."""
+    messages = conversation(row)
+    alone = row.messages is None and len(messages) == 1
+    return Question(row.number, conversation_text(messages), None if alone else tuple(messages), row.tools)
 
 
 def align(prompts: Mapping[str, Iterable[str]], leaving: Collection[str]) -> tuple[list[str], dict[str, int]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from psysafe.data.rows import Row, read_rows
+from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation import unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
@@ -52,7 +52,7 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
 
     Such a prompt is counted for neither model.
     """
-    clusters = [row.fields["risk cluster"] for row in rows]
+    clusters = [row.fields[CLUSTER] for row in rows]
     answers = {"base": base, "fine-tuned": tuned}
     finished = [i for i in range(len(rows)) if base[i] is not None and tuned[i] is not None]
     risky = [i for i in finished if clusters[i] != BENIGN]
