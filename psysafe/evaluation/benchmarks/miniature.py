@@ -61,9 +61,9 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
         model: {i: word_list_judge.judge(rows[i].fields["prompt"], texts[i], clusters[i]) for i in risky}
         for model, texts in answers.items()
     }
-    never_ended = {model: [text is None for text in texts] for model, texts in answers.items()}
+    is_unfinished = {model: [text is None for text in texts] for model, texts in answers.items()}
     return [
-        unfinished.with_shares(table_of_criteria(verdicts), never_ended),
+        unfinished.with_shares(table_of_criteria(verdicts), is_unfinished),
         table_of_parts(verdicts),
         table_of_helplines(verdicts, clusters),
         table_of_benign(answers, benign),
