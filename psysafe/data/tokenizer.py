@@ -32,6 +32,7 @@ from psysafe.data.chat_template import (
 )
 from psysafe.files import MAX_JSON, expand, parse_json, read_bounded
 from psysafe.hub import HubError, MissingFileError, fetch_file
+from psysafe.printable import one_line
 from psysafe.program import UserError
 
 EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
@@ -173,7 +174,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     except UserError:
         raise
     except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+        raise UserError(f"{path}: damaged ({_reason(error)}); copy it from the model again") from None
     eos_ids = _read_eos_ids(_find_file(source, "generation_config.json", revision))
     try:
         return Tokenizer(backend, eos_ids)
@@ -222,15 +223,15 @@ def _read_eos_ids(path: Path | None) -> list[int] | None:
     try:
         eos_ids = parse_json(read_bounded(path, MAX_JSON)).get("eos_token_id")
     except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+        raise UserError(f"{path}: damaged ({_reason(error)}); copy it from the model again") from None
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
     if not all(type(eos_id) is int and 0 <= eos_id < 2**31 for eos_id in eos_ids):
         raise UserError(f"{path}: eos_token_id is {eos_ids!r:.60}, expected a token's id or a list of ids")
     return eos_ids
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _reason(error: Exception) -> str:
+    return one_line(str(error))[:200] or type(error).__name__
 
 
 def _checked(text: str) -> str:
