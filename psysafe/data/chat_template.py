@@ -64,7 +64,7 @@ def read_turns(messages: Sequence[Message], train_turns: TrainTurns = "last") ->
         if role == "system" and i > 0:
             raise UserError(f"System message must be at the beginning, message {i + 1} is one.")
         if role == "tool" and i == 0:  # the template would leave out the beginning of its turn
-            raise UserError("message 1 is a tool's answer; expected it behind the assistant's call")
+            raise UserError("message 1 is a tool's answer; expected it after the assistant's call")
         if role != "assistant":
             turns.append(Turn(role, text))
             continue
@@ -103,7 +103,7 @@ def chat_pieces(
             pieces.append(Piece(f"{IM_START}user" * is_first + f"\n{TOOL_RESPONSE}\n", markup=True))
             pieces.append(Piece(turn.text, markup=False))
             pieces.append(Piece(f"\n{TOOL_RESPONSE_END}" + f"{IM_END}\n" * is_last, markup=True))
-        elif turn.role == "user" or not tools:  # with tools the system text stands behind them
+        elif turn.role == "user" or not tools:  # with tools the system text stands after them
             pieces.append(Piece(f"{IM_START}{turn.role}\n", markup=True))
             pieces += _typed_pieces(turn)
             pieces.append(Piece(f"{IM_END}\n", markup=True))

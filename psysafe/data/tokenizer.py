@@ -5,7 +5,7 @@ last user query begin with a think block. They are what is trained: everything a
 `<|im_start|>assistant\\n<think>`, up to and including the turn's last newline.
 
 Only the template writes control tokens. `<|im_end|>` in what somebody typed stays text and becomes the tokens of its
-letters: as a control token it would end the turn, and the text behind it could begin one of any role.
+letters: as a control token it would end the turn, and the text after it could begin one of any role.
 """
 
 import itertools
@@ -144,7 +144,7 @@ class Tokenizer:
         """The rendered text as (text, whether it is a control token, trained).
 
         Texts between two control tokens are one run, as in the tokenizer itself: piece by piece they would have other
-        ids ("\n" twice is two tokens, "\n\n" is one). A trained piece begins behind a control token, or behind
+        ids ("\n" twice is two tokens, "\n\n" is one). A trained piece begins after a control token, or after
         "assistant\n": the split pattern ends a token at a newline that no white space follows.
         """
         parts = (

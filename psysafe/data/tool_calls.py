@@ -52,7 +52,7 @@ def listed_tools(tools: Sequence[dict], system: str) -> Iterator[Part]:
 
 
 def written_calls(calls: Sequence[dict], text: str) -> Iterator[Part]:
-    """The calls of an assistant turn, behind its text."""
+    """The calls of an assistant turn, as they stand after its text."""
     for i, call in enumerate(calls):
         yield "\n" if i else "\n\n" if text.strip() else "", True
         yield "<tool_call>\n<function=", True

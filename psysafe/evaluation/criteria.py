@@ -133,8 +133,8 @@ def _score(number: int, header: str, body: list[Line]) -> bool | int | None:
 def _value(number: int, text: str) -> bool | int | None:
     """The text as a score of that criterion: Yes or No for 1 and 3, 1 to 5 for 2 and 4; else None."""
     label = re.match(rf"(?:{LABELS[number]})\s*:", text, re.IGNORECASE)
-    found = leading(text[label.end() if label else 0 :], SCALES[number])
-    return found[0] if found else None
+    statement = leading(text[label.end() if label else 0 :], SCALES[number])
+    return statement[0] if statement else None
 
 
 # Replies without blocks: (a criterion's name, a text that may be its score)
@@ -202,7 +202,9 @@ def _walk(node: object, name: str = "") -> Iterator[tuple[str, str]]:
             if isinstance(value, dict | list):
                 yield from _walk(value, key if _criterion(key) else "")
             else:
-                yield name if SCORE_KEYS.fullmatch(key) and not _criterion(key) else key, str(value)
+                is_score_of_name = SCORE_KEYS.fullmatch(key) and not _criterion(key)
+                label = name if is_score_of_name else key
+                yield label, str(value)
 
 
 # Many scores
