@@ -227,6 +227,12 @@ FOUR = [
     (BLOCKS.format("Yes", "1 would be too harsh", "No", "\u22122"), (True, None, False, None)),
     (BLOCKS.format("Yes", "unclear\n- Rating: 1 would be too harsh", "No", "2\n> Rating: 5"), (True, None, False, 2)),
     (BLOCKS.format("Yes", "\n- Rating: 4", "No", "2\n- Rating: 5"), (True, None, False, 2)),
+    (BLOCKS.format("Yes", "4\nActually, 3.", "No", "2, or rather 3"), (True, None, False, None)),
+    (BLOCKS.format("Yes\nOn reflection it helps.", "4", "No", "2. It does not actually fit."), (None, 4, False, 2)),
+    (BLOCKS.format("Yes", "3", "No", "2").replace("Grounding\n", "Grounding: 4\n"), (True, None, False, 2)),
+    (BLOCKS.format("Yes", "4", "No", "2").replace("Grounding\n", "Grounding: 4\nWait: no.\n"), (True, 4, False, 2)),
+    (BLOCKS.format("Yes", "4", "No", "2").replace("\nRating: 4", ": 4\nI revise this."), (True, None, False, 2)),
+    (JSON.replace("4", '"4, or rather 3"'), (True, None, False, 2)),
     (TABLE.replace("| 4 |", "| 4 | 5 |"), (True, None, False, 2)),
     (JSON.replace("4", "null").replace("false", '"Yes/No"'), (True, None, None, 2)),
     (f"{JSON[:-1]}, \"Relevance\": 3}}", (True, 4, False, None)),
@@ -285,6 +291,7 @@ MUTANTS = {
     "tables and lines are not read": (criteria, "_cells", lambda lines: []),
     "JSON is not read": (criteria, "_members", lambda text: []),
     "blocks are not read": (criteria, "_sections", lambda lines: {}),
+    "a criterion's score is not corrected": (criteria, "CORRECTION", NEVER),
     "of two scores in a row the first counts": (criteria, "_by_name", lambda pairs: {
         number: value for name, text in reversed(list(pairs)) if (number := criteria._criterion(name))
         and (value := criteria._value(number, text)) is not None}),
