@@ -63,7 +63,7 @@ def test_the_user_and_password_of_a_proxy_are_sent_to_the_proxy_alone(stub, sche
     if scheme == "https":
         assert (method, target) == ("CONNECT", "judge.invalid:443") and "authorization" not in headers
     else:
-        assert (method, target) == ("POST", "http://judge.invalid/v1/chat/completions")
+        assert (method, target) == ("POST", f"{scheme}://judge.invalid/v1/chat/completions")
         assert headers["authorization"] == f"Bearer {KEY}"
     ((_, _, headers),) = through_proxy(monkeypatch, stub, scheme, "")
     assert "proxy-authorization" not in {name.lower() for name in headers}

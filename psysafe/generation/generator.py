@@ -66,7 +66,7 @@ class Generator:
         conversation, None in those without."""
         rows = range(1, len(conversations) + 1) if rows is None else rows
         asked = zip(rows, conversations, tools or [None] * len(conversations), strict=True)
-        return self.complete([Request(row, self.encode(*conversation)) for row, *conversation in asked], on_token)
+        return self.complete([Request(row, self.encode(messages, called)) for row, messages, called in asked], on_token)
 
     def complete(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
         """As `answers`, for prompts that are token ids already. Raises UserError for one that no slot can hold."""
