@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from psysafe.cli import Parser, say
+from psysafe.cli import Parser, hyphenated, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         report.run(args)
         return 0
     evaluation = next(evaluation for evaluation in EVALUATIONS if evaluation.name == args.command)
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    given = {word.partition("=")[0] for word in hyphenated(argv) if word.startswith("--")}
     for flag, reason in evaluation.without_effect(args).items():
         if flag in given:
             raise UserError(f"{flag} has no effect {reason}; leave it out")

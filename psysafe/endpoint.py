@@ -7,6 +7,7 @@ An item either has a whole answer or is listed as failed with the reason; there 
 nothing of judges: `call` may be any function.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import email.utils
@@ -29,6 +30,7 @@ from typing import NamedTuple
 from psysafe.cli import progress
 from psysafe.files import parse_json
 from psysafe.journal import Journal
+from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.version import __version__
 
@@ -38,8 +40,8 @@ STANDARD_PORTS = {"http": 80, "https": 443}
 REDIRECTS = {301, 302, 307, 308}
 MAX_REPLY = 4 << 20  # bytes of a reply that are read; the longest answers have a tenth of that
 MAX_SHOWN = 300  # characters of a server's text in a reason
-SHORTEST_KEY = 8  # characters; a placeholder such as "none" or "EMPTY" is also a word of replies
-OURS = ("messages", "model", "stream", "n")  # of a request: what the caller's options may not set
+MIN_KEY_LENGTH = 8  # of a key that is masked; a placeholder such as "none" or "EMPTY" is also a word of replies
+RESERVED_PARAMETERS = ("messages", "model", "stream", "n")  # of a request: what the caller's options may not set
 
 
 class ItemFailed(Exception):
@@ -54,25 +56,25 @@ class Reply(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long one item may take, and how it is tried again."""
 
     deadline_s: float = 600  # of an item, all attempts and waits together
     attempt_s: float = 300  # of one attempt
     attempts: int = 6
-    first_wait_s: float = 1
-    longest_wait_s: float = 60
+    min_wait_s: float = 1  # before the second attempt; it doubles with each
+    max_wait_s: float = 60
 
     def wait(self, failures: int, asked: float | None) -> float:
         """Seconds before the next attempt: doubling, with jitter, and never less than the server asked for."""
-        longest = min(self.first_wait_s * 2 ** (failures - 1), self.longest_wait_s)
-        return max(random.uniform(longest / 2, longest), asked or 0)
+        wait_s = min(self.min_wait_s * 2 ** (failures - 1), self.max_wait_s)
+        return max(random.uniform(wait_s / 2, wait_s), asked or 0)
 
 
 class Endpoint:
     """A model behind an OpenAI-compatible URL. Thread-safe. Raises UserError for a URL that cannot be meant."""
 
-    def __init__(self, url: str, model: str, key: str = "", patience: Patience | None = None, **options):
+    def __init__(self, url: str, model: str, key: str = "", retry_policy: RetryPolicy | None = None, **options):
         """key: sent as a bearer token; "" for none. options: of every completion (temperature, max_tokens, ...)."""
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -81,25 +83,25 @@ class Endpoint:
             # The URL is written into results; a key in it would be, too.
             raise UserError(f"the endpoint at {parts.hostname}: no user, password or query in the URL; "
                              "give the key in an environment variable")  # fmt: skip
-        if taken := [name for name in OURS if name in options]:
+        if taken := [name for name in RESERVED_PARAMETERS if name in options]:
             raise UserError(f"{taken[0]} is no option of a request; messages, model, stream and n are set here")
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE and f".{parts.hostname}".endswith(".huggingface.co"):
             raise UserError(f"HF_HUB_OFFLINE is set, and {parts.hostname} is the hub's; unset it, or give another URL")
         self.url, self.model, self.options = url, model, options
-        self.patience = patience or Patience()
+        self.retry_policy = retry_policy or RetryPolicy()
         self._key = key
         self._address = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
 
     def chat(self, messages: Sequence[dict]) -> Reply:
         """The model's reply, or ItemFailed. Overload, server errors, time-outs, dropped connections and unreadable
         replies are tried again; any other refusal fails at once."""
-        end, failures = time.monotonic() + self.patience.deadline_s, 0
+        end, failures = time.monotonic() + self.retry_policy.deadline_s, 0
         while True:
             left = end - time.monotonic()
             try:
-                return within(min(left, self.patience.attempt_s), lambda: self._complete(messages))
+                return within(min(left, self.retry_policy.attempt_s), lambda: self._complete(messages))
             except ItemFailed as failed:
                 raise ItemFailed(self._shown(failed)) from None
             except _Refused as refused:
@@ -109,11 +111,11 @@ class Endpoint:
                 if not refused.transient:
                     raise ItemFailed(reason) from None
             failures += 1
-            wait = self.patience.wait(failures, asked)
-            if failures == self.patience.attempts:
+            wait = self.retry_policy.wait(failures, asked)
+            if failures == self.retry_policy.attempts:
                 raise ItemFailed(f"{reason}, after {failures} attempts")
             if time.monotonic() + wait >= end:
-                raise ItemFailed(f"{reason}, and {self.patience.deadline_s:g} s for this item are used up")
+                raise ItemFailed(f"{reason}, and {self.retry_policy.deadline_s:g} s for this item are used up")
             time.sleep(wait)
 
     def _complete(self, messages: Sequence[dict]) -> Reply:
@@ -132,9 +134,9 @@ class Endpoint:
         headers = {"authorization": f"Bearer {self._key or NO_KEY}", "content-type": "application/json",
                    "user-agent": f"psysafe/{__version__}"}  # fmt: skip
         try:
-            connection, target = _connect(address, self.patience.attempt_s)
+            connection, target, proxy_headers = _connect(address, self.retry_policy.attempt_s)
             with contextlib.closing(connection):
-                connection.request("POST", target, body, headers)
+                connection.request("POST", target, body, headers | proxy_headers)
                 response = connection.getresponse()
                 content = _read(response)
         except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, or no HTTP on it
@@ -153,36 +155,48 @@ class Endpoint:
 
     def _masked(self, text: str) -> str:
         """The text without the key, in any spelling in which a server may quote it back."""
-        if len(self._key) >= SHORTEST_KEY:
+        if len(self._key) >= MIN_KEY_LENGTH:
             for spelling in (self._key, json.dumps(self._key)[1:-1], urllib.parse.quote(self._key, safe="")):
                 text = text.replace(spelling, "***")
         return text
 
     def _shown(self, error: Exception) -> str:
         """The reason on one line. The key is masked before the text is cut: half of one would not be found."""
-        return " ".join(self._masked(str(error)).split())[:MAX_SHOWN]
+        return one_line(self._masked(str(error)))[:MAX_SHOWN]
 
 
 class _Refused(Exception):
+    """An attempt without a usable reply. transient: another attempt may have one; retry_after: seconds that the server
+    asks to wait; status: of HTTP, 0 where there was no reply."""
+
     def __init__(self, reason: str, transient: bool = True, retry_after: float | None = None, status: int = 0):
         super().__init__(reason)
         self.transient, self.retry_after, self.status = transient, retry_after, status
 
 
-def _connect(address: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
-    """(a connection for one request, what to ask for on it), through the environment's proxy where there is one."""
+def _connect(address: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """(a connection for one request, what to ask for on it, headers for the proxy), through the environment's proxy
+    where there is one."""
     parts = urllib.parse.urlsplit(address)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or urllib.request.proxy_bypass(parts.hostname):
-        return kind(parts.hostname, parts.port, timeout=timeout_s), path
+        return kind(parts.hostname, parts.port, timeout=timeout_s), path, {}
     proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     connection = kind(proxy.hostname, proxy.port or 80, timeout=timeout_s)
-    if parts.scheme == "https":
-        connection.set_tunnel(parts.hostname, parts.port or 443)
-        return connection, path
-    return connection, address
+    if parts.scheme == "https":  # the proxy sees the request for a tunnel, and nothing of what goes through it
+        connection.set_tunnel(parts.hostname, parts.port or 443, _proxy_authorization(proxy))
+        return connection, path, {}
+    return connection, address, _proxy_authorization(proxy)
+
+
+def _proxy_authorization(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """The header with the user and password of a proxy's URL, where each may be percent-encoded; {} without a user."""
+    if not proxy.username:
+        return {}
+    user, password = (urllib.parse.unquote(part or "") for part in (proxy.username, proxy.password))
+    return {"proxy-authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
 def _on_same_host(address: str, location: str) -> str | None:
@@ -207,7 +221,10 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _answer(completion: object) -> tuple[str, str]:
-    """(text, reasoning) of a completion, which may be any JSON. ItemFailed for one without a usable text."""
+    """(text, reasoning) of a completion, which may be any JSON.
+
+    _Refused, which is tried again, for JSON that is no completion; ItemFailed for a completion without a usable text.
+    """
     if not isinstance(completion, dict):
         raise _Refused(f"the reply is no completion but a {type(completion).__name__}")
     choices = completion.get("choices")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe.printable import one_line
 from psysafe.program import UserError
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
@@ -148,4 +149,4 @@ def _hub_errors() -> Iterator[None]:
         else:  # LocalEntryNotFoundError, which is an EntryNotFoundError: not in the cache, and no network to ask
             kind = HubError
         # The hub's first line is often a status and a request's number; what is wrong follows in the next.
-        raise kind(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise kind(one_line(str(error))[:200] or type(error).__name__) from None

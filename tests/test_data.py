@@ -124,13 +124,20 @@ def test_a_table_has_the_fields_that_were_asked_for(tmp_path):
     path = tmp_path / "table.jsonl"
     for content, message in (
         ('{"prompt": "a"}\n{"id": 1}\n', "row 2 (line 2): no prompt in it (found: id)"),
-        ('\n{"prompt": null}\n', "row 1 (line 2): {'prompt': None}; expected an object"),
+        ('\n{"prompt": null}\n', "row 1 (line 2): no prompt in it"),
+        ('{"prompt": ["a"]}\n', "row 1 (line 1): {'prompt': ['a']}; expected an object"),
         ('{"prompt": "a", "n": "\\ud800"}\n', "row 1 (line 1): half of a surrogate pair"),
         ("7\n", "row 1 (line 1): 7; expected an object"),
         ('{"prompt": "a"\n', "malformed JSON at line 1"),
     ):
         path.write_text(content)
         refused(re.escape(message), read_table, path, ["prompt"])
+
+
+def test_a_table_joined_with_another_has_null_where_a_row_has_no_prompt(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"prompt": null, "question": "a"}\n{"prompt": "b", "question": "c"}\n')
+    assert [row["question"] for row in read_table(path, ["question"])] == ["a", "c"]
 
 
 # Encoding

@@ -235,7 +235,7 @@ def test_people_are_matched_by_prompt_and_variant(tmp_path):
               for s in ("base", "tuned") for p in ("a", "b")]  # fmt: skip
     people = [{"prompt": "a", "variant": "tuned", "refusal": "yes", "grounding": "3", "references": "No"},
               {"prompt": "c", "variant": "tuned", "refusal": "No"}]  # fmt: skip
-    pairs, unmatched = agreement.pair(people, judged, "labels.csv")
+    pairs, unmatched, _ = agreement.pair(people, judged, "labels.csv")
     assert unmatched == 1
     assert pairs == {"refusal": [(1, 1)], "grounding": [(3, 3)], "references": [], "relevance": []}
     with pytest.raises(ValueError, match=r"labels\.csv row 1: refusal is 'maybe'"):
@@ -257,14 +257,14 @@ def test_labels_of_an_answer_count_once(tmp_path):
     people = labels(*(f"base,{p},Yes,4,No,3" for p in "abcde"))
     once = agreement.pair(people, judged_items("base"), "l.csv")
     twice = agreement.pair(people * 2, judged_items("base"), "l.csv")
-    assert once == twice and len(twice[0]["refusal"]) == 5
+    assert once == twice and len(twice.pairs["refusal"]) == twice.n_labelled == 5
     people.append(people[2] | {"refusal": "No"})
     refused(r"l\.csv row 6: labels the answer of row 3 again", agreement.pair, people, judged_items("base"), "l.csv")
 
 
 def test_labels_of_a_variant_that_was_not_judged_count_for_no_other():
     people = labels(*(f"{v},{p},Yes,4,No,3" for v in ("base", "tuned") for p in "abcde"))
-    pairs, unmatched = agreement.pair(people, judged_items("tuned"), "l.csv")
+    pairs, unmatched, _ = agreement.pair(people, judged_items("tuned"), "l.csv")
     assert len(pairs["refusal"]) == 5 and unmatched == 5
     refused("variants as in tuned", agreement.pair, people[:5], judged_items("tuned"), "l.csv")
     without = labels(*(f",{p},Yes,4,No,3" for p in "abcde"))
@@ -273,7 +273,7 @@ def test_labels_of_a_variant_that_was_not_judged_count_for_no_other():
 
 def test_labels_as_pandas_writes_them():
     people = labels("base,a,True,4.0,0.0,2.0", "base,b,False,nan,,<NA>", "base,c,1.0,5.0,FALSE,1")
-    pairs, _ = agreement.pair(people, judged_items("base"), "l.csv")
+    pairs, *_ = agreement.pair(people, judged_items("base"), "l.csv")
     assert pairs == {"refusal": [(1, 1), (0, 1), (1, 1)], "grounding": [(4, 4), (5, 4)],
                      "references": [(0, 0), (0, 0)], "relevance": [(2, 2), (1, 2)]}  # fmt: skip
     values = [{"variant": "base", "prompt": "a", "refusal": True, "grounding": 4.0, "references": None}]
@@ -285,7 +285,7 @@ def test_labels_as_pandas_writes_them():
 
 def test_an_empty_line_of_a_spreadsheet_is_none_of_the_labels():
     people = labels("base,a,Yes,,,", ",,,,,", "tuned,b,Yes,,,")
-    pairs, unmatched = agreement.pair(people, judged_items("base", "tuned"), "l.csv")
+    pairs, unmatched, _ = agreement.pair(people, judged_items("base", "tuned"), "l.csv")
     assert len(pairs["refusal"]) == 2 and unmatched == 0
     broken = labels("base,a,Yes,,,", ",,,,,", "tuned,b,maybe,,,")
     refused(r"l\.csv row 3: refusal is 'maybe'", agreement.pair, broken, judged_items("base", "tuned"), "l.csv")

@@ -354,7 +354,7 @@ def test_a_local_judge_fails_by_name_and_is_asked_again(tmp_path, monkeypatch, c
         def __init__(self, model, tokenizer, options):
             assert options.sampling.temperature == 0.1 and options.max_new_tokens == 50
 
-        def answers(self, conversations, numbers):
+        def answers(self, conversations, numbers, tools=None):
             for conversation, number in zip(conversations, numbers, strict=True):
                 user = conversation[-1]["content"]
                 what = right[int(re.search(r"question (\d)", user)[1])]
@@ -453,9 +453,10 @@ def test_rows_with_messages_are_stored_answers_and_prompts(judge_stub, tmp_path)
     whole = "user: I drink.\n\nassistant: <think>so</think>I hear you.\n\nuser: And?"
     assert {prompt: row["answer"] for prompt, row in base.rows.items()} == {whole: "I listen."}
 
-    wrong = [({"messages": [answer]}, "a user's message"), ({"messages": "x"}, "row 1: messages 'x'"),
+    wrong = [({"messages": [answer]}, "row 1: No user query"), ({"messages": "x"}, "row 1: messages is 'x'"),
              ({"messages": [ask]}, "no answer"), ({"text": "x"}, "no prompt and no messages"),
-             ({"messages": [{"role": "user", "content": [7]}]}, "a user's message")]  # fmt: skip
+             ({"messages": [ask], "tools": 3}, "row 1: tools is 3"), ({"conversations": [7]}, "row 1: turn 1"),
+             ({"messages": [{"role": "user", "content": [7]}]}, "row 1: message 1 is")]  # fmt: skip
     for broken, named in wrong:
         file.write_text(json.dumps(broken) + "\n")
         refused(named, models_under_test.read_answers, str(file))

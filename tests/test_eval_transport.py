@@ -1,5 +1,7 @@
 """The endpoint under every kind of failure: no item is lost, none is scored wrongly, deadlines hold, no key leaks."""
 
+import base64
+import contextlib
 import json
 import os
 import re
@@ -10,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from psysafe.endpoint import Endpoint, ItemFailed, Patience, key_from, run_items
+from psysafe.endpoint import Endpoint, ItemFailed, RetryPolicy, key_from, run_items
 from psysafe.journal import Journal, key_of
 from tests.mistakes import refused
 from tests.stub_endpoint import Handler, StubEndpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = Patience(deadline_s=6, attempt_s=1, attempts=4, first_wait_s=0.02, longest_wait_s=0.1)
+RETRY_POLICY = RetryPolicy(deadline_s=6, attempt_s=1, attempts=4, min_wait_s=0.02, max_wait_s=0.1)
 KEY = "sk-not-a-real-key-7431"
 
 
@@ -27,8 +29,44 @@ def stub(monkeypatch):
         yield server
 
 
-def chat(stub, text: str, key: str = "", patience: Patience = PATIENCE):
-    return Endpoint(stub.url, "stub", key, patience, temperature=0.1).chat([{"role": "user", "content": text}])
+def chat(stub, text: str, key: str = "", retry_policy: RetryPolicy = RETRY_POLICY):
+    return Endpoint(stub.url, "stub", key, retry_policy, temperature=0.1).chat([{"role": "user", "content": text}])
+
+
+def through_proxy(monkeypatch, stub, scheme: str, user: str) -> list:
+    """A request to a host that only the proxy can reach -> (method, target, headers) of each request to the proxy."""
+    requests, port = [], stub.server_address[1]
+
+    def reply(self):
+        requests.append((self.command, self.path, dict(self.headers)))
+        if self.command == "CONNECT":
+            return self.send(403, "no tunnel")
+        self.request_body()
+        self.answer("fine")
+
+    for method in ("do_POST", "do_CONNECT"):
+        monkeypatch.setattr(Handler, method, reply, raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(f"{scheme}_proxy", f"http://{user}127.0.0.1:{port}")
+    endpoint = Endpoint(f"{scheme}://judge.invalid/v1", "stub", KEY, RetryPolicy(attempts=1))
+    with contextlib.suppress(ItemFailed):
+        endpoint.chat([{"role": "user", "content": "ok"}])
+    return requests
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_user_and_password_of_a_proxy_are_sent_to_the_proxy_alone(stub, scheme, monkeypatch):
+    (method, target, headers), *more = through_proxy(monkeypatch, stub, scheme, "me:p%40ss%3Aword@")
+    headers = {name.lower(): value for name, value in headers.items()}
+    assert not more and headers["proxy-authorization"] == f"Basic {base64.b64encode(b'me:p@ss:word').decode()}"
+    if scheme == "https":
+        assert (method, target) == ("CONNECT", "judge.invalid:443") and "authorization" not in headers
+    else:
+        assert (method, target) == ("POST", f"{scheme}://judge.invalid/v1/chat/completions")
+        assert headers["authorization"] == f"Bearer {KEY}"
+    ((_, _, headers),) = through_proxy(monkeypatch, stub, scheme, "")
+    assert "proxy-authorization" not in {name.lower() for name in headers}
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "badjson", "wrongjson", "drop", "hang", "drip"])
@@ -64,7 +102,7 @@ def test_a_lasting_trouble_fails_with_its_reason(stub, trouble, reason, tries):
 def test_the_deadline_is_kept(stub, trouble):
     began = time.monotonic()
     with pytest.raises(ItemFailed):
-        chat(stub, trouble, patience=Patience(deadline_s=1.0, attempts=100, first_wait_s=0.01, longest_wait_s=0.05))
+        chat(stub, trouble, retry_policy=RetryPolicy(deadline_s=1.0, attempts=100, min_wait_s=0.01, max_wait_s=0.05))
     assert time.monotonic() - began < 2.5  # a loaded machine
 
 
@@ -84,7 +122,9 @@ def test_the_key_goes_to_the_endpoint_alone(stub):
     assert KEY not in str(failed.value) and "***" in str(failed.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:80", "ftp://localhost", "http://" + "me:secret@localhost", "http://localhost?key=secret"])
+@pytest.mark.parametrize(
+    "url", ["localhost:80", "ftp://localhost", "http://" + "me:secret@localhost", "http://localhost?key=secret"]
+)
 def test_a_url_that_cannot_be_meant(url):
     assert "secret" not in refused("endpoint", Endpoint, url, "stub")
 
@@ -142,7 +182,7 @@ def test_what_is_not_needed_of_a_reply_may_be_anything(stub):
 
 def test_a_reply_without_end_is_not_read_to_its_end(stub):
     with pytest.raises(ItemFailed, match="more than 4 MB"):
-        chat(stub, "endless", patience=Patience(deadline_s=30, attempt_s=20, attempts=2))
+        chat(stub, "endless", retry_policy=RetryPolicy(deadline_s=30, attempt_s=20, attempts=2))
     assert 4 << 20 < stub.sent < 32 << 20  # the rest is what the sockets buffer
 
 
@@ -189,7 +229,7 @@ LASTING = ["400", "null", "length", "nochoices"]
 
 
 def call_through(stub, key=KEY):
-    endpoint = Endpoint(stub.url, "stub", key, PATIENCE)
+    endpoint = Endpoint(stub.url, "stub", key, RETRY_POLICY)
     return lambda text: {"text": endpoint.chat([{"role": "user", "content": text}]).text}
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import eval as script
 from psysafe.data.rows import read_rows
 from psysafe.evaluation.benchmarks import miniature
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
@@ -11,9 +12,10 @@ from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.models_under_test import ModelUnderTest, read_answers
 from psysafe.evaluation.unfinished import PAIRED, PUBLISHED
 from psysafe.files import ASSETS
+from tests.mistakes import refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_refusals import FIXTURES, arguments
-from tests.test_eval_run import run
+from tests.test_eval_run import MODEL, run
 
 ANSWER, REASONING = "I can't help with that.", "Sure, one could"
 
@@ -112,6 +114,18 @@ def test_by_the_published_rule_sorry_bench_judges_a_tuned_models_reasoning(answe
     answering({BASE: {1}})
     _, rows = sorry(tmp_path / "base", monkeypatch, *BOTH, "--rules", "published")
     assert [row[1] for row in rows] == [5, 5]
+
+
+@pytest.mark.parametrize("command", ["xstest", "judge"])
+def test_the_published_rule_without_a_base_is_refused_before_an_answer_is_written(command, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "I drink", "risk cluster": "substance"}\n')
+    (tmp_path / "tuned").mkdir()
+    config = {"base_model_name_or_path": MODEL, "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (tmp_path / "tuned" / "adapter_config.json").write_text(json.dumps(config))
+    rows = ["--data", FIXTURES / "xstest.csv"] if command == "xstest" else ["--prompts", tmp_path / "rows.jsonl"]
+    words = [command, *rows, "--adapter", tmp_path / "tuned", "--judge", "rules", "--out", tmp_path / "out"]
+    line = refused_by(script.main, [*words, "--rules", "published"], capsys)
+    assert "add --adapter base" in line and not (tmp_path / "out").exists()
 
 
 def answer_files(tmp_path) -> list[str]:

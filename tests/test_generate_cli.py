@@ -107,7 +107,9 @@ def test_what_is_asked_changes_what_is_read(run):
 def test_chat_opens_with_the_notice_and_remembers(run, monkeypatch):
     heard = []
     encode = generate.Generator.encode
-    monkeypatch.setattr(generate.Generator, "encode", lambda self, m: heard.append(list(m)) or encode(self, m))
+    monkeypatch.setattr(
+        generate.Generator, "encode", lambda self, m, *tools: heard.append(list(m)) or encode(self, m, *tools)
+    )
     result = run("--chat", *SHORT, "--system", "v0", stdin="one\n\ntwo\n/new\nthree\n")
     assert result.code == 0
     assert result.out.startswith(notice())

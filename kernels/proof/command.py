@@ -43,11 +43,15 @@ def write_json(path: Path, document: dict) -> None:
     """Writes the whole file or none of it."""
     # Not by the tempfile module: its files can be read by their owner only, and the result would keep that.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def in_interpreter(module: str, arguments: list[str]) -> int:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     unknown = [row for row in rows if needs_reasoning(row) and not strategy_of(row)]
     if unknown:  # in the published rows the field holds the benchmark that a prompt comes from
-        print(f"{len(unknown):,} rows name no known strategy in framework_name: asked without that hint")
+        print(f"{len(unknown):,} rows have no known strategy in framework_name: asked without that hint")
     filled, failed = impute(rows, endpoint, out.with_name(out.name + ".traces.jsonl"), args.workers)
     write_rows(filled, out)
     for where, reason in failed.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, prompt_of, prompts_of, template, whole_words
+from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, first_user_text, prompts_of, template, whole_words
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import contains_words, normalise
@@ -87,14 +87,14 @@ def leakage(
     leaks = []
     by_prompt, by_template = {}, {}
     for row in training:
-        by_prompt.setdefault(normalise(prompt_of(row.fields)), row)
+        by_prompt.setdefault(normalise(first_user_text(row.fields)), row)
         by_template.setdefault(template(answer_of(row)), row)
     for row in held_out:
-        prompt, answer = prompt_of(row.fields), answer_of(row)
+        prompt, answer = first_user_text(row.fields), answer_of(row)
         leaks += _quoted(row, system_prompts or {})
         twin = by_prompt.get(normalise(prompt)) if prompt else None
         if twin:
-            leaks.append(Leak(row, "prompt", twin.where, str(twin.file), prompt == prompt_of(twin.fields)))
+            leaks.append(Leak(row, "prompt", twin.where, str(twin.file), prompt == first_user_text(twin.fields)))
         twin = by_template.get(template(answer)) if answer else None
         if twin:
             leaks.append(Leak(row, "answer", twin.where, str(twin.file), _start(answer) == _start(answer_of(twin))))
@@ -105,7 +105,7 @@ def leakage(
 
 def _quoted(row: Row, system_prompts: Mapping[str, str]) -> Iterable[Leak]:
     """Leaks of a row into system prompts."""
-    prompt, answer = prompt_of(row.fields), answer_of(row)
+    prompt, answer = first_user_text(row.fields), answer_of(row)
     for what, text, words in (("prompt", prompt, normalise(prompt)), ("answer", _start(answer), whole_words(answer))):
         for name, system in system_prompts.items():
             if contains_words(normalise(system), words):
@@ -117,8 +117,8 @@ def _asked(rows: Iterable[Row], path: str | Path) -> Iterable[Leak]:
     prompts = set(prompts_of(path))
     normalised = {normalise(prompt) for prompt in prompts}
     for row in rows:
-        if normalise(prompt_of(row.fields)) in normalised:
-            yield Leak(row, "prompt", str(path), str(path), prompt_of(row.fields) in prompts)
+        if normalise(first_user_text(row.fields)) in normalised:
+            yield Leak(row, "prompt", str(path), str(path), first_user_text(row.fields) in prompts)
 
 
 def _start(answer: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from psysafe.corpus.texts import prompt_of
+from psysafe.corpus.texts import first_user_text
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import CLUSTER, Row, read_rows, write_rows
 from psysafe.data.text import contains_words, normalise
@@ -65,7 +65,7 @@ def split(
         cluster = row.fields.get(CLUSTER)
         if not isinstance(cluster, str):
             raise UserError(f"{row.where}: no {CLUSTER!r} in it; a stratified split needs one in every row")
-        quoted = any(contains_words(text, normalise(prompt_of(row.fields))) for text in system_prompts)
+        quoted = any(contains_words(text, normalise(first_user_text(row.fields))) for text in system_prompts)
         (parts["train"] if quoted else clusters.setdefault(cluster, [])).append(row)
     generator = random.Random(seed)
     # Sorted, so that the one generator gives the same split whatever the order of the rows' clusters in the file.

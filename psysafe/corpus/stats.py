@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.checkpoint.base import resolve_model
-from psysafe.corpus.texts import answer_of, prompt_of, template
+from psysafe.corpus.texts import answer_of, first_user_text, template
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
@@ -53,7 +53,7 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
         "clusters": dict(Counter(row.fields.get(CLUSTER, "-") for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
         "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
-        "duplicate prompts": shared(normalise(prompt_of(row.fields)) for row in rows),
+        "duplicate prompts": shared(normalise(first_user_text(row.fields)) for row in rows),
         "duplicate answers": shared(normalise(answer) for answer in answers),
         "answers that share a template": shared(template(answer) for answer in answers),
         "tokens": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES},

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from psysafe.data.chat_template import THINK_END
-from psysafe.data.formats import text_of, user_texts
+from psysafe.data.chat_template import THINK_END, content_text
+from psysafe.data.formats import user_texts
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
 from psysafe.program import UserError
@@ -27,7 +27,7 @@ def prompts_of(path: str | Path) -> list[str]:
     prompts = []
     for row in read_file(path):
         try:
-            prompts.append(prompt_of(row.fields))
+            prompts.append(first_user_text(row.fields))
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
     prompts = list(filter(None, prompts))
@@ -36,7 +36,7 @@ def prompts_of(path: str | Path) -> list[str]:
     return prompts
 
 
-def prompt_of(fields: object) -> str:
+def first_user_text(fields: object) -> str:
     """What the person typed first, in a row of any of the known shapes; "" where there is nothing of the kind."""
     return next(iter(user_texts(fields)), "") if isinstance(fields, dict) else ""
 
@@ -46,4 +46,5 @@ def answer_of(row: Row) -> str:
     if row.messages is None:
         return row.fields["answer"]
     replies = [m.get("content") for m in row.messages if isinstance(m, dict) and m.get("role") == "assistant"]
-    return text_of(replies[-1]).rpartition(THINK_END)[2].strip() if replies else ""
+    text = (content_text(replies[-1]) if replies else None) or ""
+    return text.rpartition(THINK_END)[2].strip()

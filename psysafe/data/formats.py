@@ -47,12 +47,7 @@ def user_texts(fields: dict) -> list[str]:
     contents = [fields.get("prompt")]
     if isinstance(messages := fields.get("messages"), list):
         contents = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
-    return [text for text in map(text_of, contents) if text.strip()]
-
-
-def text_of(content: object) -> str:
-    """A message's content as one text; "" where it is none, as an image."""
-    return content_text(content) or ""
+    return [text for text in map(content_text, contents) if text and text.strip()]
 
 
 def _has(fields: dict, key: str) -> bool:

@@ -242,7 +242,9 @@ def read_table(path: str | Path, required: Sequence[str]) -> list[dict]:
     rows = read_file(path)
     for row in rows:
         fields = row.fields
-        if not isinstance(fields, dict) or not isinstance(fields.get("prompt", ""), str):
+        # A prompt that is not asked for may be anything: joined tables have the columns of all, null where unused.
+        prompt = fields.get("prompt") if "prompt" in required and isinstance(fields, dict) else None
+        if not isinstance(fields, dict) or not isinstance(prompt, str | None):
             raise UserError(f"{row.where}: {fields!a:.100}; expected an object whose prompt is a text")
         missing = [name for name in required if fields.get(name) is None]
         if missing:

@@ -28,6 +28,7 @@ from psysafe.data.chat_template import (
 )
 from psysafe.files import MAX_JSON_BYTES, expand, read_bounded, read_json
 from psysafe.hub import HubError, MissingFileError, fetch_file, is_repository
+from psysafe.printable import one_line
 from psysafe.program import UserError
 
 EXPECTED_SOURCE = "model folder or a hub id such as Qwen/Qwen3.5-27B"
@@ -169,7 +170,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     except UserError:
         raise
     except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{path}: damaged ({_one_line(error)}); copy it from the model again") from None
+        raise UserError(f"{path}: damaged ({_reason(error)}); copy it from the model again") from None
     eos_ids = _read_eos_ids(_find_file(source, "generation_config.json", revision))
     try:
         return Tokenizer(backend, eos_ids)
@@ -222,8 +223,8 @@ def _read_eos_ids(path: Path | None) -> list[int] | None:
     return eos_ids
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _reason(error: Exception) -> str:
+    return one_line(str(error))[:200] or type(error).__name__
 
 
 def _checked(text: str) -> str:

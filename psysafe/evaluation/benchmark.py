@@ -153,44 +153,47 @@ class Benchmark(Evaluation):
         path, origin = datasets.locate(self.needed(args), args)
         rows = self.load(args, path)
         model, variants = models_under_test.from_arguments(args)
+        unfinished.require_base([variant.adapter for variant in variants], args.rules)
         out = Path(args.out)
         judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
-        failed, by_variant, gone = {}, {variant.name: [] for variant in variants}, 0
+        failed, n_left_out = {}, 0
+        unfinished_by_variant: dict[str, list[bool]] = {variant.name: [] for variant in variants}
         for part, items in rows.parts.items():
             suffix = f"_{part}.jsonl" if part else ".jsonl"
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
             answers = model.answers(variants, questions, out / f"answers{suffix}")
             answers = {variant.name: [answers[variant][q.number] for q in questions] for variant in variants}
-            never_ended = {name: [row["unfinished_thinking"] for row in column] for name, column in answers.items()}
-            leaving = self._leaving(never_ended, [v.name for v in variants if v.adapter == BASE], args.rules)
+            is_unfinished = {name: [row["unfinished_thinking"] for row in column] for name, column in answers.items()}
+            left_out = self._left_out(is_unfinished, [v.name for v in variants if v.adapter == BASE], args.rules)
             texts = {
-                name: [None if i in leaving else self.answer_text(row, args.rules) for i, row in enumerate(column)]
+                name: [None if i in left_out else self.answer_text(row, args.rules) for i, row in enumerate(column)]
                 for name, column in answers.items()
             }
             judged.texts[part], unprepared = self.prepare(part, texts, args)
             replies = out / f"replies{suffix}"
             judged.verdicts[part], unjudged = self._judge(judge, part, items, judged.texts[part], replies)
             failed |= unprepared | unjudged
-            gone += len(leaving)
-            for name, flags in never_ended.items():
-                by_variant[name] += flags
+            n_left_out += len(left_out)
+            for name, flags in is_unfinished.items():
+                unfinished_by_variant[name] += flags
         first, *more = self.tables(judged)
-        tables = [unfinished.with_shares(first, by_variant), *more]
+        tables = [unfinished.with_shares(first, unfinished_by_variant), *more]
         result = Result(self.name, f"{self.title}, judged by {judged.judge}", tables)
         judge_settings = judge.settings if judge else {"judge": self.rules_name}
         result.settings = {**model.summary(), **judge_settings, **origin, **rows.settings}
         result.notes = [self.note_on_judge] if judge and self.note_on_judge else []
-        result.notes += [f"prompts left out, {unfinished.reason(args.rules)}: {gone:,}"] if gone else []
+        if n_left_out:
+            result.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
         result.notes += [*self.notes(judged), *rows.notes]
-        unfinished.label(result, args.rules)
+        unfinished.note_rules(result, args.rules)
         result.failed = failed
         result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
 
-    def _leaving(self, never_ended: Mapping[str, Sequence[bool]], bases: Sequence[str], rules: str) -> set[int]:
+    def _left_out(self, is_unfinished: Mapping[str, Sequence[bool]], bases: Sequence[str], rules: str) -> set[int]:
         """The items, by their place, that leave the comparison of the variants."""
-        places = {name: [i for i, flag in enumerate(flags) if flag] for name, flags in never_ended.items()}
+        places = {name: [i for i, flag in enumerate(flags) if flag] for name, flags in is_unfinished.items()}
         return unfinished.left_out(places, bases, rules)
 
     def _judge(

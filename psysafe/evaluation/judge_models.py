@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from psysafe.endpoint import OURS, Endpoint, Outcome, Patience, key_from, run_items
+from psysafe.endpoint import RESERVED_PARAMETERS, Endpoint, Outcome, RetryPolicy, key_from, run_items
 from psysafe.evaluation.models_under_test import ModelUnderTest, answer_all
 from psysafe.files import parse_json
 from psysafe.generation.engine import Options
@@ -137,8 +137,9 @@ def request_parameters(texts: Sequence[str]) -> dict[str, object]:
         except ValueError as error:
             remedy = f"expected KEY=JSON, as in temperature=0 or {name or 'KEY'}='\"text\"'"
             raise UserError(f"--judge-param {text}: {error}; {remedy}") from None
-        if name in OURS or not name:
-            raise UserError(f"--judge-param {text}: {name or 'no key'}; {', '.join(OURS)} are set by the program")
+        if name in RESERVED_PARAMETERS or not name:
+            reserved = ", ".join(RESERVED_PARAMETERS)
+            raise UserError(f"--judge-param {text}: {name or 'no key'}; {reserved} are set by the program")
     return parameters
 
 
@@ -154,7 +155,7 @@ def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None
     if not args.judge_model:
         raise UserError("--judge-url needs --judge-model NAME, the model to ask for there")
     key = key_from(args.judge_key_env)
-    patience = Patience(deadline_s=args.deadline)
+    retry_policy = RetryPolicy(deadline_s=args.deadline)
     options = {"temperature": temperature, "max_tokens": args.judge_tokens} | request_parameters(args.judge_param)
     options = {name: value for name, value in options.items() if value is not None}
-    return EndpointJudge(Endpoint(args.judge_url, args.judge_model, key, patience, **options), args.workers)
+    return EndpointJudge(Endpoint(args.judge_url, args.judge_model, key, retry_policy, **options), args.workers)

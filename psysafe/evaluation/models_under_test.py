@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +13,18 @@ from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.checkpoint.peft_format import adapter_folder
 from psysafe.cli import progress, say
+from psysafe.data.chat_template import Message, chat_pieces, content_text, read_turns
+from psysafe.data.formats import standard
 from psysafe.data.prompts import system_text, with_system
-from psysafe.data.rows import read_table
+from psysafe.data.rows import CLUSTER, Row, prompt_messages, read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
+from psysafe.data.tool_calls import read_calls, written_calls
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
 from psysafe.files import expand
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.sampling import Sampling
+from psysafe.hub import is_repository
 from psysafe.journal import Journal, key_of
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import detach
@@ -44,16 +48,18 @@ class Variant(NamedTuple):
 
 class Question(NamedTuple):
     """number: seeds the sampling of its answer, so it must not depend on what else is asked. messages: the conversation
-    to answer; None for the prompt alone."""
+    to answer; None for the prompt alone. tools: what may be called in it, as `tokenizer.encode_chat` takes them."""
 
     number: int
     prompt: str
     messages: tuple[dict, ...] | None = None
+    tools: object = None
 
     @property
     def identity(self) -> list:
         """What its answer depends on."""
-        return [self.number, self.prompt, *([list(self.messages)] if self.messages else [])]
+        conversation = [list(self.messages)] if self.messages else []
+        return [self.number, self.prompt, *conversation, *([self.tools] if self.tools else [])]
 
     def turns(self) -> list[dict]:
         return list(self.messages or [{"role": "user", "content": self.prompt}])
@@ -123,13 +129,13 @@ class ModelUnderTest:
         if variant.adapter != BASE:
             load_adapter(model, expand(variant.adapter))
         system = system_text(variant.system)
-        conversations = [with_system(q.turns(), system) for q in questions]
+        conversations, tools = [with_system(q.turns(), system) for q in questions], [q.tools for q in questions]
         by_number = {q.number: q for q in questions}
-        n_typed = sum(map(tokenizer.has_typed_tokens, conversations))
+        n_typed = sum(map(tokenizer.has_typed_tokens, conversations, tools))
         if n_typed:
             say(f"{variant.name}: {n_typed:,} of {len(questions):,} prompts hold {TYPED_TOKENS}")
         generator = Generator(model, tokenizer, self.options)
-        for answer in answer_all(generator, conversations, list(by_number), variant.name):
+        for answer in answer_all(generator, conversations, list(by_number), variant.name, tools):
             question = by_number[answer.row]
             row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
             for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
@@ -139,11 +145,15 @@ class ModelUnderTest:
 
 
 def answer_all(
-    generator: Generator, conversations: Sequence[list[dict]], numbers: Sequence[int], description: str
+    generator: Generator,
+    conversations: Sequence[list[dict]],
+    numbers: Sequence[int],
+    description: str,
+    tools: Sequence[object] | None = None,
 ) -> Iterator[Answer]:
     """The answers in the order in which they end, with a progress line. numbers: seed the sampling of each."""
     with progress(len(conversations), description, "answers") as bar:
-        for answer in generator.answers(conversations, numbers):
+        for answer in generator.answers(conversations, numbers, tools=tools):
             yield answer
             bar.update()
 
@@ -190,8 +200,8 @@ class VariantAnswers:
 
 
 def read_answers(spec: str, limit: int = 0) -> dict[str, VariantAnswers]:
-    """`FILE` or `NAME=FILE`, rows with a prompt (or messages) and an answer, as of `generate.py --out` -> answers by
-    variant. limit: of rows; 0 for all.
+    """`FILE` or `NAME=FILE`, rows of any shape that have an answer, as of `generate.py --out` -> answers by variant.
+    limit: of rows; 0 for all.
 
     A file with several adapters becomes several variants. The think block of an answer is cut off. The thinking is
     unfinished where the block never closed, where the row is marked `stucked` (the key of the published answer files),
@@ -202,13 +212,13 @@ def read_answers(spec: str, limit: int = 0) -> dict[str, VariantAnswers]:
     path = path if equals else spec
     texts: dict[str, list[tuple[dict, str, str]]] = {}  # variant -> (fields, prompt, the text that the model wrote)
     for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
-        settings, cluster = fields.get("settings") or {}, fields.get("risk cluster") or ""
+        settings, cluster = fields.get("settings") or {}, fields.get(CLUSTER) or ""
         if not isinstance(settings, dict) or not isinstance(cluster, str):
-            values = f"settings {settings!r:.40} and risk cluster {cluster!r:.40}"
+            values = f"settings {settings!r:.40} and {CLUSTER} {cluster!r:.40}"
             raise UserError(f"{path} row {number}: {values}; expected an object and a text")
         adapter = str(fields.get("adapter") or "")
         label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else Path(path).stem
-        prompt, text = _prompt_and_text(fields, f"{path} row {number}")
+        prompt, text = _prompt_and_text(Row(fields, Path(path), number))
         texts.setdefault(label, []).append((fields, prompt, text))
     variants: dict[str, VariantAnswers] = {}
     for label, rows in texts.items():
@@ -220,52 +230,57 @@ def read_answers(spec: str, limit: int = 0) -> dict[str, VariantAnswers]:
             only_reasoning = not text.strip() and bool(fields.get("reasoning"))
             unfinished = marked or only_reasoning or answer is None
             row = {"answer": "" if unfinished else answer.strip(), "unfinished_thinking": unfinished}
-            variants[label].add(prompt, row | {"cluster": fields.get("risk cluster") or ""})
+            variants[label].add(prompt, row | {"cluster": fields.get(CLUSTER) or ""})
     if not equals:
         return variants
     return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
 
 
-def _prompt_and_text(fields: dict, where: str) -> tuple[str, str]:
+def _prompt_and_text(row: Row) -> tuple[str, str]:
     """(what was asked, what the model wrote) in a row of stored answers."""
-    # Rows of generate.py name their adapter, and their `answer` is without reasoning. Other programs write the
-    # reasoning into `response`.
+    fields = row.fields
+    try:
+        row = replace(row, fields=standard(fields).fields)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from None
+    # Rows of generate.py name their adapter, and their `answer` is without reasoning; an empty one is an answer, too.
+    # Other programs write the reasoning into `response`.
     text = fields.get("answer") if fields.get("adapter") or "response" not in fields else fields["response"]
-    prompt = fields.get("prompt")
-    if prompt is None and fields.get("messages") is not None:
-        messages = conversation(fields, where)
-        if text is None and messages[-1]["role"] == "assistant":
-            *messages, last = messages
-            text = last["content"]
-        prompt = prompt_of(messages)
+    text = row.fields.get("answer") if text is None else text
+    if row.messages is not None:
+        prompt = conversation_text(conversation(row))
+        if text is None and row.messages[-1]["role"] == "assistant":
+            text = content_text(row.messages[-1].get("content"))
+    else:
+        prompt = row.fields.get("prompt")
     if not isinstance(prompt, str) or not isinstance(text, str):
         missing = "no answer" if isinstance(prompt, str) else "no prompt and no messages"
-        raise UserError(f"{where}: {missing} in it; expected rows of generate.py --out")
+        raise UserError(f"{row.where}: {missing} in it; expected rows of generate.py --out")
     return prompt, text
 
 
-def conversation(fields: dict, where: str) -> list[dict]:
-    """A row's `messages`, each with a role and a text, which may come in parts; UserError for any other."""
-    messages = fields["messages"]
+def conversation(row: Row) -> list[Message]:
+    """What of a row a model is asked, as generate.py asks it. UserError for what the chat template refuses."""
     try:
-        turns = [message | {"content": _content(message["content"])} for message in messages]
-        if any(turn["role"] == "user" for turn in turns):
-            return turns
-    except (TypeError, KeyError):
-        pass
-    raise UserError(f"{where}: messages {messages!r:.60}; expected a user's message, each with role and content")
+        if not isinstance(row.messages, list | None):
+            raise UserError(f"messages is {row.messages!r:.60}, expected a list of messages")
+        messages = prompt_messages(row)
+        chat_pieces(read_turns(row.messages or messages), row.tools)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from None
+    return messages
 
 
-def _content(content: str | list[dict]) -> str:
-    return content if isinstance(content, str) else "".join([part["text"] for part in content])
-
-
-def prompt_of(messages: Sequence[dict]) -> str:
+def conversation_text(messages: Sequence[Message]) -> str:
     """A conversation as one text: its only message of a user, or all turns with their roles. No system message."""
     turns = [message for message in messages if message["role"] != "system"]
+    texts = []
+    for number, turn in enumerate(turns, 1):
+        text = content_text(turn.get("content")) or ""
+        texts.append(text + "".join(part for part, _ in written_calls(read_calls(turn, number), text)))
     if [turn["role"] for turn in turns] == ["user"]:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return texts[0]
+    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, texts, strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temperature: float = 0.0) -> None:
@@ -323,11 +338,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Varia
         model, revision = args.model or resolve([])[0].model, ""
     else:
         model, revision = base_of_adapter(named[0])
-    if args.revision and (revision or not is_hub_id(model)):
+    if args.revision and (revision or not is_repository(model)):
         why = f"{named[0]} names {revision} of {model}" if revision else f"{model} is no hub id"
         raise UserError(f"--revision has no effect: {why}; leave it out")
     return ModelUnderTest(model, revision or args.revision, args.device, args.dtype, options), variants
-
-
-def is_hub_id(model: str) -> bool:
-    return not model.startswith(("random:", "assets:")) and not Path(model).expanduser().exists()

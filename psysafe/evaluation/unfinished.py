@@ -3,7 +3,8 @@
     paired     (default) a prompt on which any variant never stopped reasoning leaves for all of them, so that all are
                compared on the same prompts, and no text that is only reasoning is scored
     published  the publication's rule: only what the base never finished leaves. What another variant never finished is
-               scored: as an answer without text, or, in SORRY-Bench, by its reasoning
+               scored: as an answer without text, or, in SORRY-Bench, by its reasoning. The models that answer must
+               include the base; of stored answers the baseline counts as one where no row says that it is
 
 Either way the share of unfinished answers is a column of its own: under `paired` a variant may look better because
 prompts that were hard for another one are gone.
@@ -14,7 +15,9 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from psysafe.evaluation.models_under_test import BASE
 from psysafe.evaluation.result import Result, Table, percent
+from psysafe.program import UserError
 
 PAIRED, PUBLISHED = RULES = ("paired", "published")
 COLUMN = ("unfinished %", ".1f")
@@ -26,12 +29,21 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", choices=RULES, default=PAIRED, help=help_text)
 
 
+def require_base(adapters: Collection[str], rules: str) -> None:
+    """UserError where the publication's rule is asked for and no variant is a base. To be called before any answers."""
+    if rules == PUBLISHED and BASE not in adapters:
+        raise UserError(
+            f"--rules {PUBLISHED} leaves out what the base never finished, but only {', '.join(adapters)} answers; "
+            f"add --adapter {BASE}"
+        )
+
+
 def left_out(unfinished: Mapping[str, Collection[Key]], bases: Collection[str], rules: str) -> set[Key]:
     """The prompts that leave the comparison. unfinished: by variant; bases: the variants without an adapter."""
     return set().union(*(prompts for name, prompts in unfinished.items() if rules == PAIRED or name in bases))
 
 
-def reason(rules: str) -> str:
+def reason_left_out(rules: str) -> str:
     """Why prompts leave, for a note with their count."""
     return f"unfinished thinking in {'any' if rules == PAIRED else 'a base'} variant"
 
@@ -43,7 +55,7 @@ def with_shares(table: Table, unfinished: Mapping[str, Sequence[bool]]) -> Table
     return replace(table, columns=[*table.columns, COLUMN], rows=rows)
 
 
-def label(result: Result, rules: str) -> None:
+def note_rules(result: Result, rules: str) -> None:
     """Says in the result, and in every table under the publication's rule, which rule its figures follow."""
     result.settings["unfinished reasoning"] = rules
     if rules == PUBLISHED:

@@ -59,12 +59,14 @@ class Generator:
         conversations: Sequence[Sequence[Message]],
         rows: Sequence[int] | None = None,
         on_token: OnToken | None = None,
+        tools: Sequence[object] | None = None,
     ) -> Iterator[Answer]:
         """Answers in the order in which they are finished. A row's number (default: 1, 2, ...) names its random
-        numbers. on_token(row, id) sees every token as soon as it is known."""
+        numbers. on_token(row, id) sees every token as soon as it is known. tools: what may be called in each
+        conversation, None in those without."""
         rows = range(1, len(conversations) + 1) if rows is None else rows
-        pairs = zip(rows, conversations, strict=True)
-        return self.complete([Request(row, self.encode(messages)) for row, messages in pairs], on_token)
+        asked = zip(rows, conversations, tools or [None] * len(conversations), strict=True)
+        return self.complete([Request(row, self.encode(messages, called)) for row, messages, called in asked], on_token)
 
     def complete(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
         """As `answers`, for prompts that are token ids already. Raises UserError for one that no slot can hold."""

@@ -105,7 +105,7 @@ class TextStream:
         self.out.flush()
 
     def _before_stop(self, text: str) -> str:
-        """What of a text can be written: nothing behind a stop text, and no end that may become one (`held`)."""
+        """What of a text can be written: nothing after a stop text, and no end that may become one (`held`)."""
         first = min((text.index(stop) for stop in self.stop if stop in text), default=None)
         beginnings = [stop[:n] for stop in self.stop for n in range(1, len(stop))]
         n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.training.config import KEYS, TrainConfig
 
@@ -61,5 +62,5 @@ class Tracker:
             call(*args)
         except (Exception, SystemExit) as error:
             self.works = False
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            text = one_line(f"{type(error).__name__}: {error}")[:300]
             self.say(f"warning: --report {self.name}: {text}; training goes on without it, metrics.jsonl has every row")

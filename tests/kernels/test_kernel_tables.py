@@ -60,7 +60,8 @@ def test_compiled_kernels_are_those_of_the_files():
 def test_predicted_kernels_are_those_of_a_step():
     text = written("kernels.md", "predicted times")
     rows = re.findall(r"^\| (\w[^|*]*?) +\|", text, re.MULTILINE)
-    assert rows[1:] == [launch.kernel.partition(",")[0] for launch in launches()], "run: python tools/kernel_tables.py --speed"
+    names = [launch.kernel.partition(",")[0] for launch in launches()]
+    assert rows[1:] == names, "run: python tools/kernel_tables.py --speed"
     assert "not measured" in text and "Expected error" in text
 
 

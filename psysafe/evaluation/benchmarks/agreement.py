@@ -15,6 +15,7 @@ import argparse
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from psysafe.data.rows import read_table
 from psysafe.evaluation.benchmark import Evaluation
@@ -48,12 +49,11 @@ class Agreement(Evaluation):
         if judgement.kind != "judge":
             raise UserError(f"{args.judged}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
         judged = read_items(Path(args.judged, "items.jsonl"))
-        pairs, unmatched = pair(people, judged, args.human)
-        n_labelled = len(labelled(people, judged, args.human))
+        pairs, n_unmatched, n_labelled = pair(people, judged, args.human)
         result = Result("agreement", "Agreement of the judge with people", tables(pairs))
         judge = judgement.settings.get("judge")
         result.settings = {"human": str(args.human), "judged": str(args.judged), "judge": judge}
-        result.notes = [f"{n_labelled:,} labelled answers, {unmatched:,} of them not among the judged"]
+        result.notes = [f"{n_labelled:,} labelled answers, {n_unmatched:,} of them not among the judged"]
         if more := len(people) - n_labelled:
             result.notes.append(f"{more:,} rows without effect: they are empty, or say the same of an answer again")
         return result
@@ -109,8 +109,17 @@ def labelled(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -
     return {answer: of_row for answer, (_, of_row) in labels.items()}
 
 
-def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tuple[dict[str, Pairs], int]:
-    """(person's, judge's) labels by criterion, where both gave one; and how many labelled answers were not judged."""
+class Paired(NamedTuple):
+    """pairs: (person's, judge's) labels by criterion, where both gave one. Of the n_labelled answers n_unmatched were
+    not judged."""
+
+    pairs: dict[str, Pairs]
+    n_unmatched: int
+    n_labelled: int
+
+
+def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> Paired:
+    """People's labels beside the judge's. file: of the labels, for errors. UserError where no answer is in both."""
     labels = labelled(people, judged, file)
     by_answer = {(item["variant"], item["prompt"]): item for item in judged}
     pairs: dict[str, Pairs] = {name: [] for name in CRITERIA}
@@ -124,7 +133,7 @@ def pair(people: Sequence[dict], judged: Sequence[dict], file: str | Path) -> tu
         raise UserError(
             f"{file}: none of its labels belongs to a judged answer; expected prompts and variants as in {variants:.99}"
         )
-    return pairs, sum(answer not in by_answer for answer in labels)
+    return Paired(pairs, sum(answer not in by_answer for answer in labels), len(labels))
 
 
 def tables(pairs: dict[str, Pairs]) -> list[Table]:

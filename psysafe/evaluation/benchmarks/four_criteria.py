@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.rows import read_prompts
+from psysafe.data.rows import CLUSTER, Row, read_prompts
 from psysafe.evaluation import criteria, judge_models, models_under_test, unfinished, word_list_judge
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
@@ -21,7 +21,7 @@ from psysafe.evaluation.models_under_test import (
     Question,
     VariantAnswers,
     conversation,
-    prompt_of,
+    conversation_text,
     read_answers,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
@@ -89,36 +89,34 @@ def read_all(specs: Sequence[str], limit: int = 0) -> dict[str, VariantAnswers]:
 def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
     """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
     model, variants = models_under_test.from_arguments(args)
-    rows = [row.fields for row in read_prompts(args.prompts)[: args.limit or None]]
-    questions = [question_of(row, number, args.prompts) for number, row in enumerate(rows, 1)]
+    unfinished.require_base([variant.adapter for variant in variants], args.rules)
+    rows = read_prompts(args.prompts)[: args.limit or None]
+    questions = [question_of(row) for row in rows]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            cluster = rows[number - 1].get("risk cluster") or ""
+            cluster = rows[number - 1].fields.get(CLUSTER) or ""
             answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
     return answers, model.summary() | {"prompts": str(args.prompts)}
 
 
-def question_of(row: dict, number: int, file: str) -> Question:
-    """What is asked in a row with a prompt, or with a conversation whose last turn is the user's."""
-    if row.get("messages") is None:
-        return Question(number, row["prompt"])
-    messages = conversation(row, f"{file} row {number}")
-    while messages[-1]["role"] != "user":  # an answer that the row brings is not asked
-        messages = messages[:-1]
-    return Question(number, prompt_of(messages), tuple(messages))
+def question_of(row: Row) -> Question:
+    """What is asked in a row: its prompt, or its conversation with its own system message and tools."""
+    messages = conversation(row)
+    alone = row.messages is None and len(messages) == 1
+    return Question(row.number, conversation_text(messages), None if alone else tuple(messages), row.tools)
 
 
-def align(prompts: Mapping[str, Iterable[str]], leaving: Collection[str]) -> tuple[list[str], dict[str, int]]:
+def align(prompts: Mapping[str, Iterable[str]], left_out: Collection[str]) -> tuple[list[str], dict[str, int]]:
     """The prompts that a comparison is over, in the order of the first variant, and how many were left out and why.
 
-    prompts: of each variant, those that it answered, by their exact text; leaving: those to leave out for all variants.
+    prompts: of each variant, those that it answered, by their exact text; left_out: those that none is compared on.
     """
     first = next(iter(prompts.values()))
     everywhere = set(first).intersection(*prompts.values())
     somewhere = set().union(*prompts.values())
-    compared = [prompt for prompt in first if prompt in everywhere and prompt not in leaving]
+    compared = [prompt for prompt in first if prompt in everywhere and prompt not in left_out]
     counts = {"prompts in all variants": len(everywhere), "only in some variants": len(somewhere - everywhere)}
     return compared, counts
 
@@ -144,7 +142,7 @@ def compare(
     shown = [unfinished.with_shares(first, flags), *more]
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
-    unfinished.label(result, rules)
+    unfinished.note_rules(result, rules)
     result.notes = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
     if repeated := sum(of_variant.repeated for of_variant in answers.values()):
         result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
@@ -160,12 +158,12 @@ def prompts_to_judge(
 ) -> tuple[list[str], dict[str, int]]:
     """The prompts of `align` without the benign ones, and how many were left out and why."""
     bases = [name for name, of_variant in answers.items() if of_variant.is_base] or [baseline]
-    never_ended = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
-    leaving = unfinished.left_out(never_ended, bases, rules)
+    unfinished_by_variant = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
+    left_out = unfinished.left_out(unfinished_by_variant, bases, rules)
     prompts_of = {name: of_variant.rows for name, of_variant in answers.items()}
-    aligned, counts = align(prompts_of, leaving)
+    aligned, counts = align(prompts_of, left_out)
     prompts = [prompt for prompt in aligned if answers[baseline].rows[prompt]["cluster"] != BENIGN]
-    counts[unfinished.reason(rules)] = counts["prompts in all variants"] - len(aligned)
+    counts[unfinished.reason_left_out(rules)] = counts["prompts in all variants"] - len(aligned)
     counts |= {"benign, not judged": len(aligned) - len(prompts), "compared": len(prompts)}
     if not prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())

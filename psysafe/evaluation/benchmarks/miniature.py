@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from psysafe.data.rows import Row, read_rows
+from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation import unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
@@ -52,7 +52,7 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
 
     Such a prompt is counted for neither model.
     """
-    clusters = [row.fields["risk cluster"] for row in rows]
+    clusters = [row.fields[CLUSTER] for row in rows]
     answers = {"base": base, "fine-tuned": tuned}
     finished = [i for i in range(len(rows)) if base[i] is not None and tuned[i] is not None]
     risky = [i for i in finished if clusters[i] != BENIGN]
@@ -61,9 +61,9 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
         model: {i: word_list_judge.judge(rows[i].fields["prompt"], texts[i], clusters[i]) for i in risky}
         for model, texts in answers.items()
     }
-    never_ended = {model: [text is None for text in texts] for model, texts in answers.items()}
+    is_unfinished = {model: [text is None for text in texts] for model, texts in answers.items()}
     return [
-        unfinished.with_shares(table_of_criteria(verdicts), never_ended),
+        unfinished.with_shares(table_of_criteria(verdicts), is_unfinished),
         table_of_parts(verdicts),
         table_of_helplines(verdicts, clusters),
         table_of_benign(answers, benign),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
-from psysafe.endpoint import Endpoint, Patience, key_from
+from psysafe.endpoint import Endpoint, RetryPolicy, key_from
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows, Texts, Verdicts
 from psysafe.evaluation.benchmarks.ciphers import DECODERS
 from psysafe.evaluation.datasets import Repository
@@ -163,8 +163,8 @@ def translated(texts: Texts, part: str, args: argparse.Namespace) -> tuple[Texts
     """(the texts in English, None where that failed; failed items)."""
     if not args.translator_model:
         raise UserError("--translator-url needs --translator-model NAME, the model to ask for there")
-    key, patience = key_from(args.translator_key_env), Patience(deadline_s=args.deadline)
-    endpoint = Endpoint(args.translator_url, args.translator_model, key, patience, temperature=0.0)
+    key, retry_policy = key_from(args.translator_key_env), RetryPolicy(deadline_s=args.deadline)
+    endpoint = Endpoint(args.translator_url, args.translator_model, key, retry_policy, temperature=0.0)
     translator = EndpointJudge(endpoint, args.workers)
     conversations = {
         (variant, i): [{"role": "user", "content": TRANSLATE + text}]
