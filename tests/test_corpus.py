@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.files import ASSETS
-from tests.mistakes import refused
+from tests.mistakes import refused, refused_by
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
 
@@ -199,6 +200,49 @@ def test_leaks_of_a_templated_corpus_are_a_summary_and_all_of_them_are_in_the_js
     clean = write(tmp_path / "clean.jsonl", [row("C", "Nothing of that.")])
     assert main(["leakage", "--held-out", clean, "--training", training, "--json", str(tmp_path / "none.json")]) == 0
     assert json.loads((tmp_path / "none.json").read_text()) == {"counts": {}, "leaks": []}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("stats {box}/train.jsonl --json {box}/train.jsonl", "--json .*train.jsonl: that is a file of the rows"),
+        ("stats {box}/train.jsonl --json {box}/link", "--json .*link: that is a file of the rows"),
+        ("leakage --held-out {box}/val.jsonl --json {box}/val.jsonl", "that is a file of --held-out"),
+        ("leakage --held-out {box}/val.jsonl --system {box}/s --json {box}/s", "that is a file of --system"),
+        ("split {box}/train.jsonl --val 1 --test 1 --out {box}", "--out .*train.jsonl: that is a file of the rows"),
+        ("impute {box}/val.jsonl --out {box}/val.jsonl --url http://x --model-name x", "that is a file of the rows"),
+        ("split {box}/train.jsonl --val 1 --test 1 --out {box}/mine", "mine/test.jsonl: holds something else"),
+        ("stats {box}/train.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
+        ("leakage --held-out {box}/val.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
+    ],
+)
+def test_no_tool_overwrites_what_it_reads_or_what_another_wrote(command, message, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("train", "val", "mine/test"):
+        write(tmp_path / f"{name}.jsonl", [row(f"{name} {i}") for i in range(3)])
+    (tmp_path / "s").write_text("Be kind.")
+    (tmp_path / "link").symlink_to("train.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = refused_by(main, command.format(box=tmp_path).split(), capsys)
+    assert re.search(message, line)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_split_may_be_made_again_in_its_folder(tmp_path):
+    rows = [row(f"Prompt {i}", note="\ud800\u2028" if i else "") for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for seed in ("1", "2"):
+        assert main(["split", path, "--val", "1", "--test", "2", "--seed", seed, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_the_folder_of_a_report_is_made_and_the_report_is_there_before_it_is_named(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [row("One?")])
+    assert main(["stats", path, "--json", str(tmp_path / "a/b/stats.json")]) == 0
+    assert main(["leakage", "--held-out", path, "--training", path, "--json", str(tmp_path / "c/leaks.json")]) == 1
+    assert (tmp_path / "a/b/stats.json").is_file() and (tmp_path / "c/leaks.json").is_file()
+    (tmp_path / "file").write_text("x")
+    line = refused_by(main, ["leakage", "--held-out", path, "--training", path, "--json", tmp_path / "file/x"], capsys)
+    assert f"{tmp_path}/file" in line
 
 
 def test_bundled_rows_are_clean(capsys):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
@@ -39,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_inputs("--out", args.out, {"the rows": args.files})
     rows = read_rows(args.files)
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)

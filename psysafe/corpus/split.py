@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import first_user_text
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import CLUSTER, Row, read_rows, write_rows
+from psysafe.data.rows import CLUSTER, Row, json_line, read_rows, write_rows
 from psysafe.data.text import contains_words, normalise
 from psysafe.program import UserError
 
@@ -28,16 +29,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.val < 0 or args.test < 0:
         raise UserError(f"--val {args.val} --test {args.test}: expected numbers that are not negative")
+    out = Path(args.out)
+    paths = {name: out / f"{name}.jsonl" for name in ("train", "val", "test")}
+    for path in paths.values():
+        refuse_inputs("--out", path, {"the rows": args.files})
     rows = read_rows(args.files)
     quoted = [system_text(name) or "" for name in args.quoted_in]
     parts = split(rows, args.val, args.test, args.seed, quoted)
-    out = Path(args.out)
+    for path in paths.values():
+        _refuse_other_rows(path, rows)
     out.mkdir(parents=True, exist_ok=True)
     for name, members in parts.items():
-        write_rows(members, out / f"{name}.jsonl")
+        write_rows(members, paths[name])
     print(counts_as_text(parts))
-    print(*(f"{out / name}.jsonl" for name in parts), sep="\n")
+    print(*paths.values(), sep="\n")
     return 0
+
+
+def _refuse_other_rows(path: Path, rows: Sequence[Row]) -> None:
+    """UserError where a file holds anything but these rows, as an earlier split of them wrote them."""
+    if path.exists() and not set(path.read_bytes().splitlines(keepends=True)) <= set(map(json_line, rows)):
+        raise UserError(f"{path}: holds something else than these rows; remove it, or give another --out")
 
 
 def counts_as_text(parts: Mapping[str, Sequence[Row]]) -> str:

@@ -1,7 +1,6 @@
 """Rows, clusters, categories, duplicates, token lengths."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.checkpoint.base import resolve_model
+from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import answer_of, first_user_text, template
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
@@ -30,12 +30,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json:
+        refuse_inputs("--json", args.json, {"the rows": args.files})
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
     numbers["tokenizer"] = args.model
     print(plain(as_text(numbers)))
     if args.json:
-        write_atomic(args.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+        write_json(args.json, numbers)
     if args.plot:
         folder = Path(args.plot)
         folder.mkdir(parents=True, exist_ok=True)

@@ -285,4 +285,9 @@ def prompt_messages(row: Row) -> list[Message]:
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
     """JSONL with all fields, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, b"".join(map(json_line, rows)))
+
+
+def json_line(row: Row) -> bytes:
+    """All fields of a row as a line of JSONL. Half a surrogate pair, which UTF-8 has no bytes for, is JSON's escape."""
+    return f"{json.dumps(row.fields, ensure_ascii=False)}\n".encode(errors="backslashreplace")
