@@ -276,3 +276,76 @@ def test_validate_names_line_and_problem(tmp_path, capsys):
     assert "row 6 (line 6): Unexpected message role 'judge' in message 2" in out
     assert 'row 7 (line 7): messages is "Hi" (str), expected a list of messages' in out
     assert "row 1 " not in out.replace("as " + path + " row 1", "")
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def test_validate_refuses_what_training_with_this_configuration_refuses(tmp_path, capsys):
+    """A row that is longer than max_tokens of the default file, and one whose only answer is not the last turn."""
+    long = write(tmp_path / "long.jsonl", [row("word " * 600)])
+    assert main(["validate", long]) == 1
+    printed = capsys.readouterr().out
+    assert "max_tokens 512 (configs/tiny.toml)" in printed and "row 1 (line 1): no trained token in it" in printed
+    (tmp_path / "run.toml").write_text('model = "assets:tiny"\nmax_tokens = 4096\ntrain_turns = "all"\n')
+    config = ["--config", str(tmp_path / "run.toml")]
+    assert main(["validate", long, *config]) == 0
+    assert main(["validate", long, *config, "--max-tokens", "100"]) == 1
+    assert "max_tokens 100 (--max-tokens), " in capsys.readouterr().out
+    earlier = write(tmp_path / "earlier.jsonl", [{"messages": [*TURNS, {"role": "user", "content": "Bye"}]}])
+    assert main(["validate", earlier, "--train-turns", "last"]) == 1
+    assert main(["validate", earlier, *config]) == 0 and main(["validate", earlier, "--train-turns", "all"]) == 0
+    refused("--train-turns: train_turns is 'no'; expected last or all", main, ["validate", long, "--train-turns=no"])
+
+
+def test_validate_says_what_becomes_of_long_rows(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [row("One?"), row("Two?", "word " * 600), row("word " * 600)])
+    assert main(["validate", path, "--long-rows", "drop"]) == 0
+    printed = capsys.readouterr().out
+    assert "  2 rows: longer than max_tokens, left out (train.py --long-rows drop)\n" in printed
+    assert main(["validate", path, "--long-rows", "error"]) == 1
+    printed = capsys.readouterr().out
+    assert "row 2 (line 2): longer than max_tokens 512" in printed and "row 3 (line 3): longer than" in printed
+    assert main(["validate", write(tmp_path / "long.jsonl", [row("word " * 600)]), "--long-rows", "drop"]) == 1
+    assert "every row is longer than max_tokens 512" in capsys.readouterr().out
+
+
+def test_validate_notes_nothing_about_a_row_that_it_refuses(tmp_path, capsys):
+    rows = [row("Hi", "</think>", cluster="piracy"), row("Hi"), {"messages": TURNS[:1]}]
+    assert main(["validate", write(tmp_path / "rows.jsonl", rows)]) == 1
+    refusals, _, notes = capsys.readouterr().out.partition("to look at")
+    assert "row 1 (line 1): answer holds </think>" in refusals and "row 3 (line 3): no trained token" in refusals
+    assert "row 1 " not in notes and "row 3 " not in notes and "the same prompt" not in notes
+
+
+def test_validate_notes_the_same_about_conversations_as_about_pairs(tmp_path, capsys):
+    told = {"risk cluster": "violence", "risk category": "c"}
+    conversation = {"conversations": [{"from": "human", "value": "HI!"}, {"from": "gpt", "value": "Yes."}]}
+    rows = [row("Hi"), {"messages": TURNS}, conversation, {"messages": TURNS} | told]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["validate", path]) == 0
+    printed = capsys.readouterr().out
+    for count, kind in ((2, "without risk cluster"), (2, "without risk category"), (3, "the same prompt as an")):
+        assert f"  {count} rows: {kind}" in printed
+    assert f"{path} row 3 (line 3): the same prompt as {path} row 1 (line 1)\n" in printed
+
+
+def test_validate_names_rows_with_typed_control_tokens(tmp_path, capsys):
+    typed = {"messages": [TURNS[0], {"role": "assistant", "content": "<|im_end|>"}]}
+    path = write(tmp_path / "rows.jsonl", [row("Plain"), row("a<|im_end|>\n<|im_start|>system\nb"), typed])
+    assert main(["validate", path]) == 0
+    kind = "with typed control tokens such as <|im_end|>, taken for text"
+    assert f"  2 rows: {kind}\n    {path} row 2 (line 2)\n    {path} row 3 (line 3)\n" in capsys.readouterr().out
+
+
+def test_counting_tokens_asks_the_hub_for_no_weights(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("psysafe.hub.fetch_folder", None)
+    monkeypatch.setattr(
+        "psysafe.data.tokenizer.fetch_file", lambda *words: asked.append(words) or ASSETS / "tiny" / words[1]
+    )
+    (tmp_path / "run.toml").write_text('model = "org/name"\nrevision = "main"\n')
+    path = write(tmp_path / "rows.jsonl", [row("Hi")])
+    assert main(["validate", path, "--config", str(tmp_path / "run.toml")]) == 0
+    assert main(["stats", path, "--model", "org/name"]) == 0
+    assert asked[0] == ("org/name", "tokenizer.json", "main") and ("org/name", "tokenizer.json", "") in asked

@@ -20,7 +20,7 @@ from psysafe.evaluation.overlap import training_prompts
 from psysafe.files import ASSETS
 from psysafe.hub import is_repository
 from psysafe.program import UserError, main_guard
-from psysafe.training.config import TrainConfig
+from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.setup import load_data, with_pinned_data
 from tests.mistakes import refused
 
@@ -369,8 +369,8 @@ def test_validate_and_training_agree(name, tmp_path, capsys):
     code = main_guard(corpus, ["validate", str(path)])
     printed = capsys.readouterr().out
     try:
-        load_data(TrainConfig(data=[str(path)], val_fraction=0.0), ASSETS / "tiny")
-        assert code == 0 and printed.startswith("no problems in 2 rows\n"), printed
+        load_data(resolve(["--data", str(path), "--val-fraction", "0"])[0], ASSETS / "tiny")
+        assert code == 0 and "\nno problems in 2 rows\n" in printed, printed
     except UserError as error:
         assert code == 1 and str(error) in printed.split("\n"), printed
 
@@ -383,7 +383,7 @@ def test_the_published_rows_have_no_problems(tmp_path, capsys, tokenizer):
     path.write_text(json.dumps(rows))
     assert corpus(["validate", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("no problems in 20 rows\n") and len(printed.splitlines()) < 20
+    assert "\nno problems in 20 rows\n" in printed and len(printed.splitlines()) < 20
     assert "  20 rows: framework_name is no known strategy: impute gives no hint\n" in printed
     assert "  19 rows: the same prompt as an earlier row\n" in printed and "    and 14 more\n" in printed
     assert encode_rows(read_rows(path), tokenizer, 4096).n_without_reasoning == 20

@@ -15,6 +15,7 @@ from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL, write_atomic
+from psysafe.hub import is_repository
 from psysafe.printable import plain
 from psysafe.program import UserError
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         refuse_inputs("--json", args.json, {"the rows": args.files})
     rows = read_rows(args.files)
-    numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
+    numbers, lengths = stats(rows, tokenizer_of(args.model), args.max_tokens)
     numbers["tokenizer"] = args.model
     print(plain(as_text(numbers)))
     if args.json:
@@ -44,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
         plot_lengths(lengths, args.max_tokens, folder / "lengths.png")
         print(f"\nhistogram in {folder / 'lengths.png'}")
     return 0
+
+
+def tokenizer_of(model: str, revision: str = "") -> Tokenizer:
+    """The tokenizer of a model as train.py takes it. From the hub come its own files alone, and no weights."""
+    return load_tokenizer(model if is_repository(model) else resolve_model(model)[0], revision or None)
 
 
 def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict, list[int]]:

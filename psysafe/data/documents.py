@@ -138,12 +138,11 @@ def _turn_notes(
     n_turns, typed = 0, []
     untrained: dict[str, list[str]] = {EARLIER: [], SWITCHED_OFF: [], WITHOUT_TEXT: []}
     for row in rows:
-        messages = row_messages(row)
-        for turn in read_turns(messages, train_turns):
+        for turn in read_turns(row_messages(row), train_turns):
             n_turns += turn.role == "assistant"
             if turn.untrained:
                 untrained[turn.untrained].append(row.where)
-        if tokenizer.has_typed_tokens(messages, row.tools):
+        if has_typed_tokens(row, tokenizer):
             typed.append(row.where)
     notes = []
     if n_turns > len(rows) or any(untrained.values()):
@@ -161,6 +160,11 @@ def _turn_notes(
     if typed:
         notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
     return notes
+
+
+def has_typed_tokens(row: Row, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the row holds a control token that somebody typed."""
+    return tokenizer.has_typed_tokens(row_messages(row), row.tools)
 
 
 def _count_trained_turns(document: Document) -> int:
