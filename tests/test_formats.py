@@ -154,7 +154,7 @@ def test_every_type_of_file_gives_the_same_rows(kind, compressed, tmp_path):
     path = tmp_path / f"my.rows.{kind}{compressed}"
     path.write_bytes(written(path.name))
     assert [row.fields for row in read_rows(path)] == TABLE
-    lines = {"csv": [3, 4], "tsv": [3, 4], "jsonl": [1, 2]}.get(kind, [None, None])
+    lines = {"csv": [2, 4], "tsv": [2, 4], "jsonl": [1, 2]}.get(kind, [None, None])
     assert [row.line for row in read_file(path)] == lines
     renamed = tmp_path / f"other.{kind}"  # gzip is known by its first bytes, whatever the name
     renamed.write_bytes(path.read_bytes())
@@ -163,8 +163,13 @@ def test_every_type_of_file_gives_the_same_rows(kind, compressed, tmp_path):
 
 BAD_FILES = {
     "comma without quotation marks": ("r.csv", b"prompt,answer\nq,a\nHi,Hello, friend\n", "more cells at line 3 than"),
-    "quotation mark never closed": ("r.csv", b'prompt,answer\n"Hi,Hello\nX,Y\n', "malformed CSV at line 3"),
+    "quotation mark never closed": ("r.csv", b'prompt,answer\n"Hi,Hello\nX,Y\n', "malformed CSV at line 2"),
     "text behind a quotation mark": ("r.csv", b'prompt,answer\n"Hi" there,Hello\n', "malformed CSV at line 2"),
+    "more cells in a row of several lines": ("r.csv", b'prompt,answer\n"a\nb",c,d\n', "more cells at line 2"),
+    "semicolons": ("r.csv", b"prompt;answer\nq;Hello, friend\n", "';' between the names in line 1, expected ','"),
+    "quoted semicolons": ("r.csv", b'"prompt";"answer"\n"q";"a"\n', "';' between the names in line 1, expected ','"),
+    "commas in a TSV": ("r.tsv", b"prompt,answer\nq,a\n", "',' between the names in line 1, expected '\\t'"),
+    "a JSON text never closed": ("r.json", b'[{"prompt": "q', "string starting at column 13;"),
     "tab without quotation marks": ("r.tsv", b"prompt\tanswer\na\tb\tc\n", "more cells at line 2"),
     "gzip cut off": ("r.jsonl.gz", gzip.compress(b'{"prompt": "q", "answer": "a"}')[:-9], "damaged gzip"),
     "gzip with a wrong byte": ("r.csv.gz", gzip.compress(b"prompt,answer\nq,a")[:-6] + b"xxxxxx", "damaged gzip"),
@@ -185,6 +190,13 @@ def test_empty_cells_behind_the_last_column_and_long_cells_are_read(tmp_path):
     long = "word " * 40_000
     (tmp_path / "r.csv").write_text(f"prompt,answer\nq,a,,\nq,{long}\n")
     assert [row.fields["answer"] for row in read_rows(tmp_path / "r.csv")] == ["a", long]
+
+
+def test_the_line_of_a_row_is_the_one_that_it_begins_in(tmp_path):
+    (tmp_path / "r.csv").write_text('prompt,answer\n\n"a\nb","c\n\nd"\n\n"",""\ne,f\ng\n')
+    rows = read_file(tmp_path / "r.csv")
+    assert [row.line for row in rows] == [3, 8, 9, 10]
+    assert [row.fields for row in rows][2:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
 
 
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
