@@ -228,6 +228,19 @@ def test_no_tool_overwrites_what_it_reads_or_what_another_wrote(command, message
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_rows_without_clusters_are_split_as_one(tmp_path, capsys):
+    rows = [{"prompt": f"Prompt {i}", "answer": "A.", "risk cluster": None} for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    flags = ["--val", "1", "--test", "2", "--out"]
+    assert main(["split", path, *flags, str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("no row has a 'risk cluster': all of them are split as one cluster\n")
+    assert [line.split() for line in printed.split("\n")[2:4]] == [["-", "3", "1", "2"], ["all", "3", "1", "2"]]
+    mixed = write(tmp_path / "mixed.jsonl", [row("One"), *rows])
+    line = refused_by(main, ["split", mixed, *flags, tmp_path / "mixed"], capsys)
+    assert "row 2 (line 2): no 'risk cluster' in it, and other rows have one" in line and "--val-fraction" in line
+
+
 def test_a_split_may_be_made_again_in_its_folder(tmp_path):
     rows = [row(f"Prompt {i}", note="\ud800\u2028" if i else "") for i in range(6)]
     path = write(tmp_path / "rows.jsonl", rows)
