@@ -10,7 +10,7 @@ from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, first_user_text
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import contains_words, normalise
-from psysafe.printable import plain
+from psysafe.printable import counted, plain
 
 EXAMPLES = 3  # leaks shown of each kind
 
@@ -56,7 +56,8 @@ class Leak:
 def as_text(leaks: Sequence[Leak], path: str) -> str:
     """Counts by kind with a few examples: templated rows leak by the thousand. path: of the file that lists all."""
     rows = {leak.row.where for leak in leaks}
-    lines = [f"{len(leaks):,} leaks of {len(rows):,} rows" + ("" if path else "; --json FILE lists every one")]
+    remedy = "" if path else "; --json FILE lists every one"
+    lines = [f"{counted(len(leaks), 'leak')} of {counted(len(rows), 'row')}{remedy}"]
     for kind, members in _by_kind(leaks).items():
         lines += [f"\n{len(members):,} {kind}", *(f"  {leak}" for leak in members[:EXAMPLES])]
         lines += [f"  and {len(members) - EXAMPLES:,} more"] if len(members) > EXAMPLES else []

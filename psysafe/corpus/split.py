@@ -11,6 +11,7 @@ from psysafe.corpus.texts import first_user_text
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import CLUSTER, Row, json_line, read_rows, write_rows
 from psysafe.data.text import contains_words, normalise
+from psysafe.printable import counted
 from psysafe.program import UserError
 
 SEED = 42
@@ -95,7 +96,7 @@ def split(
     for cluster in sorted(clusters):
         members = clusters[cluster]
         if len(members) < val + test:
-            size = f"cluster {cluster!r:.60} has {len(members)} rows"
+            size = f"cluster {cluster!r:.60} has {counted(len(members), 'row')}"
             raise UserError(f"{members[0].file}: {size}, too few for {val} val and {test} test rows")
         generator.shuffle(members)
         parts["val"] += members[:val]

@@ -16,7 +16,7 @@ from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL, write_atomic
 from psysafe.hub import is_repository
-from psysafe.printable import plain
+from psysafe.printable import counted, plain
 from psysafe.program import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -84,7 +84,8 @@ def _category(row: Row) -> str:
 def as_text(numbers: dict) -> str:
     """The statistics as lines for a terminal."""
     n = numbers["rows"]
-    lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens, counted by the tokenizer of {numbers['tokenizer']}"]
+    tokens = counted(numbers["tokens in all"], "token")
+    lines = [f"{counted(n, 'row')}, {tokens}, counted by the tokenizer of {numbers['tokenizer']}"]
     # Its vocabulary is a fraction of the real one: it cuts a text into more tokens.
     if numbers["tokenizer"] == BUNDLED_MODEL:
         lines.append("that is the bundled tiny tokenizer; --model names the model that will be trained")
@@ -113,5 +114,5 @@ def plot_lengths(lengths: Sequence[int], max_tokens: int, path: Path) -> None:
     if max(lengths) > 0.5 * max_tokens:  # far from the limit its line would squeeze the histogram
         axes.axvline(max_tokens, color="#b91c1c", label=f"limit: {max_tokens:,}")
         axes.legend()
-    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{len(lengths):,} rows")
+    axes.set(xlabel="tokens a row", ylabel="rows", title=counted(len(lengths), "row"))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -13,7 +13,7 @@ from psysafe.data.rows import CATEGORY, CLUSTER, Row, as_training_row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.files import clusters
-from psysafe.printable import one_line, plain
+from psysafe.printable import counted, one_line, plain
 from psysafe.program import UserError
 from psysafe.training.config import DEFAULT_FILE, TrainConfig, resolve, sentences
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [row for path in args.files for row in read_file(path)]
     problems, notes = validate(rows, tokenizer, config)
     print(one_line(f"as train.py with {', '.join(settings)}"))
-    print("\n".join(map(one_line, problems)) if problems else f"no problems in {len(rows):,} rows")
+    print("\n".join(map(one_line, problems)) if problems else f"no problems in {counted(len(rows), 'row')}")
     print(plain(notes_as_text(notes)), end="")
     return 1 if problems else 0
 
@@ -116,7 +116,7 @@ def notes_as_text(notes: Notes) -> str:
     """The notes by kind, with a few examples."""
     lines = ["", "to look at; train.py refuses none of these rows"] if notes else []
     for kind, rows in notes.items():
-        lines.append(f"  {len(rows):,} rows: {kind}")
+        lines.append(f"  {counted(len(rows), 'row')}: {kind}")
         lines += [f"    {text}" for text in rows[:EXAMPLES]]
         lines += [f"    and {len(rows) - EXAMPLES:,} more"] if len(rows) > EXAMPLES else []
     return "".join(f"{line}\n" for line in lines)

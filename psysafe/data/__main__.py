@@ -20,7 +20,7 @@ from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_file, training_rows
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL
-from psysafe.printable import escaped
+from psysafe.printable import counted, escaped
 from psysafe.program import UserError, main_guard
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     document, length = encode_row(row, tokenizer, args.max_tokens, system_text(args.system), args.train_turns)
     print(f"{document.source} of {len(rows):,}\n\n{shown(document, tokenizer, color)}")
     cut = f", cut from {length:,}" if length > len(document) else ""
-    print(f"{len(document):,} tokens{cut}; {document.n_targets:,} trained")
+    print(f"{counted(len(document), 'token')}{cut}; {document.n_targets:,} trained")
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 from psysafe.data.chat_template import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, TrainTurns, read_turns
 from psysafe.data.rows import Row, row_messages
 from psysafe.data.tokenizer import Tokenizer
+from psysafe.printable import counted
 from psysafe.program import UserError
 
 LongRows = Literal["cut", "drop", "error"]
@@ -62,7 +63,7 @@ class Dataset:
 
     def summary(self) -> str:
         """The line to print at start."""
-        line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
+        line = f"{counted(len(self), 'row')}, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
         line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
         line += f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else ""
         return ", ".join([line, *self.notes])
