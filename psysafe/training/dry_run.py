@@ -15,7 +15,7 @@ import kernels
 from psysafe.checkpoint.base import build
 from psysafe.data.documents import Dataset, steps_per_epoch
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_file
+from psysafe.hub import HubError, did_you_mean, fetch_file
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, attach
@@ -207,7 +207,7 @@ def _from_hub(source: str) -> Path:
     except HubError as error:
         raise UserError(
             f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
-            f"config.json: {error}"
+            f"config.json{did_you_mean(source, error)}"
         ) from None
 
 
