@@ -314,7 +314,7 @@ def test_a_slip_in_the_name_of_a_folder_is_pointed_out_in_one_short_line(name, t
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    (tmp_path / "runs/tinny.txt").write_text("no folder")
+    (tmp_path / "runs/tinnyx").write_text("a file, and nearer")
     source = name.format(box=tmp_path)
     for read in (load_model, read_adapter, load_tokenizer):
         line = refused(r"; did you mean \S*runs/tiny\?$", read, source)
