@@ -53,13 +53,15 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
     """Write a file so that its name never holds half of it, not even after a power cut.
 
     content: bytes, text (UTF-8), or a function that writes to the path it is given. After an error the old file, if
-    there was one, is unchanged, and the temporary is gone. UserError for a device or a pipe.
+    there was one, is unchanged, and the temporary is gone. Of a link the file that it names is written, and the link
+    stays. UserError for a device, a pipe or a socket.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):  # the rename would put a file in place of /dev/stdout
         raise UserError(f"{path}: not a regular file; expected the name of a file to write")
-    temporary = temporary_for(path)
-    remove_leftovers(path.parent, glob.escape(path.name))
+    target = Path(os.path.realpath(path))  # after the check: a pipe behind /dev/stdout has no path of its own
+    temporary = temporary_for(target)
+    remove_leftovers(target.parent, glob.escape(target.name))
     try:
         if callable(content):
             content(temporary)
@@ -68,13 +70,13 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
             # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes its JSON escape again.
             temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk names no file
             error.filename = str(path)
         raise
-    sync(path.parent)
+    sync(target.parent)
 
 
 def temporary_for(path: Path) -> Path:

@@ -7,6 +7,7 @@ Whatever goes wrong is a HubError of one line; for a data set, which a user name
 """
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,17 @@ class MissingFileError(HubError):
 def is_repository(name: str) -> bool:
     """Whether a name is a repository's, such as org/name: of that form, and nothing of that name lies here."""
     return re.fullmatch(REPOSITORY, name) is not None and not os.path.exists(name)
+
+
+def did_you_mean(name: str | Path, error: HubError | None = None) -> str:
+    """What to add to an error about a folder that is missing: the nearest that lies here, else why the hub did not help
+    (runs/tinny has the form of a repository's name, and what the hub says of it is long)."""
+    path = Path(name).expanduser()
+    folders = [] if path.exists() else [other.name for other in path.parent.glob("*") if other.is_dir()]
+    nearest = difflib.get_close_matches(path.name, folders, n=1)
+    if nearest and not isinstance(error, GatedError):
+        return f"; did you mean {path.parent / nearest[0]}?"
+    return f": {error}" if error else ""
 
 
 def fetch_file(repository: str, file: str, revision: str = "", repo_type: str = "model") -> Path:

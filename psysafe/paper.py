@@ -24,6 +24,7 @@ from psysafe.files import write_atomic
 from psysafe.model.layers import frozen
 from psysafe.model.lora import attach
 from psysafe.model.shard import check_ranks
+from psysafe.printable import counted
 from psysafe.program import UserError, main_guard
 from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import read_architecture
@@ -105,7 +106,7 @@ def trace_all(args: argparse.Namespace, config: TrainConfig) -> list[str]:
     share = lengths[:: args.ranks]  # of the first rank, which has the most
     run = paper_run(config, model, adapters, optimizer, plan, share, args.untrained)
     rank = f", rank 0 of {args.ranks}" if args.ranks > 1 else ""
-    documents = f"{len(lengths)} document{'s' * (len(lengths) > 1)}"
+    documents = counted(len(lengths), "document")
     title = f"{config.model}, a step of {sum(lengths):,} tokens in {documents}{rank}"
     trace = trace_step(run)
     if config.shard:  # traced whole, but a rank holds its share

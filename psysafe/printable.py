@@ -4,6 +4,7 @@ r"""Text of others, made harmless before it is shown: a server's error, a row's 
     escaped(text)      shows control characters as escapes such as \x1b
     one_line(text)     without it, on one line
     in_markdown(text)  one line whose Markdown and HTML are shown, not obeyed
+    counted(n, noun)   a number and its noun: 1 row, 2 rows
 
 What is data stays as it is: JSONL files and piped answers hold every character.
 """
@@ -28,6 +29,11 @@ def escaped(text: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(plain(text).split())
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 row, 1,024 rows."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def in_markdown(text: str) -> str:

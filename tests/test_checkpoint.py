@@ -5,15 +5,18 @@ import subprocess
 import sys
 import textwrap
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kernels.proof.closeness import relative_error
-from psysafe import load_model
+from psysafe import load_model, load_tokenizer
 from psysafe.checkpoint.base import fill, matching_tensors, published_tensors
+from psysafe.checkpoint.peft_format import read_adapter
 from psysafe.checkpoint.tensor_files import all_finite
+from psysafe.hub import GatedError, HubError, did_you_mean
 from tests.mistakes import refused
 from tests.oracles import both_models, reference_model, write_checkpoint
 from tests.test_model import ids, one
@@ -298,3 +301,30 @@ def test_two_names_for_one_weight_are_refused(tmp_path):
     tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"] + 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     refused("model.norm.weight and model.language_model.norm.weight are two tensors", load_model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["runs/tinny", "./runs/tinny", "{box}/runs/tinny"])
+def test_a_slip_in_the_name_of_a_folder_is_pointed_out_in_one_short_line(name, tmp_path, monkeypatch):
+    """Also where the name has the form of a hub id, and the hub was asked in vain."""
+
+    def fails(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("a long story about a connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tinnyx").write_text("a file, and nearer")
+    source = name.format(box=tmp_path)
+    for read in (load_model, read_adapter, load_tokenizer):
+        line = refused(r"; did you mean \S*runs/tiny\?$", read, source)
+        assert line.removeprefix("./").startswith(f"{source.removeprefix('./')}: no ")
+        assert "story" not in line
+
+
+def test_a_gated_model_is_said_to_be_gated_whatever_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/names").mkdir(parents=True)
+    assert did_you_mean("org/name", HubError("offline")) == "; did you mean org/names?"
+    assert did_you_mean("org/name", GatedError("accept its terms")) == ": accept its terms"
+    assert did_you_mean("org/else", HubError("offline")) == ": offline" and did_you_mean("org/else") == ""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation.overlap import overlap, training_prompts
 from psysafe.files import ASSETS
-from tests.mistakes import refused
+from tests.mistakes import refused, refused_by
 
 BUNDLED = str(ASSETS / "rows" / "train.jsonl")
 
@@ -201,6 +202,62 @@ def test_leaks_of_a_templated_corpus_are_a_summary_and_all_of_them_are_in_the_js
     assert json.loads((tmp_path / "none.json").read_text()) == {"counts": {}, "leaks": []}
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("stats {box}/train.jsonl --json {box}/train.jsonl", "--json .*train.jsonl: that is a file of the rows"),
+        ("stats {box}/train.jsonl --json {box}/link", "--json .*link: that is a file of the rows"),
+        ("leakage --held-out {box}/val.jsonl --json {box}/val.jsonl", "that is a file of --held-out"),
+        ("leakage --held-out {box}/val.jsonl --system {box}/s --json {box}/s", "that is a file of --system"),
+        ("split {box}/train.jsonl --val 1 --test 1 --out {box}", "--out .*train.jsonl: that is a file of the rows"),
+        ("impute {box}/val.jsonl --out {box}/val.jsonl --url http://x --model-name x", "that is a file of the rows"),
+        ("split {box}/train.jsonl --val 1 --test 1 --out {box}/mine", "mine/test.jsonl: holds something else"),
+        ("stats {box}/train.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
+        ("leakage --held-out {box}/val.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
+    ],
+)
+def test_no_tool_overwrites_what_it_reads_or_what_another_wrote(command, message, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("train", "val", "mine/test"):
+        write(tmp_path / f"{name}.jsonl", [row(f"{name} {i}") for i in range(3)])
+    (tmp_path / "s").write_text("Be kind.")
+    (tmp_path / "link").symlink_to("train.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = refused_by(main, command.format(box=tmp_path).split(), capsys)
+    assert re.search(message, line)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_rows_without_clusters_are_split_as_one(tmp_path, capsys):
+    rows = [{"prompt": f"Prompt {i}", "answer": "A.", "risk cluster": None} for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    flags = ["--val", "1", "--test", "2", "--out"]
+    assert main(["split", path, *flags, str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("no row has a 'risk cluster': all of them are split as one cluster\n")
+    assert [line.split() for line in printed.split("\n")[2:4]] == [["-", "3", "1", "2"], ["all", "3", "1", "2"]]
+    mixed = write(tmp_path / "mixed.jsonl", [row("One"), *rows])
+    line = refused_by(main, ["split", mixed, *flags, tmp_path / "mixed"], capsys)
+    assert "row 2 (line 2): no 'risk cluster' in it, and other rows have one" in line and "--val-fraction" in line
+
+
+def test_a_split_may_be_made_again_in_its_folder(tmp_path):
+    rows = [row(f"Prompt {i}", note="\ud800\u2028" if i else "") for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for seed in ("1", "2"):
+        assert main(["split", path, "--val", "1", "--test", "2", "--seed", seed, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_the_folder_of_a_report_is_made_and_the_report_is_there_before_it_is_named(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [row("One?")])
+    assert main(["stats", path, "--json", str(tmp_path / "a/b/stats.json")]) == 0
+    assert main(["leakage", "--held-out", path, "--training", path, "--json", str(tmp_path / "c/leaks.json")]) == 1
+    assert (tmp_path / "a/b/stats.json").is_file() and (tmp_path / "c/leaks.json").is_file()
+    (tmp_path / "file").write_text("x")
+    line = refused_by(main, ["leakage", "--held-out", path, "--training", path, "--json", tmp_path / "file/x"], capsys)
+    assert f"{tmp_path}/file" in line
+
+
 def test_bundled_rows_are_clean(capsys):
     val = str(ASSETS / "rows" / "val.jsonl")
     assert main(["leakage", "--held-out", val, "--training", BUNDLED, "--system", "v0", "v1"]) in (0, 1)
@@ -232,3 +289,76 @@ def test_validate_names_line_and_problem(tmp_path, capsys):
     assert "row 6 (line 6): Unexpected message role 'judge' in message 2" in out
     assert 'row 7 (line 7): messages is "Hi" (str), expected a list of messages' in out
     assert "row 1 " not in out.replace("as " + path + " row 1", "")
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def test_validate_refuses_what_training_with_this_configuration_refuses(tmp_path, capsys):
+    """A row that is longer than max_tokens of the default file, and one whose only answer is not the last turn."""
+    long = write(tmp_path / "long.jsonl", [row("word " * 600)])
+    assert main(["validate", long]) == 1
+    printed = capsys.readouterr().out
+    assert "max_tokens 512 (configs/tiny.toml)" in printed and "row 1 (line 1): no trained token in it" in printed
+    (tmp_path / "run.toml").write_text('model = "assets:tiny"\nmax_tokens = 4096\ntrain_turns = "all"\n')
+    config = ["--config", str(tmp_path / "run.toml")]
+    assert main(["validate", long, *config]) == 0
+    assert main(["validate", long, *config, "--max-tokens", "100"]) == 1
+    assert "max_tokens 100 (--max-tokens), " in capsys.readouterr().out
+    earlier = write(tmp_path / "earlier.jsonl", [{"messages": [*TURNS, {"role": "user", "content": "Bye"}]}])
+    assert main(["validate", earlier, "--train-turns", "last"]) == 1
+    assert main(["validate", earlier, *config]) == 0 and main(["validate", earlier, "--train-turns", "all"]) == 0
+    refused("--train-turns: train_turns is 'no'; expected last or all", main, ["validate", long, "--train-turns=no"])
+
+
+def test_validate_says_what_becomes_of_long_rows(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [row("One?"), row("Two?", "word " * 600), row("word " * 600)])
+    assert main(["validate", path, "--long-rows", "drop"]) == 0
+    printed = capsys.readouterr().out
+    assert "  2 rows: longer than max_tokens, left out (train.py --long-rows drop)\n" in printed
+    assert main(["validate", path, "--long-rows", "error"]) == 1
+    printed = capsys.readouterr().out
+    assert "row 2 (line 2): longer than max_tokens 512" in printed and "row 3 (line 3): longer than" in printed
+    assert main(["validate", write(tmp_path / "long.jsonl", [row("word " * 600)]), "--long-rows", "drop"]) == 1
+    assert "every row is longer than max_tokens 512" in capsys.readouterr().out
+
+
+def test_validate_notes_nothing_about_a_row_that_it_refuses(tmp_path, capsys):
+    rows = [row("Hi", "</think>", cluster="piracy"), row("Hi"), {"messages": TURNS[:1]}]
+    assert main(["validate", write(tmp_path / "rows.jsonl", rows)]) == 1
+    refusals, _, notes = capsys.readouterr().out.partition("to look at")
+    assert "row 1 (line 1): answer holds </think>" in refusals and "row 3 (line 3): no trained token" in refusals
+    assert "row 1 " not in notes and "row 3 " not in notes and "the same prompt" not in notes
+
+
+def test_validate_notes_the_same_about_conversations_as_about_pairs(tmp_path, capsys):
+    told = {"risk cluster": "violence", "risk category": "c"}
+    conversation = {"conversations": [{"from": "human", "value": "HI!"}, {"from": "gpt", "value": "Yes."}]}
+    rows = [row("Hi"), {"messages": TURNS}, conversation, {"messages": TURNS} | told]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["validate", path]) == 0
+    printed = capsys.readouterr().out
+    for count, kind in ((2, "without risk cluster"), (2, "without risk category"), (3, "the same prompt as an")):
+        assert f"  {count} rows: {kind}" in printed
+    assert f"{path} row 3 (line 3): the same prompt as {path} row 1 (line 1)\n" in printed
+
+
+def test_validate_names_rows_with_typed_control_tokens(tmp_path, capsys):
+    typed = {"messages": [TURNS[0], {"role": "assistant", "content": "<|im_end|>"}]}
+    path = write(tmp_path / "rows.jsonl", [row("Plain"), row("a<|im_end|>\n<|im_start|>system\nb"), typed])
+    assert main(["validate", path]) == 0
+    kind = "with typed control tokens such as <|im_end|>, taken for text"
+    assert f"  2 rows: {kind}\n    {path} row 2 (line 2)\n    {path} row 3 (line 3)\n" in capsys.readouterr().out
+
+
+def test_counting_tokens_asks_the_hub_for_no_weights(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("psysafe.hub.fetch_folder", None)
+    monkeypatch.setattr(
+        "psysafe.data.tokenizer.fetch_file", lambda *words: asked.append(words) or ASSETS / "tiny" / words[1]
+    )
+    (tmp_path / "run.toml").write_text('model = "org/name"\nrevision = "main"\n')
+    path = write(tmp_path / "rows.jsonl", [row("Hi")])
+    assert main(["validate", path, "--config", str(tmp_path / "run.toml")]) == 0
+    assert main(["stats", path, "--model", "org/name"]) == 0
+    assert asked[0] == ("org/name", "tokenizer.json", "main") and ("org/name", "tokenizer.json", "") in asked

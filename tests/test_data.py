@@ -99,7 +99,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.csv").write_text('prompt,answer\n"a, b","c\nd"\ne,é\n')
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    lines = {"rows.json": [None, None], "rows.jsonl": [1, 2], "rows.csv": [3, 4], "rows.parquet": [None, None]}
+    lines = {"rows.json": [None, None], "rows.jsonl": [1, 2], "rows.csv": [2, 4], "rows.parquet": [None, None]}
     for name, expected in lines.items():
         assert [row.line for row in read_file(tmp_path / name)] == expected
         assert [row.fields for row in read_rows(tmp_path / name)] == rows == read_table(tmp_path / name, ["answer"])
@@ -453,6 +453,16 @@ def test_show(capsys, rows_file, monkeypatch, tokenizer):
         assert ("\x1b[32m" in show(capsys, "--show", rows_file)[1]) == colored
     for args, message in ((["--row", 3], "--row 3, expected 1 to 2"), (["--max-tokens", 0], "max_tokens is 0")):
         assert message in refused_by(show_command.main, ["--show", rows_file, *args], capsys)
+
+
+def test_show_checks_the_row_that_it_shows(capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "First."}]
+    path.write_text("\n".join(map(json.dumps, [{"prompt": 3}, {"messages": [*turns, turns[0]]}])))
+    assert "prompt is 3 (int)" in refused_by(show_command.main, ["--show", path, "--row", 1], capsys)
+    code, out, _ = show(capsys, "--show", path, "--row", 2, "--train-turns", "all")
+    assert code == 0 and "[[First.<|im_end|>\n]]" in out
+    assert "; 0 trained" in show(capsys, "--show", path, "--row", 2)[1]
 
 
 def test_command_line_errors(tmp_path):

@@ -141,8 +141,8 @@ def test_an_embedding_in_host_memory_gives_the_same_model(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "warmup", "expected"),
     [
-        (1, 10, "1 steps are not more than --warmup-steps 10: the learning rate never reaches --lr 0.001, at most 0; "),
-        (10, 10, "10 steps are not more than --warmup-steps 10: the learning rate never reaches --lr 0.001, at most 0"),
+        (1, 10, "a run of 1 step is not longer than --warmup-steps 10: the learning rate never reaches --lr 0.001, at"),
+        (10, 10, "a run of 10 steps is not longer than --warmup-steps 10: the learning rate never reaches --lr 0.001"),
         (11, 10, ""),
         (1, 0, ""),
     ],

@@ -20,7 +20,7 @@ from psysafe.evaluation.overlap import training_prompts
 from psysafe.files import ASSETS
 from psysafe.hub import is_repository
 from psysafe.program import UserError, main_guard
-from psysafe.training.config import TrainConfig
+from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.setup import load_data, with_pinned_data
 from tests.mistakes import refused
 
@@ -154,7 +154,7 @@ def test_every_type_of_file_gives_the_same_rows(kind, compressed, tmp_path):
     path = tmp_path / f"my.rows.{kind}{compressed}"
     path.write_bytes(written(path.name))
     assert [row.fields for row in read_rows(path)] == TABLE
-    lines = {"csv": [3, 4], "tsv": [3, 4], "jsonl": [1, 2]}.get(kind, [None, None])
+    lines = {"csv": [2, 4], "tsv": [2, 4], "jsonl": [1, 2]}.get(kind, [None, None])
     assert [row.line for row in read_file(path)] == lines
     renamed = tmp_path / f"other.{kind}"  # gzip is known by its first bytes, whatever the name
     renamed.write_bytes(path.read_bytes())
@@ -163,8 +163,13 @@ def test_every_type_of_file_gives_the_same_rows(kind, compressed, tmp_path):
 
 BAD_FILES = {
     "comma without quotation marks": ("r.csv", b"prompt,answer\nq,a\nHi,Hello, friend\n", "more cells at line 3 than"),
-    "quotation mark never closed": ("r.csv", b'prompt,answer\n"Hi,Hello\nX,Y\n', "malformed CSV at line 3"),
+    "quotation mark never closed": ("r.csv", b'prompt,answer\n"Hi,Hello\nX,Y\n', "malformed CSV at line 2"),
     "text behind a quotation mark": ("r.csv", b'prompt,answer\n"Hi" there,Hello\n', "malformed CSV at line 2"),
+    "more cells in a row of several lines": ("r.csv", b'prompt,answer\n"a\nb",c,d\n', "more cells at line 2"),
+    "semicolons": ("r.csv", b"prompt;answer\nq;Hello, friend\n", "';' between the names in line 1, expected ','"),
+    "quoted semicolons": ("r.csv", b'"prompt";"answer"\n"q";"a"\n', "';' between the names in line 1, expected ','"),
+    "commas in a TSV": ("r.tsv", b"prompt,answer\nq,a\n", "',' between the names in line 1, expected '\\t'"),
+    "a JSON text never closed": ("r.json", b'[{"prompt": "q', "string starting at column 13;"),
     "tab without quotation marks": ("r.tsv", b"prompt\tanswer\na\tb\tc\n", "more cells at line 2"),
     "gzip cut off": ("r.jsonl.gz", gzip.compress(b'{"prompt": "q", "answer": "a"}')[:-9], "damaged gzip"),
     "gzip with a wrong byte": ("r.csv.gz", gzip.compress(b"prompt,answer\nq,a")[:-6] + b"xxxxxx", "damaged gzip"),
@@ -185,6 +190,13 @@ def test_empty_cells_behind_the_last_column_and_long_cells_are_read(tmp_path):
     long = "word " * 40_000
     (tmp_path / "r.csv").write_text(f"prompt,answer\nq,a,,\nq,{long}\n")
     assert [row.fields["answer"] for row in read_rows(tmp_path / "r.csv")] == ["a", long]
+
+
+def test_the_line_of_a_row_is_the_one_that_it_begins_in(tmp_path):
+    (tmp_path / "r.csv").write_text('prompt,answer\n\n"a\nb","c\n\nd"\n\n"",""\ne,f\ng\n')
+    rows = read_file(tmp_path / "r.csv")
+    assert [row.line for row in rows] == [3, 8, 9, 10]
+    assert [row.fields for row in rows][2:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
 
 
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
@@ -369,8 +381,8 @@ def test_validate_and_training_agree(name, tmp_path, capsys):
     code = main_guard(corpus, ["validate", str(path)])
     printed = capsys.readouterr().out
     try:
-        load_data(TrainConfig(data=[str(path)], val_fraction=0.0), ASSETS / "tiny")
-        assert code == 0 and printed.startswith("no problems in 2 rows\n"), printed
+        load_data(resolve(["--data", str(path), "--val-fraction", "0"])[0], ASSETS / "tiny")
+        assert code == 0 and "\nno problems in 2 rows\n" in printed, printed
     except UserError as error:
         assert code == 1 and str(error) in printed.split("\n"), printed
 
@@ -383,7 +395,7 @@ def test_the_published_rows_have_no_problems(tmp_path, capsys, tokenizer):
     path.write_text(json.dumps(rows))
     assert corpus(["validate", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("no problems in 20 rows\n") and len(printed.splitlines()) < 20
+    assert "\nno problems in 20 rows\n" in printed and len(printed.splitlines()) < 20
     assert "  20 rows: framework_name is no known strategy: impute gives no hint\n" in printed
     assert "  19 rows: the same prompt as an earlier row\n" in printed and "    and 14 more\n" in printed
     assert encode_rows(read_rows(path), tokenizer, 4096).n_without_reasoning == 20

@@ -87,7 +87,7 @@ def test_rows_without_a_known_strategy_are_counted(tmp_path, endpoint, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(lines))
     assert main(flags(path, tmp_path / "out.jsonl", endpoint)) == 0
-    assert "2 rows have no known strategy in framework_name: asked without that hint" in capsys.readouterr().out
+    assert "2 rows without a known strategy in framework_name: asked without that hint" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from psysafe.cli import say
 from psysafe.corpus.__main__ import main as corpus
 from psysafe.evaluation.result import Result, Table
 from psysafe.generation.terminal import TextStream
-from psysafe.printable import escaped, in_markdown, one_line, plain
+from psysafe.printable import counted, escaped, in_markdown, one_line, plain
 from psysafe.program import UserError, main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_run import run
@@ -120,3 +120,7 @@ def test_a_model_does_not_steer_the_terminal():
         for character in EVIL:
             stream(1, ord(character))
     assert harmless("".join(out)) and "owned" in "".join(out)
+
+
+def test_a_number_and_its_noun():
+    assert [counted(n, "row") for n in (0, 1, 2, 1024)] == ["0 rows", "1 row", "2 rows", "1,024 rows"]

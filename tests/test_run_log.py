@@ -171,7 +171,7 @@ def test_a_disk_that_stays_full_is_reported_at_the_end(tmp_path, capsys):
     with RunLog(tmp_path, TrainConfig(), CPU, 2) as log:
         log.file = FullDisk(log.file, 0)
         log.validation(1, 0.5)
-    assert "lacks its last 1 rows" in capsys.readouterr().out
+    assert "lacks its last 1 row," in capsys.readouterr().out
 
 
 def test_only_the_main_rank_writes(tmp_path, capsys):

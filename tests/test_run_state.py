@@ -235,7 +235,28 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypa
 def test_an_atomic_write_does_not_take_the_place_of_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused("pipe: not a regular file; expected the name of a file", write_atomic, tmp_path / "pipe", "text")
-    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+    (tmp_path / "link").symlink_to("pipe")
+    refused("link: not a regular file", write_atomic, tmp_path / "link", "text")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["link", "pipe"]
+
+
+def test_an_atomic_write_to_a_link_writes_the_file_that_it_names(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("disk/file")
+    for text in ("new", "newer"):  # the file is not there yet, and then it is
+        write_atomic(link, text)
+        assert link.is_symlink() and (tmp_path / "disk/file").read_text() == text
+        assert names(tmp_path / "disk") == ["file"]
+
+
+def test_an_atomic_write_that_fails_names_its_own_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "none" / "file"):
+        with pytest.raises(OSError) as caught:
+            write_atomic(path, "text")
+        assert caught.value.filename == str(path)
+    assert names(tmp_path) == ["folder"]
 
 
 def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path):

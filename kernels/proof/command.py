@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
             self.refuse("Triton is not installed; it needs Linux and `pip install triton`")
         if args.json and not args.json.parent.is_dir():
             self.refuse(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first")
+        if args.json and args.json.exists() and not args.json.is_file():  # the rename would replace /dev/null
+            self.refuse(f"--json {args.json}: not a regular file; give the name of a file to write")
         try:
             args.ops = operations(args.op)
         except ValueError as error:
@@ -40,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Writes the whole file or none of it."""
+    """Writes the whole file or none of it. Of a link the file that it names is written, and the link stays."""
+    path = Path(os.path.realpath(path))
     # Not by the tempfile module: its files can be read by their owner only, and the result would keep that.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

@@ -21,7 +21,7 @@ from psysafe.checkpoint.adapter import load_adapter
 from psysafe.checkpoint.tensor_files import NOT_FINITE, READABLE, TensorEntry, all_finite, decoder_name, tensor_entries
 from psysafe.cli import say
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_folder, is_repository
+from psysafe.hub import HubError, did_you_mean, fetch_folder, is_repository
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear, frozen
@@ -94,11 +94,12 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
     if path.is_dir():
         return path, ""
     if not is_repository(source):
-        raise UserError(f"{source}: no such model folder (expected one with a config.json, or a hub id like org/name)")
+        expected = "expected one with a config.json, or a hub id like org/name"
+        raise UserError(f"{source}: no such model folder ({expected}){did_you_mean(path)}")
     try:
         folder = fetch_folder(source, revision or "", ["*.json", "*.safetensors", "*.jinja", "*.txt"])
     except HubError as error:
-        raise UserError(f"{source}: no such folder, and the hub did not give it: {error}") from None
+        raise UserError(f"{source}: no such folder, and the hub did not give it{did_you_mean(source, error)}") from None
     return folder, folder.name
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from psysafe.checkpoint.tensor_files import NOT_FINITE, all_finite
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_folder, is_repository
+from psysafe.hub import HubError, did_you_mean, fetch_folder, is_repository
 from psysafe.model.lora import ALL_LINEAR, is_target, lora_scale
 from psysafe.program import UserError
 
@@ -116,7 +116,8 @@ def adapter_folder(source: str | Path) -> Path:
     try:
         return fetch_folder(str(source), "", [CONFIG, WEIGHTS])
     except HubError as error:
-        raise UserError(f"{source}: no adapter there, and the hub did not give it: {error}") from None
+        reason = did_you_mean(source, error)
+        raise UserError(f"{source}: no adapter there, and the hub did not give it{reason}") from None
 
 
 def read_adapter(source: str | Path) -> PeftAdapter:
@@ -146,7 +147,7 @@ def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json of an adapter folder. Raises UserError for what is broken in it or cannot be honoured."""
     file = Path(folder, CONFIG)
     if not file.exists():
-        raise UserError(f"{folder}: no adapter there (an {CONFIG}); train.py --out makes one")
+        raise UserError(f"{folder}: no adapter there (an {CONFIG}); train.py --out makes one{did_you_mean(folder)}")
     config = read_json(file)
     # Whatever would make the adapter mean something else than y = W x + s B A x is refused, never ignored.
     for key in UNSUPPORTED:

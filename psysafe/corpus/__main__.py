@@ -1,7 +1,8 @@
 """Tools for the rows before training.
 
     python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--plot DIR] [--json FILE]
-    python -m psysafe.corpus validate FILE... [--model DIR] [--max-tokens N] [--system SYSTEM]
+    python -m psysafe.corpus validate FILE... [--config FILE] [--model DIR] [--max-tokens N] [--system SYSTEM]
+                                     [--train-turns last|all] [--long-rows cut|drop|error]
     python -m psysafe.corpus split FILE... --out DIR [--val 100] [--test 100] [--seed 42] [--quoted-in SYSTEM ...]
     python -m psysafe.corpus leakage --held-out FILE... [--training FILE...] [--system SYSTEM...] [--benchmark FILE...]
                                      [--json FILE]

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
 from psysafe.files import clusters
 from psysafe.journal import key_of
-from psysafe.printable import one_line
+from psysafe.printable import counted, one_line
 
 INSTRUCTION = (
     "You are shown a request and the answer that a careful assistant gave. Write down the reasoning that led the "
@@ -39,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_inputs("--out", args.out, {"the rows": args.files})
     rows = read_rows(args.files)
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
@@ -46,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     unknown = [row for row in rows if needs_reasoning(row) and not strategy_of(row)]
     if unknown:  # in the published rows the field holds the benchmark that a prompt comes from
-        print(f"{len(unknown):,} rows have no known strategy in framework_name: asked without that hint")
+        print(f"{counted(len(unknown), 'row')} without a known strategy in framework_name: asked without that hint")
     filled, failed = impute(rows, endpoint, out.with_name(out.name + ".traces.jsonl"), args.workers)
     write_rows(filled, out)
     for where, reason in failed.items():
         print(one_line(f"{where}: no reasoning: {reason}"))
-    print(f"{len(filled) - len(failed):,} of {len(filled):,} rows have reasoning or need none; {out}")
+    print(f"{len(filled) - len(failed):,} of {counted(len(filled), 'row')} with reasoning or no need of it; {out}")
     return 1 if failed else 0
 
 

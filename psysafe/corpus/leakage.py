@@ -1,17 +1,16 @@
 """Held-out prompts and answers that stand in training rows, system prompts or benchmarks."""
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, first_user_text, prompts_of, template, whole_words
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import contains_words, normalise
-from psysafe.files import write_atomic
-from psysafe.printable import plain
+from psysafe.printable import counted, plain
 
 EXAMPLES = 3  # leaks shown of each kind
 
@@ -25,15 +24,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json:
+        names = "held_out", "training", "system", "benchmark"
+        refuse_inputs("--json", args.json, {f"--{name.replace('_', '-')}": getattr(args, name) for name in names})
     leaks = leakage(
         read_rows(args.held_out),
         read_rows(args.training),
         {f"system prompt {name}": system_text(name) or "" for name in args.system},
         args.benchmark,
     )
+    if args.json:  # before the text, which says that it is there
+        write_json(args.json, as_json(leaks))
     print(plain(as_text(leaks, args.json or "")) if leaks else "no leaks")
-    if args.json:
-        write_atomic(args.json, json.dumps(as_json(leaks), indent=2, ensure_ascii=False) + "\n")
     return 1 if leaks else 0
 
 
@@ -54,7 +56,8 @@ class Leak:
 def as_text(leaks: Sequence[Leak], path: str) -> str:
     """Counts by kind with a few examples: templated rows leak by the thousand. path: of the file that lists all."""
     rows = {leak.row.where for leak in leaks}
-    lines = [f"{len(leaks):,} leaks of {len(rows):,} rows" + ("" if path else "; --json FILE lists every one")]
+    remedy = "" if path else "; --json FILE lists every one"
+    lines = [f"{counted(len(leaks), 'leak')} of {counted(len(rows), 'row')}{remedy}"]
     for kind, members in _by_kind(leaks).items():
         lines += [f"\n{len(members):,} {kind}", *(f"  {leak}" for leak in members[:EXAMPLES])]
         lines += [f"  and {len(members) - EXAMPLES:,} more"] if len(members) > EXAMPLES else []

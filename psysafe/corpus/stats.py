@@ -1,7 +1,6 @@
 """Rows, clusters, categories, duplicates, token lengths."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.checkpoint.base import resolve_model
+from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import answer_of, first_user_text, template
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL, write_atomic
-from psysafe.printable import plain
+from psysafe.hub import is_repository
+from psysafe.printable import counted, plain
 from psysafe.program import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -30,18 +31,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json:
+        refuse_inputs("--json", args.json, {"the rows": args.files})
     rows = read_rows(args.files)
-    numbers, lengths = stats(rows, load_tokenizer(resolve_model(args.model)[0]), args.max_tokens)
+    numbers, lengths = stats(rows, tokenizer_of(args.model), args.max_tokens)
     numbers["tokenizer"] = args.model
     print(plain(as_text(numbers)))
     if args.json:
-        write_atomic(args.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+        write_json(args.json, numbers)
     if args.plot:
         folder = Path(args.plot)
         folder.mkdir(parents=True, exist_ok=True)
         plot_lengths(lengths, args.max_tokens, folder / "lengths.png")
         print(f"\nhistogram in {folder / 'lengths.png'}")
     return 0
+
+
+def tokenizer_of(model: str, revision: str = "") -> Tokenizer:
+    """The tokenizer of a model as train.py takes it. From the hub come its own files alone, and no weights."""
+    return load_tokenizer(model if is_repository(model) else resolve_model(model)[0], revision or None)
 
 
 def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict, list[int]]:
@@ -76,7 +84,8 @@ def _category(row: Row) -> str:
 def as_text(numbers: dict) -> str:
     """The statistics as lines for a terminal."""
     n = numbers["rows"]
-    lines = [f"{n:,} rows, {numbers['tokens in all']:,} tokens, counted by the tokenizer of {numbers['tokenizer']}"]
+    tokens = counted(numbers["tokens in all"], "token")
+    lines = [f"{counted(n, 'row')}, {tokens}, counted by the tokenizer of {numbers['tokenizer']}"]
     # Its vocabulary is a fraction of the real one: it cuts a text into more tokens.
     if numbers["tokenizer"] == BUNDLED_MODEL:
         lines.append("that is the bundled tiny tokenizer; --model names the model that will be trained")
@@ -105,5 +114,5 @@ def plot_lengths(lengths: Sequence[int], max_tokens: int, path: Path) -> None:
     if max(lengths) > 0.5 * max_tokens:  # far from the limit its line would squeeze the histogram
         axes.axvline(max_tokens, color="#b91c1c", label=f"limit: {max_tokens:,}")
         axes.legend()
-    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{len(lengths):,} rows")
+    axes.set(xlabel="tokens a row", ylabel="rows", title=counted(len(lengths), "row"))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

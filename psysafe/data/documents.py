@@ -14,6 +14,7 @@ import torch
 from psysafe.data.chat_template import EARLIER, SWITCHED_OFF, WITHOUT_TEXT, TrainTurns, read_turns
 from psysafe.data.rows import Row, row_messages
 from psysafe.data.tokenizer import Tokenizer
+from psysafe.printable import counted
 from psysafe.program import UserError
 
 LongRows = Literal["cut", "drop", "error"]
@@ -62,7 +63,7 @@ class Dataset:
 
     def summary(self) -> str:
         """The line to print at start."""
-        line = f"{len(self):,} rows, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
+        line = f"{counted(len(self), 'row')}, {self.n_tokens:,} tokens ({self.n_targets:,} trained), "
         line += f"{self.n_cut:,} cut at {self.max_tokens:,} tokens"
         line += f", {self.n_without_reasoning:,} without reasoning" if self.n_without_reasoning else ""
         return ", ".join([line, *self.notes])
@@ -138,12 +139,11 @@ def _turn_notes(
     n_turns, typed = 0, []
     untrained: dict[str, list[str]] = {EARLIER: [], SWITCHED_OFF: [], WITHOUT_TEXT: []}
     for row in rows:
-        messages = row_messages(row)
-        for turn in read_turns(messages, train_turns):
+        for turn in read_turns(row_messages(row), train_turns):
             n_turns += turn.role == "assistant"
             if turn.untrained:
                 untrained[turn.untrained].append(row.where)
-        if tokenizer.has_typed_tokens(messages, row.tools):
+        if has_typed_tokens(row, tokenizer):
             typed.append(row.where)
     notes = []
     if n_turns > len(rows) or any(untrained.values()):
@@ -161,6 +161,11 @@ def _turn_notes(
     if typed:
         notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
     return notes
+
+
+def has_typed_tokens(row: Row, tokenizer: Tokenizer) -> bool:
+    """Whether a text of the row holds a control token that somebody typed."""
+    return tokenizer.has_typed_tokens(row_messages(row), row.tools)
 
 
 def _count_trained_turns(document: Document) -> int:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from psysafe.data.formats import standard
@@ -122,28 +123,36 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
-        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        line, reason = first_line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except ValueError as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
     raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
 
 
 def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
-    """The first line names the fields; all values are texts."""
+    """The first line names the fields; all values are texts. A row's line is the one that it begins in."""
+    text, separator = decode_text(content, path), csv.get_dialect(dialect).delimiter
+    header = text.partition("\n")[0]
+    if separator not in header and (other := next((mark for mark in ",;\t|" if mark in header), None)):
+        found = f"{other!r} between the names in line 1, expected {separator!r}"
+        raise UserError(f"{path}: {found}; save it with this separator (a .tsv has '\\t', a .csv ',')")
     # strict: else a quotation mark that is never closed would make one cell of the whole rest of the file.
-    reader = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), dialect=dialect, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
     csv.field_size_limit(2**31 - 1)
-    entries = []
+    rows, line = [], 1
     try:
-        for fields in reader:
-            if any(fields.pop(None, [])):
-                cells = f"more cells at line {reader.line_num} than the first line has names"
-                raise UserError(f"{path}: {cells}; put a text that holds the separator in quotation marks")
-            entries.append((fields, reader.line_num))
+        for cells in reader:
+            if cells:  # none in an empty line
+                rows.append((cells, line))
+            line = reader.line_num + 1  # a cell may have several lines
     except csv.Error as error:
-        line = reader.reader.line_num  # of the row that is not complete; DictReader still has that of the one before
         raise UserError(f"{path}: malformed CSV at line {line} ({error}); {EXPECTED_FILE}") from None
-    return entries
+    names = rows[0][0] if rows else []
+    for cells, line in rows:
+        if any(cells[len(names) :]):
+            more = f"more cells at line {line} than the first line has names"
+            raise UserError(f"{path}: {more}; put a text that holds the separator in quotation marks")
+    return [(dict(zip_longest(names, cells[: len(names)])), line) for cells, line in rows[1:]]
 
 
 def _tsv(content: bytes, path: Path) -> list[Entry]:
@@ -173,7 +182,12 @@ FILE_TYPES: dict[str, Callable[[bytes, Path], list[Entry]]] = {
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     """The training rows of the files, in order, under our names. UserError names the file and the line or row."""
     paths = [paths] if isinstance(paths, str | Path) else paths
-    return _all_sound(as_training_row(row) for path in paths for row in read_file(path))
+    return training_rows(row for path in paths for row in read_file(path))
+
+
+def training_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows of `read_file` as training rows, under our names. UserError for the first that is none."""
+    return _all_sound(map(as_training_row, rows))
 
 
 def read_prompts(path: str | Path) -> list[Row]:
@@ -285,4 +299,9 @@ def prompt_messages(row: Row) -> list[Message]:
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
     """JSONL with all fields, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, b"".join(map(json_line, rows)))
+
+
+def json_line(row: Row) -> bytes:
+    """All fields of a row as a line of JSONL. Half a surrogate pair, which UTF-8 has no bytes for, is JSON's escape."""
+    return f"{json.dumps(row.fields, ensure_ascii=False)}\n".encode(errors="backslashreplace")

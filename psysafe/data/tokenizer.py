@@ -27,7 +27,7 @@ from psysafe.data.chat_template import (
     read_turns,
 )
 from psysafe.files import MAX_JSON_BYTES, expand, read_bounded, read_json
-from psysafe.hub import HubError, MissingFileError, fetch_file, is_repository
+from psysafe.hub import HubError, MissingFileError, did_you_mean, fetch_file, is_repository
 from psysafe.printable import one_line
 from psysafe.program import UserError
 
@@ -204,13 +204,14 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if not is_repository(str(source)):
-        raise UserError(f"{source}: no such folder; expected a {EXPECTED_SOURCE}")
+        raise UserError(f"{source}: no such folder (expected a {EXPECTED_SOURCE}){did_you_mean(source)}")
     try:
         return fetch_file(str(source), name, revision or "")
     except MissingFileError:
         return None
     except HubError as error:
-        raise UserError(f"{source}: no such folder, and {name} could not be had from the hub ({error})") from None
+        reason = did_you_mean(source, error)
+        raise UserError(f"{source}: no such folder, and {name} could not be had from the hub{reason}") from None
 
 
 def _read_eos_ids(path: Path | None) -> list[int] | None:

@@ -16,7 +16,7 @@ from psysafe.cli import say
 from psysafe.evaluation import published_results
 from psysafe.evaluation.result import Result, Table, load, shown
 from psysafe.files import ASSETS, write_atomic
-from psysafe.printable import in_markdown, plain
+from psysafe.printable import counted, in_markdown, plain
 
 NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."
 STYLE = (ASSETS / "report.css").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     write_atomic(out / "report.html", page(parts))
     content = {"notice": NOTICE, "evaluations": [{"folder": f, **asdict(result), **rest} for f, result, rest in parts]}
     write_atomic(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    say(f"{len(parts)} evaluations in {out}/report.md, report.html and report.json")
+    say(f"{counted(len(parts), 'evaluation')} in {out}/report.md, report.html and report.json")
 
 
 Part = tuple[str, Result, dict]

@@ -15,11 +15,12 @@ import kernels
 from psysafe.checkpoint.base import build
 from psysafe.data.documents import Dataset, steps_per_epoch
 from psysafe.files import expand, read_json
-from psysafe.hub import HubError, fetch_file
+from psysafe.hub import HubError, did_you_mean, fetch_file
 from psysafe.model.config import ModelConfig
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, attach
 from psysafe.model.shard import check_ranks
+from psysafe.printable import counted
 from psysafe.program import UserError
 from psysafe.runtime import Runtime
 from psysafe.training.config import TrainConfig
@@ -139,8 +140,8 @@ def _warm_up_warning(config: TrainConfig, steps: int) -> dict[str, str]:
     if steps > config.warmup_steps:
         return {}
     largest = max(cosine_schedule(step, steps, config.warmup_steps, config.lr) for step in range(steps))
-    what = f"{steps:,} steps are not more than --warmup-steps {config.warmup_steps:,}: the learning rate never reaches "
-    what += f"--lr {config.lr:g}, at most {largest:.3g}"
+    what = f"a run of {counted(steps, 'step')} is not longer than --warmup-steps {config.warmup_steps:,}: "
+    what += f"the learning rate never reaches --lr {config.lr:g}, at most {largest:.3g}"
     return {"warning": what + ("; the run learns nothing" if largest == 0 else "")}
 
 
@@ -206,7 +207,7 @@ def _from_hub(source: str) -> Path:
     except HubError as error:
         raise UserError(
             f"{source}: no such folder, no architecture of that name in {ARCHITECTURES}, and the hub did not give its "
-            f"config.json: {error}"
+            f"config.json{did_you_mean(source, error)}"
         ) from None
 
 

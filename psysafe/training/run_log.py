@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from psysafe.files import parse_json, write_atomic
+from psysafe.printable import counted
 from psysafe.program import UserError, discard_stdout, print_error
 from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
@@ -241,8 +242,8 @@ class RunLog:
         if self.file is not None:
             self._flush(os.fsync)  # not sync: on the way out of an error the newest step may never arrive
             if self.unwritten:
-                lost = self.unwritten.count(NEWLINE)
-                self.say(f"warning: {self.file.name} lacks its last {lost} rows, which the disk did not take")
+                lost = counted(self.unwritten.count(NEWLINE), "row")
+                self.say(f"warning: {self.file.name} lacks its last {lost}, which the disk did not take")
             self.file.close()
         if self.bar is not None:
             self._show(self.bar.close)

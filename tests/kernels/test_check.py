@@ -21,6 +21,7 @@ from kernels.proof.cases.causal_attention import torch_flash_attention
 from kernels.proof.cases.gated_delta_rule import make_case, rounded_delta_rule
 from kernels.proof.check import closeness_of, mutant_rejected, permuted_documents, tasks
 from kernels.proof.closeness import outputs_and_gradients
+from kernels.proof.command import Parser, write_json
 from kernels.proof.contract import Op
 from kernels.proof.registry import OPERATIONS, operations
 
@@ -191,6 +192,17 @@ def test_mistakes_get_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_results_never_take_the_place_of_a_pipe_or_a_link(tmp_path, capsys, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(sys, "argv", ["check", "--json", str(tmp_path / "pipe")])
+    with pytest.raises(SystemExit, match="2"):
+        Parser("check", "").parse()
+    assert "pipe: not a regular file" in capsys.readouterr().err and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("file")
+    write_json(tmp_path / "link", {"a": 1})
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "file").read_text()) == {"a": 1}
 
 
 def test_a_crash_is_a_failed_row(gate):
