@@ -19,6 +19,7 @@ from psysafe.cli import Parser, hyphenated, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
+from psysafe.evaluation.result import check_folder
 from psysafe.program import UserError, main_guard
 
 EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     for flag, reason in evaluation.without_effect(args).items():
         if flag in given:
             raise UserError(f"{flag} has no effect {reason}; leave it out")
+    check_folder(args.out, evaluation.name)  # before the models: hours later another evaluation's result would go
     result = evaluation.run(args)
     path = result.save(args.out)
     print(result.as_text())

@@ -62,6 +62,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, named, tmp_path, monkeypatc
     assert named in refused_by(script.main, argv, capsys)
 
 
+@pytest.mark.parametrize("command", ["hellaswag", "xstest", "agreement"])
+def test_the_result_of_another_evaluation_is_not_replaced(command, tmp_path, capsys):
+    """Whatever the other arguments are: nothing is read or computed first."""
+    Result("mmlu", "MMLU", []).save(tmp_path)
+    before = (tmp_path / "result.json").read_bytes()
+    rows = ["--human", "missing", "--judged", "missing"] if command == "agreement" else ["--data", "missing"]
+    line = refused_by(script.main, [command, *rows, "--out", tmp_path], capsys)
+    assert line == f"error: {tmp_path}/result.json: the result of mmlu, not of {command}; give another --out\n"
+    assert (tmp_path / "result.json").read_bytes() == before
+    # The same evaluation goes on there, also where its result was damaged.
+    for content in (before, b"{torn"):
+        (tmp_path / "result.json").write_bytes(content)
+        assert "missing" in refused_by(script.main, ["mmlu", "--data", "missing", "--out", tmp_path], capsys)
+
+
 @pytest.fixture
 def judge_stub(monkeypatch):
     """A judge whose scores are a function of what it is shown; one prompt in ten fails at first sight."""
