@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.cli import Parser, add_settings, read_settings, say
 from psysafe.data.prompts import system_text, with_system
@@ -55,6 +55,9 @@ def main(argv: Sequence[str]) -> int:
     dtype = str(runtime.dtype).removeprefix("torch.")
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
     settings |= options.fingerprint_fields()
+    for adapter in adapters:
+        if adapter != BASE:
+            warn_of_other_base(adapter, source)
     # Before the weights, which take minutes: whose file it is, and that no other process writes it.
     with AnswerFile(args.out, rows, adapters, settings) if rows else contextlib.nullcontext() as file:
         model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from psysafe.checkpoint.adapter import peft_check_command
+from psysafe.checkpoint.adapter import peft_check_command, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.documents import pack_share
 from psysafe.program import StopRequest, main_guard
@@ -112,6 +112,8 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
 def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
     """Print the resolved run, and make its directory."""
     print_run(run.config, sources, run_summary(run))
+    if run.config.adapter_init and not state:
+        warn_of_other_base(run.config.adapter_init, run.config.model)
     if state:
         warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
         print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)

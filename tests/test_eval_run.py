@@ -77,6 +77,17 @@ def test_the_result_of_another_evaluation_is_not_replaced(command, tmp_path, cap
         assert "missing" in refused_by(script.main, ["mmlu", "--data", "missing", "--out", tmp_path], capsys)
 
 
+def test_an_adapter_on_another_base_is_named_once(tmp_path, capsys):
+    """Whatever the number of system prompts."""
+    folder = tmp_path / "adapter"
+    save_adapter(attach(load_model(MODEL), 1, 4.0), folder, MODEL, multimodal=False)
+    words = ["mmlu", "--out", "x", "--adapter", "base", "--adapter", str(folder), "--system", "none,v0"]
+    for model in ("assets:tiny", MODEL):
+        models_under_test.from_arguments(script.parse([*words, "--model", model]))
+    line = f"warning: {folder}: the adapter was trained on {MODEL}, and runs on assets:tiny\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.fixture
 def judge_stub(monkeypatch):
     """A judge whose scores are a function of what it is shown; one prompt in ten fails at first sight."""

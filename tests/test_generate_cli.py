@@ -20,6 +20,7 @@ import torch
 import generate
 from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
+from psysafe.checkpoint.merge import merge
 from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
@@ -86,6 +87,18 @@ def test_one_prompt(run, base, adapter, tmp_path):
     assert "with the adapter" not in named.err and str(base) in named.err
     both = run("hello", *SHORT, "--compare", f"base,{adapter}")
     assert both.out == f"--- base\n{plain.out}--- {adapter}\n{tuned.out}"
+
+
+def test_an_adapter_on_another_base_is_named(run, base, adapter, tmp_path):
+    """Also on the checkpoint into which it was merged: there it would count twice. Its own base is no news."""
+    merge("", adapter, tmp_path / "merged")
+    for model in (write_text_model(tmp_path / "other", seed=3), tmp_path / "merged"):
+        line = f"warning: {adapter}: the adapter was trained on {base}, and runs on {model}\n"
+        for flag, value in (("--adapter", adapter), ("--compare", f"base,{adapter}")):
+            assert run("hi", *SHORT, "--model", model, flag, value).err.count(line) == 1
+    (tmp_path / "link").symlink_to(base)
+    for words in (("--adapter", adapter), ("--adapter", adapter, "--model", "link"), ("--model", tmp_path / "merged")):
+        assert "warning" not in run("hi", *SHORT, *words).err
 
 
 def test_what_is_asked_changes_what_is_read(run):

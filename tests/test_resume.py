@@ -468,6 +468,20 @@ def test_an_out_folder_that_is_another_runs_by_now_is_left_alone(workspace, capf
     assert (out / "metrics.jsonl").read_text() == "the other run's"
 
 
+def test_an_adapter_to_start_from_that_was_trained_on_another_base_is_named(workspace, tmp_path, capfd):
+    import train
+
+    assert train.main(command(workspace, "own-base", "--max-steps", "1")[2:]) == 0
+    folder = shutil.copytree(workspace / "own-base", tmp_path / "adapter")
+    init = ("--max-steps", "1", "--adapter-init", str(folder))
+    assert train.main(command(workspace, "same-base", *init)[2:]) == 0
+    assert "warning" not in capfd.readouterr().err
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    assert train.main(command(workspace, "other-base", *init)[2:]) == 0
+    assert f"warning: {folder}: the adapter was trained on org/other, and runs on " in capfd.readouterr().err
+
+
 def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise_is_refused(workspace, capfd):
     import train
 

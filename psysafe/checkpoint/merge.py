@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psysafe.checkpoint.adapter import base_of_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import resolve_model
 from psysafe.checkpoint.peft_format import read_adapter
 from psysafe.checkpoint.tensor_files import (
@@ -53,6 +53,7 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     base, commit = resolve_model(model, revision or base_revision)
     if revision and not commit:
         raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions; leave the flag out")
+    warn_of_other_base(adapter, str(model))
     entries = list(tensor_entries(base))
     updates = _Updates(adapter, entries, base)
     out.parent.mkdir(parents=True, exist_ok=True)
