@@ -447,6 +447,19 @@ def test_a_run_that_began_from_an_adapter_resumes_without_its_folder(workspace, 
     assert json.loads((workspace / "homeless" / "adapter_config.json").read_text())["use_rslora"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_fails_from_the_first_line_on_ends_no_run(workspace, capfd):
+    """The settings that a start prints, and what a resumed run prints of its state."""
+    import train
+
+    for _ in ("begun", "resumed"):
+        with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert main_guard(train.main, command(workspace, "no-room", "--max-steps", "2")[2:]) == 0
+        err = capfd.readouterr().err
+        assert err == "warning: standard output: No space left on device; training goes on, lines are missing\n"
+
+
 def test_an_out_folder_that_is_another_runs_by_now_is_left_alone(workspace, capfd):
     import train
 
