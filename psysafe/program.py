@@ -30,6 +30,17 @@ class OutputError(OSError):
     """Standard output takes no more, as on a full disk. One that nobody reads any more is a BrokenPipeError instead."""
 
 
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, an OSError that names no one file is about `path`: a full disk names none, a copy both of its files."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.filename2 is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
 class _Output:
     """Standard output whose errors are told from those of other files: the system's error names none."""
 
