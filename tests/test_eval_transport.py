@@ -70,6 +70,24 @@ def test_the_user_and_password_of_a_proxy_are_sent_to_the_proxy_alone(stub, sche
     assert "proxy-authorization" not in {name.lower() for name in headers}
 
 
+def test_where_no_server_listens_the_run_ends_at_once(tmp_path, monkeypatch):
+    """Refused connections of a server that has answered are a passing trouble."""
+    with StubEndpoint() as stub:
+        pass  # its port is free again
+    monkeypatch.setenv("no_proxy", "*")
+    slow = RetryPolicy(deadline_s=5, min_wait_s=30)
+    for url, reason in ((stub.url, "Connection refused"), ("http://judge.invalid/v1", "[^)]+")):
+        endpoint = Endpoint(url, "stub", KEY, slow)
+        items = {key_of(n): [{"role": "user", "content": f"{n}"}] for n in range(20)}
+        line = rf"^{re.escape(url)}: no server answers there \({reason}\); start it, or give another URL$"
+        refused(line, run_items, items, endpoint.chat, tmp_path / "items.jsonl")
+    with StubEndpoint() as stub:
+        endpoint = Endpoint(stub.url, "stub", KEY, RETRY_POLICY)
+        endpoint.chat([{"role": "user", "content": "ok:fine"}])
+    with pytest.raises(ItemFailed, match="refused, after 4 attempts"):
+        endpoint.chat([{"role": "user", "content": "ok:fine"}])
+
+
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "badjson", "wrongjson", "drop", "hang", "drip"])
 def test_a_passing_trouble_costs_an_attempt_and_nothing_else(stub, trouble):
     assert chat(stub, f"{trouble} ok:fine").text == "fine"
