@@ -20,7 +20,7 @@ import torch
 import kernels
 from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings, say
+from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     folder, commit = resolve_model(source, revision)
     if args.sampling:
         options = read_options(argv, recommended(folder))
-    elif options.thinking and options.sampling.temperature == 0:
+    refuse_without_effect(argv, without_effect(options))
+    if options.thinking and options.sampling.temperature == 0 and not args.sampling:
         say("always the likeliest token: while thinking a model may repeat itself without end; try --sampling model")
     tokenizer = load_tokenizer(folder)
     dtype = str(runtime.dtype).removeprefix("torch.")
@@ -107,6 +108,16 @@ def read_options(argv: Sequence[str], defaults: dict | None = None) -> Options:
     settings, _ = parser.parse_known_args(argv)
     sampling = Sampling(**read_settings(Sampling, settings))
     return Options(sampling, stop=tuple(settings.stop), **read_settings(Options, settings))
+
+
+def without_effect(options: Options) -> dict[str, str]:
+    """Flag -> why it has no effect beside the others."""
+    reasons = {}
+    if options.sampling.temperature == 0:
+        reasons = dict.fromkeys(("--top-k", "--top-p", "--min-p", "--seed"), "without a --temperature above 0")
+    if not options.thinking:
+        reasons["--max-think-tokens"] = "with --no-thinking"
+    return reasons
 
 
 def add_options(parser: Parser) -> None:

@@ -387,7 +387,8 @@ def test_a_file_of_something_else_is_left_alone(run, base, adapter, tmp_path):
     before = out.read_bytes()
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "other"}] * 3)
     for argv, message in (
-        ((*call, "--seed", "5"), "line 1: was made with seed 0, not 5"),
+        ((*call, "--temperature", "5", "--seed", "5"), "line 1: was made with temperature 0.0, not 5.0"),
+        ((*call, "--presence-penalty", "5"), "line 1: was made with presence_penalty 0.0, not 5.0"),
         ((*call, "--max-new-tokens", "7"), "line 1: was made with max_new_tokens 6, not 7"),
         ((*call, "--adapter", adapter), f"line 1: answered by adapter base, expected {adapter}"),
         (("--prompts", other, *call[2:]), "line 1: answers another prompt than"),
@@ -499,6 +500,27 @@ def assert_one_line(result, message):
 def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
     write_rows(tmp_path / "rows", [{"prompt": "a"}])
     assert_one_line(run(*argv), message)
+
+
+@pytest.mark.parametrize("flag", ["--top-k=3", "--top_p=0.5", "--min-p=0.1", "--seed=7"])
+def test_a_flag_of_sampling_without_a_temperature_is_refused(flag, run, base, tmp_path):
+    """And is no part of what an answer file says of itself. The model's own temperature counts, too."""
+    why = "has no effect without a --temperature above 0; leave it out"
+    name = flag.partition("=")[0].replace("_", "-")
+    rows = write_rows(tmp_path / "rows", ROWS[:1])
+    for more in ((), ("--temperature", "0"), ("--sampling", "model")):
+        assert_one_line(run("--prompts", rows, "--out", "out", *SHORT, *more, flag), f"{name} {why}")
+    assert not (tmp_path / "out").exists()
+    assert run("hi", *SHORT, "--temperature", "1", flag).code == run(*SHORT, "--", flag).code == 0
+    folder = shutil.copytree(base, tmp_path / "own")
+    own = json.loads((base / "generation_config.json").read_text()) | {"do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert run("hi", *SHORT, "--model", folder, "--sampling", "model", flag).code == 0
+
+
+def test_a_limit_on_reasoning_without_reasoning_is_refused(run):
+    message = "--max-think-tokens has no effect with --no-thinking; leave it out"
+    assert_one_line(run("hi", "--no-thinking", "--max-think-tokens", "3"), message)
 
 
 @pytest.mark.parametrize(
