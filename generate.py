@@ -28,7 +28,7 @@ from psysafe.generation.answer_file import AnswerFile, answer_rows
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling, recommended
-from psysafe.generation.terminal import ask, chat
+from psysafe.generation.terminal import COMMANDS, ask, chat
 from psysafe.model.lora import detach, merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
@@ -141,7 +141,7 @@ for thinking: --sampling model."""
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to answer; - or a pipe: what stdin says")
-    add("--chat", action="store_true", help="talk; every answer knows the conversation so far")
+    add("--chat", action="store_true", help=f"talk; every answer knows the conversation so far ({COMMANDS})")
     add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
     add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")

@@ -142,6 +142,41 @@ def test_a_chat_ends_by_exit(run):
         assert result.code == 0 and result.out.count("\n> ") == 1 and "/exit" in result.out
 
 
+def test_a_line_that_is_no_command_is_not_answered(run, capsys):
+    result = run("--chat", *SHORT, stdin="/help\n/New\nhi\n")
+    assert result.err.count("unknown command; /new begins anew, /exit ends\n") == 2
+    assert result.out == run("--chat", *SHORT, stdin="hi\n").out.replace("\n> ", "\n> \n> \n> ", 1)
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    assert "/new begins anew, /exit ends" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(run, monkeypatch):
+    """What follows is answered as if the question had never been asked; at the prompt Ctrl-C ends the program."""
+    expected = run("--chat", *SHORT, stdin="one\nthree\n").out.split("\n> ")
+    step, steps = Engine.step, []
+
+    def interrupted(self, longest):
+        steps.append(longest)
+        if len(steps) == 7:  # an answer takes five steps: in the middle of the second one
+            signal.raise_signal(signal.SIGINT)
+        return step(self, longest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        result = run("--chat", *SHORT, stdin="one\ntwo\nthree\n")
+    assert (result.code, len(steps)) == (0, 12)
+    first, answer, torn, *rest = result.out.split("\n> ")
+    assert [first, answer, *rest] == expected and torn.endswith("\n")
+    assert result.err.count("stopped; the conversation goes on without this question\n") == 1
+
+    def at_the_prompt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", at_the_prompt)
+    assert run("--chat", *SHORT).code == 130
+
+
 def test_a_prompt_may_come_from_a_pipe(run):
     expected = run("hello", *SHORT).out
     assert run("-", *SHORT, stdin="hello\n").out == expected
