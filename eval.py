@@ -15,11 +15,12 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from psysafe.cli import Parser, hyphenated, say
+from psysafe.cli import Parser, refuse_without_effect, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
-from psysafe.program import UserError, main_guard
+from psysafe.evaluation.result import check_folder
+from psysafe.program import main_guard
 
 EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),
                                  sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
@@ -34,10 +35,8 @@ def main(argv: Sequence[str]) -> int:
         report.run(args)
         return 0
     evaluation = next(evaluation for evaluation in EVALUATIONS if evaluation.name == args.command)
-    given = {word.partition("=")[0] for word in hyphenated(argv) if word.startswith("--")}
-    for flag, reason in evaluation.without_effect(args).items():
-        if flag in given:
-            raise UserError(f"{flag} has no effect {reason}; leave it out")
+    refuse_without_effect(argv, evaluation.without_effect(args))
+    check_folder(args.out, evaluation.name)  # before the models: hours later another evaluation's result would go
     result = evaluation.run(args)
     path = result.save(args.out)
     print(result.as_text())

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings, say
+from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ from psysafe.generation.answer_file import AnswerFile, answer_rows
 from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
 from psysafe.generation.sampling import Sampling, recommended
-from psysafe.generation.terminal import ask, chat
+from psysafe.generation.terminal import COMMANDS, ask, chat
 from psysafe.model.lora import detach, merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
@@ -49,12 +49,16 @@ def main(argv: Sequence[str]) -> int:
     folder, commit = resolve_model(source, revision)
     if args.sampling:
         options = read_options(argv, recommended(folder))
-    elif options.thinking and options.sampling.temperature == 0:
+    refuse_without_effect(argv, without_effect(options))
+    if options.thinking and options.sampling.temperature == 0 and not args.sampling:
         say("always the likeliest token: while thinking a model may repeat itself without end; try --sampling model")
     tokenizer = load_tokenizer(folder)
     dtype = str(runtime.dtype).removeprefix("torch.")
     settings = {"model": source, "revision": commit, "dtype": dtype, "system": args.system, "merge": args.merge}
     settings |= options.fingerprint_fields()
+    for adapter in adapters:
+        if adapter != BASE:
+            warn_of_other_base(adapter, source)
     # Before the weights, which take minutes: whose file it is, and that no other process writes it.
     with AnswerFile(args.out, rows, adapters, settings) if rows else contextlib.nullcontext() as file:
         model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
@@ -106,6 +110,16 @@ def read_options(argv: Sequence[str], defaults: dict | None = None) -> Options:
     return Options(sampling, stop=tuple(settings.stop), **read_settings(Options, settings))
 
 
+def without_effect(options: Options) -> dict[str, str]:
+    """Flag -> why it has no effect beside the others."""
+    reasons = {}
+    if options.sampling.temperature == 0:
+        reasons = dict.fromkeys(("--top-k", "--top-p", "--min-p", "--seed"), "without a --temperature above 0")
+    if not options.thinking:
+        reasons["--max-think-tokens"] = "with --no-thinking"
+    return reasons
+
+
 def add_options(parser: Parser) -> None:
     add_settings(parser, Options, Sampling)
     sentence = "end the answer before this text; may be given several times"
@@ -127,7 +141,7 @@ for thinking: --sampling model."""
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to answer; - or a pipe: what stdin says")
-    add("--chat", action="store_true", help="talk; every answer knows the conversation so far")
+    add("--chat", action="store_true", help=f"talk; every answer knows the conversation so far ({COMMANDS})")
     add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
     add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
     add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")

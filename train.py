@@ -8,6 +8,7 @@ The run directory receives config.toml, metrics.jsonl, the adapter in PEFT's for
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,10 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from psysafe.checkpoint.adapter import peft_check_command
+from psysafe.checkpoint.adapter import peft_check_command, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.data.documents import pack_share
-from psysafe.program import StopRequest, main_guard
+from psysafe.program import OutputError, StopRequest, main_guard
 from psysafe.runtime import Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import dry_run, run_summary
@@ -111,10 +112,13 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
 
 def announce(run: Run, sources: dict[str, str], state: State | None) -> None:
     """Print the resolved run, and make its directory."""
-    print_run(run.config, sources, run_summary(run))
-    if state:
-        warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
-        print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
+    with contextlib.suppress(OutputError):  # a full disk costs lines, not the run: the log will say so
+        print_run(run.config, sources, run_summary(run))
+        if state:
+            warnings = state.warnings + state.changed(versions() | {"ranks": run.runtime.world_size})
+            print(*warnings, f"resuming after step {run.step} from {state.path}", sep="\n", flush=True)
+    if run.config.adapter_init and not state:
+        warn_of_other_base(run.config.adapter_init, run.config.model)
     enter_run_dir(run, sources, state)
 
 

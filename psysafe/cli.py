@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 
 from tqdm import tqdm
@@ -92,6 +92,16 @@ def hyphenated(words: Sequence[str]) -> list[str]:
     end = words.index("--") if "--" in words else len(words)  # after it nothing is a flag
     flags = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words[:end]]
     return [*flags, *words[end:]]
+
+
+def refuse_without_effect(argv: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Raises UserError for a flag of the command line that has no effect beside the others. reasons: flag -> why."""
+    words = hyphenated(argv)
+    words = words[: words.index("--")] if "--" in words else words
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    for flag, reason in reasons.items():
+        if flag in given:
+            raise UserError(f"{flag} has no effect {reason}; leave it out")
 
 
 def hint(name: str, known: Iterable[str], dashes: str = "") -> str:

@@ -17,6 +17,7 @@ import math
 import os
 import queue
 import random
+import socket
 import threading
 import time
 import urllib.parse
@@ -92,11 +93,13 @@ class Endpoint:
         self.url, self.model, self.options = url, model, options
         self.retry_policy = retry_policy or RetryPolicy()
         self._key = key
+        self._reached = False  # whether a server has taken any request
         self._address = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
 
     def chat(self, messages: Sequence[dict]) -> Reply:
         """The model's reply, or ItemFailed. Overload, server errors, time-outs, dropped connections and unreadable
-        replies are tried again; any other refusal fails at once."""
+        replies are tried again; any other refusal fails at once. UserError for a key that is refused, and for a URL
+        where no server listens and none ever has."""
         end, failures = time.monotonic() + self.retry_policy.deadline_s, 0
         while True:
             left = end - time.monotonic()
@@ -137,9 +140,14 @@ class Endpoint:
             connection, target, proxy_headers = _connect(address, self.retry_policy.attempt_s)
             with contextlib.closing(connection):
                 connection.request("POST", target, body, headers | proxy_headers)
+                self._reached = True
                 response = connection.getresponse()
                 content = _read(response)
         except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, or no HTTP on it
+            if isinstance(error, ConnectionRefusedError | socket.gaierror) and not self._reached:
+                # Not a passing trouble: six attempts at each item would be minutes of waiting for a mistyped URL.
+                reason = f"no server answers there ({error.strerror})"
+                raise UserError(f"{self.url}: {reason}; start it, or give another URL") from None
             raise _Refused(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         status, location = response.status, response.getheader("location")
         if 200 <= status < 300:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from psysafe.files import open_locked, parse_json
-from psysafe.program import UserError
+from psysafe.program import UserError, named_errors
 
 REMEDY = "give another --out, or move this file away"
 
@@ -46,12 +46,16 @@ class AppendFile:
         self._file.close()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with named_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def _write(self, line: str) -> None:
-        # One call with no buffer: a kill between two lines tears none. Half a surrogate pair, which JSON allows and
-        # UTF-8 does not, becomes its JSON escape again.
-        self._file.write(line.encode(errors="backslashreplace") + b"\n")
+        # With no buffer: a kill between two lines tears none. Half a surrogate pair, which JSON allows and UTF-8 does
+        # not, becomes its JSON escape again.
+        content = line.encode(errors="backslashreplace") + b"\n"
+        with named_errors(self.path):
+            while content:  # where there is room for a part, the first call writes that, and the second one fails
+                content = content[self._file.write(content) :]
 
     def _read(self) -> None:
         self._file.seek(0)

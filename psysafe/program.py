@@ -2,7 +2,7 @@
 
     sys.exit(main_guard(main))
 
-    0 done · 1 a bug of ours (with its traceback), or a last save that failed · 2 a mistake of the user (one line)
+    0 done · 1 a bug of ours (with its traceback), or output or a last save that failed · 2 a mistake of the user
     129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM · 141 nobody reads the output any more
 """
 
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from psysafe.printable import one_line
 
@@ -23,6 +24,49 @@ class UserError(ValueError):
     Only what is raised as a UserError counts as one. A plain ValueError, also out of torch, numpy or the standard
     library, is a case that we did not foresee: shown as the user's mistake it would hide a bug of ours.
     """
+
+
+class OutputError(OSError):
+    """Standard output takes no more, as on a full disk. One that nobody reads any more is a BrokenPipeError instead."""
+
+
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, an OSError that names no one file is about `path`: a full disk names none, a copy both of its files."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.filename2 is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+class _Output:
+    """Standard output whose errors are told from those of other files: the system's error names none."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._own_errors():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        with self._own_errors():
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _own_errors() -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from None
 
 
 class StopRequest:
@@ -95,14 +139,16 @@ def exit_on_signals() -> Iterator[None]:
 def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's main and return its exit code. One of several ranks never returns: its process ends in here.
 
-    A UserError, and an OSError that names a file, end as `error: one line` on stderr and code 2; Ctrl-C as 130; output
-    that nobody reads any more as 141. Anything else is a bug of ours and keeps its traceback.
+    A UserError, and an OSError that names a file, end as `error: one line` on stderr and code 2; output that fails as
+    one line and code 1, output that nobody reads any more as 141; Ctrl-C as 130. Anything else is a bug of ours and
+    keeps its traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):  # else a character that this terminal cannot show would end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as psysafe/interrupt.py left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = _guarded(main, sys.argv[1:] if argv is None else argv)
+    with contextlib.redirect_stdout(_Output(sys.stdout)) if sys.stdout else contextlib.nullcontext():
+        code = _guarded(main, sys.argv[1:] if argv is None else argv)
     dist = sys.modules.get("torch.distributed")  # never imported for this alone
     if dist and dist.is_available() and dist.is_initialized():
         # Not by returning: where ranks end one after the other, gloo's threads sometimes abort at exit.
@@ -115,32 +161,24 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     try:
         code = main(argv) or 0
-        return code if _flush() else code or 1
+        sys.stdout.flush()  # here it can still be said that the last lines found no room
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as with `| head`
         print_error("stopped: nobody reads this output any more")
         discard_stdout()
         return 128 + signal.SIGPIPE
+    except OutputError as error:
+        print_error(f"error: standard output: {error.strerror}")
+        discard_stdout()
+        return 1
     except UserError as error:
         return _report(str(error))
     except OSError as error:
         if error.filename is None:  # not about a file that the user named: a bug of ours keeps its traceback
             raise
         return _report(f"{os.fsdecode(error.filename)}: {error.strerror}")
-
-
-def _flush() -> bool:
-    """Whether stdout took all that was printed. Raises BrokenPipeError where nobody reads it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print_error(f"error: standard output: {error.strerror}; its last lines are lost")
-        discard_stdout()
-        return False
-    return True
 
 
 def _report(text: str) -> int:

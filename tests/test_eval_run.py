@@ -62,6 +62,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, named, tmp_path, monkeypatc
     assert named in refused_by(script.main, argv, capsys)
 
 
+@pytest.mark.parametrize("command", ["hellaswag", "xstest", "agreement"])
+def test_the_result_of_another_evaluation_is_not_replaced(command, tmp_path, capsys):
+    """Whatever the other arguments are: nothing is read or computed first."""
+    Result("mmlu", "MMLU", []).save(tmp_path)
+    before = (tmp_path / "result.json").read_bytes()
+    rows = ["--human", "missing", "--judged", "missing"] if command == "agreement" else ["--data", "missing"]
+    line = refused_by(script.main, [command, *rows, "--out", tmp_path], capsys)
+    assert line == f"error: {tmp_path}/result.json: the result of mmlu, not of {command}; give another --out\n"
+    assert (tmp_path / "result.json").read_bytes() == before
+    # The same evaluation goes on there, also where its result was damaged.
+    for content in (before, b"{torn"):
+        (tmp_path / "result.json").write_bytes(content)
+        assert "missing" in refused_by(script.main, ["mmlu", "--data", "missing", "--out", tmp_path], capsys)
+
+
+def test_an_adapter_on_another_base_is_named_once(tmp_path, capsys):
+    """Whatever the number of system prompts."""
+    folder = tmp_path / "adapter"
+    save_adapter(attach(load_model(MODEL), 1, 4.0), folder, MODEL, multimodal=False)
+    words = ["mmlu", "--out", "x", "--adapter", "base", "--adapter", str(folder), "--system", "none,v0"]
+    for model in ("assets:tiny", MODEL):
+        models_under_test.from_arguments(script.parse([*words, "--model", model]))
+    line = f"warning: {folder}: the adapter was trained on {MODEL}, and runs on assets:tiny\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.fixture
 def judge_stub(monkeypatch):
     """A judge whose scores are a function of what it is shown; one prompt in ten fails at first sight."""

@@ -14,8 +14,9 @@ import pytest
 
 from psysafe.endpoint import Endpoint, ItemFailed, RetryPolicy, key_from, run_items
 from psysafe.journal import Journal, key_of
-from tests.mistakes import refused
+from tests.mistakes import refused, refused_by
 from tests.stub_endpoint import Handler, StubEndpoint
+from tests.test_run_log import FullDisk
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRY_POLICY = RetryPolicy(deadline_s=6, attempt_s=1, attempts=4, min_wait_s=0.02, max_wait_s=0.1)
@@ -67,6 +68,24 @@ def test_the_user_and_password_of_a_proxy_are_sent_to_the_proxy_alone(stub, sche
         assert headers["authorization"] == f"Bearer {KEY}"
     ((_, _, headers),) = through_proxy(monkeypatch, stub, scheme, "")
     assert "proxy-authorization" not in {name.lower() for name in headers}
+
+
+def test_where_no_server_listens_the_run_ends_at_once(tmp_path, monkeypatch):
+    """Refused connections of a server that has answered are a passing trouble."""
+    with StubEndpoint() as stub:
+        pass  # its port is free again
+    monkeypatch.setenv("no_proxy", "*")
+    slow = RetryPolicy(deadline_s=5, min_wait_s=30)
+    for url, reason in ((stub.url, "Connection refused"), ("http://judge.invalid/v1", "[^)]+")):
+        endpoint = Endpoint(url, "stub", KEY, slow)
+        items = {key_of(n): [{"role": "user", "content": f"{n}"}] for n in range(20)}
+        line = rf"^{re.escape(url)}: no server answers there \({reason}\); start it, or give another URL$"
+        refused(line, run_items, items, endpoint.chat, tmp_path / "items.jsonl")
+    with StubEndpoint() as stub:
+        endpoint = Endpoint(stub.url, "stub", KEY, RETRY_POLICY)
+        endpoint.chat([{"role": "user", "content": "ok:fine"}])
+    with pytest.raises(ItemFailed, match="refused, after 4 attempts"):
+        endpoint.chat([{"role": "user", "content": "ok:fine"}])
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "badjson", "wrongjson", "drop", "hang", "drip"])
@@ -297,6 +316,25 @@ def test_a_torn_line_is_done_again_and_foreign_files_are_left_alone(tmp_path):
         out.write_bytes(foreign)
         refused("another --out", Journal, out)
         assert out.read_bytes() == foreign
+
+
+def test_a_full_disk_is_named_with_its_file_and_costs_the_last_line_alone(tmp_path, capsys):
+    """First there is room for a part of a line, which is cut off again at the next start, then for none."""
+    out, row = tmp_path / "items.jsonl", {"x": "long " * 20}
+
+    def main(argv):
+        with Journal(out) as journal:
+            journal._file = FullDisk(journal._file, 500)
+            for number in range(4):
+                journal.append(key_of(number), row)
+
+    assert refused_by(main, [], capsys) == f"error: {out}: No space left on device\n"
+    assert out.stat().st_size == 500
+    with Journal(out) as journal:
+        assert list(journal.rows.values()) == [row] * 3
+        journal.append(key_of("next"), row)
+    with Journal(out) as journal:
+        assert key_of("next") in journal.rows
 
 
 def test_two_writers_are_refused(tmp_path):

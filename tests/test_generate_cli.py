@@ -20,6 +20,7 @@ import torch
 import generate
 from psysafe import files, load_model
 from psysafe.checkpoint.adapter import save_adapter
+from psysafe.checkpoint.merge import merge
 from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
 from psysafe.files import ASSETS
@@ -88,6 +89,18 @@ def test_one_prompt(run, base, adapter, tmp_path):
     assert both.out == f"--- base\n{plain.out}--- {adapter}\n{tuned.out}"
 
 
+def test_an_adapter_on_another_base_is_named(run, base, adapter, tmp_path):
+    """Also on the checkpoint into which it was merged: there it would count twice. Its own base is no news."""
+    merge("", adapter, tmp_path / "merged")
+    for model in (write_text_model(tmp_path / "other", seed=3), tmp_path / "merged"):
+        line = f"warning: {adapter}: the adapter was trained on {base}, and runs on {model}\n"
+        for flag, value in (("--adapter", adapter), ("--compare", f"base,{adapter}")):
+            assert run("hi", *SHORT, "--model", model, flag, value).err.count(line) == 1
+    (tmp_path / "link").symlink_to(base)
+    for words in (("--adapter", adapter), ("--adapter", adapter, "--model", "link"), ("--model", tmp_path / "merged")):
+        assert "warning" not in run("hi", *SHORT, *words).err
+
+
 def test_what_is_asked_changes_what_is_read(run):
     """System prompts, thinking, sampling and their seed all reach the model."""
     texts = [
@@ -127,6 +140,41 @@ def test_a_chat_ends_by_exit(run):
     for word in ("/exit", "/quit"):
         result = run("--chat", *SHORT, stdin=f"{word}\nnot read\n")
         assert result.code == 0 and result.out.count("\n> ") == 1 and "/exit" in result.out
+
+
+def test_a_line_that_is_no_command_is_not_answered(run, capsys):
+    result = run("--chat", *SHORT, stdin="/help\n/New\nhi\n")
+    assert result.err.count("unknown command; /new begins anew, /exit ends\n") == 2
+    assert result.out == run("--chat", *SHORT, stdin="hi\n").out.replace("\n> ", "\n> \n> \n> ", 1)
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    assert "/new begins anew, /exit ends" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(run, monkeypatch):
+    """What follows is answered as if the question had never been asked; at the prompt Ctrl-C ends the program."""
+    expected = run("--chat", *SHORT, stdin="one\nthree\n").out.split("\n> ")
+    step, steps = Engine.step, []
+
+    def interrupted(self, longest):
+        steps.append(longest)
+        if len(steps) == 7:  # an answer takes five steps: in the middle of the second one
+            signal.raise_signal(signal.SIGINT)
+        return step(self, longest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        result = run("--chat", *SHORT, stdin="one\ntwo\nthree\n")
+    assert (result.code, len(steps)) == (0, 12)
+    first, answer, torn, *rest = result.out.split("\n> ")
+    assert [first, answer, *rest] == expected and torn.endswith("\n")
+    assert result.err.count("stopped; the conversation goes on without this question\n") == 1
+
+    def at_the_prompt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", at_the_prompt)
+    assert run("--chat", *SHORT).code == 130
 
 
 def test_a_prompt_may_come_from_a_pipe(run):
@@ -374,7 +422,8 @@ def test_a_file_of_something_else_is_left_alone(run, base, adapter, tmp_path):
     before = out.read_bytes()
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "other"}] * 3)
     for argv, message in (
-        ((*call, "--seed", "5"), "line 1: was made with seed 0, not 5"),
+        ((*call, "--temperature", "5", "--seed", "5"), "line 1: was made with temperature 0.0, not 5.0"),
+        ((*call, "--presence-penalty", "5"), "line 1: was made with presence_penalty 0.0, not 5.0"),
         ((*call, "--max-new-tokens", "7"), "line 1: was made with max_new_tokens 6, not 7"),
         ((*call, "--adapter", adapter), f"line 1: answered by adapter base, expected {adapter}"),
         (("--prompts", other, *call[2:]), "line 1: answers another prompt than"),
@@ -486,6 +535,27 @@ def assert_one_line(result, message):
 def test_a_mistake_gets_one_line(argv, message, run, tmp_path):
     write_rows(tmp_path / "rows", [{"prompt": "a"}])
     assert_one_line(run(*argv), message)
+
+
+@pytest.mark.parametrize("flag", ["--top-k=3", "--top_p=0.5", "--min-p=0.1", "--seed=7"])
+def test_a_flag_of_sampling_without_a_temperature_is_refused(flag, run, base, tmp_path):
+    """And is no part of what an answer file says of itself. The model's own temperature counts, too."""
+    why = "has no effect without a --temperature above 0; leave it out"
+    name = flag.partition("=")[0].replace("_", "-")
+    rows = write_rows(tmp_path / "rows", ROWS[:1])
+    for more in ((), ("--temperature", "0"), ("--sampling", "model")):
+        assert_one_line(run("--prompts", rows, "--out", "out", *SHORT, *more, flag), f"{name} {why}")
+    assert not (tmp_path / "out").exists()
+    assert run("hi", *SHORT, "--temperature", "1", flag).code == run(*SHORT, "--", flag).code == 0
+    folder = shutil.copytree(base, tmp_path / "own")
+    own = json.loads((base / "generation_config.json").read_text()) | {"do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert run("hi", *SHORT, "--model", folder, "--sampling", "model", flag).code == 0
+
+
+def test_a_limit_on_reasoning_without_reasoning_is_refused(run):
+    message = "--max-think-tokens has no effect with --no-thinking; leave it out"
+    assert_one_line(run("hi", "--no-thinking", "--max-think-tokens", "3"), message)
 
 
 @pytest.mark.parametrize(

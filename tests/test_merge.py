@@ -1,7 +1,9 @@
 """Merged checkpoints: what the adapter touches is rounded once, everything else is the base's, byte for byte."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import textwrap
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
@@ -19,7 +22,7 @@ from psysafe.checkpoint.__main__ import main
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.merge import merge
 from psysafe.model.lora import attach
-from tests.mistakes import refused
+from tests.mistakes import refused, refused_by
 from tests.oracles import both_models, multimodal_model, randomise_lora_B
 from tests.test_checkpoint import published_folder
 from tests.test_model import ids, one
@@ -213,6 +216,26 @@ def test_without_a_model_it_is_the_adapter_s_base_and_an_empty_folder_may_be_the
     ours, named = all_tensors(published / "merged"), all_tensors(published / "named")
     assert ours.keys() == named.keys() and all(torch.equal(ours[key], named[key]) for key in ours)
     assert "merged checkpoint in" in capsys.readouterr().out
+
+
+NO_ROOM = errno.ENOSPC, "No space left on device"
+FULL_DISK = {  # what each way of writing says of it
+    "shutil.copyfile": OSError(*NO_ROOM, "the file that is copied", None, "its copy"),
+    "save_file": SafetensorError("I/O error: No space left on device (os error 28)"),
+    "Path.write_text": OSError(*NO_ROOM),
+}
+
+
+@pytest.mark.parametrize("writer", FULL_DISK)
+def test_on_a_full_disk_the_destination_is_named_and_nothing_stays(writer, published, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise FULL_DISK[writer]
+
+    random_adapter(published / "base", published / "adapter")
+    monkeypatch.setattr(f"psysafe.checkpoint.merge.{writer}", full)
+    line = refused_by(main, ["merge", "--adapter", published / "adapter", "--out", published / "m"], capsys)
+    assert re.fullmatch(rf"error: {published}/m: .*No space left on device.*\n", line)
+    assert {path.name for path in published.iterdir()} == {"base", "adapter"}
 
 
 def test_merged_files_can_be_read_by_whom_the_umask_lets(published):

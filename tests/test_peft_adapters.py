@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint.__main__ import main
-from psysafe.checkpoint.adapter import adapter_shape, base_of_adapter, load_adapter, save_adapter
+from psysafe.checkpoint.adapter import adapter_shape, base_of_adapter, is_same_base, load_adapter, save_adapter
 from psysafe.checkpoint.merge import merge
+from psysafe.files import expand
 from psysafe.model.lora import attach
 from tests.mistakes import refused
 from tests.oracles import both_models, multimodal_model
@@ -192,7 +193,43 @@ def test_a_pickled_adapter_is_refused_and_named(saved):
     refused("adapter_model.safetensors: missing", load_adapter, model, theirs)
 
 
-def test_an_adapter_from_the_hub(saved, monkeypatch, tmp_path):
+def test_names_of_one_base_and_of_two(monkeypatch, tmp_path):
+    """A folder by any path to it, a hub id and its snapshot in the cache, a base that lay elsewhere on another machine;
+    not two folders of one name."""
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "hub/models--Qwen--Qwen3.5-27B/snapshots/0a1b"
+    for folder in (snapshot, tmp_path / "a/tiny", tmp_path / "b/tiny", tmp_path / "merged"):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/tiny")
+    (tmp_path / "a/config.json").touch()
+    here = str(tmp_path)
+    one = [
+        ("assets:tiny", expand("assets:tiny")),
+        (expand("assets:tiny"), "assets:tiny"),
+        ("/other/site-packages/psysafe/assets/tiny", "assets:tiny"),
+        ("Qwen/Qwen3.5-27B", str(snapshot)),
+        (str(snapshot), "Qwen/Qwen3.5-27B"),
+        ("/gone/models--Qwen--Qwen3.5-27B/snapshots/9f", "Qwen/Qwen3.5-27B"),
+        ("/gone/Qwen3.5-27B", "Qwen/Qwen3.5-27B"),
+        ("mirror/qwen3.5-27b", "Qwen/Qwen3.5-27B"),
+        (f"{here}/a/tiny", "a/tiny/"),
+        ("a/tiny", f"{here}/link"),
+        (f"random:{here}/a/config.json", "random:a/config.json"),
+    ]
+    two = [
+        ("a/tiny", "b/tiny"),
+        ("a/tiny", "merged"),
+        ("assets:tiny", "a/tiny"),
+        ("Qwen/Qwen3.5-27B", "Qwen/Qwen3.5-0.8B"),
+        ("Qwen/Qwen3.5-0.8B", str(snapshot)),
+        ("/gone/Qwen3.5-27B", "merged"),
+        ("a", "random:a/config.json"),
+    ]
+    assert [is_same_base(*pair) for pair in one] == [True] * len(one)
+    assert [is_same_base(*pair) for pair in two] == [False] * len(two)
+
+
+def test_an_adapter_from_the_hub(saved, monkeypatch, tmp_path, capsys):
     """A folder of that name counts first; a refusal of the hub becomes one line."""
     model, theirs, changed = saved
     theirs = changed(base_model_name_or_path=str(tmp_path / "base"))
@@ -207,7 +244,11 @@ def test_an_adapter_from_the_hub(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert torch.equal(load_adapter(model, "org/name").param, expected)
     assert base_of_adapter("org/name") == (str(tmp_path / "base"), "")
+    capsys.readouterr()
     merge("", "org/name", tmp_path / "merged")
+    assert capsys.readouterr().err == ""
+    merge(shutil.copytree(tmp_path / "base", tmp_path / "twin"), "org/name", tmp_path / "other")
+    assert f"trained on {tmp_path}/base, and runs on {tmp_path}/twin" in capsys.readouterr().err
     assert set(asked) == {"org/name"}
     shutil.copytree(theirs, tmp_path / "runs/x")
     load_adapter(model, "runs/x")

@@ -447,6 +447,19 @@ def test_a_run_that_began_from_an_adapter_resumes_without_its_folder(workspace, 
     assert json.loads((workspace / "homeless" / "adapter_config.json").read_text())["use_rslora"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_fails_from_the_first_line_on_ends_no_run(workspace, capfd):
+    """The settings that a start prints, and what a resumed run prints of its state."""
+    import train
+
+    for _ in ("begun", "resumed"):
+        with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert main_guard(train.main, command(workspace, "no-room", "--max-steps", "2")[2:]) == 0
+        err = capfd.readouterr().err
+        assert err == "warning: standard output: No space left on device; training goes on, lines are missing\n"
+
+
 def test_an_out_folder_that_is_another_runs_by_now_is_left_alone(workspace, capfd):
     import train
 
@@ -466,6 +479,20 @@ def test_an_out_folder_that_is_another_runs_by_now_is_left_alone(workspace, capf
     assert f"--out {out}: was deleted or moved while this run was going on, and is another" in capfd.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl"]
     assert (out / "metrics.jsonl").read_text() == "the other run's"
+
+
+def test_an_adapter_to_start_from_that_was_trained_on_another_base_is_named(workspace, tmp_path, capfd):
+    import train
+
+    assert train.main(command(workspace, "own-base", "--max-steps", "1")[2:]) == 0
+    folder = shutil.copytree(workspace / "own-base", tmp_path / "adapter")
+    init = ("--max-steps", "1", "--adapter-init", str(folder))
+    assert train.main(command(workspace, "same-base", *init)[2:]) == 0
+    assert "warning" not in capfd.readouterr().err
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    assert train.main(command(workspace, "other-base", *init)[2:]) == 0
+    assert f"warning: {folder}: the adapter was trained on org/other, and runs on " in capfd.readouterr().err
 
 
 def test_an_adapter_s_shape_is_said_to_be_its_own_and_a_flag_that_says_otherwise_is_refused(workspace, capfd):

@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
+import train
 from psysafe import runtime
+from psysafe.corpus import __main__ as corpus
+from psysafe.data import __main__ as data
+from psysafe.files import ASSETS
 from psysafe.program import StopRequest, UserError, exit_on_signals, main_guard
 from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
 from tests.mistakes import refused, refused_by
 
 ROOT = Path(__file__).resolve().parents[1]
+VAL = ASSETS / "rows" / "val.jsonl"
 
 
 def python(code: str, **environment) -> subprocess.Popen:
@@ -84,15 +90,41 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+NO_ROOM = "error: standard output: No space left on device\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_output_for_which_there_is_no_room_is_one_line_and_no_success():
-    code = "import sys; from psysafe.program import main_guard; sys.exit(main_guard(lambda argv: print('x'), []))"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("call", ["print('x')", "print('x', flush=True)", "print('x\\n' * 100_000)"])
+def test_output_for_which_there_is_no_room_is_one_line_and_no_success(call, unbuffered):
+    """At the end or before it; whether Python keeps what the disk refused, and would try it again, or not."""
+    code = f"import sys; from psysafe.program import main_guard; sys.exit(main_guard(lambda argv: {call}, []))"
     with open("/dev/full", "w") as full:
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
-    line = "error: standard output: No space left on device; its last lines are lost\n"
-    assert (done.returncode, done.stderr) == (1, line)
+    assert (done.returncode, done.stderr) == (1, NO_ROOM)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (generate.main, ["hi", "--model", "assets:tiny", "--max-new-tokens", "3"]),
+        (corpus.main, ["stats", str(VAL)]),
+        (corpus.main, ["validate", str(VAL)]),
+        (data.main, ["--show", str(VAL)]),
+        (train.main, ["--dry-run"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_command_whose_output_fails_says_so_in_one_line(main, argv, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main_guard(main, argv) == 1
+        assert sys.stdout is full
+    assert capsys.readouterr().err.endswith(NO_ROOM)
 
 
 def test_handlers_are_put_back():

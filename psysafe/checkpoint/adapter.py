@@ -12,6 +12,8 @@ both names (layout "both"), and either class finds its own.
 """
 
 import json
+import os
+import re
 import shlex
 from pathlib import Path
 
@@ -163,6 +165,33 @@ def base_of_adapter(source: str | Path) -> tuple[str, str]:
     if not config.get("base_model_name_or_path"):
         raise UserError(f"{source}/adapter_config.json names no base model; give --model")
     return as_asset(config["base_model_name_or_path"]), config.get("revision") or ""
+
+
+def warn_of_other_base(source: str | Path, model: str) -> None:
+    """Says so where an adapter names another base than the model that it is to run on; it fits by shape alone."""
+    named = read_adapter_config(adapter_folder(source)).get("base_model_name_or_path")
+    if named and not is_same_base(named, model):
+        say(f"warning: {source}: the adapter was trained on {as_asset(named)}, and runs on {model}")
+
+
+def is_same_base(named: str, model: str) -> bool:
+    """Whether two names, each a folder, a hub id or random:CONFIG.json, can mean one model.
+
+    Two that lie here are compared as places. Else the last part of the name decides: the adapter may come from another
+    machine, with the same base in another folder or from a mirror on the hub.
+    """
+    places = _place(named), _place(model)
+    if all(map(os.path.exists, places)):
+        return places[0] == places[1]
+    return Path(places[0]).name.casefold() == Path(places[1]).name.casefold()
+
+
+def _place(model: str) -> str:
+    """The path without links where there is one, else the name; of a snapshot in the hub's cache the hub id."""
+    path = os.path.realpath(Path(expand(model.removeprefix("random:"))).expanduser())
+    if snapshot := re.search("/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path):
+        return "/".join(snapshot.groups())
+    return path if os.path.exists(path) else model
 
 
 def fill_adapter(adapters: Adapters, tensors: dict[str, Tensor], source: str | Path) -> None:

@@ -6,6 +6,7 @@ The folder is written under a temporary name, read back and checked, and only th
 nothing that looks finished.
 """
 
+import errno
 import glob
 import json
 import os
@@ -14,11 +15,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psysafe.checkpoint.adapter import base_of_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import resolve_model
 from psysafe.checkpoint.peft_format import read_adapter
 from psysafe.checkpoint.tensor_files import (
@@ -31,7 +32,7 @@ from psysafe.checkpoint.tensor_files import (
     tensor_entries,
 )
 from psysafe.files import TEMPORARY, make_readable, new_folder, remove_leftovers, sync, temporary_for
-from psysafe.program import UserError
+from psysafe.program import UserError, named_errors
 
 # Weights in other formats would not be merged; the base's own shards and index are written anew.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)
@@ -53,6 +54,7 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     base, commit = resolve_model(model, revision or base_revision)
     if revision and not commit:
         raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions; leave the flag out")
+    warn_of_other_base(adapter, str(model))
     entries = list(tensor_entries(base))
     updates = _Updates(adapter, entries, base)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +62,17 @@ def merge(model: str, adapter: str | Path, out: str | Path, shard_size: str = ""
     # Everything is written beside `out` and renamed at the end: a folder of that name is always a whole checkpoint.
     temporary = temporary_for(out)
     try:
-        temporary.mkdir()
-        _copy_auxiliary(base, temporary)
-        plan = _plan(entries, limit)
-        for name, members in plan.items():
-            _write_file(temporary / name, members, updates)
-        if list(plan) != ["model.safetensors"]:
-            _write_index(temporary / INDEX, plan)
-        _verify(temporary, entries, updates)
-        sync(temporary)
-        os.rename(temporary, out)
+        with named_errors(out):
+            temporary.mkdir()
+            _copy_auxiliary(base, temporary)
+            plan = _plan(entries, limit)
+            for name, members in plan.items():
+                _write_file(temporary / name, members, updates)
+            if list(plan) != ["model.safetensors"]:
+                _write_index(temporary / INDEX, plan)
+            _verify(temporary, entries, updates)
+            sync(temporary)
+            os.rename(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -83,7 +86,10 @@ def _write_file(path: Path, members: list[TensorEntry], updates: "_Updates") -> 
     for entry in members:
         if tensors[entry.key].is_floating_point() and not all_finite(tensors[entry.key]):
             raise UserError(f"{entry.path}: {entry.key} {NOT_FINITE}")
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(errno.EIO, str(error)) from None
     make_readable(path)
     sync(path)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from psysafe.checkpoint.adapter import base_of_adapter, load_adapter
+from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.checkpoint.peft_format import adapter_folder
 from psysafe.cli import progress, say
@@ -341,4 +341,6 @@ def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Varia
     if args.revision and (revision or not is_repository(model)):
         why = f"{named[0]} names {revision} of {model}" if revision else f"{model} is no hub id"
         raise UserError(f"--revision has no effect: {why}; leave it out")
+    for adapter in named:
+        warn_of_other_base(adapter, model)
     return ModelUnderTest(model, revision or args.revision, args.device, args.dtype, options), variants

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from psysafe.files import parse_json, read_text, write_atomic
+from psysafe.files import parse_json, read_json, read_text, write_atomic
 from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.runtime import versions
@@ -94,6 +94,20 @@ def load(folder: str | Path) -> tuple[Result, dict]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no result of an evaluation ({error}); run it again") from None
+
+
+def check_folder(folder: str | Path, kind: str) -> None:
+    """Raises UserError where the folder holds the result of another evaluation than `kind`, which `save` would replace.
+
+    A damaged file is no obstacle: `load` asks to run the evaluation again, and the new result takes its place.
+    """
+    path = Path(folder) / FILE
+    try:
+        content = read_json(path)
+    except UserError:
+        return
+    if content.get("kind") != kind:
+        raise UserError(f"{path}: the result of {shown(content.get('kind'), '')}, not of {kind}; give another --out")
 
 
 def _check(result: Result, rest: dict) -> None:

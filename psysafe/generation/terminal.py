@@ -9,6 +9,7 @@ from psysafe.files import clusters
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.printable import plain
 
+COMMANDS = "/new begins anew, /exit ends"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -25,8 +26,11 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
 
 
 def chat(generator: Generator, system: str | None) -> None:
-    """Answers what is typed until stdin ends; the model sees the whole conversation since /new."""
-    print(f"{notice()}\n\n/new begins anew, /exit or Ctrl-D ends.")
+    """Answers what is typed until stdin ends; the model sees the whole conversation since /new.
+
+    Ctrl-C stops an answer: its question leaves the conversation, which goes on. At the prompt it ends the program.
+    """
+    print(f"{notice()}\n\n{COMMANDS} (or Ctrl-D), Ctrl-C stops an answer.")
     start = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(start), 0  # the turn names the random numbers of its answer
     for text in _typed():
@@ -35,12 +39,20 @@ def chat(generator: Generator, system: str | None) -> None:
         if text == "/new":
             messages = list(start)
             continue
+        if text.startswith("/"):
+            print(f"unknown command; {COMMANDS}", file=sys.stderr)
+            continue
         turn += 1
         messages.append({"role": "user", "content": text})
         try:
             answer = ask(generator, messages, turn)
         except ValueError as error:  # the conversation outgrew the context
             print(plain(f"{error}, or begin anew with /new"), file=sys.stderr)
+            messages.pop()
+            continue
+        except KeyboardInterrupt:
+            # The engine clears what it left in its slots when the next answer begins.
+            print("stopped; the conversation goes on without this question", file=sys.stderr)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer.answer, "reasoning_content": answer.reasoning})
