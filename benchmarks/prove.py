@@ -54,7 +54,7 @@ STAGES = [
     Stage("compile", 4, 600, "benchmarks.prove_tasks:compile_launches"),
     Stage("check", 5, 90, "benchmarks.prove_tasks:check"),
     Stage("bench", 4, 90, "benchmarks.prove_tasks:bench"),
-    Stage("step", 4, 120, "benchmarks.prove_tasks:step"),
+    Stage("step", 4, 600, "benchmarks.prove_tasks:step"),
     Stage("generate", 2, 120, "benchmarks.prove_tasks:generate"),
     Stage("rest", 4, 60, "benchmarks.prove_tasks:rest"),
 ]

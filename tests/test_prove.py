@@ -1,5 +1,6 @@
 """benchmarks/prove.py: no stage stops another, every result is in a valid file at once, the exit code says the rest."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -11,8 +12,14 @@ import pytest
 
 from benchmarks import prove, prove_tasks
 from benchmarks.prove import FAILED, NOT_REACHED, ROOT, Stage
+from kernels.proof import bench
 from kernels.proof.registry import operations
 from tests.prove_stages import broken, fine, hanging, troubled
+
+KERNELS = [
+    {"direction": direction, "name": f"gated_rms_norm {direction}", "function": f"_{direction}_kernel"}
+    for direction in ("forward", "backward")
+]
 
 
 def stage(tasks, share: float = 1, silence: float = 30) -> Stage:
@@ -123,6 +130,48 @@ def test_every_kernel_is_shown_on_paper_against_measured():
     _, forward, backward = prove.lines(row)
     assert "measured     100 us" in forward and f"{100 / kernels[0]['paper_us']:.2f} x" in forward
     assert backward.endswith("us, not measured")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU in the eyes of the tasks; what is timed there runs as the reference on the CPU."""
+    monkeypatch.setattr(prove_tasks, "on_paper", lambda: False)
+    monkeypatch.setattr(prove_tasks.torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(prove_tasks, "_measured_ceilings", lambda: bench.Ceilings(3e12, 700e12))
+    monkeypatch.setattr(prove_tasks, "_profiled", lambda call: {"_forward_kernel": 40.0})
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "median_ms", lambda calls, repeats: (calls[0]() and repeats / 10) or repeats / 10)
+    (op,) = operations(["gated_rms_norm"])
+    reference = dataclasses.replace(op, triton=op.reference, cases=op.cases[-1:], peers=())
+    monkeypatch.setattr(prove_tasks, "_operations", lambda: [reference])
+
+
+def test_on_a_gpu_the_bench_times_triton_and_then_one_baseline(gpu, monkeypatch):
+    monkeypatch.setattr(prove_tasks, "predicted", lambda op, size: [entry | {"paper_us": 20.0} for entry in KERNELS])
+    ours, baseline = prove_tasks.bench()
+    row = ours.run()
+    assert row["numbers"]["forward ms"] == row["numbers"]["backward ms"] == bench.REPEATS / 10
+    assert [kernel.get("measured_us") for kernel in row["kernels"]] == [40.0, None]
+    assert baseline.name == "gated_rms_norm, torch"
+    assert baseline.run()["numbers"]["forward ms"] == prove_tasks.BASELINE_REPEATS / 10
+    assert all(time["version"] == "torch" for time in baseline.run()["times"])
+    json.dumps(row)
+
+
+def test_what_was_measured_counts_without_a_prediction(gpu, monkeypatch):
+    monkeypatch.setattr(prove_tasks, "predicted", lambda op, size: 1 / 0)
+    row = prove_tasks.bench()[0].run()
+    assert "no prediction: ZeroDivisionError" in row["reason"] and row["numbers"]["forward ms"]
+
+
+def test_on_a_gpu_every_stage_knows_its_tasks(gpu):
+    assert [task.name for task in prove_tasks.check()] == ["gated_rms_norm"]
+    assert [task.name for task in prove_tasks.generate()] == ["0.8B", "27B"]
+    names = [task.name for task in prove_tasks.rest()]
+    assert any("bfloat16" in name for name in names) and any("mutant" in name for name in names)
+    assert "NVIDIA H100" in prove_tasks.environment()[0].run()["reason"]
+    row = prove_tasks.environment()[1].run()
+    assert row["numbers"]["copy GB/s"] == pytest.approx(3000)
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "nan"], ["--out", "nowhere/prove.json"]])
