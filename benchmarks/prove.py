@@ -109,6 +109,7 @@ class Report:
             "rows": self.rows,
         }
         write_atomic(self.out, json.dumps(document, indent=1) + "\n")
+        self.written = time.monotonic()  # when the present task began, at the earliest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -143,7 +144,7 @@ def prove(stages: Sequence[Stage], minutes: float, out: Path) -> int:
 def run_stage(stage: Stage, deadline: float, report: Report) -> None:
     """All tasks of a stage, in as many processes as it takes, up to the deadline (of time.monotonic)."""
     while time.monotonic() < deadline:
-        done, began = len(report.of(stage)), time.monotonic()
+        done = len(report.of(stage))
         with tempfile.TemporaryFile() as errors, child(stage, done, errors) as process:
             stopped = receive(process, stage, deadline, report)
             # Who has closed its end of the pipe ends at once, or never.
@@ -161,7 +162,7 @@ def run_stage(stage: Stage, deadline: float, report: Report) -> None:
                 "task": tasks[reached] if tasks else "start",
                 "result": result,
                 "reason": reason,
-                "seconds": time.monotonic() - began,
+                "seconds": time.monotonic() - report.written,
             },
         )
         if tasks is None or reached + 1 == len(tasks):

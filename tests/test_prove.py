@@ -67,6 +67,7 @@ def test_a_task_that_hangs_is_killed_with_all_it_started_and_the_rest_goes_on(tm
     out = tmp_path / "prove.json"
     assert prove.prove([stage(hanging, silence=1.5), stage(fine)], 1, out) == FAILED
     assert results(out, "hanging") == {"before": "ok", "hangs": "hung", "after": "ok"}
+    assert 1.5 <= json.loads(out.read_text())["rows"][1]["seconds"] < 2.5, "from the result before it"
     assert results(out, "fine") == {"one": "ok", "two": "ok"}
     assert ends(int(pid_file.read_text()))
 
