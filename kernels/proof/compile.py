@@ -27,7 +27,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 
 REGISTER_LIMIT = 255  # per thread
 REGISTER_FILE = 65_536  # per block: all its threads' registers together
 SPILL_BUDGET_LIMIT = 64  # a larger budget would hide a kernel that does not fit
-WORKERS = 2
+WORKERS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

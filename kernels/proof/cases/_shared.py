@@ -17,7 +17,9 @@ def packed(lengths: list[int] | tuple[int, ...], device: torch.device | str = "c
 
 def random_on(device: torch.device | str, seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(normal, uniform): functions from a shape to fp32 numbers on the device, from one generator."""
-    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    # On meta there are no values to draw: a size's launches can be traced there (benchmarks/prove_tasks.py).
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
     return functools.partial(torch.randn, **options), functools.partial(torch.rand, **options)
 
 
