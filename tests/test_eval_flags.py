@@ -175,7 +175,7 @@ def world(tmp_path, monkeypatch):
         row = {"response": "so</think>I can't help.", "answer": "I can't help.", "unfinished_thinking": False}
         return {v: {q.number: {"prompt": q.prompt, **row} for q in questions} for v in variants}
 
-    def load(self):
+    def load(self, variants=()):
         seen.append(["load", repr(self)])
         return loaded
 

@@ -81,11 +81,16 @@ def test_an_adapter_on_another_base_is_named_once(tmp_path, capsys):
     """Whatever the number of system prompts."""
     folder = tmp_path / "adapter"
     save_adapter(attach(load_model(MODEL), 1, 4.0), folder, MODEL, multimodal=False)
-    words = ["mmlu", "--out", "x", "--adapter", "base", "--adapter", str(folder), "--system", "none,v0"]
-    for model in ("assets:tiny", MODEL):
-        models_under_test.from_arguments(script.parse([*words, "--model", model]))
-    line = f"warning: {folder}: the adapter was trained on {MODEL}, and runs on assets:tiny\n"
-    assert capsys.readouterr().err == line
+    twin = shutil.copytree(Path(MODEL.removeprefix("random:")).parent, tmp_path / "twin")
+    rows = {"mmlu": ["--data", str(ROOT / "tests/fixtures/eval/mmlu.jsonl")],
+            "judge": ["--prompts", str(VAL), "--judge", "rules", "--no-thinking", "--max-new-tokens", "1"]}  # fmt: skip
+    for command, more in rows.items():
+        words = [command, *more, "--limit", "1", "--adapter", "base", "--adapter", str(folder), "--system", "none,v0"]
+        for model, warnings in ((MODEL, 0), (f"random:{twin}/config.json", 1)):
+            capsys.readouterr()
+            assert run(*words, "--model", model, "--out", str(tmp_path / f"{command} {warnings}")) == 0
+            line = f"warning: {folder}: the adapter was trained on {MODEL}, and runs on {model}\n"
+            assert capsys.readouterr().err.count(line) == warnings
 
 
 @pytest.fixture

@@ -75,8 +75,11 @@ class ModelUnderTest:
     dtype: str = "auto"
     options: Options = field(default_factory=Options)
 
-    def load(self) -> tuple[Qwen3_5, Tokenizer]:
-        """The model on its device, and its tokenizer."""
+    def load(self, variants: Sequence[Variant] = ()) -> tuple[Qwen3_5, Tokenizer]:
+        """The model on its device, and its tokenizer. variants: whose adapters it is to run with; none is attached."""
+        for adapter in dict.fromkeys(variant.adapter for variant in variants):
+            if adapter != BASE:
+                warn_of_other_base(adapter, self.model)
         runtime = start(self.device, self.dtype)
         # `start` asks for determinism, for which index_put would sort. Nothing here writes one place twice.
         torch.set_deterministic_debug_mode("default")
@@ -118,7 +121,7 @@ class ModelUnderTest:
         with Journal(out) as journal:
             missing = {v: [q for q in questions if keys[v][q.number] not in journal.rows] for v in variants}
             if any(missing.values()):
-                model, tokenizer = self.load()
+                model, tokenizer = self.load(variants)
                 for variant in filter(missing.get, variants):
                     self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
             journal.sync()
@@ -341,6 +344,4 @@ def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Varia
     if args.revision and (revision or not is_repository(model)):
         why = f"{named[0]} names {revision} of {model}" if revision else f"{model} is no hub id"
         raise UserError(f"--revision has no effect: {why}; leave it out")
-    for adapter in named:
-        warn_of_other_base(adapter, model)
     return ModelUnderTest(model, revision or args.revision, args.device, args.dtype, options), variants

@@ -179,7 +179,7 @@ class MultipleChoice(Evaluation):
                 identity = [self.name, weights_and_dtype, adapter, system, args.chat, args.thinking, args.max_tokens]
                 keys = [key_of(*identity, *item) for item in items]
                 if any(key not in journal.rows for key in keys):
-                    loaded = loaded or model.load()
+                    loaded = loaded or model.load(variants)
                     speed = self._compute(*loaded, variant, items, keys, journal, args)
                 by_variant[variant] = [journal.rows[key]["log_likelihoods"] for key in keys]
             journal.sync()
