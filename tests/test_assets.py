@@ -70,7 +70,8 @@ def unknown_contacts(text: str) -> list[str]:
     phones = [match.group() for match in PHONES.finditer(text)]
     hosts = [(match.group(1) or match.group(2)).rstrip(".").lower() for match in HOSTS.finditer(text)]
     local = {"localhost", "127.0.0.1", "0.0.0.0"}
-    return [p for p in phones if p not in known_phones()] + [h for h in hosts if h not in known_hosts() | local]
+    hosts = [h for h in hosts if h not in known_hosts() | local and not h.endswith(".invalid")]  # RFC 2606: nobody's
+    return [p for p in phones if p not in known_phones()] + hosts
 
 
 def repository_files() -> list[Path]:

@@ -17,7 +17,7 @@ from tests.test_resume import metrics, workspace  # noqa: F401
 # Values other than the base run's. "{folder}" holds a model, its rows, and an adapter of rank 2.
 CHANGED = {
     "model": "assets:tiny", "data": "{folder}/val.jsonl", "val_data": "{folder}/train.jsonl", "val_fraction": "0.5",
-    "system": "{folder}/system.txt", "train_turns": "all", "max_tokens": "60", "long_rows": "drop",
+    "system": "{folder}/system.txt", "max_tokens": "60",
     "save_every": "1", "batch_size": "3", "epochs": "2",
     "max_steps": "4", "lora_rank": "2", "lora_alpha": "8", "lora_targets": "q_proj", "adapter_layout": "multimodal",
     "adapter_init": "{folder}/adapter", "optimizer": "adamw", "min_8bit_size": "100000", "lr": "0.5", "beta1": "0.1",
@@ -29,7 +29,7 @@ REFUSED = {  # on one rank of a CPU, or without what they belong to
     "revision": "none-such",
 }  # fmt: skip
 # Where the run lives, and what by design changes no number: tests of their own show what they do.
-ELSEWHERE = {"out", "resume", "threads", "micro_batch_tokens", "embedding"}
+ELSEWHERE = {"out", "resume", "threads", "micro_batch_tokens", "embedding", "train_turns", "long_rows"}
 
 
 def observed(folder: Path, out: Path, **changes: str) -> tuple:

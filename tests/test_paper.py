@@ -319,7 +319,7 @@ def count_gathers(folder: str) -> None:
     adapters = attach(model, 1, 32.0, TARGETS)
     settings = TrainConfig(dtype="float32", batch_size=4, micro_batch_tokens=16)
     data = documents_of([16] * 4)
-    watch = Watchdog(replace(runtime, world_size=1), 600)
+    watch = Watchdog(replace(runtime, rank=0, world_size=1), 600)
     run = Run(settings, runtime, model, adapters, make_optimizer(adapters, settings), data, None, 2, watch)
     train_step(run)  # the first step builds what later ones use
     with Count():

@@ -28,13 +28,22 @@ def torchrun(folder, out, ranks, *more, script=None) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+STEP_OF = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("psysafe.training.step", {path!r})
+sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
 def mutant(folder, right: str, wrong: str):
-    """train.py with one expression exchanged."""
-    source = (ROOT / "train.py").read_text()
+    """train.py with another psysafe/training/step.py, in which one expression is exchanged."""
+    source = (ROOT / "psysafe" / "training" / "step.py").read_text()
     assert source.count(right) == 1
-    path = folder / "train.py"
-    path.write_text(source.replace(right, wrong))
-    return path
+    step, script = folder / "step.py", folder / "train.py"
+    step.write_text("from dataclasses import replace\n" + source.replace(right, wrong))
+    script.write_text(STEP_OF.format(path=str(step)) + (ROOT / "train.py").read_text())
+    return script
 
 
 def series(run, key) -> torch.Tensor:

@@ -283,6 +283,8 @@ def save_run(run: Run, log: RunLog) -> None:
 
 def _keep_run_dir(run: Run) -> None:
     """Make a deleted run directory, and its lock, anew (RunLog says so). UserError where another run was faster."""
+    if not run.runtime.is_main:  # another rank saves when it ran out of memory; the main one still holds the lock
+        return
     out, path = run.config.out, Path(run.config.out) / LOCK
     with contextlib.suppress(OSError):  # what cannot be made now is tried again at the next save
         if not path.exists():
