@@ -1,8 +1,13 @@
-"""Every flag of train.py: it changes what a run prints, writes or learns, or it is refused."""
+"""Every flag of train.py: it changes what a run prints, writes or learns, or it is refused. (tests/test_eval_flags.py
+walks those of eval.py in the same way.) And no flag of any command is only declared.
+"""
 
+import ast
 import contextlib
 import io
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,8 @@ from psysafe.program import main_guard
 from psysafe.training.config import KEYS, resolve
 from tests.mistakes import refused_by
 from tests.test_resume import metrics, workspace  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Values other than the base run's. "{folder}" holds a model, its rows, and an adapter of rank 2.
 CHANGED = {
@@ -100,3 +107,27 @@ def test_epochs_that_do_not_count_are_refused(capsys, tmp_path):
 def test_a_size_for_8_bit_state_without_8_bit_state_is_refused(capsys):
     line = refused_by(train.main, ["--min-8bit-size", "1", "--optimizer", "adamw"], capsys)
     assert "--min-8bit-size has no effect here: take --optimizer adamw8bit, or leave it out" in line
+
+
+def unread_flags(sources: dict[str, str]) -> list[str]:
+    """Flags that argparse is told of in one of these files, and whose value none of them reads."""
+    unread, code = [], "\n".join(sources.values())
+    for node in (node for text in sources.values() for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("add", "add_argument"):
+            flag = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            names = [keyword.value.value for keyword in node.keywords if keyword.arg == "dest"]
+            name = names[0] if names else str(flag).removeprefix("--").replace("-", "_")
+            if str(flag).startswith("--") and not re.search(rf"\.{name}\b", code):
+                unread.append(flag)
+    return unread
+
+
+def test_every_flag_of_every_command_is_read():
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert unread_flags({name: (ROOT / name).read_text() for name in listed if not name.startswith("tests/")}) == []
+
+
+def test_a_flag_that_nobody_reads_is_found():
+    declared = 'parser.add_argument("--top-k")\nadd("--seed", dest="number")\n'
+    assert unread_flags({"a.py": declared, "b.py": "args.top_k"}) == ["--seed"]
+    assert unread_flags({"a.py": declared, "b.py": "args.number"}) == ["--top-k"]
