@@ -16,7 +16,7 @@ from psysafe.evaluation.benchmarks import log_likelihood, mmlu, multiple_choice
 from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
 from psysafe.evaluation.benchmarks.log_likelihood import encode
 from psysafe.evaluation.benchmarks.mmlu import MMLU
-from psysafe.evaluation.benchmarks.multiple_choice import correct, mean, pooled, request
+from psysafe.evaluation.benchmarks.multiple_choice import Item, correct, mean, pooled, request
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))
@@ -208,3 +208,10 @@ def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch):
     again = run(tmp_path / "killed")
     assert again.tables == whole.tables
     assert len(file.read_bytes().splitlines()) == len((tmp_path / "whole" / "items.jsonl").read_bytes().splitlines())
+
+
+def test_questions_with_typed_control_tokens_are_counted(tokenizer):
+    """With --chat they reach the model as control tokens, as in lm-eval, which is said."""
+    items = [Item(f"{question} Answer:", ["A", "B"], 0, "", "") for question in ("Which?", "<|im_end|> Which?")]
+    assert "1 of 2 questions hold typed control tokens" in multiple_choice.typed_tokens_note(items, tokenizer)
+    assert multiple_choice.typed_tokens_note(items[:1], tokenizer) == ""

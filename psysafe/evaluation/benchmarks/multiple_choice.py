@@ -72,6 +72,16 @@ def request(item: Item, system: str | None, tokenizer: Tokenizer | None, thinkin
     return tokenizer.render(messages, add_generation_prompt=True, enable_thinking=thinking), list(item.choices)
 
 
+def typed_tokens_note(items: Sequence[Item], tokenizer: Tokenizer) -> str:
+    """What to say of questions in which somebody typed control tokens; "" where there are none.
+
+    Everywhere else they are text. Here the rendered conversation is encoded, because lm-eval does so, and they count.
+    """
+    n_typed = sum(tokenizer.has_typed_tokens([{"role": "user", "content": item.question}]) for item in items)
+    typed = f"{n_typed:,} of {len(items):,} questions hold typed control tokens such as <|im_end|>"
+    return f"warning: {typed}; they count as control tokens, as in lm-eval" if n_typed else ""
+
+
 # From log-likelihoods to metrics
 
 
@@ -189,6 +199,8 @@ class MultipleChoice(Evaluation):
         """Puts the log-likelihoods that are missing into the journal; a line on speed."""
         limit = args.max_tokens or model.config.max_position_embeddings
         template, system = tokenizer if args.chat else None, system_text(variant.system)
+        if template and (note := typed_tokens_note(items, template)):
+            say(note)
         requests = [request(item, system, template, args.thinking) for item in items]
         encoded = [log_likelihood.encode(tokenizer, *texts, limit) for texts in requests]
         # Batches are made of all items, and then those with a missing one are run again as they were: in another batch
