@@ -43,7 +43,8 @@ BLOCK = 4  # layers of the pattern: three delta-net, one attention
 WORK = ("GEMM", "attention", "delta rule", "elementwise")
 
 
-# Other people's fused kernels as one operation each, forward and backward: what goes in, comes out, and is saved.
+# Other people's fused kernels as one operation each, forward and backward: what goes in, comes out, and is saved. Only
+# shapes are computed, on meta; whoever runs one on a real device gets an error instead of numbers.
 
 
 @torch.library.custom_op("paper::attention", mutates_args=())

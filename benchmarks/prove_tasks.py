@@ -44,19 +44,20 @@ def environment() -> list[Task]:
 
 
 def _versions() -> dict:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     if not on_paper():
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        found["gpu"] = torch.cuda.get_device_name()
+        versions["gpu"] = torch.cuda.get_device_name()
         # Some containers have the GPU without this program; nothing else depends on it.
         with contextlib.suppress(OSError):
-            found["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return {"versions": found, "reason": ", ".join(f"{name} {version}" for name, version in found.items() if version)}
+            versions["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return {"versions": versions, "reason": listed}
 
 
 @functools.cache

@@ -190,9 +190,9 @@ def test_leaks_of_a_templated_corpus_are_a_summary_and_all_of_them_are_in_the_js
         assert f"\n{count:,} {kind} of {held} stand in {training} ({how})\n" in printed
         assert more == 0 or f"\n  and {more:,} more\n" in printed
     assert f"  {held} row 8 (line 8): its prompt stands in {training} row 2 (line 2) (exactly)\n" in printed
-    found = json.loads((tmp_path / "leaks.json").read_text())
-    assert sorted(found["counts"].values()) == [1, 2, 999] and len(found["leaks"]) == 1002
-    assert found["leaks"][0] == {
+    report = json.loads((tmp_path / "leaks.json").read_text())
+    assert sorted(report["counts"].values()) == [1, 2, 999] and len(report["leaks"]) == 1002
+    assert report["leaks"][0] == {
         "row": f"{held} row 1 (line 1)", "what": "answer", "where": f"{training} row 1 (line 1)", "exact": True,
     }  # fmt: skip
     assert main(command) == 1
@@ -332,9 +332,9 @@ def test_validate_notes_nothing_about_a_row_that_it_refuses(tmp_path, capsys):
 
 
 def test_validate_notes_the_same_about_conversations_as_about_pairs(tmp_path, capsys):
-    told = {"risk cluster": "violence", "risk category": "c"}
+    labels = {"risk cluster": "violence", "risk category": "c"}
     conversation = {"conversations": [{"from": "human", "value": "HI!"}, {"from": "gpt", "value": "Yes."}]}
-    rows = [row("Hi"), {"messages": TURNS}, conversation, {"messages": TURNS} | told]
+    rows = [row("Hi"), {"messages": TURNS}, conversation, {"messages": TURNS} | labels]
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["validate", path]) == 0
     printed = capsys.readouterr().out

@@ -332,10 +332,10 @@ def test_what_a_killed_write_left_is_removed_by_the_next_write_of_that_name(tmp_
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here = f".tmp-{os.uname().nodename}-"
-    kept = [f"{name}{here}{os.getppid()}", f"other.jsonl{here}{dead.pid}", f"answers 1.jsonl{here}{dead.pid}"]
-    kept += [f"{name}.tmp-another-machine-{dead.pid}"]  # on a shared disk, whose process may well run
-    kept += [f"{name}.tmp-old", f"{name}.tmp-{dead.pid}", f"{name}{here}old", f"{name}{here}0"]  # the user's own
-    for path in (f"{name}{here}{dead.pid}", f"{name}{here}{os.getpid()}", *kept):
+    others = [f"{name}{here}{os.getppid()}", f"other.jsonl{here}{dead.pid}", f"answers 1.jsonl{here}{dead.pid}"]
+    others += [f"{name}.tmp-another-machine-{dead.pid}"]  # on a shared disk, whose process may well run
+    others += [f"{name}.tmp-old", f"{name}.tmp-{dead.pid}", f"{name}{here}old", f"{name}{here}0"]  # the user's own
+    for path in (f"{name}{here}{dead.pid}", f"{name}{here}{os.getpid()}", *others):
         (tmp_path / path).write_text("half")
     write_atomic(tmp_path / name, "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {name, *kept}
+    assert {path.name for path in tmp_path.iterdir()} == {name, *others}

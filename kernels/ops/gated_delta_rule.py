@@ -39,7 +39,7 @@ Rounding there: states, the inverse, sums and gates are fp32; the operands of a 
 fp32 inputs are multiplied in full fp32. Saved for backward, bytes a token and layer at 27B in bf16 (H 48, G 16), beside
 q, k, v, a, b: c, beta and norms 704; M, P 12,288; fp32 states every 1,024 tokens of a document, none for shorter ones,
 <= 3,072. The backward pass needs 61 KB a token more for R, S and dS', of one layer at a time. Bytes moved a token:
-70 KB forward, 237 KB backward. A chunk that a document does not fill takes as long as a full one.
+72 KB forward, 238 KB backward. A chunk that a document does not fill takes as long as a full one.
 A_log and dt_bias are frozen: the Triton path raises ValueError if they require a gradient.
 """
 

@@ -134,8 +134,8 @@ def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
     text, separator = decode_text(content, path), csv.get_dialect(dialect).delimiter
     header = text.partition("\n")[0]
     if separator not in header and (other := next((mark for mark in ",;\t|" if mark in header), None)):
-        found = f"{other!r} between the names in line 1, expected {separator!r}"
-        raise UserError(f"{path}: {found}; save it with this separator (a .tsv has '\\t', a .csv ',')")
+        separator_text = f"{other!r} between the names in line 1, expected {separator!r}"
+        raise UserError(f"{path}: {separator_text}; save it with this separator (a .tsv has '\\t', a .csv ',')")
     # strict: else a quotation mark that is never closed would make one cell of the whole rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
     csv.field_size_limit(2**31 - 1)

@@ -291,8 +291,8 @@ def _keep_run_dir(run: Run) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             run.lock = open_locked(path, f"--out {out}")
         elif not os.path.samestat(os.fstat(run.lock.fileno()), path.stat()):
-            found = "was deleted or moved while this run was going on, and is another run's now"
-            raise UserError(f"--out {out}: {found}; step {run.step} is not saved; start again with another --out")
+            event = "was deleted or moved while this run was going on, and is another run's now"
+            raise UserError(f"--out {out}: {event}; step {run.step} is not saved; start again with another --out")
 
 
 def restore_run(run: Run, state: State) -> None:

@@ -102,12 +102,12 @@ class Listing:
     @cached_property
     def loops(self) -> tuple[tuple[int, int], ...]:
         """(first, last) index of every loop, in the order of their first instructions; the outer of two comes first."""
-        found = []
+        loops = []
         for i, instruction in enumerate(self.code):
             target = self.target(i)
             if instruction.predicate and target is not None and i - target > SPIN:
-                found.append((target, i))
-        return tuple(sorted(found, key=lambda loop: (loop[0], -loop[1])))
+                loops.append((target, i))
+        return tuple(sorted(loops, key=lambda loop: (loop[0], -loop[1])))
 
     @cached_property
     def ifs(self) -> tuple[int, ...]:

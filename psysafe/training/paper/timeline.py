@@ -30,6 +30,7 @@ def events(trace: Trace, gpu: PaperGPU) -> Iterator[tuple[float, float, Op]]:
 
 def svg(title: str, trace: Trace, gpu: PaperGPU, details: bool = False) -> str:
     """The picture. details: every operation is an element of its own, with a text that a browser shows on hover."""
+    # Operations lie one after the other, as they are priced: the width of each is its time on paper.
     timeline = list(events(trace, gpu))
     total, totals = sum(seconds for _, seconds, _ in timeline), gpu.total(trace.ops, kind)
     scale = (WIDTH - LEFT - RIGHT) / total
