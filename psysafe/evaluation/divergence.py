@@ -6,7 +6,7 @@ p: the base, q: the same forward with the adapter; t: the N tokens of an answer,
 vocabulary. 0 where the adapter changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,35 +46,46 @@ def by_variant(
     identity = model.identity
     keys = {v: {k: key_of("kl", identity, *variant_identity(v), c) for k, c in asked[v].items()} for v in asked}
     with Journal(out) as journal:
-        missing = {v: [k for k in asked[v] if keys[v][k] not in journal.rows] for v in asked}
-        if any(missing.values()):
+        missing = {v: [keys[v][k] not in journal.rows for k in asked[v]] for v in asked}
+        if any(map(any, missing.values())):
             loaded, tokenizer = model.load(list(asked))
-            for variant in filter(missing.get, asked):
+            for variant in (v for v in asked if any(missing[v])):
                 load_adapter(loaded, expand(variant.adapter))
-                values = divergences(loaded, tokenizer, [asked[variant][k] for k in missing[variant]], variant.name)
-                for k, value in zip(missing[variant], values, strict=True):
-                    journal.append(keys[variant][k], {"variant": variant.name, "kl": value})
+                key_of_place = list(keys[variant].values())
+                values = divergences(loaded, tokenizer, list(asked[variant].values()), missing[variant], variant.name)
+                for place, value in values:
+                    journal.append(key_of_place[place], {"variant": variant.name, "kl": value})
                 detach(loaded)
         journal.sync()
         return {v: {k: journal.rows[keys[v][k]]["kl"] for k in asked[v]} for v in asked}
 
 
-@torch.inference_mode()
 def divergences(
-    model: Qwen3_5, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], description: str = ""
-) -> list[float]:
-    """Mean KL(base || tuned) over the assistant's tokens of each conversation. model: with its adapter attached."""
+    model: Qwen3_5,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    missing: Sequence[bool],
+    description: str = "",
+) -> Iterator[tuple[int, float]]:
+    """(place, mean KL(base || tuned) over the assistant's tokens) of each conversation that is missing.
+
+    model: with its adapter attached. How the conversations are packed depends on all of them, and a micro-batch is
+    computed as a whole: a run that was interrupted rounds as one that was not.
+    """
     encoded = map(tokenizer.encode_trained, conversations)
     documents = [Document(np.array(ids, np.int32), np.array(trained), "") for ids, trained in encoded]
-    parts = []
-    with progress(len(documents), f"{description}: KL to the base", "answers") as bar:
+    first = 0
+    with progress(sum(missing), f"{description}: KL to the base", "answers") as bar:
         for batch in pack(documents, BATCH_TOKENS[model.embed_tokens.device.type]):
-            parts.append(_by_token(model, batch))
-            bar.update(len(batch.cu_seqlens) - 1)
-    by_document = torch.cat(parts).split([document.n_targets for document in documents]) if parts else []
-    return [values.mean().item() for values in by_document]
+            places = range(first, first + len(batch.cu_seqlens) - 1)
+            first = places.stop
+            if any(missing[i] for i in places):
+                by_document = _by_token(model, batch).split([documents[i].n_targets for i in places])
+                yield from ((i, by_document[i - places.start].mean().item()) for i in places if missing[i])
+                bar.update(sum(missing[i] for i in places))
 
 
+@torch.inference_mode()
 def _by_token(model: Qwen3_5, batch: MicroBatch) -> Tensor:
     """KL at each row that predicts a token of an answer: (N,) fp64 on the CPU."""
     device = model.embed_tokens.device
