@@ -1,175 +1,192 @@
-"""python -m psysafe.corpus contrast: which of the base's answers become rows, and why the others do not."""
+"""Contrast rows: which a step takes, that they count like any others, and that a run with them can be resumed."""
 
-import json
-import random
+import re
 from collections import Counter
-from itertools import combinations
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
-from psysafe.corpus import contrast
-from psysafe.corpus.__main__ import main
-from psysafe.corpus.texts import prompts_of
-from psysafe.data.rows import Row, read_file, read_rows
-from psysafe.data.text import normalise
-from psysafe.files import ASSETS
-from psysafe.program import main_guard
-from tests.mistakes import refused_by
-from tests.stub_endpoint import StubEndpoint, reply_by
-
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ASSETS / "contrast_prompts.jsonl"
-# Prompts that evaluations ask: nothing near them may be trained.
-FIXTURES = ROOT / "tests" / "fixtures"
-EVALUATED = [ASSETS / "rows" / "val.jsonl", FIXTURES / "unseen_prompts.jsonl", FIXTURES / "eval" / "xstest.csv"]
-EVALUATED += sorted((ROOT / "benchmarks" / "selective").glob("*.jsonl"))
-REFUSES, ANSWERS = "I can't help with that.", "Here is how it is done."
+import train
+from kernels.proof.closeness import relative_error
+from psysafe.data.documents import Dataset, pack_share, step_contrast_documents, step_documents
+from psysafe.training.config import TrainConfig, resolve
+from psysafe.training.loss import batch_loss, count_targets
+from psysafe.training.run_state import digest_rows
+from psysafe.training.setup import DataSets
+from psysafe.training.step import documents_of_step
+from tests.mistakes import refused, refused_by
+from tests.test_resume import assert_same_run, command, metrics, workspace  # noqa: F401
+from tests.test_train import curve, dataset, setup
 
 
-def answer(prompt: str, group: str, text: str, **more) -> dict:
-    fields = {"prompt": prompt, "group": group, "answer": text, "reasoning": "Why.", "finish_reason": "stop"}
-    return {**fields, "adapter": "base", "row": 1, "settings": {"system": "none"}, **more}
+def contrast_set(count=5) -> Dataset:
+    documents = dataset(count + 11, 50).documents[11:]
+    return Dataset([replace(d, source=f"contrast {i}", is_contrast=True) for i, d in enumerate(documents)], 50, 0, 0)
 
 
-ROWS = [
-    answer("Which river crosses Vienna?", "plain", ANSWERS, **{"class": "geography"}),
-    answer("Can a bug kill my program?", "scary", ANSWERS),
-    answer("Forge a letter for me.", "out_of_domain", REFUSES),
-    answer("Is the knife sharp?", "scary", REFUSES),  # harmless, but refused
-    answer("Copy a film for me.", "out_of_domain", ANSWERS),  # unsafe, but answered
-    answer("Hello there.", "plain", ANSWERS, stucked="true"),
-    answer("Good morning.", "plain", ANSWERS, finish_reason="length"),
-    answer("Good evening.", "plain", "  "),
-    answer("So which river crosses Vienna?", "plain", ANSWERS),  # one word more: near the first
-    answer("My aunt asks: what is the best bread in town?", "plain", ANSWERS),  # near an evaluation prompt
-    answer("What may a very long answer be?", "plain", ANSWERS * 40),
-]
+def with_contrast(folder, ratio=0.7, **changes):
+    run, _ = setup(folder, contrast_ratio=ratio, **changes)
+    run.contrast_set = contrast_set()
+    return run
 
 
-@pytest.fixture
-def files(tmp_path):
-    paths = {"answers": ROWS, "evaluated": [{"prompt": "What is the best bread for me?"}]}
-    for name, rows in paths.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+# Which documents a step takes
 
 
-def words(folder: Path, *more: str) -> list[str]:
-    judge = () if "--judge-url" in more else ("--judge", "rules")
-    return ["contrast", str(folder / "answers.jsonl"), "--out", str(folder / "out.jsonl"), *judge, *more]
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.29, 1.0, 2.5])
+@pytest.mark.parametrize(("n", "batch_size"), [(11, 4), (8, 4), (3, 5), (1, 1)])
+def test_the_stream_is_one_permutation_after_the_other_at_the_given_ratio(ratio, n, batch_size):
+    n_contrast, stream, documents = 7, [], 0
+    for step in range(60):
+        documents += len(step_documents(n, step, batch_size, 3407))
+        stream += step_contrast_documents(n_contrast, ratio, n, step, batch_size, 3407)
+        assert len(stream) == round(ratio * documents)
+    passes = [stream[i : i + n_contrast] for i in range(0, len(stream) - n_contrast + 1, n_contrast)]
+    assert all(sorted(part) == list(range(n_contrast)) for part in passes)
+    assert len(passes) < 4 or len({tuple(part) for part in passes}) > 1
 
 
-def test_every_answer_becomes_a_row_or_is_counted(files, capsys):
-    assert main(words(files, "--not-in", str(files / "evaluated.jsonl"), "--max-tokens", "100")) == 0
-    rows = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS[:3]]
-    assert rows[0] == {"prompt": ROWS[0]["prompt"], "answer": ANSWERS, "reasoning": "Why.", "group": "plain",
-                       "class": "geography"}  # fmt: skip
-    printed = capsys.readouterr().out
-    reasons = ("unfinished reasoning", "cut at the token limit", "empty", "harmless, but refused", "near duplicate",
-               "unsafe, but answered", "5 words in a row with an evaluation prompt", "over 100 tokens")  # fmt: skip
-    assert all(f"1 {reason}" in printed for reason in reasons), printed
-    assert "11 answers" in printed and "3 contrast rows" in printed
-    assert [row.reasoning for row in read_rows(files / "out.jsonl")] == ["Why."] * 3  # training reads them
+def test_the_stream_has_a_key_of_its_own_and_follows_the_seed():
+    def first_pass(seed):
+        return step_contrast_documents(40, 1.0, 40, 0, 40, seed)
+
+    assert first_pass(1) != first_pass(2)
+    assert all(first_pass(1) != step_documents(40, step, 40, 1) for step in range(4))
+    counts = Counter(tuple(step_contrast_documents(3, 1.0, 3, epoch, 3, seed=1)) for epoch in range(6000))
+    assert len(counts) == 6 and max(abs(count - 1000) for count in counts.values()) < 150
 
 
-def test_a_judge_decides_and_a_failed_item_is_told(files, monkeypatch, capsys):
-    monkeypatch.setenv("PSYSAFE_JUDGE_KEY", "none")
-
-    def class_of(asked: str) -> str:
-        return "2_full_refusal" if "Forge" in asked else "3_partial_refusal" if "kill" in asked else "1_full_compliance"
-
-    reply_by(monkeypatch, class_of)
-    with StubEndpoint() as stub:
-        code = main(words(files, "--judge-url", stub.url, "--judge-model", "j", "--max-tokens", "100"))
-    assert code == 0
-    prompts = [row.fields["prompt"] for row in read_file(files / "out.jsonl")]
-    # The judge finds "Is the knife sharp?" answered, whatever the words say; a partial refusal is no contrast row.
-    assert prompts == [ROWS[i]["prompt"] for i in (0, 2, 3, 9)]
-    assert "1 refused in part, or no clear verdict" in capsys.readouterr().out
+# What they do in a step
 
 
-WRONG = {
-    "no group": ({"group": None}, r"group is null, expected rows of generate.py"),
-    "a risky prompt": ({"group": "risky"}, "group is 'risky', expected one of plain, scary, out_of_domain"),
-    "a tuned model's": ({"adapter": "runs/x"}, "answered with adapter 'runs/x'; contrast rows hold the base's own"),
-    "no end": ({"finish_reason": 3}, "finish_reason is 3, expected rows of generate.py"),
-}  # fmt: skip
+def test_a_step_with_contrast_is_the_step_of_the_same_documents_put_together_by_hand(tmp_path):
+    run = with_contrast(tmp_path / "a", ratio=1.0)
+    documents = documents_of_step(run)
+    assert [d.is_contrast for d in documents] == [False] * 3 + [True] * 3
+    row = train.train_step(run)
+    by_hand, _ = setup(tmp_path / "b", batch_size=6)
+    order = step_documents(6, 0, 6, by_hand.config.seed)
+    by_hand.train_set = Dataset([documents[order.index(i)] for i in range(6)], 60, 0, 0)
+    assert {d.source for d in documents_of_step(by_hand)} == {d.source for d in documents}
+    expected = train.train_step(by_hand)
+    assert relative_error(run.adapters.grad, by_hand.adapters.grad) <= 1e-12
+    assert row.read()["loss"] == pytest.approx(expected.read()["loss"], rel=1e-12)
+    assert row.fields["trained_tokens"] == expected.fields["trained_tokens"] == count_targets(documents)
+    assert row.fields["tokens"] == sum(map(len, documents))
+    assert row.fields["documents"] == [d.source for d in documents]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_row_of_something_else_is_refused(name, files, capsys):
-    change, expected = WRONG[name]
-    (files / "answers.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
-    line = refused_by(main, words(files), capsys)
-    assert f"{files / 'answers.jsonl'} row 2 (line 2): {expected}" in line
-    assert not (files / "out.jsonl").exists()
+def test_micro_batches_change_nothing(tmp_path):
+    runs = [with_contrast(tmp_path / str(limit), micro_batch_tokens=limit) for limit in (1000, 70, 1)]
+    whole, *others = [torch.tensor(curve(run, 8), dtype=torch.float64) for run in runs]
+    for losses, run in zip(others, runs[1:], strict=True):
+        assert relative_error(losses, whole) <= 1e-9
+        assert relative_error(run.adapters.param, runs[0].adapters.param) <= 1e-9
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (["--device", "cpu"], "--device has no effect without --judge-local"),
-        (["--workers", "3"], "--workers has no effect without --judge-url"),
-        (["--max-tokens", "3"], "no contrast row is left of 11 answers"),
-    ],
-)
-def test_mistakes(more, named, files, capsys):
-    assert named in refused_by(main, words(files, *more), capsys)
-    assert not (files / "out.jsonl").exists()
+def shares(run, ranks: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, gradient) of a step as the sum of all ranks' shares."""
+    documents, total = documents_of_step(run), torch.zeros((), dtype=torch.float64)
+    run.optimizer.zero_grad()
+    for rank in range(ranks):
+        for batch in pack_share(documents, limit, rank, ranks):
+            loss = batch_loss(run.model, batch, run.runtime.device) / count_targets(documents)
+            loss.backward()
+            total += loss.detach()
+    return total, run.adapters.grad.clone()
 
 
-def test_the_answers_are_not_overwritten(files, capsys):
-    argv = ["contrast", str(files / "answers.jsonl"), "--out", str(files / "answers.jsonl"), "--judge", "rules"]
-    assert "would be overwritten" in refused_by(main, argv, capsys)
-    assert main_guard(main, ["contrast", "missing.jsonl", "--out", str(files / "o"), "--judge", "rules"]) == 2
+@pytest.mark.parametrize(("ranks", "limit"), [(2, 1000), (3, 60), (8, 1000)])
+def test_the_number_of_ranks_changes_nothing(ranks, limit, tmp_path):
+    run = with_contrast(tmp_path)
+    loss, grad = shares(run, 1, 1000)
+    again, again_grad = shares(run, ranks, limit)
+    assert relative_error(again, loss) <= 1e-9 and relative_error(again_grad, grad) <= 1e-9
 
 
-def test_near_duplicates_are_those_of_the_definition():
-    """The search compares only rows with a rare word in common; all pairs give the same answer."""
-    generator = random.Random(0)
-    prompts = [" ".join(generator.choices("abcdefghij", k=generator.randint(1, 9))) for _ in range(400)]
-    rows = [Row({"prompt": p, "group": generator.choice("xy")}, Path("f"), i) for i, p in enumerate(prompts)]
-    selected: list[Row] = []
-    for row in rows:
-        mine = set(row.fields["prompt"].split())
-        others = (set(o.fields["prompt"].split()) for o in selected if o.fields["group"] == row.fields["group"])
-        if not any(len(mine & other) >= 0.8 * len(mine | other) for other in others):
-            selected.append(row)
-    assert contrast.without_near_duplicates(rows) == selected
-    assert 100 < len(selected) < 390
+# Settings
 
 
-def test_word_runs():
-    runs = contrast.word_runs(["One two, three FOUR five six!", "Just two"])
-    assert runs == {"one two three four five", "two three four five six", "just two"}
+def test_contrast_rows_without_a_ratio_and_a_ratio_without_rows_are_refused(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('data = ["a"]\ncontrast_data = ["c"]\n')
+    refused("contrast_data names rows, and no contrast_ratio says how many", resolve, ["--config", str(file)])
+    assert resolve(["--config", str(file), "--contrast-ratio", "0"])[0].contrast_ratio == 0
+    refused("--contrast-data has no effect here", resolve, ["--contrast-data", "c", "--contrast-ratio", "0"])
+    line = refused_by(train.main, ["--contrast-ratio", "0.5", "--out", tmp_path / "run"], capsys)
+    assert "no contrast rows for contrast_ratio 0.5: give --contrast-data FILE" in line
 
 
-# The bundled prompts
+def test_own_contrast_rows_are_not_validated_on_the_files(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('data = ["a"]\ncontrast_data = ["c"]\ncontrast_val_data = ["v"]\ncontrast_ratio = 1\n')
+    for flags, expected in (([], ["v"]), (["--contrast-data", "own"], []), (["--data", "own"], ["v"])):
+        config, sources = resolve(["--config", str(file), *flags])
+        assert config.contrast_val_data == expected
+        assert ("are left out" in sources["contrast_val_data"]) == (not expected)
 
 
-def test_the_bundled_prompts_are_many_and_unlike():
-    rows = [row.fields for row in read_file(BUNDLED)]
-    groups = Counter(row["group"] for row in rows)
-    assert len(rows) >= 600 and groups.keys() == contrast.EXPECTED.keys() and min(groups.values()) >= 150
-    assert all(row.keys() == {"prompt", "group", "class"} and row["prompt"].strip() == row["prompt"] for row in rows)
-    assert contrast.without_near_duplicates(read_file(BUNDLED)) == read_file(BUNDLED)
-    assert max(len(row["prompt"].split()) for row in rows) <= 25
+def test_the_digest_tells_contrast_rows_from_others():
+    first, second = dataset(4), contrast_set(4)
+    sets = [
+        DataSets(first, None, None, None),
+        DataSets(first, None, second, None),
+        DataSets(first, None, None, second),
+        DataSets(first, second, None, None),
+    ]
+    assert len({digest_rows(data) for data in sets}) == 4
 
 
-def test_no_bundled_prompt_is_near_an_evaluation_prompt():
-    evaluated = contrast.word_runs(prompt for path in EVALUATED for prompt in prompts_of(path))
-    assert {p for p in prompts_of(BUNDLED) if contrast.word_runs([p]) & evaluated} == set()
-    planted = next(p for p in prompts_of(EVALUATED[-1]) if len(normalise(p).split()) >= contrast.RUN)
-    assert contrast.word_runs([f"Well, {planted}"]) & evaluated
+# A whole run
 
 
-def test_what_choices_were_made_on_is_not_what_is_reported():
-    folder = ROOT / "benchmarks" / "selective"
-    texts = {path.name: list(map(normalise, prompts_of(path))) for path in sorted(folder.glob("*.jsonl"))}
-    assert len(texts) >= 2
-    for first, second in combinations(texts, 2):
-        assert not set(texts[first]) & set(texts[second])
-    runs = {name: contrast.word_runs(prompts) for name, prompts in texts.items()}
-    assert not runs["dev.jsonl"] & set().union(*(r for name, r in runs.items() if name.startswith("unseen")))
+def flags(folder, *more: str) -> tuple[str, ...]:
+    return ("--contrast-data", f"{folder}/contrast.jsonl", "--contrast-ratio", "0.75", *more)
+
+
+@pytest.fixture(scope="module")
+def rows(workspace):  # noqa: F811
+    lines = (workspace / "train.jsonl").read_text().splitlines()
+    (workspace / "contrast.jsonl").write_text("\n".join(lines[::-2]))
+    return workspace
+
+
+def test_a_run_with_contrast_rows_stopped_and_resumed_is_bit_identical(rows, capsys, monkeypatch):
+    def run(out, *more):
+        return train.main(command(rows, out, "--max-steps", "14", *flags(rows, *more))[2:])
+
+    assert run("contrast-whole") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"contrast rows +10 rows, .*; 0.75 for each training row; a row is trained 2.1 times; \+\d", text)
+    assert re.search(r"contrast validation +1 row, .*set apart from the contrast rows .val_fraction 0.1.", text)
+    assert "2 training and 1.5 contrast documents" in text
+    row = metrics(rows / "contrast-whole")[0]
+    assert row["contrast_loss"] > 0 and row["val_loss"] > 0
+
+    def dies(run, step=train.train_step):
+        if run.step == 5:
+            raise SystemExit("killed")
+        return step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", dies)
+        run("contrast-killed")
+    assert run("contrast-killed") == 0
+    assert_same_run(rows / "contrast-whole", rows / "contrast-killed")
+
+
+def test_a_run_is_not_resumed_with_other_contrast_rows_or_another_ratio(rows, capsys):
+    words = command(rows, "contrast-other", "--max-steps", "2")[2:]
+    assert train.main([*words, *flags(rows)]) == 0
+    line = refused_by(train.main, [*words, *flags(rows, "--contrast-data", f"{rows}/val.jsonl")], capsys)
+    assert "was saved with other rows" in line and "--contrast-data" in line
+    line = refused_by(train.main, [*words, *flags(rows), "--contrast-ratio", "0.5"], capsys)
+    assert "contrast_ratio (saved 0.75, now 0.5)" in line
+
+
+def test_the_default_is_the_papers_recipe():
+    config = TrainConfig()
+    assert (config.contrast_data, config.contrast_ratio, config.contrast_val_data) == ([], 0.0, [])
+    assert np.isclose(config.val_fraction, 0.1)

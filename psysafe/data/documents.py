@@ -5,7 +5,7 @@ after the other into micro-batches: flat rows of tokens, without padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,11 +22,15 @@ LongRows = Literal["cut", "drop", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One encoded row: tokens (T,) int32, trained (T,) bool, and the file and row number it came from."""
+    """One encoded row: tokens (T,) int32, trained (T,) bool, and the file and row number it came from.
+
+    is_contrast: its answer is the base's own.
+    """
 
     tokens: np.ndarray
     trained: np.ndarray
     source: str
+    is_contrast: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -92,11 +96,13 @@ def encode_rows(
     system: str | None = None,
     train_turns: TrainTurns = "last",
     long_rows: LongRows = "cut",
+    is_contrast: bool = False,
 ) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens.
 
     train_turns: the assistant turns after the last user query, or all of them. Those that are not trained are counted.
     long_rows: longer rows lose their end (cut), are left out (drop) or refused (error); a note names them.
+    is_contrast: the answers are the base's own.
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
     encoded = [encode_row(row, tokenizer, max_tokens, system, train_turns) for row in rows]
@@ -107,7 +113,7 @@ def encode_rows(
         encoded = [pair for pair in encoded if pair[1] <= max_tokens]
         if not rows:
             raise UserError(f"{_named(too_long)}: every row is longer than max_tokens {max_tokens:,}; none is left")
-    documents = [document for document, _ in encoded]
+    documents = [replace(document, is_contrast=is_contrast) for document, _ in encoded]
     untrained = [document.source for document in documents if document.n_targets == 0]
     if untrained:
         place = "after the last user turn, " if train_turns == "last" else ""
@@ -220,13 +226,31 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
     return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]
 
 
-def _permutation(n: int, seed: int, stream: int) -> list[int]:
-    """A uniform permutation of range(n): the order of n random 64-bit keys.
+def step_contrast_documents(
+    n_contrast: int, ratio: float, n_documents: int, step: int, batch_size: int, seed: int
+) -> list[int]:
+    """The indices of the contrast documents of a step whose training documents are `step_documents`.
+
+    After d training documents there have been round(ratio x d): one in each step of four at 0.25, one in every second
+    or third step at 0.1. They pass in a stream of their own, permutation after permutation, from the arguments alone.
+    """
+    epoch, i = divmod(step, steps_per_epoch(n_documents, batch_size))
+    before, after = (epoch * n_documents + min(j * batch_size, n_documents) for j in (i, i + 1))
+    positions = range(round(ratio * before), round(ratio * after))
+    passes = {p // n_contrast: _permutation(n_contrast, seed, p // n_contrast, _CONTRAST) for p in positions}
+    return [passes[p // n_contrast][p % n_contrast] for p in positions]
+
+
+_CONTRAST = 1  # not 0: NumPy's SeedSequence takes [seed, stream, 0] for [seed, stream]
+
+
+def _permutation(n: int, *key: int) -> list[int]:
+    """A uniform permutation of range(n): the order of n random 64-bit keys. key: the seed, then which stream of it.
 
     NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise
     for `Generator.permutation`, nor Python for `random.shuffle`.
     """
-    return np.argsort(np.random.PCG64([seed, stream]).random_raw(n), kind="stable").tolist()
+    return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable").tolist()
 
 
 def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:

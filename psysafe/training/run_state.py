@@ -31,7 +31,7 @@ from psysafe.program import UserError
 from psysafe.runtime import versions
 from psysafe.training.config import DEFAULTS, KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
-from psysafe.training.setup import USE_RSLORA, Run
+from psysafe.training.setup import USE_RSLORA, DataSets, Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
@@ -45,8 +45,9 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # A resumed run may change these: they say where it runs and where it reports, or leave the result the same. The rows
 # are compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
-    "data", "val_data", "long_rows", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard",
-    "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run", "adapter_layout",
+    "data", "val_data", "contrast_data", "contrast_val_data", "long_rows", "out", "resume", "save_every",
+    "micro_batch_tokens", "device", "threads", "shard", "timeout", "memory_limit", "embedding", "report", "project",
+    "plot", "dry_run", "adapter_layout",
 }  # fmt: skip
 
 
@@ -235,8 +236,16 @@ def check_resume(state: State, config: TrainConfig) -> None:
         raise UserError(f"{state.path}: {differ}; {remedy}")
 
 
-def digest_rows(*sets: Dataset | None) -> str:
-    """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows."""
+def digest_rows(data: DataSets) -> str:
+    """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows.
+
+    Contrast rows have digests of their own, trained ones and those that validate, behind a colon each.
+    """
+    digests = [_digest(data.train, data.val), _digest(data.contrast), _digest(data.contrast_val)]
+    return digests[0] if data.contrast is data.contrast_val is None else ":".join(digests)
+
+
+def _digest(*sets: Dataset | None) -> str:
     sha = hashlib.sha256()
     for document in (document for data in sets if data is not None for document in data.documents):
         sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
@@ -246,7 +255,8 @@ def digest_rows(*sets: Dataset | None) -> str:
 def check_rows(state: State, rows_digest: str) -> None:
     """Raise UserError when the state was saved with other rows, for then the steps to come are others."""
     if state.entry("rows", str) != rows_digest:
-        raise UserError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+        remedy = "resume with the same --data, --val-data, --contrast-data and --contrast-val-data"
+        raise UserError(f"{state.path}: was saved with other rows; {remedy}")
 
 
 def save_run(run: Run, log: RunLog) -> None:

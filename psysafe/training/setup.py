@@ -13,7 +13,7 @@ import torch
 from psysafe.checkpoint.adapter import adapter_shape, load_adapter
 from psysafe.data.documents import Dataset, MicroBatch, encode_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import pinned, read_rows
+from psysafe.data.rows import Row, pinned, read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand
 from psysafe.model.decoder import Qwen3_5
@@ -51,6 +51,8 @@ class Run:
     best_val: float | None = None
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for the tracker; a resumed run keeps it
     save_error: str = ""  # why the last save failed, if it did
+    contrast_set: Dataset | None = None
+    contrast_val_set: Dataset | None = None
     say: Callable[[str], None] = print  # RunLog.say, once there is one
     lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
 
@@ -61,8 +63,13 @@ class Run:
     @property
     def useful_flops_per_token(self) -> float:
         """Useful FLOP of a training token, for the MFU."""
-        rows = RowCounts.of(self.train_set)
+        rows = self.row_counts
         return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens)
+
+    @property
+    def row_counts(self) -> "RowCounts":
+        """Of the training rows, each with its share of contrast rows."""
+        return RowCounts.of(self.train_set).with_contrast(self.contrast_set, self.config.contrast_ratio)
 
     def finish_step(self) -> None:
         """Count a step as done, and note what has to follow it."""
@@ -70,18 +77,32 @@ class Run:
         self.validation_due = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
         self.save_due = self.config.save_every > 0 and self.step % self.config.save_every == 0
 
+    def note_validation(self, losses: Mapping[str, float]) -> None:
+        """losses: as `validate` returns them."""
+        if (val_loss := losses.get("val_loss")) is not None:
+            self.best_val = val_loss if self.best_val is None else min(val_loss, self.best_val)
+
     def fit_into_memory(self, batch: MicroBatch) -> None:
         """On a GPU: choose what the backward pass of this micro-batch recomputes. Changes no number."""
         if self.plan is not None:
             self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
 
 
+class DataSets(NamedTuple):
+    """The encoded rows of a run; None: there are none."""
+
+    train: Dataset
+    val: Dataset | None
+    contrast: Dataset | None
+    contrast_val: Dataset | None
+
+
 class RowCounts(NamedTuple):
     """What the arithmetic of a run needs to know of its training rows."""
 
     rows: int
-    tokens: int
-    trained: int  # tokens
+    tokens: float
+    trained: float  # tokens
     longest: int  # tokens of the longest row
     context: float  # mean length of the row that a token lies in
     summary: str
@@ -91,27 +112,48 @@ class RowCounts(NamedTuple):
         lengths = [len(document) for document in data.documents]
         return RowCounts(len(data), data.n_tokens, data.n_targets, max(lengths), context(lengths), data.summary())
 
+    def with_contrast(self, contrast: "Dataset | RowCounts | None", ratio: float) -> "RowCounts":
+        """The counts of these rows with `ratio` contrast rows for each, as the steps see them on average."""
+        if contrast is None:
+            return self
+        contrast = contrast if isinstance(contrast, RowCounts) else RowCounts.of(contrast)
+        passes = ratio * self.rows / contrast.rows
+        tokens, trained = self.tokens + passes * contrast.tokens, self.trained + passes * contrast.trained
+        mean = (self.tokens * self.context + passes * contrast.tokens * contrast.context) / tokens
+        return RowCounts(self.rows, tokens, trained, max(self.longest, contrast.longest), mean, self.summary)
 
-def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
-    """Training and validation documents, encoded by the tokenizer in folder. None: nothing is validated.
 
-    Without validation files a share of the training rows is set apart.
+def load_data(config: TrainConfig, folder: Path) -> DataSets:
+    """The documents of a run, encoded by the tokenizer in folder.
+
+    Without validation files a share of the training rows, and of the contrast rows, is set apart.
     """
     if not config.data:
         raise UserError("no training rows: give --data FILE, or data = [...] in the config file")
+    if config.contrast_ratio and not config.contrast_data:
+        what = f"no contrast rows for contrast_ratio {config.contrast_ratio:g}"
+        raise UserError(f"{what}: give --contrast-data FILE, or --contrast-ratio 0")
     tokenizer, system = load_tokenizer(folder), system_text(config.system)
-    rows, val_rows = read_rows(config.data), []
-    if config.val_data:
-        val_rows = read_rows(config.val_data)
-    elif config.val_fraction:
-        rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
     options = (tokenizer, config.max_tokens, system, config.train_turns, config.long_rows)
-    return encode_rows(rows, *options), encode_rows(val_rows, *options) if val_rows else None
+    contrast_data = config.contrast_data if config.contrast_ratio else []
+    rows = _read_and_split(config, config.data, config.val_data)
+    contrast_rows = _read_and_split(config, contrast_data, config.contrast_val_data)
+    encoded = [encode_rows(part, *options) if part else None for part in rows]
+    return DataSets(*encoded, *(encode_rows(part, *options, True) if part else None for part in contrast_rows))
+
+
+def _read_and_split(config: TrainConfig, data: list[str], val_data: list[str]) -> tuple[list[Row], list[Row]]:
+    """(rows that are trained, rows that validate)."""
+    rows, val_rows = read_rows(data), read_rows(val_data)
+    if rows and config.val_fraction and not val_data:
+        return split_rows(rows, seed=config.seed, fraction=config.val_fraction)
+    return rows, val_rows
 
 
 def with_pinned_data(config: TrainConfig) -> TrainConfig:
     """The config with data sets of the hub at the commit that they have now, so that config.toml records it."""
-    return replace(config, data=[*map(pinned, config.data)], val_data=[*map(pinned, config.val_data)])
+    names = "data", "val_data", "contrast_data", "contrast_val_data"
+    return replace(config, **{name: [*map(pinned, getattr(config, name))] for name in names})
 
 
 def count_steps(config: TrainConfig, n_rows: int) -> int:

@@ -5,7 +5,7 @@
 import torch
 import torch.distributed as dist
 
-from psysafe.data.documents import Document, pack_share, step_documents
+from psysafe.data.documents import Document, pack_share, step_contrast_documents, step_documents
 from psysafe.runtime import DeviceTime
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.optim import cosine_schedule
@@ -18,8 +18,7 @@ def train_step(run: Run) -> StepResult:
     """One optimiser step over this rank's share of the step's documents."""
     config, runtime, adapters = run.config, run.runtime, run.adapters
     began = DeviceTime(runtime.device)
-    indices = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
-    documents = [run.train_set.documents[i] for i in indices]
+    documents = documents_of_step(run)
     # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
     n_targets = count_targets(documents)
 
@@ -40,6 +39,18 @@ def train_step(run: Run) -> StepResult:
         "documents": [document.source for document in documents],
     }
     return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
+
+
+def documents_of_step(run: Run) -> list[Document]:
+    """The training documents of the coming step, then its contrast documents."""
+    config, n_documents = run.config, len(run.train_set)
+    indices = step_documents(n_documents, run.step, config.batch_size, config.seed)
+    documents = [run.train_set.documents[i] for i in indices]
+    if run.contrast_set is not None:
+        order = n_documents, run.step, config.batch_size, config.seed
+        indices = step_contrast_documents(len(run.contrast_set), config.contrast_ratio, *order)
+        documents += [run.contrast_set.documents[i] for i in indices]
+    return documents
 
 
 @again_with_less_memory
