@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,10 +101,10 @@ def main(argv: Sequence[str]) -> int:
     if unknown := [name for name in wanted if name not in recipes]:
         raise UserError(f"--recipe {unknown[0]}: no such recipe; expected one of {', '.join(recipes)}")
     if args.stage == "choose":
-        runs = {name: [train(work, recipes[name], SEEDS[0], args.model)] for name in wanted}
+        runs = train_all(work, [recipes[name] for name in wanted], SEEDS[:1], args)
         print(compare(evaluate(work / "choose", HERE / "dev.jsonl", runs, args.model), runs).as_text())
         return 0
-    runs = {r.name: [train(work, r, seed, args.model) for seed in SEEDS] for r in (PAPER, *map(recipes.get, wanted))}
+    runs = train_all(work, [PAPER, *(recipes[name] for name in wanted)], SEEDS, args)
     prompts = HERE / args.prompts
     table = compare(evaluate(work / prompts.stem, prompts, runs, args.model), runs)
     print(table.as_text())
@@ -120,6 +121,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", default="runs/selective", metavar="DIR", help="rows, runs, answers (runs/selective)")
     parser.add_argument("--model", default="assets:tiny", help="the base (assets:tiny)")
     parser.add_argument("--recipe", action="append", metavar="NAME", help="of GRID; as often as needed")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="training runs at once (1)")
     parser.add_argument("--prompts", metavar="FILE", help="of final: a set in this folder that nothing was chosen on")
     out = ROOT / "benchmarks" / "results" / "selective.json"
     parser.add_argument("--out", default=str(out), metavar="FILE", help="of final: where the table goes")
@@ -143,6 +145,16 @@ def make_rows(work: Path, model: str) -> None:
     evaluated = [*sets, "assets:rows/val.jsonl"]
     words = ["--out", str(work / "contrast.jsonl"), "--judge", "rules", "--not-in", *map(str, evaluated)]
     subprocess.run([sys.executable, "-m", "psysafe.corpus", "contrast", str(answers), *words], cwd=ROOT, check=True)
+
+
+def train_all(
+    work: Path, recipes: Sequence[Recipe], seeds: Sequence[int], args: argparse.Namespace
+) -> dict[str, list[Path]]:
+    """Recipe -> the run's folder of each seed; --jobs of them at a time."""
+    pairs = [(recipe, seed) for recipe in recipes for seed in seeds]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = list(pool.map(lambda pair: train(work, *pair, args.model), pairs))
+    return {r.name: [f for f, (other, _) in zip(folders, pairs, strict=True) if other is r] for r in recipes}
 
 
 def train(work: Path, recipe: Recipe, seed: int, model: str) -> Path:
