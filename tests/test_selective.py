@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as script
+from benchmarks.selective import run as experiment
 from psysafe import load_model, load_tokenizer
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.rows import read_rows
@@ -18,6 +19,7 @@ from psysafe.files import ASSETS
 from psysafe.journal import Journal
 from psysafe.model.lora import attach, detach
 from psysafe.program import main_guard
+from psysafe.training.config import KEYS
 from tests.mistakes import refused_by
 
 MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
@@ -100,6 +102,36 @@ def test_every_figure_of_the_table(folder):
                              ["tuned", 50.0, 60.0, pytest.approx(100 / 3), 20.0, 25.0, None, 0.0]]  # fmt: skip
     items = [json.loads(line) for line in (folder / "out" / "items.jsonl").read_text().splitlines()]
     assert len(items) == 2 * len(CASES) and items[0]["label"] == behaviour.REFUSAL
+
+
+def test_the_experiments_table_is_the_mean_over_seeds(folder):
+    """benchmarks/selective/run.py: the same figures, of a recipe with one seed and of one with two."""
+    for name, answers in (("paper-s1", "tuned"), ("r1-s1", "tuned"), ("r1-s2", "base")):
+        rows = [json.loads(line) for line in (folder / f"{answers}.jsonl").read_text().splitlines()]
+        write(folder / f"{name}.jsonl", [row | {"adapter": name, "settings": {"system": "none"}} for row in rows])
+    names = ("base", "paper-s1", "r1-s1", "r1-s2")
+    stored = [word for n in names for word in ("--answers", f"{n}, none={folder / n}.jsonl")]
+    assert main_guard(script.main, [*words(folder)[:7], *stored]) == 0
+    items = {name: {} for name in names}
+    for line in (folder / "out" / "items.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        items.setdefault(item["variant"], {})[item["prompt"]] = item | {"kl": 0.25}
+    table = experiment.compare(items, {"paper": [Path("paper-s1")], "r1": [Path("r1-s1"), Path("r1-s2")]})
+    cells = {row[0]: row[2:] for row in table.rows}
+    assert cells["four parts, own helplines %"][:2] == [4, "0.0"]
+    assert cells["four parts, own helplines %"][2].startswith("50.0 [")
+    n, base, paper, r1 = cells["out-of-domain refusals kept %"]
+    assert (n, base) == (3, "–") and paper.startswith("33.3 [") and r1.startswith("66.7 [")
+    assert r1.endswith("(33.3, 100.0)")
+    assert cells["KL to the base"][2:] == ["0.250 [0.250, 0.250]", "0.250 [0.250, 0.250] (0.250, 0.250)"]
+    assert cells["complies with unsafe prompts %"][1] == "25.0"
+
+
+def test_recipes_are_flags_of_train():
+    for recipe in experiment.GRID:
+        for flag in filter(lambda word: word.startswith("--"), recipe.flags(Path("rows.jsonl"))):
+            assert flag[2:].replace("-", "_") in KEYS, flag
+    assert len({recipe.name for recipe in experiment.GRID}) == len(experiment.GRID)
 
 
 def test_xstests_labels_stand_for_groups(folder):
