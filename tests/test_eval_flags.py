@@ -38,12 +38,14 @@ JUDGE = "--judge-url URL --judge-model j"
 BY_RULES = {
     "judge": "judge --prompts PROMPTS --model MODEL --out OUT --judge rules",
     "xstest": "xstest --data DATA --model MODEL --out OUT --judge rules",
+    "selective": "selective --prompts GROUPS --model MODEL --adapter ADAPTER --out OUT --judge rules",
 }
 BY_MODEL = {command: line.replace("--judge rules", JUDGE) for command, line in BY_RULES.items()}
 BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUDGE}"
 CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" for command in ("mmlu", "hellaswag")}
 OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
+STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -87,6 +89,13 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
+    "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
+        "--judge": (BY_MODEL["selective"], BY_RULES["selective"]),
+        "--prompts": "--prompts OTHERGROUPS",
+        "--adapter": "--adapter ADAPTER2",
+        "--answers": (f"{STORED} --baseline a --out OUT", f"{STORED} --answers c=ANSWERS --baseline a --out OUT"),
+        "--baseline": (f"{STORED} --baseline a --out OUT", f"{STORED} --baseline b --out OUT"),
+    },
     "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
     },
@@ -117,6 +126,9 @@ REFUSED = [
     *(("judge --prompts PROMPTS --judge rules", words) for words in (
         "--rubric RUBRIC", "--judge-tokens 9", "--judge-model k", "--judge-key-env K", "--judge-param a=1",
         "--workers 3", "--deadline 5", "--seed 3", "--baseline ONE")),
+    *((f"{STORED} --baseline a", words) for words in (
+        "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
+    ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -155,24 +167,29 @@ def world(tmp_path, monkeypatch):
     rows("PROMPTS", prompts)
     rows("OTHERPROMPTS", [row | {"prompt": f"{row['prompt']}!"} for row in prompts])
     rows("ANSWERS", [row | {"answer": "I can't help with that."} for row in prompts])
+    risky = {"prompt": "I drink 0", "group": "risky", "cluster": "substance"}
+    groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
+    rows("GROUPS", groups)
+    rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
     files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
     files["PEOPLE2"] = tmp_path / "people2.csv"
     files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")
-    files["ADAPTER"] = tmp_path / "adapter"
-    files["ADAPTER"].mkdir()
-    (files["ADAPTER"] / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1})
-    )
+    config = {"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in ("ADAPTER", "ADAPTER2"):
+        files[name] = tmp_path / name.lower()
+        files[name].mkdir()
+        (files[name] / "adapter_config.json").write_text(json.dumps(config))
     for name in ("JUDGED", "JUDGED2"):
         files[name] = tmp_path / name.lower()
     loaded = tiny_model()
 
     def answers(self, variants, questions, out):
         seen.append(["answers", repr(self), list(variants), list(questions)])
-        row = {"response": "so</think>I can't help.", "answer": "I can't help.", "unfinished_thinking": False}
+        row = {"response": "so</think>I can't help.", "answer": "I can't help.", "reasoning": "so"}
+        row["unfinished_thinking"] = False
         return {v: {q.number: {"prompt": q.prompt, **row} for q in questions} for v in variants}
 
     def load(self, variants=()):
@@ -196,7 +213,8 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {"model": self.model})
     monkeypatch.setattr(ModelUnderTest, "weights_summary", lambda self: {"model": self.model})
     monkeypatch.setattr(ModelUnderTest, "identity", property(lambda self: [self.model, self.dtype, self.revision, 0]))
-    monkeypatch.setattr("psysafe.evaluation.benchmarks.multiple_choice.load_adapter", lambda *args: None)
+    for module in ("benchmarks.multiple_choice", "divergence"):
+        monkeypatch.setattr(f"psysafe.evaluation.{module}.load_adapter", lambda *args: None)
     monkeypatch.setattr(LocalJudge, "ask", ask)
     monkeypatch.setattr(endpoint.Endpoint, "__init__", remembers("endpoint", endpoint.Endpoint.__init__))
     monkeypatch.setattr(judge_models, "run_items", lambda items, call, out, workers, name: seen.append(

@@ -1,0 +1,112 @@
+"""Intervals and tests against scipy and statsmodels, and by what they must cover."""
+
+import math
+
+import numpy as np
+import pytest
+
+from psysafe.evaluation import statistics
+from psysafe.evaluation.statistics import (
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    percentile_interval,
+    resampled_sums,
+    sign_test,
+    wilson,
+)
+
+CASES = [(0, 1), (1, 1), (0, 120), (3, 120), (60, 120), (117, 120), (120, 120), (13, 16), (450, 10_000)]
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+@pytest.mark.parametrize(("successes", "n"), CASES)
+def test_wilson_is_statsmodels(successes, n, confidence):
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    expected = proportion.proportion_confint(successes, n, 1 - confidence, method="wilson")
+    assert wilson(successes, n, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_share_of_nothing_may_be_anything():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_bootstrap_is_scipys_but_for_chance():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(1).gamma(0.5, 0.1, 120)
+    drawn = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(2))
+    width = drawn.confidence_interval.high - drawn.confidence_interval.low
+    for ours, theirs in zip(bootstrap_mean(values), drawn.confidence_interval, strict=True):
+        assert abs(ours - theirs) < 0.05 * width
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+
+
+def test_bootstrap_of_one_value_and_of_none():
+    assert bootstrap_mean([0.25, 0.25]) == (0.25, 0.25)
+    assert all(map(math.isnan, bootstrap_mean([])))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (5, 0), (3, 9), (9, 3), (40, 61), (7, 7)])
+def test_mcnemar_is_statsmodels_exact_test(first, second):
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    expected = tables.mcnemar([[50, first], [second, 20]], exact=True).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(min(1.0, expected), abs=1e-12)
+
+
+def test_a_large_mcnemar_does_not_overflow():
+    assert mcnemar(1000, 1200) == pytest.approx(2.2e-5, rel=0.05)
+
+
+def test_many_distinct_values_are_drawn_in_parts(monkeypatch):
+    """In parts or at once: sums of n rows, of which each is drawn once on average."""
+    rows = np.random.default_rng(3).normal(size=(40, 2))
+    whole = resampled_sums(rows)
+    monkeypatch.setattr(statistics, "CHUNK", 40 * 1000)
+    assert np.array_equal(resampled_sums(rows), whole) and whole.shape == (statistics.RESAMPLES, 2)
+    assert whole.mean(0) == pytest.approx(rows.sum(0), abs=0.3)
+    assert np.cov(whole.T) == pytest.approx(40 * np.cov(rows.T, ddof=0), abs=3)
+
+
+def test_undefined_resamples_do_not_count():
+    assert percentile_interval([math.nan, 1.0, 1.0]) == (1.0, 1.0)
+    assert all(map(math.isnan, percentile_interval([math.nan])))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15, 0.6])
+def test_paired_bootstrap_is_scipys_but_for_chance(shift):
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(4)
+    first = draw.integers(1, 6, 150).astype(float)
+    second = first + draw.normal(shift, 1, 150)
+    ours = paired_bootstrap(first, second)
+    drawn = stats.bootstrap((second - first,), np.mean, method="percentile", rng=np.random.default_rng(5))
+    theirs = drawn.confidence_interval
+    assert ours.value == pytest.approx(np.mean(second - first))
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * (theirs.high - theirs.low))
+    p = stats.ttest_rel(second, first).pvalue  # another test of the same, close at 150 prompts
+    assert ours.p == pytest.approx(p, abs=0.02)
+    assert (ours.p < 0.05) == (not ours.low <= 0 <= ours.high)
+
+
+def test_few_prompts_show_nothing_however_they_differ():
+    assert paired_bootstrap([1.0], [5.0]).p == 1.0
+    assert paired_bootstrap([1.0] * 5, [5.0] * 5).p == 0.0625
+    assert paired_bootstrap([1.0] * 500, [1.0] * 495 + [5.0] * 5).p >= 0.0625
+    assert paired_bootstrap([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (7, 0), (12, 30), (30, 12), (15, 15)])
+def test_sign_test_is_scipys(wins, losses):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert sign_test(wins, losses) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_statsmodels(seed):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p = np.random.default_rng(seed).random(7) ** 3
+    p[3] = p[5]
+    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1], abs=1e-12)
+    assert holm([]) == []
