@@ -39,7 +39,7 @@ VOCAB_SIZE = 2560
 STEPS = 4500
 STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 WARMUP = 100
 THREADS = 1  # with more, sums would be added in another order, and another machine would give other weights
 
@@ -100,8 +100,8 @@ def text_files() -> dict[str, str]:
         "model_type": "qwen3_5_text",
         "dtype": "bfloat16",
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 384,
+        "hidden_size": 192,
+        "intermediate_size": 512,
         "num_hidden_layers": layers,
         "layer_types": [("linear_attention", "full_attention")[(i + 1) % 4 == 0] for i in range(layers)],
         "full_attention_interval": 4,
