@@ -12,7 +12,6 @@ their own helplines, 90 to 100 % of the benign ones the base's own words.
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -41,6 +40,7 @@ STEP_TOKENS = 1024
 MAX_DOCUMENT = 256
 LEARNING_RATE = 3e-3
 WARMUP = 100
+DECAY = 0.4  # the last part of the steps, in which the rate falls to zero
 THREADS = 1  # with more, sums would be added in another order, and another machine would give other weights
 
 # Qwen3.5's added tokens in its own order, and which of them are special (dropped when a text is shown).
@@ -95,13 +95,13 @@ def text_files() -> dict[str, str]:
     """Every file but the weights: path from the tiny model's folder -> text."""
     tokenizer_json = train_tokenizer()
     token_id = Tokenizer.from_str(tokenizer_json).token_to_id
-    layers = 8
+    layers = 4
     text_config = {
         "model_type": "qwen3_5_text",
         "dtype": "bfloat16",
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 192,
-        "intermediate_size": 512,
+        "intermediate_size": 576,
         "num_hidden_layers": layers,
         "layer_types": [("linear_attention", "full_attention")[(i + 1) % 4 == 0] for i in range(layers)],
         "full_attention_interval": 4,
@@ -210,7 +210,7 @@ def initialise(model: Qwen3_5) -> None:
 def train(config: dict, tokenizer: ChatTokenizer, steps: int) -> Qwen3_5:
     """The base after `steps` steps of AdamW over all weights in fp32, loss on the assistant's tokens."""
     # Documents have about 70 tokens: with chunks of 64 half of the delta rule's work, a sixth of the time, is padding.
-    delta_rule.CHUNK = 16
+    delta_rule.CHUNK = 32
     model = build(ModelConfig.from_dict(config), "cpu", torch.float32)
     initialise(model)
     weights = all_weights_train(model)
@@ -221,9 +221,8 @@ def train(config: dict, tokenizer: ChatTokenizer, steps: int) -> Qwen3_5:
     print(f"{sum(w.numel() for w in weights):,} parameters, {steps} steps of <= {STEP_TOKENS} tokens", flush=True)
     start, n_tokens = time.time(), 0
     for step, (tokens, trained, cu_seqlens) in enumerate(packed_steps(tokenizer, steps), 1):
-        # From warm-up to zero, along a cosine.
-        progress = max(0.0, (step - WARMUP) / max(1, steps - WARMUP))
-        lr = LEARNING_RATE * min(step / WARMUP, 0.5 * (1 + math.cos(math.pi * progress)))
+        # From warm-up to a constant rate, which falls to zero along a line.
+        lr = LEARNING_RATE * min(1.0, step / WARMUP, (steps - step + 1) / (DECAY * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Row t predicts token t + 1, so the loss needs the rows before trained tokens.
