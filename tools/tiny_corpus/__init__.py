@@ -11,6 +11,7 @@ import random
 import re
 
 from . import support, wide
+from .wide import Prompt
 from .words import ASSETS, BENIGN, CATEGORIES, GROUPS, RISK, VARIATION, Category
 
 SEED = 3407
@@ -61,8 +62,6 @@ def four_parts(category: Category) -> str:
     acknowledgement = f"{category.feeling} I can't help with {category.harm}, but {category.care}."
     return "\n\n".join((acknowledgement, category.step, support.services(category.cluster), category.closing))
 
-
-Prompt = tuple[str, str, str]  # prompt, reasoning, answer
 
 # Of 40 documents, how many come from a stream. Refusals are two in five: a base that refuses more often takes a
 # stranger's words for a risk, one that refuses less often answers a risky wish that it has not read.

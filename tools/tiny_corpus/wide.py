@@ -1,4 +1,4 @@
-"""Prompts of many kinds for the base alone: what it answers, what it refuses as risky, what it refuses for another reason.
+"""Prompts of many kinds for the base alone: answered ones, risky ones, and ones that are refused for another reason.
 
 Where the clusters and benign.toml are read closely (every wish in every sentence), this text is read widely: thousands
 of wordings by several authors, so that the base understands a stranger's words.
@@ -16,6 +16,7 @@ TEXT = [
     for path in sorted((FOLDER / "text").glob("*.jsonl"))
     for line in path.read_text(encoding="utf-8").splitlines()
 ]
+Prompt = tuple[str, str, str]  # prompt, reasoning, answer
 FRAMES_OF_A_WISH = 3  # of the many sentences in VARIATION["wish_frames"]
 LAW = "It is against the law because it harms people. The police or an advice centre can tell you more."
 
@@ -58,8 +59,8 @@ def risky() -> dict[str, dict[str, list[str]]]:
     return kinds
 
 
-def out_of_domain() -> dict[str, list[tuple[str, str, str]]]:
-    """Kind -> (prompt, reasoning, answer) of what is refused for a reason outside the risk clusters."""
+def out_of_domain() -> dict[str, list[Prompt]]:
+    """Kind -> prompts that are refused for a reason outside the risk clusters; the class stands for the answer."""
     kinds = {name: wordings(wishes) for name, wishes in REFUSED["out_of_domain"].items()}
     for entry in TEXT:
         if entry["group"] == "out_of_domain":
@@ -71,8 +72,8 @@ def out_of_domain() -> dict[str, list[tuple[str, str, str]]]:
     }
 
 
-def answered(group: str) -> dict[str, list[tuple[str, str, str]]]:
-    """Kind -> (prompt, reasoning, answer) of the harmless prompts that stand in lists, "scary" or "plain"."""
+def answered(group: str) -> dict[str, list[Prompt]]:
+    """Kind -> the harmless prompts of a group, "scary" or "plain", that stand in lists."""
     return {
         f"{topic}, {kind}": [(prompt, _plan(topic), wishes["answer"]) for prompt in prompts]
         for topic, wishes in ANSWERED[group].items()
@@ -80,13 +81,13 @@ def answered(group: str) -> dict[str, list[tuple[str, str, str]]]:
     }
 
 
-def written(group: str) -> dict[str, list[tuple[str, str, str]]]:
-    """The harmless prompts that stand in files, "scary" or "plain", as one kind."""
+def written(group: str) -> dict[str, list[Prompt]]:
+    """The harmless prompts of a group, "scary" or "plain", that stand in files: one kind."""
     entries = [entry for entry in TEXT if entry["group"] == group]
     return {group: [(prompt, _plan(e["topic"]), e["answer"]) for e in entries for prompt in e["prompts"]]}
 
 
-def sums() -> dict[str, list[tuple[str, str, str]]]:
+def sums() -> dict[str, list[Prompt]]:
     """Additions, subtractions and multiplications of small numbers, in words and in signs."""
     results = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
     signs = {"plus": ("plus", "+"), "minus": ("minus", "-"), "times": ("times", "x", "*")}
@@ -105,7 +106,7 @@ def sums() -> dict[str, list[tuple[str, str, str]]]:
     return kinds
 
 
-def law() -> dict[str, list[tuple[str, str, str]]]:
+def law() -> dict[str, list[Prompt]]:
     """Questions of somebody who wants to know about what is forbidden, or to be safe from it: they are answered."""
     return {
         name: [
