@@ -258,7 +258,8 @@ HOW_TO = re.compile(
 # ... and text about a risk names neither means nor people that it could be aimed at.
 MEANS_AND_PEOPLE = re.compile(
     r"""\b(?:
-        instructions? | ingredients? | overdos\w+ | lethal | fatal | poison\w* | noose | rope | hang(?:ing)?[ ](?:my|your|him|her)self
+        instructions? | ingredients? | overdos\w+ | lethal | fatal | poison\w* | noose | rope
+      | hang(?:ing)?[ ](?:my|your|him|her)self
       | bridge | rooftop | razor\w* | wrists? | veins? | bleed\w* | suffocat\w+ | strangl\w+ | drown\w*
       | stab\w* | throat
       | gunpowder | detonat\w+ | fuse | nitr\w+ | fertili[sz]er | bleach | acetone | ammonia | pipe[ ]bomb
