@@ -28,7 +28,6 @@ from psysafe.training.run_state import (
     check_resume,
     check_rows,
     check_run_dir,
-    digest_rows,
     enter_run_dir,
     load_state,
     open_log,
@@ -49,7 +48,7 @@ from psysafe.training.setup import (
 )
 from psysafe.training.step import train_step
 from psysafe.training.tracker import check_login
-from psysafe.training.validation import validate
+from psysafe.training.validation import note, validate
 from psysafe.training.watchdog import Watchdog
 
 
@@ -84,7 +83,7 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     config, sources = with_adapter_shape(config, sources, state.meta if state else {})
     # Every rank reads all rows: then a step's documents are a pure function of (rows, seed, step).
     data = load_data(config, folder)
-    rows_digest = digest_rows(data)
+    rows_digest = data.digest()
     if state:
         check_resume(state, config)
         check_rows(state, rows_digest)
@@ -155,7 +154,7 @@ def validate_and_save(run: Run, log: RunLog) -> None:
     log.catch_up()
     if losses := validate(run):
         log.validation(run.step, losses)
-        run.note_validation(losses)
+        note(run, losses)
     run.validation_due = False  # before the save: a resumed run must not validate again
     save_run(run, log)
 
@@ -168,6 +167,8 @@ def finish(run: Run) -> int:
         return 1
     if run.runtime.is_main:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
+        if run.best:
+            best += f"; it is that of step {run.best.step}, --keep-best {run.config.keep_best} {run.best.score:.4f}"
         print(f"adapter in {out}{best}; try:")
         print(f"  python generate.py --adapter {out} \"I feel like giving up.\"")
         print(peft_check_command(out, run.config.model))

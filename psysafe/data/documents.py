@@ -80,6 +80,8 @@ class MicroBatch:
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
     the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
     weight: the factor of its loss, 1, or 0 in a padding micro-batch (`pack_share`).
+    contrast: its contrast documents, which are its last ones, once more as a micro-batch of their own: what the base
+    reads to be compared with. The last n_contrast of `rows` are theirs. None: it has none.
     """
 
     tokens: torch.Tensor
@@ -87,6 +89,8 @@ class MicroBatch:
     rows: torch.Tensor
     labels: torch.Tensor
     weight: float = 1.0
+    contrast: "MicroBatch | None" = None
+    n_contrast: int = 0
 
 
 def encode_rows(
@@ -264,11 +268,17 @@ def pack_share(
     """This rank's documents (every world_size-th), packed, then padding micro-batches of weight zero.
 
     Every rank gets as many micro-batches as the rank with the longest list: sharded weights are gathered by all ranks
-    together, also by one that has no documents left.
+    together, also by one that has no documents left. For the same reason a micro-batch without contrast documents gets
+    padding for the base to read where one of another rank has some.
     """
-    counts = [len(_groups(documents[r::world_size], micro_batch_tokens)) for r in range(world_size)]
-    padding = [PADDING_MICRO_BATCH] * (max(counts) - counts[rank])
-    return pack(documents[rank::world_size], micro_batch_tokens) + padding
+    groups = [_groups(documents[r::world_size], micro_batch_tokens) for r in range(world_size)]
+    n_batches = max(map(len, groups))
+    batches = [_micro_batch(group) for group in groups[rank]]
+    batches += [PADDING_MICRO_BATCH] * (n_batches - len(batches))
+    for i in range(n_batches):
+        if batches[i].contrast is None and any(share[i][-1].is_contrast for share in groups if i < len(share)):
+            batches[i] = replace(batches[i], contrast=PADDING_MICRO_BATCH)
+    return batches
 
 
 def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list[Document]]:
@@ -283,6 +293,16 @@ def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list
 
 
 def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
+    contrast = [document for document in documents if document.is_contrast]
+    assert contrast == documents[len(documents) - len(contrast) :], "contrast documents come last"
+    batch = _flat_row(documents)
+    if not contrast:
+        return batch
+    part = _flat_row(contrast)
+    return replace(batch, contrast=part, n_contrast=len(part.rows))
+
+
+def _flat_row(documents: Sequence[Document]) -> MicroBatch:
     tokens = torch.from_numpy(np.concatenate([document.tokens for document in documents]).astype(np.int64))
     trained = torch.from_numpy(np.concatenate([document.trained for document in documents]))
     cu_seqlens = torch.tensor(np.cumsum([0, *map(len, documents)]), dtype=torch.int32)

@@ -51,6 +51,8 @@ class TrainConfig:
     """Rows with the base's own answers, trained beside data so that the base's behaviour stays where it belongs."""
     contrast_ratio: float = 0.0
     """Contrast documents for each training document, on top of batch_size; 0 trains none."""
+    kl_weight: float = 0.0
+    """Weight of KL(base || model) on contrast rows, in place of their cross-entropy; 0 trains on their words."""
     contrast_val_data: list[str] = field(default_factory=list)
     """Contrast rows to validate on; without any, val_fraction of those that are trained is set apart."""
     system: str = "none"
@@ -69,6 +71,8 @@ class TrainConfig:
     """Continue a run exactly: auto takes the newest whole state below out (or starts afresh), DIR a given one."""
     save_every: int = 0
     """Steps between saved states; 0 saves once an epoch."""
+    keep_best: Literal["last", "val", "contrast", "both"] = "last"
+    """Adapter that is left in out: the last, or the epoch's with the lowest val_loss, contrast_kl, or sum of both."""
 
     # Steps
     batch_size: int = 4
@@ -155,7 +159,7 @@ _RANGES = [  # (what a value must be, its test, the keys)
     ("above 0", lambda x: x > 0, ["lora_alpha", "eps", "max_grad_norm"]),
     ("between 10 seconds and a week", lambda x: 10 <= x <= 604_800, ["timeout"]),
     ("0 or more and below 1", lambda x: 0 <= x < 1, ["val_fraction", "beta1", "beta2"]),
-    ("between 0 and 100", lambda x: 0 <= x <= 100, ["contrast_ratio"]),
+    ("between 0 and 100", lambda x: 0 <= x <= 100, ["contrast_ratio", "kl_weight"]),
     ("not empty", bool, ["model", "out", "system", "project"]),
     ("at least one", lambda x: x and all(x), ["lora_targets"]),
     ("none of them empty", all, ["data", "val_data", "contrast_data", "contrast_val_data"]),
@@ -168,6 +172,7 @@ _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
     ("revision", lambda c: is_repository(c.model), "give a hub id as --model"),
     ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
     ("contrast_data", lambda c: c.contrast_ratio, "give --contrast-ratio, such as 0.25"),
+    ("kl_weight", lambda c: c.contrast_ratio, "give --contrast-data and --contrast-ratio, such as 0.25"),
 ]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}

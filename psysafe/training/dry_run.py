@@ -133,7 +133,7 @@ def _rows_of(config: TrainConfig, data: DataSets) -> Rows:
     if data.contrast or data.contrast_val:
         summary = _validation_summary(config, data.contrast_val, config.contrast_val_data, "contrast rows")
         validation["contrast validation"] = summary
-    return Rows(training, contrast, validation, training.with_contrast(contrast, config.contrast_ratio))
+    return Rows(training, contrast, validation, training.with_contrast(contrast, config) if contrast else training)
 
 
 def _rows_summary(config: TrainConfig, rows: Rows) -> dict[str, str]:
@@ -160,6 +160,7 @@ def _contrast_summary(config: TrainConfig, rows: Rows, epochs: float) -> dict[st
     passes = config.contrast_ratio * rows.training.rows * epochs / rows.contrast.rows
     more = rows.mixed.tokens / rows.training.tokens - 1
     how = f"{config.contrast_ratio:g} for each training row; a row is trained {passes:.1f} times; {more:+.1%} tokens"
+    how += f"; KL to the base, weight {config.kl_weight:g}, for which it reads them too" if config.kl_weight else ""
     return {"contrast rows": f"{rows.contrast.summary}; {how}"}
 
 
@@ -187,8 +188,10 @@ def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> 
     if plan is None:
         return {}
     max_tokens = _max_tokens(config, rows)
-    largest = Sizes.largest(max_tokens, _max_documents(config))
-    usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), _max_documents(config))
+    base_rows = math.ceil(rows.base / rows.rows * config.batch_size)
+    # Of a document of the largest size all rows can be compared with the base's.
+    largest = Sizes.largest(max_tokens, _max_documents(config), max_tokens if base_rows else 0)
+    usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), _max_documents(config), base_rows)
     summary = {"memory": NEXT_LINE.join(plan.describe(largest))}
     if usual.tokens < max_tokens:
         summary["usual micro-batch"] = NEXT_LINE.join(plan.describe(usual))
@@ -197,13 +200,14 @@ def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> 
 
 def _predictions(config: TrainConfig, rows: RowCounts, plan: Plan, usual: Sizes, largest: Sizes) -> dict[str, str]:
     """The time of a step and of the run on the GPUs whose speed is known. Computed from the roofline, not measured."""
-    steps, tokens, trained = count_steps(config, rows.rows), _step_tokens(config, rows), rows.trained / rows.tokens
-    summary = {"useful work": f"{flops_per_token(plan.config, rows.context, trained) / 1e9:.1f} GFLOP a token"}
+    steps, tokens = count_steps(config, rows.rows), _step_tokens(config, rows)
+    trained, base = rows.trained / rows.tokens, rows.base / rows.tokens
+    summary = {"useful work": f"{flops_per_token(plan.config, rows.context, trained, base) / 1e9:.1f} GFLOP a token"}
     for name, speed in SPEEDS.items():
         gpu_plan = plan if config.memory_limit else replace(plan, limit=speed.memory - RESERVE)
         # Seconds a token that recomputation costs.
         recompute, recompute_largest = (gpu_plan.choose(sizes).seconds / sizes.tokens for sizes in (usual, largest))
-        step = sum(step_seconds(plan.config, tokens, rows.context, trained, speed, recompute).values())
+        step = sum(step_seconds(plan.config, tokens, rows.context, trained, speed, recompute, base).values())
         full_tokens = 4 * largest.tokens
         full = sum(step_seconds(plan.config, full_tokens, largest.tokens, 1.0, speed, recompute_largest).values())
         summary[f"on one {name}"] = (
@@ -267,7 +271,7 @@ def _readable_rows(config: TrainConfig) -> Rows:
     # The recipe's own rows are not bundled.
     training = _assumed(config, 7_019, 640, f"as the recipe describes its own ({why})")
     contrast = _assumed(config, 1_500, 400, "short answers of the base") if config.contrast_ratio else None
-    mixed = training.with_contrast(contrast, config.contrast_ratio)
+    mixed = training.with_contrast(contrast, config) if contrast else training
     return Rows(training, contrast, {"validation rows": "not read"}, mixed)
 
 

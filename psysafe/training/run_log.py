@@ -33,7 +33,9 @@ from psysafe.training.config import KEYS, TrainConfig
 from psysafe.training.tracker import Tracker
 
 # What a validation measures: its name in metrics.jsonl, and for the screen.
-VALIDATION = {"val_loss": "validation loss", "contrast_loss": "on contrast rows"}
+VALIDATION = {
+    "val_loss": "validation loss", "contrast_loss": "on contrast rows", "contrast_kl": "KL from the base",
+}  # fmt: skip
 METRICS, NEWLINE = "metrics.jsonl", b"\n"
 MAX_SKIPPED = 3  # steps in a row without a finite gradient norm that end the run
 HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'left':>8}"
@@ -315,6 +317,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = ("loss", "training", "-"), ("val_loss", "validation", "o-"), ("contrast_loss", "contrast rows", "o--")
+    lines += (("contrast_kl", "KL from the base", "s:"),)
     for key, label, style in lines:
         points = [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row]
         if points:

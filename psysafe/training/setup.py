@@ -1,5 +1,6 @@
 """What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
 
+import hashlib
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ from psysafe.training.optim import AdamW
 from psysafe.training.roofline import context, flops_per_token
 from psysafe.training.watchdog import Watchdog
 
+# What --keep-best compares: the sum of these, as metrics.jsonl names them.
+KEEP_BEST = {"val": ("val_loss",), "contrast": ("contrast_kl",), "both": ("val_loss", "contrast_kl")}
 USE_RSLORA = "use_rslora"  # in a state's meta: how the adapter is scaled, which no setting says
 
 
@@ -53,6 +56,7 @@ class Run:
     save_error: str = ""  # why the last save failed, if it did
     contrast_set: Dataset | None = None
     contrast_val_set: Dataset | None = None
+    best: "Best | None" = None  # what --keep-best keeps
     say: Callable[[str], None] = print  # RunLog.say, once there is one
     lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
 
@@ -64,12 +68,13 @@ class Run:
     def useful_flops_per_token(self) -> float:
         """Useful FLOP of a training token, for the MFU."""
         rows = self.row_counts
-        return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens)
+        return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens, rows.base / rows.tokens)
 
     @property
     def row_counts(self) -> "RowCounts":
         """Of the training rows, each with its share of contrast rows."""
-        return RowCounts.of(self.train_set).with_contrast(self.contrast_set, self.config.contrast_ratio)
+        rows = RowCounts.of(self.train_set)
+        return rows.with_contrast(RowCounts.of(self.contrast_set), self.config) if self.contrast_set else rows
 
     def finish_step(self) -> None:
         """Count a step as done, and note what has to follow it."""
@@ -77,15 +82,19 @@ class Run:
         self.validation_due = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
         self.save_due = self.config.save_every > 0 and self.step % self.config.save_every == 0
 
-    def note_validation(self, losses: Mapping[str, float]) -> None:
-        """losses: as `validate` returns them."""
-        if (val_loss := losses.get("val_loss")) is not None:
-            self.best_val = val_loss if self.best_val is None else min(val_loss, self.best_val)
-
     def fit_into_memory(self, batch: MicroBatch) -> None:
         """On a GPU: choose what the backward pass of this micro-batch recomputes. Changes no number."""
         if self.plan is not None:
-            self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
+            base_rows = batch.n_contrast if self.config.kl_weight else 0
+            self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows), base_rows))
+
+
+class Best(NamedTuple):
+    """The best validation so far: after which step, what was compared, and all adapter parameters then, on the CPU."""
+
+    step: int
+    score: float
+    adapter: torch.Tensor
 
 
 class DataSets(NamedTuple):
@@ -95,6 +104,21 @@ class DataSets(NamedTuple):
     val: Dataset | None
     contrast: Dataset | None
     contrast_val: Dataset | None
+
+    def digest(self) -> str:
+        """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows.
+
+        Contrast rows have digests of their own, trained ones and those that validate, behind a colon each.
+        """
+        digests = [_digest(self.train, self.val), _digest(self.contrast), _digest(self.contrast_val)]
+        return digests[0] if self.contrast is self.contrast_val is None else ":".join(digests)
+
+
+def _digest(*sets: Dataset | None) -> str:
+    sha = hashlib.sha256()
+    for document in (document for data in sets if data is not None for document in data.documents):
+        sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
+    return sha.hexdigest()
 
 
 class RowCounts(NamedTuple):
@@ -106,21 +130,24 @@ class RowCounts(NamedTuple):
     longest: int  # tokens of the longest row
     context: float  # mean length of the row that a token lies in
     summary: str
+    base: float = 0.0  # tokens that the base reads as well (--kl-weight)
 
     @staticmethod
     def of(data: Dataset) -> "RowCounts":
         lengths = [len(document) for document in data.documents]
         return RowCounts(len(data), data.n_tokens, data.n_targets, max(lengths), context(lengths), data.summary())
 
-    def with_contrast(self, contrast: "Dataset | RowCounts | None", ratio: float) -> "RowCounts":
-        """The counts of these rows with `ratio` contrast rows for each, as the steps see them on average."""
-        if contrast is None:
-            return self
-        contrast = contrast if isinstance(contrast, RowCounts) else RowCounts.of(contrast)
-        passes = ratio * self.rows / contrast.rows
-        tokens, trained = self.tokens + passes * contrast.tokens, self.trained + passes * contrast.trained
-        mean = (self.tokens * self.context + passes * contrast.tokens * contrast.context) / tokens
-        return RowCounts(self.rows, tokens, trained, max(self.longest, contrast.longest), mean, self.summary)
+    def with_contrast(self, contrast: "RowCounts", config: TrainConfig) -> "RowCounts":
+        """The counts of these rows with contrast_ratio contrast rows for each, as the steps see them on average."""
+        passes = config.contrast_ratio * self.rows / contrast.rows
+        more = passes * contrast.tokens
+        return self._replace(
+            tokens=self.tokens + more,
+            trained=self.trained + passes * contrast.trained,
+            longest=max(self.longest, contrast.longest),
+            context=(self.tokens * self.context + more * contrast.context) / (self.tokens + more),
+            base=more if config.kl_weight else 0.0,
+        )
 
 
 def load_data(config: TrainConfig, folder: Path) -> DataSets:
@@ -139,7 +166,12 @@ def load_data(config: TrainConfig, folder: Path) -> DataSets:
     rows = _read_and_split(config, config.data, config.val_data)
     contrast_rows = _read_and_split(config, contrast_data, config.contrast_val_data)
     encoded = [encode_rows(part, *options) if part else None for part in rows]
-    return DataSets(*encoded, *(encode_rows(part, *options, True) if part else None for part in contrast_rows))
+    data = DataSets(*encoded, *(encode_rows(part, *options, True) if part else None for part in contrast_rows))
+    for name in KEEP_BEST.get(config.keep_best, ()):
+        if (data.val if name == "val_loss" else data.contrast_val) is None:
+            more = "--val-data" if name == "val_loss" else "--contrast-val-data"
+            raise UserError(f"keep_best {config.keep_best}: no rows validate {name}; give {more}, or --keep-best last")
+    return data
 
 
 def _read_and_split(config: TrainConfig, data: list[str], val_data: list[str]) -> tuple[list[Row], list[Row]]:

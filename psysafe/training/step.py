@@ -62,7 +62,7 @@ def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tenso
     for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
         run.watch.progress(run.step + 1)
         run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
+        part = batch_loss(run.model, batch, runtime.device, run.config.kl_weight) / n_targets
         part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
         loss += part.detach()  # .item() here would wait for the device
     run.watch.progress(run.step + 1)

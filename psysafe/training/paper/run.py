@@ -38,13 +38,13 @@ def parse_lengths(flag: str, words: Sequence[str]) -> list[int]:
     return lengths
 
 
-def documents_of(lengths: Sequence[int], untrained: int = 1) -> Dataset:
+def documents_of(lengths: Sequence[int], untrained: int = 1, is_contrast: bool = False) -> Dataset:
     """Documents of these lengths; the first `untrained` tokens of each are not trained (of a shorter one all but one).
 
     Nothing predicts a document's first token, so with 1 all are trained that can be.
     """
     documents = [
-        Document(np.zeros(n, np.int32), np.arange(n) >= min(untrained, n - 1), f"document {i}")
+        Document(np.zeros(n, np.int32), np.arange(n) >= min(untrained, n - 1), f"document {i}", is_contrast)
         for i, n in enumerate(lengths)
     ]
     return Dataset(documents, max(lengths), 0, 0)
@@ -58,13 +58,18 @@ def paper_run(
     plan: Plan | None,
     lengths: Sequence[int],
     untrained: int = 1,
+    contrast: Sequence[int] = (),
 ) -> Run:
-    """A run whose first step is these documents, cut into micro-batches as the config says. Everything lies on meta,
-    only an embedding may lie in host memory. plan None: nothing is recomputed."""
-    config = replace(config, batch_size=len(lengths))
+    """A run whose first step is these documents, then these contrast documents, cut into micro-batches as the config
+    says. Everything lies on meta, only an embedding may lie in host memory. plan None: nothing is recomputed."""
+    config = replace(config, batch_size=len(lengths), contrast_ratio=len(contrast) / len(lengths))
     runtime = Runtime(META, model.norm.dtype)
     watch = Watchdog(runtime, config.timeout)
-    return Run(config, runtime, model, adapters, optimizer, documents_of(lengths, untrained), None, 1, watch, plan)
+    contrast_set = documents_of(contrast, untrained, True) if contrast else None
+    return Run(
+        config, runtime, model, adapters, optimizer, documents_of(lengths, untrained), None, 1, watch, plan,
+        contrast_set=contrast_set,
+    )  # fmt: skip
 
 
 def trace_step(run: Run, multiprocessors: int = H100_MULTIPROCESSORS) -> Trace:
