@@ -61,9 +61,9 @@ class Recipe:
 PAPER = Recipe()
 GRID = [
     PAPER,
-    *(Recipe(ratio, 4) for ratio in (0.25, 0.5, 0.75, 1.0, 1.5)),
-    *(Recipe(ratio, 2, "2e-3") for ratio in (0.5, 1.0)),
-    *(Recipe(ratio, 4, kl=1.0) for ratio in (0.5, 1.0)),
+    *(Recipe(ratio, 4) for ratio in (0.25, 0.5, 1.0, 1.5)),
+    *(Recipe(ratio, 2, "2e-3") for ratio in (0.25, 0.5, 1.0, 1.5)),
+    *(Recipe(ratio, epochs, lr, kl=1.0) for ratio in (0.5, 1.0) for epochs, lr in ((4, "1e-3"), (2, "2e-3"))),
 ]
 
 
