@@ -120,7 +120,8 @@ DELTA_NET_BLOCK = {
     ("forward", "mm"): 4,
     ("forward", "sum"): 1,  # u of down_proj, over the columns that each program had
     ("backward", "mm"): 4,
-    ("backward", "addmm_"): 3,  # z, b and a, into the gradient of x
+    ("backward", "addmm_"): 2,  # z, b|a, into the gradient of x
+    ("backward", "cat"): 1,  # b|a, 96 columns
     ("backward", "sum"): 4,  # dA and dB over programs
     ("backward", "add_"): 4,  # into the gradients: A and B of the MLP's two layers
 }

@@ -32,7 +32,8 @@ and dq, dk, da, db from those (docs/gated-delta-rule.md derives them). The launc
     states       the walk over the chunks of a document: o, final state, checkpoints
     recompute    R and S of every chunk again, in segments of 16 chunks              ops/gated_delta_rule_backward.py
     reverse      the walk back: dv, dS'
-    gradients    dq, dk summed over the value heads of a key head, da, db, through norms and gates
+    within       gradients of the chunk's matrices, dP and Y, summed over the value heads of a key head; db
+    dq, dk       summed over the value heads of a key head, through the norms; da, through the gates
 
 Rounding there: states, the inverse, sums and gates are fp32; the operands of a product are rounded to the inputs' dtype
 (among them M, P, E, R, S, dS' and dv). Beside bf16 inputs the four products that complete the inverse are in TF32;
@@ -194,7 +195,7 @@ def _chunk_slots(documents: Documents, BT: int) -> tuple[Tensor, list[int]]:
     return documents.table(("delta rule chunks", BT), build)
 
 
-# Triton: the chunk form in seven launches.
+# Triton: the chunk form in nine launches.
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -225,8 +226,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         dq = dk = da = db = None
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3, 4)):
             RT, ST = backward.recompute(k, v, prepared, factors, initial_state, checkpoints, plan)
-            del factors  # no part of the peak, which is reached with dq and dk
-            dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
+            dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, factors, RT, ST, dST, plan)
         return dq, dk, dv, da, db, dinitial, None
 
 
@@ -234,7 +234,7 @@ def gated_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, documents: Documents,
     initial_state: Tensor | None = None, output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`gated_delta_rule_reference` in three Triton launches forward, four backward.
+    """`gated_delta_rule_reference` in three Triton launches forward, six backward.
 
     q, k, v, a, b have one dtype, fp32 or bf16; each token's row is contiguous, with any stride between rows. K and V
     are powers of two from 16 to 128. ValueError for anything else, and if A_log or dt_bias requires a gradient.

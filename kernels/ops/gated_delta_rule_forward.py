@@ -335,13 +335,19 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def options(kernel: str, dtype: torch.dtype, V: int) -> dict[str, int]:
-    """BV, warps and stages of a kernel: those with which it fits when compiled for sm_90."""
+def value_columns(dtype: torch.dtype, V: int) -> int:
+    """BV: how many columns of v and S a program of a walk has, and a block where a kernel reads all of them."""
+    return min(V, 32 if dtype == torch.float32 else 64)
+
+
+def options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of a kernel: those with which it fits when compiled for sm_90."""
     if dtype == torch.float32:
-        return {"BV": min(V, 32), "num_warps": 8, "num_stages": 1}
+        return {"num_warps": 8, "num_stages": 1}
     # Three stages where one program fills a multiprocessor: with two, a load is issued when it is already awaited.
-    warps, stages = {"states": (4, 3), "recompute": (4, 2), "reverse": (4, 3), "gradients": (8, 1)}[kernel]
-    return {"BV": min(V, 64), "num_warps": warps, "num_stages": stages}
+    # One where two or three programs share it, and the others work while one waits.
+    stages = {"states": 3, "recompute": 2, "reverse": 3, "within": 2, "dq": 1, "dk": 1}
+    return {"num_warps": 4, "num_stages": stages[kernel]}
 
 
 class Prepared(NamedTuple):
@@ -387,15 +393,15 @@ def state_factors(prepared: Prepared, K: int) -> StateFactors:
 
 
 def descriptors(BV: int, **tensors: Tensor) -> list:
-    """TMA descriptors of token tensors: q and k (T, G, K) in boxes of BT x K, v and do (T, H, V) of BT x BV."""
+    """TMA descriptors of token tensors: q and k (T, G, K) in boxes of BT x K, v, do and dv (T, H, V) of BT x BV."""
     # From the convolution all rows are adjacent; a caller's slice of something wider may not be readable.
     tensors = {name: x if tma_reads(x) else x.contiguous() for name, x in tensors.items()}
-    return [tma(name, x, CHUNK, columns=BV if name in ("v", "do") else None) for name, x in tensors.items()]
+    return [tma(name, x, CHUNK, columns=None if name in ("q", "k") else BV) for name, x in tensors.items()]
 
 
 def tile_descriptor(name: str, x: Tensor) -> "TensorDescriptor":
-    """M or P (NC, H, BT, BT) in boxes of one chunk and head."""
-    return tma(name, x.view(-1, 1, CHUNK), CHUNK)
+    """A tensor (NC, heads, rows, columns) in boxes of one chunk and head."""
+    return tma(name, x.view(-1, 1, x.shape[3]), x.shape[2])
 
 
 def states(
@@ -407,12 +413,13 @@ def states(
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     S_final = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device) if final else None
     checkpoints = torch.empty(plan.checkpoints, H, V, K, dtype=torch.float32, device=v.device) if save else None
-    constants = options("states", v.dtype, V)
-    _states_kernel[(V // constants["BV"], H, N)](
-        *descriptors(constants["BV"], q=q, k=k, v=v),
+    BV = value_columns(v.dtype, V)
+    _states_kernel[(V // BV, H, N)](
+        *descriptors(BV, q=q, k=k, v=v),
         *(tile_descriptor("M", prepared.M), tile_descriptor("P", prepared.P)),
         *(prepared.gates, *factors, initial, plan.documents, o, S_final, checkpoints),
         HAS_INITIAL=initial is not None, STORE_FINAL=final, STORE_CHECKPOINTS=save and plan.checkpoints > 0,
-        SEGMENT=SEGMENT, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, PRECISION=precision(v), **constants,
+        SEGMENT=SEGMENT, H=H, GROUP=H // G, K=K, V=V, BT=CHUNK, BV=BV, PRECISION=precision(v),
+        **options("states", v.dtype),
     )  # fmt: skip
     return o, S_final, checkpoints

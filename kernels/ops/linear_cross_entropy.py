@@ -91,10 +91,11 @@ def _cross_entropy_kernel(
     for i_v in tl.range(0, BLOCKS, num_stages=STAGES):
         o = i_v * B_VOCAB + o_v
         b_z = tl.load(p_row + o, o < VOCAB, other=float("-inf")).to(tl.float32)
-        # A larger maximum makes the sum so far smaller by the same factor.
-        b_new = tl.maximum(b_max, b_z)
-        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
-        b_max = b_new
+        # A larger maximum makes the sum so far smaller by the same factor. Of this factor and the new term one is 1:
+        # so there is one exp an element, not two.
+        b_exp = tl.exp(-tl.abs(b_z - b_max))
+        b_sum = tl.where(b_z > b_max, b_sum * b_exp + 1.0, b_sum + b_exp)
+        b_max = tl.maximum(b_max, b_z)
     row_max = tl.max(b_max)
     lse = row_max + tl.log(tl.sum(b_sum * tl.exp(b_max - row_max)))
     # A label that does not exist must not pass as a loss: NaN reaches the gradient norm, and the step is skipped.

@@ -81,24 +81,25 @@ class GatedDeltaNet(nn.Module):
 
 
 class _SplitLinear(torch.autograd.Function):
-    """x W^T split by columns, as one GEMM whose backward takes the parts' gradients as they come.
+    """x W^T split into q|k|v, z, b and a, as one GEMM whose backward takes their gradients as they come.
 
-    Autograd's own backward of F.linear and split would first concatenate the gradients of q|k|v, z, b and a: one more
-    pass over the widest tensor of the layer. Here every part multiplies its own rows of W and accumulates into dx.
+    Autograd's own backward of F.linear and split would first concatenate them: one more pass over the widest tensor of
+    the layer. Here the parts multiply their own rows of W and accumulate into dx. b and a, of one column a head, do so
+    together: on its own each would read and write all of dx.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
-        ctx.set_materialize_grads(False)  # a part without gradient arrives as None, not as a tensor of zeros
         return F.linear(x, weight).split(sizes, dim=1)
 
     @staticmethod
-    def backward(ctx, *dys: Tensor | None):
+    def backward(ctx, dqkv: Tensor, dz: Tensor, db: Tensor, da: Tensor):
         (weight,) = ctx.saved_tensors
-        dx = None
-        for dy, rows in zip(dys, weight.split(ctx.sizes), strict=True):
-            if dy is not None:
-                dx = dy @ rows if dx is None else dx.addmm_(dy, rows)
+        qkv, z, b, a = ctx.sizes
+        W_qkv, W_z, W_ba = weight.split((qkv, z, b + a))
+        dx = dqkv @ W_qkv
+        dx.addmm_(dz, W_z)
+        dx.addmm_(torch.cat([db, da], dim=1), W_ba)
         return dx, None, None

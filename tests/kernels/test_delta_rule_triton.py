@@ -44,7 +44,7 @@ def test_every_tensor_between_the_kernels():
         o, final, checkpoints = forward.states(q, k, v, prepared, factors, initial, plan, final=True, save=True)
         RT, ST = backward.recompute(k, v, prepared, factors, initial, checkpoints, plan)
         dv, dST, dinitial = backward.reverse(q, k, do, prepared, factors, dfinal, plan, initial=True)
-        dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, RT, ST, dST, plan)
+        dq, dk, da, db = backward.gradients(q, k, a, A_log, dt_bias, do, dv, prepared, factors, RT, ST, dST, plan)
     gates, norms = prepared.gates, prepared.norms
     assert_close_fp32(
         {

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 
     kernel: the name in launches.json, of the operation `op`. programs: for each the trips of its loops, in the order
     in which the GPU takes them. launches: in a step. rare: whether an `if` inside a loop is almost never entered.
-    bytes: read and written by a kernel that only streams, whose least time memory sets.
+    bytes: read and written by a kernel whose least time memory may set.
     """
 
     kernel: str
@@ -87,7 +87,7 @@ def _delta_rule() -> Iterator[Launch]:
         kernel: str, programs: list[tuple[int, ...]], backward: bool = True, rare: bool = False, bytes: int = 0
     ) -> Launch:
         count = MICRO_BATCHES * (DELTA_BACKWARD_LAYERS if backward else DELTA_LAYERS)
-        file = "backward" if kernel in ("recompute", "reverse", "gradients") else "forward"
+        file = "forward" if kernel.startswith(("prepare", "states", "factors")) else "backward"
         return Launch(f"gated_delta_rule_{file} {kernel}", "gated_delta_rule", backward, programs, count, rare, bytes)
 
     yield launch("prepare", [()] * (chunks * VALUE_HEADS), backward=False)
@@ -98,8 +98,13 @@ def _delta_rule() -> Iterator[Launch]:
     for backward in (False, True):
         yield launch("factors", [()] * (chunks * VALUE_HEADS), backward, bytes=4 * 8 * TOKENS * VALUE_HEADS)
     walk = [(-(-tokens // delta_rule.CHUNK),) for tokens in segments for _ in range(columns * VALUE_HEADS)]
-    yield launch("recompute", walk)
-    yield launch("reverse", [(chunks,)] * (columns * VALUE_HEADS))
-    # Two passes over the value heads; in each, loops over the blocks of value columns.
-    trips = (group, columns, columns, group, columns, columns, columns)
-    yield launch("gradients", [trips] * (chunks * DELTA_KEY_HEADS))
+    # Bytes of one tensor: q or k, v or R, S of every chunk, M or P, and dP or Y, which are sums over value heads.
+    keys, values = (2 * TOKENS * heads * WIDTH for heads in (DELTA_KEY_HEADS, VALUE_HEADS))
+    states = 2 * chunks * VALUE_HEADS * WIDTH**2
+    tiles, sums = (2 * chunks * heads * delta_rule.CHUNK**2 for heads in (VALUE_HEADS, DELTA_KEY_HEADS))
+    yield launch("recompute", walk, bytes=keys + 2 * values + tiles + states)
+    yield launch("reverse", [(chunks,)] * (columns * VALUE_HEADS), bytes=2 * keys + 2 * values + 2 * tiles + states)
+    programs = chunks * DELTA_KEY_HEADS  # each with a loop over the value heads; dk has two
+    yield launch("within", [(group,)] * programs, bytes=keys + 3 * values + tiles + 2 * sums)
+    yield launch("dq", [(group,)] * programs, bytes=3 * keys + values + states + sums)
+    yield launch("dk", [(group, group)] * programs, bytes=3 * keys + 2 * values + 2 * states + 2 * sums)

@@ -40,16 +40,22 @@ RATES = {
     "gated_delta_rule_forward states": Rate(367e12, _RULE),
     "gated_delta_rule_backward recompute": Rate(242e12, _RULE),
     "gated_delta_rule_backward reverse": Rate(311e12, _RULE),
-    "gated_delta_rule_backward gradients": Rate(84e12, _RULE),
+    "gated_delta_rule_backward within": Rate(84e12, _RULE),
+    "gated_delta_rule_backward dq": Rate(84e12, _RULE),
+    "gated_delta_rule_backward dk": Rate(84e12, _RULE),
 }
 # Products of a delta-rule kernel per chunk and value head: (64, K) x (K, V); (64, 64) x (64, V); (64, 64) x (64, 64).
+# And per chunk and key head, where matrices of its value heads are summed before: (64, 64) x (64, K).
 _PRODUCTS = {
     "prepare": (0, 2, 4),
     "states": (3, 2, 0),
     "recompute": (2, 1, 0),
     "reverse": (3, 2, 0),
-    "gradients": (3, 9, 0),
+    "within": (0, 2, 0),
+    "dq": (1, 0, 0),
+    "dk": (2, 0, 0),
 }
+_KEY_PRODUCTS = {"within": 1, "dq": 1, "dk": 2}
 _DOTS = {"forward": 2, "backward_dq": 3, "backward_dk": 3, "backward_dv": 2}  # of attention, per pair of query and key
 _WALKS = ("states", "reverse")
 
@@ -99,8 +105,11 @@ class PaperGPU:
         if op.name.startswith("gated_delta_rule") and kernel in _PRODUCTS:
             wide, square, small = _PRODUCTS[kernel]
             C, K, V = DELTA_CHUNK, constants["K"], constants.get("V", constants["K"])
-            chunks = op.launch.tensors["p_gates"].shape[0]
-            return chunks * constants["H"] * 2 * C * (wide * K * V + square * C * V + small * C * C)
+            per_value_head = wide * K * V + square * C * V + small * C * C
+            per_key_head = _KEY_PRODUCTS.get(kernel, 0) * C * K
+            H, tensors = constants["H"], op.launch.tensors
+            chunks = tensors["p_gates" if "p_gates" in tensors else "p_factors"].shape[0]
+            return chunks * 2 * C * (H * per_value_head + H // constants["GROUP"] * per_key_head)
         return 0
 
     def seconds(self, op: Op) -> float:
