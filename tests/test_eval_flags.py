@@ -44,6 +44,8 @@ BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUD
 CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" for command in ("mmlu", "hellaswag")}
 OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
+REREAD = "judge --out OUT"
+RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -76,6 +78,12 @@ def of_data(line: str) -> dict[str, Effect]:
     return {"--data": (fetched, line), "--data-revision": (fetched, f"{fetched} --data-revision abc")}
 
 
+def of_stored(line: str, judge: str) -> dict[str, Effect]:
+    numbered = {"--replies": ("NUMBERED", "NUMBERED2"), "--scores": ("NUMBERED", "NUMBERED2")}
+    pairs = {flag: tuple(f"{line} {flag} {file}" for file in files) for flag, files in numbered.items()}
+    return pairs | {"--answers": (f"{line} {judge} --answers NUMBERED", f"{line} {judge} --answers two=NUMBERED")}
+
+
 EFFECTS: dict[str, dict[str, Effect]] = {
     "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"]) | {
         "--judge": (BY_MODEL["judge"], BY_RULES["judge"]),
@@ -84,20 +92,25 @@ EFFECTS: dict[str, dict[str, Effect]] = {
                       "judge --answers ANSWERS --answers two=ANSWERS --judge rules --out OUT"),
         "--limit": ("judge --answers ANSWERS --judge rules --out OUT",
                     "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
+        "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
+        "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
         "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
-    },
+    } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
     "sorry-bench": of_answers(BY_MODEL["sorry-bench"]) | of_judges(BY_MODEL["sorry-bench"])
     | of_data(BY_MODEL["sorry-bench"]) | {
         "--mutations": "--mutations base,question",
         "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
         "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
         "--translator-key-env": (TRANSLATED, f"{TRANSLATED} --translator-key-env OTHER_KEY"),
+    } | of_stored("sorry-bench --data DATA --out OUT", JUDGE),
+    "agreement": {
+        "--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2",
+        "--ratings": (RATED, RATED.replace("RATINGS", "RATINGS2")), "--key": (RATED, RATED.replace("KEY", "KEY2")),
     },
-    "agreement": {"--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2"},
     "report": {"--out": "--out OUT2"},
     **{command: of_models(line) | of_data(line) | {
         "--chat": "--chat",
@@ -117,6 +130,13 @@ REFUSED = [
     *(("judge --prompts PROMPTS --judge rules", words) for words in (
         "--rubric RUBRIC", "--judge-tokens 9", "--judge-model k", "--judge-key-env K", "--judge-param a=1",
         "--workers 3", "--deadline 5", "--seed 3", "--baseline ONE")),
+    ("agreement --human PEOPLE --judged JUDGED", "--key KEY"),
+    *((f"{line} {flag} {file}", words) for line, file in (
+        ("judge", "REPLIES"), ("xstest --data DATA", "NUMBERED"), ("sorry-bench --data DATA", "NUMBERED"))
+      for flag in ("--replies", "--scores") for words in (
+        "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
+    ("judge --replies REPLIES", "--rubric RUBRIC"),
+    ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -155,12 +175,29 @@ def world(tmp_path, monkeypatch):
     rows("PROMPTS", prompts)
     rows("OTHERPROMPTS", [row | {"prompt": f"{row['prompt']}!"} for row in prompts])
     rows("ANSWERS", [row | {"answer": "I can't help with that."} for row in prompts])
+    for number, text in {"": reply(("Yes", "4", "No", "2")), "2": reply(("No", "4", "No", "2"))}.items():
+        label = "2_full_refusal" if number else "1_full_compliance"
+        stored = {"reply": text, "refusal": "No" if number else "Yes"}
+        rows(f"REPLIES{number}", [row | stored for row in prompts])
+        # Rows by their prompts' numbers in the benchmark: v2-1, ... and 1, ...
+        for command, begin, score in (("xstest", "v2-", label), ("sorry-bench", "", int(number == "2"))):
+            stored = {"variant": "v", "reply": str(score), "answer": label, "score": score}
+            rows(f"NUMBERED{number} {command}", [stored | {"id": f"{begin}{i}"} for i in range(1, 3)])
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
     files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
     files["PEOPLE2"] = tmp_path / "people2.csv"
     files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")
+    for number, (left, value) in {"": ("base, none", "Yes"), "2": ("tuned, none", "No")}.items():
+        item = {"prompt": "I drink 1", "left": left, "right": "base, none"}
+        files[f"KEY{number}"] = tmp_path / f"key{number}.json"
+        files[f"KEY{number}"].write_text(json.dumps({"page": "d", "items": {"1": item}}))
+        files[f"RATINGS{number}"] = tmp_path / f"ratings{number}.json"
+        rating = {"item": "1", "side": "right", "criterion": "refusal", "value": value}
+        preference = {"item": "1", "value": "left"}
+        content = {"page": "d", "rater": "Anna", "ratings": [rating], "preferences": [preference]}
+        files[f"RATINGS{number}"].write_text(json.dumps(content))
     files["ADAPTER"] = tmp_path / "adapter"
     files["ADAPTER"].mkdir()
     (files["ADAPTER"] / "adapter_config.json").write_text(
@@ -219,6 +256,7 @@ def world(tmp_path, monkeypatch):
             command = line.split()[0]
             fixture = {"xstest": "xstest.csv", "sorry-bench": "sorry"}.get(command, f"{command}.jsonl")
             here = files | {"DATA": FIXTURES / fixture, "ONE": "base, none", "TWO": "base, v0"}
+            here |= {name: files.get(f"{name} {command}") for name in ("NUMBERED", "NUMBERED2")}
             parts = [word.rpartition("=") for word in line.split()]
             return [f"{name}{equals}{here.get(value, value)}" for name, equals, value in parts]
 
