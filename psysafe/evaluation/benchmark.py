@@ -235,12 +235,15 @@ class Benchmark(Evaluation):
         """What the models answer here."""
         model, variants = models_under_test.from_arguments(args)
         unfinished.require_base([variant.adapter for variant in variants], args.rules)
-        columns = {}
+        by_part = {}
         for part, items in rows.parts.items():
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
-            answers = model.answers(variants, questions, Path(args.out) / f"answers{suffix_of(part)}")
-            columns[part] = {variant.name: [answers[variant][q.number] for q in questions] for variant in variants}
+            by_part[part] = model.answers(variants, questions, Path(args.out) / f"answers{suffix_of(part)}")
+        columns = {
+            part: {v.name: [by_part[part][v][number] for number in range(1, len(items) + 1)] for v in variants}
+            for part, items in rows.parts.items()
+        }
         return Answered(columns, [v.name for v in variants if v.adapter == BASE], model.summary(), [])
 
     def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
