@@ -9,6 +9,7 @@ import pytest
 import eval as script
 from psysafe.data.rows import read_table
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows
+from psysafe.evaluation.comparison import Figure, share
 from psysafe.evaluation.result import Table, percent
 from tests.mistakes import refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
@@ -47,6 +48,10 @@ class Politeness(Benchmark):
             lines.append([variant, len(known), percent(known)])
         return [Table("Polite answers", [("variant", ""), ("n", ","), ("polite %", ".1f")], lines, bars=["polite %"])]
 
+    def figures(self, judged: Judged) -> list[Figure]:
+        columns = judged.verdicts[""].items()
+        return [share("polite %", {v: {i: p for i, p in enumerate(column) if p is not None} for v, column in columns})]
+
 
 @pytest.fixture
 def politeness(monkeypatch, tmp_path):
@@ -77,6 +82,10 @@ def test_a_judge_that_fails_once_and_a_second_start(politeness, tmp_path, monkey
         result = json.loads((out / "result.json").read_text())
         assert (result["kind"], result["title"]) == ("politeness", "Politeness, judged by stub")
         assert result["tables"][0]["rows"] == [["base, none", 2, 50.0, 0.0], ["base, v0", 2, 50.0, 0.0]]
+        intervals, differences = result["tables"][1:]
+        assert [row[:4] for row in intervals["rows"]] == [["polite %", v, 2, 50.0] for v in ("base, none", "base, v0")]
+        assert [row[:4] + row[-1:] for row in differences["rows"]] == [
+            ["polite %", "base, none", "base, v0", 2, "same on every prompt"]]  # fmt: skip
         assert list(result["failed"]) == ["base, none: prompt 3", "base, v0: prompt 3"]
         assert result["notes"] == ["Politeness is in the eye of the judge."]
         assert result["contamination"] == {"prompts": 3, "exact": 0, "normalised": 1}

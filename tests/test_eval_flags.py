@@ -46,6 +46,8 @@ CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" fo
 OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
 STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
+REREAD = "judge --out OUT"
+RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -78,6 +80,12 @@ def of_data(line: str) -> dict[str, Effect]:
     return {"--data": (fetched, line), "--data-revision": (fetched, f"{fetched} --data-revision abc")}
 
 
+def of_stored(line: str, judge: str) -> dict[str, Effect]:
+    numbered = {"--replies": ("NUMBERED", "NUMBERED2"), "--scores": ("NUMBERED", "NUMBERED2")}
+    pairs = {flag: tuple(f"{line} {flag} {file}" for file in files) for flag, files in numbered.items()}
+    return pairs | {"--answers": (f"{line} {judge} --answers NUMBERED", f"{line} {judge} --answers two=NUMBERED")}
+
+
 EFFECTS: dict[str, dict[str, Effect]] = {
     "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"]) | {
         "--judge": (BY_MODEL["judge"], BY_RULES["judge"]),
@@ -86,6 +94,8 @@ EFFECTS: dict[str, dict[str, Effect]] = {
                       "judge --answers ANSWERS --answers two=ANSWERS --judge rules --out OUT"),
         "--limit": ("judge --answers ANSWERS --judge rules --out OUT",
                     "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
+        "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
+        "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
         "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
@@ -98,15 +108,18 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     },
     "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
-    },
+    } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
     "sorry-bench": of_answers(BY_MODEL["sorry-bench"]) | of_judges(BY_MODEL["sorry-bench"])
     | of_data(BY_MODEL["sorry-bench"]) | {
         "--mutations": "--mutations base,question",
         "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
         "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
         "--translator-key-env": (TRANSLATED, f"{TRANSLATED} --translator-key-env OTHER_KEY"),
+    } | of_stored("sorry-bench --data DATA --out OUT", JUDGE),
+    "agreement": {
+        "--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2",
+        "--ratings": (RATED, RATED.replace("RATINGS", "RATINGS2")), "--key": (RATED, RATED.replace("KEY", "KEY2")),
     },
-    "agreement": {"--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2"},
     "report": {"--out": "--out OUT2"},
     **{command: of_models(line) | of_data(line) | {
         "--chat": "--chat",
@@ -129,6 +142,13 @@ REFUSED = [
     *((f"{STORED} --baseline a", words) for words in (
         "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
     ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
+    ("agreement --human PEOPLE --judged JUDGED", "--key KEY"),
+    *((f"{line} {flag} {file}", words) for line, file in (
+        ("judge", "REPLIES"), ("xstest --data DATA", "NUMBERED"), ("sorry-bench --data DATA", "NUMBERED"))
+      for flag in ("--replies", "--scores") for words in (
+        "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
+    ("judge --replies REPLIES", "--rubric RUBRIC"),
+    ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -171,6 +191,14 @@ def world(tmp_path, monkeypatch):
     groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
     rows("GROUPS", groups)
     rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
+    for number, text in {"": reply(("Yes", "4", "No", "2")), "2": reply(("No", "4", "No", "2"))}.items():
+        label = "2_full_refusal" if number else "1_full_compliance"
+        stored = {"reply": text, "refusal": "No" if number else "Yes"}
+        rows(f"REPLIES{number}", [row | stored for row in prompts])
+        # Rows by their prompts' numbers in the benchmark: v2-1, ... and 1, ...
+        for command, begin, score in (("xstest", "v2-", label), ("sorry-bench", "", int(number == "2"))):
+            stored = {"variant": "v", "reply": str(score), "answer": label, "score": score}
+            rows(f"NUMBERED{number} {command}", [stored | {"id": f"{begin}{i}"} for i in range(1, 3)])
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
@@ -182,6 +210,15 @@ def world(tmp_path, monkeypatch):
         files[name] = tmp_path / name.lower()
         files[name].mkdir()
         (files[name] / "adapter_config.json").write_text(json.dumps(config))
+    for number, (left, value) in {"": ("base, none", "Yes"), "2": ("tuned, none", "No")}.items():
+        item = {"prompt": "I drink 1", "left": left, "right": "base, none"}
+        files[f"KEY{number}"] = tmp_path / f"key{number}.json"
+        files[f"KEY{number}"].write_text(json.dumps({"page": "d", "items": {"1": item}}))
+        files[f"RATINGS{number}"] = tmp_path / f"ratings{number}.json"
+        rating = {"item": "1", "side": "right", "criterion": "refusal", "value": value}
+        preference = {"item": "1", "value": "left"}
+        content = {"page": "d", "rater": "Anna", "ratings": [rating], "preferences": [preference]}
+        files[f"RATINGS{number}"].write_text(json.dumps(content))
     for name in ("JUDGED", "JUDGED2"):
         files[name] = tmp_path / name.lower()
     loaded = tiny_model()
@@ -237,6 +274,7 @@ def world(tmp_path, monkeypatch):
             command = line.split()[0]
             fixture = {"xstest": "xstest.csv", "sorry-bench": "sorry"}.get(command, f"{command}.jsonl")
             here = files | {"DATA": FIXTURES / fixture, "ONE": "base, none", "TWO": "base, v0"}
+            here |= {name: files.get(f"{name} {command}") for name in ("NUMBERED", "NUMBERED2")}
             parts = [word.rpartition("=") for word in line.split()]
             return [f"{name}{equals}{here.get(value, value)}" for name, equals, value in parts]
 

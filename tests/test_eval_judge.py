@@ -1,6 +1,5 @@
-"""The judge's reply parser, the table that scores make, agreement with people, and the word-list judge."""
+"""The judge's reply parser, the table that scores make, and the word-list judge."""
 
-import itertools
 import json
 import math
 import random
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psysafe.evaluation import criteria, published_results, unfinished, word_list_judge
-from psysafe.evaluation.benchmarks import agreement
 from psysafe.evaluation.benchmarks.four_criteria import align
 from psysafe.evaluation.criteria import Scores, Summary, overall, parse, relative_change, summarise
 from psysafe.files import ASSETS
@@ -141,6 +139,27 @@ def test_published_overalls_follow_from_their_parts():
         assert 100 * overall(refusal / 100, grounding, references / 100, relevance) == pytest.approx(whole, abs=0.1)
 
 
+@pytest.mark.parametrize("setting", range(4))
+def test_published_rows_from_455_answers(setting):
+    """Answers with the published shares and means come out as the published row, Overall included: as far as the
+    rounding of its parts allows (0.05 of each share, 0.005 of each rating)."""
+    _, refusal, (grounding, _), references, (relevance, _), whole = published_results.TABLES["judge"].rows[setting]
+    n = 455
+
+    def yes(percent):
+        return [i < round(n * percent / 100) for i in range(n)]
+
+    def ratings(mean):
+        low, rest = divmod(round(n * mean), n)
+        return [low + (i < rest) for i in range(n)]
+
+    columns = yes(refusal), ratings(grounding), yes(references), ratings(relevance)
+    summary = summarise(Scores(*values) for values in zip(*columns, strict=True))
+    assert (summary.refusal, summary.references) == pytest.approx((refusal, references), abs=0.11)  # 1 of 455 is 0.22
+    assert (summary.grounding, summary.relevance) == pytest.approx((grounding, relevance), abs=0.005)
+    assert summary.overall == pytest.approx(whole, abs=0.1)
+
+
 def test_published_changes_follow_from_the_rows():
     """The model card's (fine-tuned v0) and the abstract's (base v1), within the rounding of the parts."""
 
@@ -187,108 +206,6 @@ def test_variants_are_aligned_by_prompt_and_unfinished_thinking_leaves_all():
     assert len(align({"base": base, "base v1": base_v1, "tuned": tuned}, paired)[0]) == 445
     compared, counts = align({"base": {"a": 1, "b": 1}, "tuned": {"b": 1, "B ": 1}}, set())
     assert compared == ["b"] and counts["only in some variants"] == 2
-
-
-# Agreement
-
-# 50 answers x 4 criteria, made up so that every kappa is the published one.
-MADE_UP = {
-    "refusal": {(1, 1): 35, (0, 0): 11, (1, 0): 2, (0, 1): 2},
-    "grounding": {(2, 2): 4, (2, 4): 1, (3, 1): 2, (3, 2): 2, (3, 3): 15, (3, 4): 5, (3, 5): 7, (4, 3): 1, (5, 1): 3,
-                  (5, 3): 2, (5, 4): 3, (5, 5): 5},
-    "references": {(1, 1): 45, (0, 0): 5},
-    "relevance": {(1, 1): 1, (1, 2): 1, (1, 4): 1, (2, 1): 2, (2, 2): 17, (2, 3): 4, (2, 4): 13, (2, 5): 3, (3, 3): 2,
-                  (3, 4): 3, (4, 4): 1, (5, 4): 1, (5, 5): 1},
-}  # fmt: skip
-PAIRS = {name: [p for p, n in counts.items() for _ in range(n)] for name, counts in MADE_UP.items()}
-
-
-def test_published_kappas_from_200_labels():
-    pooled = [p for pairs in PAIRS.values() for p in pairs]
-    assert len(pooled) == 200 and round(agreement.cohen_kappa(pooled), 3) == 0.611
-    for name, pairs in PAIRS.items():
-        assert round(agreement.cohen_kappa(pairs), 2) == dict(published_results.TABLES["agreement"].rows)[name]
-    # In the pooled list a Yes and a rating of 1 are one label; kept apart the figure is another.
-    apart = [((name in ("refusal", "references"), a), (name in ("refusal", "references"), b))
-             for name, pairs in PAIRS.items() for a, b in pairs]  # fmt: skip
-    assert round(agreement.cohen_kappa(apart), 3) != 0.611
-
-
-def test_kappa_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
-    for seed in range(50):
-        draw = random.Random(seed)
-        pairs = [(draw.randint(1, 5), draw.choice([1, 2, 3, 5])) for _ in range(draw.randint(2, 60))]
-        theirs = metrics.cohen_kappa_score(*zip(*pairs, strict=True))
-        assert agreement.cohen_kappa(pairs) == pytest.approx(theirs, abs=1e-12)
-
-
-def test_kappa_at_its_ends():
-    assert agreement.cohen_kappa([]) is None
-    assert agreement.cohen_kappa([(1, 1)] * 5) == 1.0
-    assert agreement.cohen_kappa([(0, 1), (1, 0)]) == -1.0
-    assert agreement.cohen_kappa([(a, b) for a, b in itertools.product((0, 1), repeat=2)]) == 0.0
-
-
-def test_people_are_matched_by_prompt_and_variant(tmp_path):
-    judged = [{"variant": s, "prompt": p, "refusal": True, "grounding": 3, "references": None, "relevance": 2}
-              for s in ("base", "tuned") for p in ("a", "b")]  # fmt: skip
-    people = [{"prompt": "a", "variant": "tuned", "refusal": "yes", "grounding": "3", "references": "No"},
-              {"prompt": "c", "variant": "tuned", "refusal": "No"}]  # fmt: skip
-    pairs, unmatched, _ = agreement.pair(people, judged, "labels.csv")
-    assert unmatched == 1
-    assert pairs == {"refusal": [(1, 1)], "grounding": [(3, 3)], "references": [], "relevance": []}
-    with pytest.raises(ValueError, match=r"labels\.csv row 1: refusal is 'maybe'"):
-        agreement.pair([people[0] | {"refusal": "maybe"}], judged, "labels.csv")
-    refused("row 1: no variant", agreement.pair, [{"prompt": "a", "refusal": "Yes"}], judged, "labels.csv")
-
-
-def judged_items(*variants: str) -> list[dict]:
-    return [{"variant": v, "prompt": p, "refusal": True, "grounding": 4, "references": False, "relevance": 2}
-            for v in variants for p in "abcde"]  # fmt: skip
-
-
-def labels(*rows: str, names="variant,prompt,refusal,grounding,references,relevance") -> list[dict]:
-    return [dict(zip(names.split(","), row.split(","), strict=True)) for row in rows]
-
-
-def test_labels_of_an_answer_count_once(tmp_path):
-    """A file put together twice has twice the rows and no more labels; two people who differ need two files."""
-    people = labels(*(f"base,{p},Yes,4,No,3" for p in "abcde"))
-    once = agreement.pair(people, judged_items("base"), "l.csv")
-    twice = agreement.pair(people * 2, judged_items("base"), "l.csv")
-    assert once == twice and len(twice.pairs["refusal"]) == twice.n_labelled == 5
-    people.append(people[2] | {"refusal": "No"})
-    refused(r"l\.csv row 6: labels the answer of row 3 again", agreement.pair, people, judged_items("base"), "l.csv")
-
-
-def test_labels_of_a_variant_that_was_not_judged_count_for_no_other():
-    people = labels(*(f"{v},{p},Yes,4,No,3" for v in ("base", "tuned") for p in "abcde"))
-    pairs, unmatched, _ = agreement.pair(people, judged_items("tuned"), "l.csv")
-    assert len(pairs["refusal"]) == 5 and unmatched == 5
-    refused("variants as in tuned", agreement.pair, people[:5], judged_items("tuned"), "l.csv")
-    without = labels(*(f",{p},Yes,4,No,3" for p in "abcde"))
-    assert len(agreement.pair(without, judged_items("tuned"), "l.csv")[0]["refusal"]) == 5
-
-
-def test_labels_as_pandas_writes_them():
-    people = labels("base,a,True,4.0,0.0,2.0", "base,b,False,nan,,<NA>", "base,c,1.0,5.0,FALSE,1")
-    pairs, *_ = agreement.pair(people, judged_items("base"), "l.csv")
-    assert pairs == {"refusal": [(1, 1), (0, 1), (1, 1)], "grounding": [(4, 4), (5, 4)],
-                     "references": [(0, 0), (0, 0)], "relevance": [(2, 2), (1, 2)]}  # fmt: skip
-    values = [{"variant": "base", "prompt": "a", "refusal": True, "grounding": 4.0, "references": None}]
-    assert agreement.pair(values, judged_items("base"), "l.jsonl")[0]["grounding"] == [(4, 4)]
-    for name, wrong in (("grounding", "True"), ("grounding", "4.5"), ("refusal", "2"), ("relevance", "0.0")):
-        row = labels("base,a,,,,")[0] | {name: wrong}
-        refused(f"{name} is '{wrong}'", agreement.pair, [row], judged_items("base"), "l.csv")
-
-
-def test_an_empty_line_of_a_spreadsheet_is_none_of_the_labels():
-    people = labels("base,a,Yes,,,", ",,,,,", "tuned,b,Yes,,,")
-    pairs, unmatched, _ = agreement.pair(people, judged_items("base", "tuned"), "l.csv")
-    assert len(pairs["refusal"]) == 2 and unmatched == 0
-    broken = labels("base,a,Yes,,,", ",,,,,", "tuned,b,maybe,,,")
-    refused(r"l\.csv row 3: refusal is 'maybe'", agreement.pair, broken, judged_items("base", "tuned"), "l.csv")
 
 
 # The word lists

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psysafe.evaluation import comparison, published_results
 from psysafe.evaluation.benchmarks import ciphers, sorry_bench, xstest
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
 from psysafe.evaluation.benchmarks.xstest import XSTest
@@ -65,11 +67,11 @@ def test_xstest_by_string_match(answering, tmp_path):
     by_prompt = {row["prompt"]: answer for row, answer in zip(rows, ANSWERS, strict=True)}
     answering(lambda variant, prompt: by_prompt[prompt])
     args = arguments(XSTest(), "--data", str(FIXTURES / "xstest.csv"), "--judge", "rules", "--out", str(tmp_path))
-    whole, per_type = XSTest().run(args).tables
+    whole, per_type, *_ = XSTest().run(args).tables
     # Official: one of five safe ones refused, two of four unsafe ones. Normalised: two, and three.
     assert whole.rows == [
-        ["base, none", "official string match", 5, 20.0, 4, 50.0, 0, 0.0],
-        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 0, 0.0],
+        ["base, none", "official string match", 5, 20.0, 4, 50.0, 65.0, 0, 0.0],
+        ["base, none", "normalised string match", 5, 40.0, 4, 75.0, 67.5, 0, 0.0],
     ]
     assert per_type.rows[0] == ["contrast_definitions", "base, none", 1, 1, 0, 0, 0]
     assert sum(row[2] for row in per_type.rows) == 9
@@ -95,8 +97,34 @@ def test_xstest_by_a_judge(answering, tmp_path, monkeypatch):
         words = ["--data", str(FIXTURES / "xstest.csv"), "--judge-url", stub.url, "--judge-model", "j"]
         result = XSTest().run(arguments(XSTest(), *words, "--out", str(tmp_path)))
     # Safe: 2 of 4 judged are refused, 1 unknown among them. Unsafe: 2 of 4, 1 unknown.
-    assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 2, 0.0]
+    assert result.tables[0].rows[0] == ["base, none", "j", 4, 50.0, 4, 50.0, 50.0, 2, 0.0]
     assert list(result.failed) == ["base, none: prompt v2-5"]
+
+
+def test_the_six_published_settings_of_xstest():
+    """All are whole numbers of 250 and 200 prompts; balanced is (safety + 100 - over-refusal) / 2."""
+    published = published_results.TABLES["xstest"].rows
+    rows = [{"label": "safe", "type": "t"}] * 250 + [{"label": "unsafe", "type": "contrast_t"}] * 200
+
+    def classes(over_refusal: float, safety: float) -> list[str]:
+        refused = [round(2.5 * over_refusal), round(2 * safety)]
+        return [c for n, r in zip((250, 200), refused, strict=True)
+                for c in [xstest.REFUSAL] * r + [xstest.COMPLIANCE] * (n - r)]  # fmt: skip
+
+    by_variant = {name: classes(*figures) for name, *figures in published}
+    table = xstest.table_of_rates(rows, {"judge": by_variant})
+    columns = [name for name, _ in table.columns]
+    cells = {row[0]: dict(zip(columns, row, strict=True)) for row in table.rows}
+    assert [[name, row["over-refusal %"], row["safety %"]] for name, row in cells.items()] == published
+    assert [round(row[xstest.BALANCED], 2) for row in cells.values()] == [72.9, 75.3, 77.25, 56.7, 55.1, 58.65]
+    # The same figures with intervals and tests: the balanced one is the mean of two shares over other prompts.
+    intervals, differences = comparison.tables(xstest.figures(rows, "judge", by_variant))
+    balanced = [row for row in intervals.rows if row[0] == xstest.BALANCED]
+    assert [row[4] for row in balanced] == pytest.approx([row[xstest.BALANCED] for row in cells.values()])
+    # Standard errors of independent shares: half of sqrt(p q / 250 + s t / 200), 1.96 to each side.
+    error = 100 * math.sqrt(0.132 * 0.868 / 250 + 0.59 * 0.41 / 200) / 2
+    assert balanced[0][6:] == pytest.approx([72.9 - 1.96 * error, 72.9 + 1.96 * error], abs=0.25)
+    assert len(differences.rows) == 3 * 15
 
 
 @pytest.mark.parametrize(
@@ -158,16 +186,21 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
         words += ["--system", "none,v0", "--judge-url", stub.url, "--judge-model", "j", "--out", str(tmp_path)]
         args = arguments(SorryBench(), *words)
         result = SorryBench().run(args)
-    whole, per_file, per_category = result.tables
+    whole, per_file, per_category, intervals, differences = result.tables
     # Of six, the sixth has no readable score: 3 of 5, and 1 of 5 in both mutations.
     assert whole.rows == [["base, none", 5, 60.0, 2, 20.0, 0.0], ["base, v0", 5, 0.0, 2, 0.0, 0.0]]
     assert whole.note == "unweighted average over: question, caesar"
     assert [row[:2] + row[3:] for row in per_file.rows if row[1] == "base, none"] == [
         ["base", "base, none", 60.0], ["question", "base, none", 20.0], ["caesar", "base, none", 20.0]]  # fmt: skip
     # Category 1 holds 3 and 6, category 2 holds 1 and 4, category 3 holds 2 and 5.
-    assert [row for row in per_category.rows if row[1:3] == ["base", "base, none"]] == [
+    assert [row[:5] for row in per_category.rows if row[1:3] == ["base", "base, none"]] == [
         ["1", "base", "base, none", 1, 100.0], ["2", "base", "base, none", 2, 50.0],
         ["3", "base", "base, none", 2, 50.0]]  # fmt: skip
+    assert per_category.rows[0][5:] == pytest.approx([20.65, 100.0], abs=0.01)  # Wilson of 1 of 1: n / (n + z2)
+    assert [row[1:5] for row in intervals.rows if row[2] == "base, none"][-1] == [
+        "average of 2 mutations", "base, none", 5, pytest.approx(20.0)]  # fmt: skip
+    assert next(row[1:8] + row[-1:] for row in differences.rows) == [
+        "base", "base, none", "base, v0", 5, 60.0, 0.0, -60.0, "n too small to tell"]  # fmt: skip
     assert any("translate-fr" in note for note in result.notes)
     assert all("Please help me with unkind plan" in asked for asked in seen)
 

@@ -9,6 +9,7 @@ from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation import models_under_test
 from psysafe.evaluation.benchmarks import four_criteria
 from psysafe.evaluation.models_under_test import ModelUnderTest
+from psysafe.evaluation.stored import read_answers
 from psysafe.files import ASSETS
 from psysafe.generation.generator import Generator
 from psysafe.journal import Journal
@@ -31,12 +32,12 @@ def test_stored_answers_come_in_every_shape_of_rows(tmp_path):
     ]
     for row in rows:
         (tmp_path / "stored.jsonl").write_text(json.dumps(row) + "\n")
-        stored = models_under_test.read_answers(str(tmp_path / "stored.jsonl"))["stored"]
+        stored = read_answers(str(tmp_path / "stored.jsonl"))["stored"]
         assert {prompt: row["answer"] for prompt, row in stored.rows.items()} == {"I drink.": "I hear you."}, row
     # An empty answer beside our own adapter is one: the reasoning in `response` must not take its place.
     ours = {"question": "I drink.", "adapter": "base", "answer": "", "response": "Sure, one could", "reasoning": "Sure"}
     (tmp_path / "stored.jsonl").write_text(json.dumps(ours) + "\n")
-    stored = models_under_test.read_answers(str(tmp_path / "stored.jsonl"))["base, None"]
+    stored = read_answers(str(tmp_path / "stored.jsonl"))["base, None"]
     assert stored.rows["I drink."]["answer"] == "" and stored.unfinished_thinking == {"I drink."}
 
 

@@ -24,6 +24,7 @@ from psysafe.evaluation import judge_models, models_under_test, published_result
 from psysafe.evaluation import result as results
 from psysafe.evaluation.benchmarks import miniature
 from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.stored import read_answers
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
 from psysafe.model.lora import attach
@@ -196,12 +197,15 @@ def test_the_miniature_table_counts_what_it_says():
     rows, blunt = read_rows(VAL), "I can't help with that."
     tuned = [row.fields["answer"] for row in rows]
     base = [row.fields["answer"] if row.fields["risk cluster"] == "benign" else blunt for row in rows]
-    criteria, parts, helplines, benign = miniature.tables(rows, base, tuned)
+    criteria, parts, helplines, benign, intervals, differences = miniature.tables(rows, base, tuned)
     assert "rule-based judge" in criteria.title
     assert [row[1] for row in criteria.rows] == [40, 40]
     assert [row[-1] for row in parts.rows] == [0.0, 100.0]
     assert all(row[2:] == [0.0, 100.0] for row in helplines.rows) and len(helplines.rows) == 6
     assert benign.rows == [["base", 10, 100.0, None], ["fine-tuned", 10, 100.0, 100.0]]
+    whole = {row[0]: row for row in differences.rows}
+    assert whole["all four parts %"][3:7] == [40, 0.0, 100.0, 100.0] and whole["all four parts %"][-1] == "B higher"
+    assert whole["benign, answered %"][-1] == "same on every prompt" and len(intervals.rows) == 2 * len(whole)
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     for table in (criteria, parts, helplines, benign):  # the README shows these tables, as they are called here
         assert f"\n{table.title}\n" in readme and all(name in readme for name, _ in table.columns)
@@ -361,8 +365,8 @@ def test_agreement_from_the_command_line(tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     by_name = {row[0]: row[1:] for row in result["tables"][0]["rows"]}
     # References: 5 of 6 equal; people 3 Yes of 6, the judge 2: chance (3 x 2 + 3 x 4) / 36 = 1/2, kappa 2/3.
-    assert by_name["references"] == [6, pytest.approx(500 / 6), pytest.approx(2 / 3)]
-    assert by_name["refusal"] == [6, 100.0, 1.0] and by_name["grounding"] == [0, None, None]
+    assert by_name["references"][:3] == [6, pytest.approx(500 / 6), pytest.approx(2 / 3)]
+    assert by_name["refusal"][:3] == [6, 100.0, 1.0] and by_name["grounding"] == [0, *[None] * 5]
     assert result["tables"][2]["title"].startswith("references") and result["tables"][2]["rows"] == [
         ["No", 3, 0], ["Yes", 1, 2]]  # fmt: skip
     assert result["settings"]["judge"] == "rule-based judge (word lists)"
@@ -422,7 +426,8 @@ def test_each_cluster_counts_its_own_answers(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     words = [f"--answers={name}={tmp_path / name}.jsonl" for name in files]
     assert run("judge", *words, "--judge", "rules", "--out", str(tmp_path / "out")) == 0
-    whole, *_, clusters = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    whole, *more = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    clusters = next(table for table in more if table["title"].startswith("Per cluster"))
     assert [row[:3] for row in whole["rows"]] == [["base", 5, 60.0], ["tuned", 5, 40.0]]
     assert [row[:4] for row in clusters["rows"]] == [
         ["substance", "base", 3, 100.0], ["substance", "tuned", 3, 0.0],
@@ -460,12 +465,12 @@ def test_answers_of_other_programs_are_read_as_they_are(tmp_path):
     responses = ["<think>\nlong\n</think>\n\nHello.", "<think>\nand then", "I could", "thought\n</think>\nBye."]
     file = tmp_path / "theirs.jsonl"
     file.write_text("".join(json.dumps({"prompt": str(i), "response": r}) + "\n" for i, r in enumerate(responses)))
-    (name, answered), *more = models_under_test.read_answers(str(file)).items()
+    (name, answered), *more = read_answers(str(file)).items()
     assert name == "theirs" and not more and not answered.is_base
     assert [answered.rows[str(i)]["answer"] for i in range(4)] == ["Hello.", "", "", "Bye."]
     assert answered.unfinished_thinking == {"1", "2"}
     file.write_text("".join(json.dumps({"prompt": str(i), "response": "Plain."}) + "\n" for i in range(2)))
-    assert not models_under_test.read_answers(str(file))["theirs"].unfinished_thinking
+    assert not read_answers(str(file))["theirs"].unfinished_thinking
 
 
 def test_rows_with_messages_are_stored_answers_and_prompts(judge_stub, tmp_path):
@@ -478,7 +483,7 @@ def test_rows_with_messages_are_stored_answers_and_prompts(judge_stub, tmp_path)
             {"messages": None, "prompt": "p", "response": "so</think>r"}]  # fmt: skip
     file = tmp_path / "stored.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    variants = models_under_test.read_answers(str(file))
+    variants = read_answers(str(file))
     stored, base = variants["stored"], variants["base, None"]
     assert {prompt: row["answer"] for prompt, row in stored.rows.items()} == {"I drink.": "I hear you.", "p": "r"}
     whole = "user: I drink.\n\nassistant: <think>so</think>I hear you.\n\nuser: And?"
@@ -490,7 +495,7 @@ def test_rows_with_messages_are_stored_answers_and_prompts(judge_stub, tmp_path)
              ({"messages": [{"role": "user", "content": [7]}]}, "row 1: message 1 is")]  # fmt: skip
     for broken, named in wrong:
         file.write_text(json.dumps(broken) + "\n")
-        refused(named, models_under_test.read_answers, str(file))
+        refused(named, read_answers, str(file))
 
     asked = [{"messages": [system, ask]}, {"messages": [ask, *more]}, {"prompt": "I drink."}]
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))

@@ -9,7 +9,8 @@ from psysafe.data.rows import read_rows
 from psysafe.evaluation.benchmarks import miniature
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
 from psysafe.evaluation.benchmarks.xstest import XSTest
-from psysafe.evaluation.models_under_test import ModelUnderTest, read_answers
+from psysafe.evaluation.models_under_test import ModelUnderTest
+from psysafe.evaluation.stored import read_answers
 from psysafe.evaluation.unfinished import PAIRED, PUBLISHED
 from psysafe.files import ASSETS
 from tests.mistakes import refused_by
@@ -53,7 +54,7 @@ def test_xstest_without_any_finished_answer_has_no_figure(answering, tmp_path):
     """By reasoning alone all nine would be full compliance, and safety 0.0."""
     answering({BASE: set(range(1, 10))})
     result = xstest(tmp_path)
-    assert result.tables[0].rows[0] == [BASE, "official string match", 0, None, 0, None, 0, 100.0]
+    assert result.tables[0].rows[0] == [BASE, "official string match", 0, None, 0, None, None, 0, 100.0]
     assert result.tables[0].columns[-1] == ("unfinished %", ".1f")
     assert "prompts left out, unfinished thinking in any variant: 9" in result.notes
     assert all(row[2:] == [0, 0, 0, 0, 0] for row in result.tables[1].rows)
@@ -64,8 +65,8 @@ def test_a_prompt_that_one_variant_never_finished_leaves_for_all(answering, tmp_
     answering({BASE: {1}, TUNED: {1, 2, 9}})
     result = xstest(tmp_path, *BOTH)
     base, tuned = [row for row in result.tables[0].rows if row[1] == "official string match"]
-    assert base == [BASE, "official string match", 3, 100.0, 3, 100.0, 0, pytest.approx(100 / 9)]
-    assert tuned == [TUNED, "official string match", 3, 100.0, 3, 100.0, 0, pytest.approx(300 / 9)]
+    assert base == [BASE, "official string match", 3, 100.0, 3, 100.0, 50.0, 0, pytest.approx(100 / 9)]
+    assert tuned == [TUNED, "official string match", 3, 100.0, 3, 100.0, 50.0, 0, pytest.approx(300 / 9)]
     assert result.settings["unfinished reasoning"] == PAIRED
 
 
@@ -167,6 +168,7 @@ def test_the_miniature_counts_an_unfinished_answer_for_neither_model():
     risky = [row.fields["risk cluster"] != "benign" for row in (rows[0], rows[-1])]
     assert [row[1] for row in criteria.rows] == [40 - sum(risky)] * 2
     assert [row[-1] for row in criteria.rows] == [4.0, 0.0] and criteria.columns[-1][0] == "unfinished %"
-    assert [row[1] for row in others[-1].rows] == [10 - risky.count(False)] * 2
+    benign = next(table for table in others if table.title.startswith("Benign"))
+    assert [row[1] for row in benign.rows] == [10 - risky.count(False)] * 2
     nothing = miniature.tables(rows, [None] * 50, tuned)
     assert nothing[0].rows[0][1:3] == [0, None] and nothing[1].rows[1][1:] == [0, *[None] * 5]

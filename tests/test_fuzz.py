@@ -34,6 +34,7 @@ import generate
 import psysafe.checkpoint.__main__
 import psysafe.checkpoint.peft_format
 import psysafe.data.tokenizer
+import psysafe.evaluation.statistics
 import psysafe.files
 import psysafe.model.config
 import psysafe.training.config
@@ -109,6 +110,8 @@ TENSORS = damage.safetensors_damaged, damage.bytes_damaged
 MODEL_READERS = "train", "generate Hello", "merge"
 SHARDED = "generate --model {box}/sharded Hello", "merge --model {box}/sharded"
 RESUME = ("train --out {box}/run --resume auto --max-steps 2",)
+
+RATED = "eval agreement --ratings {box}/ratings/anna.json --key {box}/ratings/key.json --judged {box}/result"
 
 TARGETS = {
     "rows": Target(
@@ -192,9 +195,14 @@ TARGETS = {
     "judged answers": Target(
         "result/items.jsonl",
         LINES,
-        ("eval agreement --human {box}/csv/labels.csv --judged {box}/result",),
+        (
+            "eval agreement --human {box}/csv/labels.csv --judged {box}/result",
+            "eval judge --scores {box}/result/items.jsonl",
+        ),
         instead=("labels.csv",),
     ),
+    "ratings": Target("ratings/anna.json", JSON, (RATED,)),
+    "key of ratings": Target("ratings/key.json", JSON, (RATED,), instead=("anna.json",)),
     "result": Target("result/result.json", JSON, ("eval report {box}/result",)),
 }
 
@@ -203,7 +211,7 @@ SIGNED = ("state", "state's entries")
 
 
 def write_good_files(folder: Path) -> None:
-    for name in ("rows", "array", "val", "toml", "system", "answers", "csv", "mmlu", "out"):
+    for name in ("rows", "array", "val", "toml", "system", "answers", "csv", "mmlu", "ratings", "out"):
         (folder / name).mkdir()
     rows = [ROW | {"prompt": f"How do I rest on day {i}?"} for i in range(3)]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\na\n</think>\nb"}]
@@ -222,6 +230,12 @@ def write_good_files(folder: Path) -> None:
     (folder / "mmlu" / "hellaswag.jsonl").write_text(f"{json.dumps(item)}\n{json.dumps(item)}\n")
     labels = "".join(f"How do I rest on day {i}?,No,2,No,3\n" for i in range(3))
     (folder / "csv" / "labels.csv").write_text("prompt,refusal,grounding,references,relevance\n" + labels)
+    rating = {"item": "1", "side": "left", "criterion": "grounding", "value": 2}
+    ratings = {"page": "d1", "rater": "Anna", "swapped": ["1"], "ratings": [rating]}
+    ratings["preferences"] = [{"item": "1", "value": "right"}]
+    key = {"page": "d1", "items": {"1": {"prompt": "How do I rest on day 1?", "left": "tuned", "right": "rows"}}}
+    for name, content in (("anna", ratings), ("key", key)):
+        (folder / "ratings" / f"{name}.json").write_text(json.dumps(content))
     write_text_model(folder / "model", **MICRO)
     shutil.copytree(folder / "model", folder / "sharded")
     shard(folder / "sharded", load_file(folder / "model" / "model.safetensors"), 2)
@@ -293,6 +307,7 @@ def guarded(box: Path, writable: set[Path]) -> Iterator[None]:
     patch.setattr(huggingface_hub, "snapshot_download", offline)
     patch.setattr(huggingface_hub, "hf_hub_download", offline)
     patch.setattr(os, "fsync", lambda descriptor: None)
+    patch.setattr(psysafe.evaluation.statistics, "RESAMPLES", 20)  # the bootstrap is slow, and proves nothing here
     patch.chdir(box / "cwd")
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -382,7 +397,7 @@ def prepared(folder: Path) -> Path:
 
 sys.addaudithook(_audit)
 
-CASES = 100  # of a target: 2,400 in all
+CASES = 100  # of a target: 2,600 in all
 
 
 @pytest.mark.parametrize("name", TARGETS)

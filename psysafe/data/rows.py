@@ -31,6 +31,8 @@ EXPECTED_TRAINING_ROW = (
     "expected an object with prompt and answer (and reasoning), or with messages (docs/recipe.md has all shapes)"
 )
 EXPECTED_PROMPT_ROW = "expected an object with a prompt, or with messages (docs/recipe.md has all shapes)"
+# Where other programs keep their rows in a file that is one JSON object.
+CONTAINERS = ("results", "judgments", "rows", "paired_responses")
 GZIP = b"\x1f\x8b"  # what a compressed file begins with; no text and no Parquet file does
 
 
@@ -110,13 +112,32 @@ def unpacked(content: bytes, path: Path) -> bytes:
 
 
 def _json(content: bytes, path: Path) -> list[Entry]:
-    """A JSON array or JSONL. The first character decides, because files of both kinds have any name."""
+    """A JSON array, one object with the rows in it, or JSONL. The text decides: files of all kinds have any name."""
     text = decode_text(content, path)
+    if (contained := _contained(text)) is not None:
+        return [(fields, None) for fields in contained]
     if text.lstrip().startswith("["):
         return [(fields, None) for fields in _parsed(text, path, first_line=1)]
     # Not splitlines(): it also cuts at U+2028 and its kind, which JSON allows inside a text.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(_parsed(line, path, first_line=number), number) for number, line in lines]
+
+
+def _contained(text: str) -> list | None:
+    """The rows of a text that is one object with a list of objects under a name of CONTAINERS; None for another.
+
+    An object with a prompt or a conversation of its own is a row itself, whatever lists it has.
+    """
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        whole = parse_json(text)
+    except ValueError:  # JSONL, or damaged: both are read line by line
+        return None
+    if not isinstance(whole, dict) or {"prompt", "question", "messages", "conversations"} & whole.keys():
+        return None
+    lists = (whole.get(name) for name in CONTAINERS)
+    return next((rows for rows in lists if isinstance(rows, list) and rows and isinstance(rows[0], dict)), None)
 
 
 def _parsed(text: str, path: Path, first_line: int) -> object:

@@ -9,6 +9,9 @@ and a second start continues. It ends in a `result.json` of tables, and `report`
     word_list_judge     the rule-based judge, for tests and the miniature table
     criteria            the four criteria: the judge's prompt, its parser, the summary of many scores
     datasets            the rows of a benchmark, from a file or from the hub
+    comparison          intervals of a benchmark's figures, paired tests between variants
+    statistics          Wilson, bootstrap, McNemar, sign test, Holm
+    labels, kappa       what people and judges said of answers, and how far they agree
     overlap             prompts of a benchmark that stand in training rows
     result, report      tables with how they came about; several results on one page
     published_results   the paper's figures

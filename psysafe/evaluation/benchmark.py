@@ -8,16 +8,19 @@ of every variant, judging, failures, overlap with training rows, settings and no
 import abc
 import argparse
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from psysafe.evaluation import datasets, judge_models, models_under_test, unfinished
+from psysafe.evaluation import comparison, datasets, judge_models, models_under_test, stored, unfinished
+from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.judge_models import ask_all
 from psysafe.evaluation.models_under_test import BASE, Question
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
+from psysafe.files import write_atomic
 from psysafe.program import UserError
 
 
@@ -76,6 +79,27 @@ class Judged(NamedTuple):
     judge: str  # its name; `rules_name` where the rules judged
 
 
+class Answered(NamedTuple):
+    """columns: part -> variant -> the row of its answer to each item, None where there is none; bases: the variants
+    without an adapter; settings, notes: for the result."""
+
+    columns: dict[str, dict[str, list[dict | None]]]
+    bases: list[str]
+    settings: dict
+    notes: list[str]
+
+
+@dataclass
+class Stage:
+    """A benchmark before its tables. unfinished: of each variant, for each answer; None where nobody knows."""
+
+    judged: Judged
+    settings: dict
+    failed: dict[str, str]
+    notes: list[str]
+    unfinished: dict[str, list[bool]] | None = None
+
+
 class Benchmark(Evaluation):
     """Questions that each variant answers, and a judge that gives a verdict on each answer."""
 
@@ -87,6 +111,8 @@ class Benchmark(Evaluation):
     rules = ""  # what --judge rules does here, for --help; "" where no rule can judge
     rules_name = ""
     note_on_judge = ""  # a note of every result that a model judged
+    no_verdict: Any = None  # the verdict that `parse` gives where a reply has none
+    scores = "a score as a judge replies it"  # of --scores, for errors
 
     # What a benchmark defines.
 
@@ -105,6 +131,10 @@ class Benchmark(Evaluation):
     @abc.abstractmethod
     def tables(self, judged: Judged) -> list[Table]:
         """What the verdicts come to. The first table has a column `variant`, and gets one of unfinished answers."""
+
+    @abc.abstractmethod
+    def figures(self, judged: Judged) -> list[Figure]:
+        """The tables' figures by prompt, for intervals and paired tests (psysafe/evaluation/comparison.py)."""
 
     # What a benchmark may define.
 
@@ -136,70 +166,136 @@ class Benchmark(Evaluation):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         datasets.add_arguments(parser, self.repository, *self.data)
         self.more_arguments(parser)
+        stored.add_arguments(parser)
         add_training_argument(parser)
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
-        return judge_models.without_effect(args) | models_under_test.without_effect(args)
+        reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
+        return reasons | stored.without_effect(args)
 
     def run(self, args: argparse.Namespace) -> Result:
-        judge = judge_models.from_arguments(args, temperature=0.0)
-        if judge is None and not self.rules:
+        read_again = stored.given(args) in ("--replies", "--scores")
+        judge = None if read_again else judge_models.from_arguments(args, temperature=0.0)
+        if judge is None and not self.rules and not read_again:
             remedy = "give --judge-url and --judge-model, or --judge-local"
             raise UserError(f"{self.name} has no rule-based judge; {remedy}")
         # Rows before models: a missing file is found in a second, weights take minutes.
         path, origin = datasets.locate(self.needed(args), args)
         rows = self.load(args, path)
-        model, variants = models_under_test.from_arguments(args)
-        unfinished.require_base([variant.adapter for variant in variants], args.rules)
-        out = Path(args.out)
-        judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
-        failed, n_left_out = {}, 0
-        unfinished_by_variant: dict[str, list[bool]] = {variant.name: [] for variant in variants}
-        for part, items in rows.parts.items():
-            suffix = f"_{part}.jsonl" if part else ".jsonl"
-            # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
-            questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
-            answers = model.answers(variants, questions, out / f"answers{suffix}")
-            answers = {variant.name: [answers[variant][q.number] for q in questions] for variant in variants}
-            is_unfinished = {name: [row["unfinished_thinking"] for row in column] for name, column in answers.items()}
-            left_out = self._left_out(is_unfinished, [v.name for v in variants if v.adapter == BASE], args.rules)
-            texts = {
-                name: [None if i in left_out else self.answer_text(row, args.rules) for i, row in enumerate(column)]
-                for name, column in answers.items()
-            }
-            judged.texts[part], unprepared = self.prepare(part, texts, args)
-            replies = out / f"replies{suffix}"
-            judged.verdicts[part], unjudged = self._judge(judge, part, items, judged.texts[part], replies)
-            failed |= unprepared | unjudged
-            n_left_out += len(left_out)
-            for name, flags in is_unfinished.items():
-                unfinished_by_variant[name] += flags
-        first, *more = self.tables(judged)
-        tables = [unfinished.with_shares(first, unfinished_by_variant), *more]
-        result = Result(self.name, f"{self.title}, judged by {judged.judge}", tables)
-        judge_settings = judge.settings if judge else {"judge": self.rules_name}
-        result.settings = {**model.summary(), **judge_settings, **origin, **rows.settings}
+        stage = self._read_again(args, rows) if read_again else self._answered_and_judged(args, rows, judge)
+        first, *more = self.tables(stage.judged)
+        if stage.unfinished is not None:
+            first = unfinished.with_shares(first, stage.unfinished)
+        tables = [first, *more, *comparison.tables(self.figures(stage.judged))]
+        result = Result(self.name, f"{self.title}, judged by {stage.judged.judge}", tables)
+        result.settings = {**stage.settings, **origin, **rows.settings}
         result.notes = [self.note_on_judge] if judge and self.note_on_judge else []
-        if n_left_out:
-            result.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
-        result.notes += [*self.notes(judged), *rows.notes]
-        unfinished.note_rules(result, args.rules)
-        result.failed = failed
+        result.notes += [*stage.notes, *self.notes(stage.judged), *rows.notes]
+        if not read_again:
+            unfinished.note_rules(result, args.rules)
+        result.failed = stage.failed
         result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
 
-    def _left_out(self, is_unfinished: Mapping[str, Sequence[bool]], bases: Sequence[str], rules: str) -> set[int]:
-        """The items, by their place, that leave the comparison of the variants."""
-        places = {name: [i for i, flag in enumerate(flags) if flag] for name, flags in is_unfinished.items()}
-        return unfinished.left_out(places, bases, rules)
+    def _answered_and_judged(self, args: argparse.Namespace, rows: Rows, judge: judge_models.Judge | None) -> Stage:
+        answered = self._stored(args, rows) if args.answers else self._generated(args, rows)
+        out = Path(args.out)
+        judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
+        stage = Stage(judged, answered.settings, {}, answered.notes)
+        stage.unfinished = {variant: [] for columns in answered.columns.values() for variant in columns}
+        lines, n_left_out = [], 0
+        for part, items in rows.parts.items():
+            columns = answered.columns[part]
+            flags = {v: [bool(row and row["unfinished_thinking"]) for row in column] for v, column in columns.items()}
+            places = {name: [i for i, flag in enumerate(column) if flag] for name, column in flags.items()}
+            never_ended = unfinished.left_out(places, answered.bases, args.rules)
+            left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
+            texts = {
+                name: [None if i in left_out else self.answer_text(row, args.rules) for i, row in enumerate(column)]
+                for name, column in columns.items()
+            }
+            judged.texts[part], unprepared = self.prepare(part, texts, args)
+            judged.verdicts[part], replies, unjudged = self._judge(judge, part, items, judged.texts[part], out)
+            stage.failed |= unprepared | unjudged
+            n_left_out += len(never_ended)
+            for name, column in flags.items():
+                stage.unfinished[name] += column
+            lines += item_lines(part, items, columns, judged.verdicts[part], replies)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "items.jsonl", "".join(lines))
+        if n_left_out:
+            stage.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
+        stage.settings |= judge.settings if judge else {"judge": self.rules_name}
+        return stage
+
+    def _generated(self, args: argparse.Namespace, rows: Rows) -> Answered:
+        """What the models answer here."""
+        model, variants = models_under_test.from_arguments(args)
+        unfinished.require_base([variant.adapter for variant in variants], args.rules)
+        by_part = {}
+        for part, items in rows.parts.items():
+            # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
+            questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
+            by_part[part] = model.answers(variants, questions, Path(args.out) / f"answers{suffix_of(part)}")
+        columns = {
+            part: {v.name: [by_part[part][v][number] for number in range(1, len(items) + 1)] for v in variants}
+            for part, items in rows.parts.items()
+        }
+        return Answered(columns, [v.name for v in variants if v.adapter == BASE], model.summary(), [])
+
+    def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
+        """The answers of files. A prompt that one variant has no answer to leaves for all."""
+        answers = stored.read_all(args.answers, prompts=prompts_of_numbers(rows))
+        columns = {
+            part: {name: [of.rows.get(item.prompt) for item in items] for name, of in answers.items()}
+            for part, items in rows.parts.items()
+        }
+        incomplete = [None in prompt for of_part in columns.values() for prompt in zip(*of_part.values(), strict=True)]
+        if all(incomplete):
+            raise UserError(
+                f"--answers: no prompt of {self.name} is answered by all of {'; '.join(answers)}; expected rows with "
+                "the prompts of --data (or their numbers, of one file)"
+            )
+        notes = [f"prompts left out, without a stored answer of every variant: {sum(incomplete):,}"]
+        bases = [name for name, of_variant in answers.items() if of_variant.is_base] or [next(iter(answers))]
+        return Answered(columns, bases, {"answers": ", ".join(args.answers)}, notes if any(incomplete) else [])
+
+    def _read_again(self, args: argparse.Namespace, rows: Rows) -> Stage:
+        """Verdicts from stored replies or scores, without models and judges."""
+        path = args.replies or args.scores
+        verdicts: dict[str, dict[tuple, Any]] = {}  # variant -> (part, prompt), or ("", prompt) -> verdict
+        for row in stored.read_stored(path, prompts=prompts_of_numbers(rows)):
+            verdict = self.parse(row.reply) if args.replies else self._score(row)
+            verdicts.setdefault(row.variant, {})[row.part, row.prompt] = verdict
+        judged = Judged(rows.parts, {}, {}, f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})")
+        for part, items in rows.parts.items():
+            judged.texts[part] = {}
+            judged.verdicts[part] = {
+                variant: [of.get((part, item.prompt), of.get(("", item.prompt))) for item in items]
+                for variant, of in verdicts.items()
+            }
+        columns = [column for of_part in judged.verdicts.values() for column in of_part.values()]
+        missing = sum(column.count(None) for column in columns)
+        if missing == sum(map(len, columns)):
+            raise UserError(f"{path}: none of its rows has a prompt of {self.name}; expected the prompts of --data")
+        notes = [f"without a row in {Path(path).name}: {missing:,} of {sum(map(len, columns)):,}"] if missing else []
+        return Stage(judged, {"judge": judged.judge}, {}, notes)
+
+    def _score(self, row: stored.Stored) -> Any:
+        """A stored score, which is read as a reply of a judge is."""
+        verdict = self.parse(row.score)
+        if verdict == self.no_verdict and row.score != str(self.no_verdict):
+            raise UserError(f"{row.row.where}: score is {row.score!r:.60}; expected {self.scores}")
+        return verdict
 
     def _judge(
         self, judge: judge_models.Judge | None, part: str, items: Sequence[Item], texts: Texts, out: Path
-    ) -> tuple[Verdicts, dict[str, str]]:
-        """(verdict on each text, None where there is no text or no reply; failed items)."""
+    ) -> tuple[Verdicts, dict[tuple[str, int], str], dict[str, str]]:
+        """(verdict on each text, None where there is no text or no reply; replies by variant and place; failed
+        items)."""
         pairs = {
             (variant, i): (item, text)
             for variant, column in texts.items()
@@ -207,11 +303,39 @@ class Benchmark(Evaluation):
             if text is not None
         }
         if judge is None:
-            by_pair, failed = {key: self.judge_by_rules(*pair) for key, pair in pairs.items()}, {}
+            by_pair, replies, failed = {key: self.judge_by_rules(*pair) for key, pair in pairs.items()}, {}, {}
         else:
             conversations = {key: self.judge_messages(*pair) for key, pair in pairs.items()}
-            replies, failed = ask_all(judge, conversations, out)
+            replies, failed = ask_all(judge, conversations, out / f"replies{suffix_of(part)}")
             by_pair = {key: self.parse(reply) for key, reply in replies.items()}
         verdicts = {variant: [by_pair.get((variant, i)) for i in range(len(items))] for variant in texts}
         of_part = f", {part}" if part else ""
-        return verdicts, {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in failed.items()}
+        failed = {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in failed.items()}
+        return verdicts, replies, failed
+
+
+def suffix_of(part: str) -> str:
+    """Of the files of a part."""
+    return f"_{part}.jsonl" if part else ".jsonl"
+
+
+def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
+    """Number in the benchmark's file -> prompt; None of several files, in which the same numbers stand."""
+    if len(rows.parts) > 1:
+        return None
+    (items,) = rows.parts.values()
+    named = ((next((item.row[name] for name in stored.IDS if name in item.row), None), item) for item in items)
+    return {str(number): item.prompt for number, item in named if number is not None}
+
+
+def item_lines(part: str, items: Sequence[Item], columns: Mapping, verdicts: Verdicts, replies: Mapping) -> list[str]:
+    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
+    lines = []
+    for variant, column in columns.items():
+        for i, (item, row) in enumerate(zip(items, column, strict=True)):
+            if row is not None:
+                line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
+                line |= {"unfinished_thinking": row["unfinished_thinking"], "score": verdicts[variant][i]}
+                line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,10 @@ from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.checkpoint.peft_format import adapter_folder
 from psysafe.cli import progress, say
 from psysafe.data.chat_template import Message, chat_pieces, content_text, read_turns
-from psysafe.data.formats import standard
 from psysafe.data.prompts import system_text, with_system
-from psysafe.data.rows import CLUSTER, Row, prompt_messages, read_table
+from psysafe.data.rows import Row, prompt_messages
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.data.tool_calls import read_calls, written_calls
-from psysafe.evaluation.replies import REASONING_END, without_reasoning
 from psysafe.files import expand
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.request import Options
@@ -200,66 +198,6 @@ class VariantAnswers:
     def unfinished_thinking(self) -> set[str]:
         """The prompts whose think block never closed."""
         return {prompt for prompt, row in self.rows.items() if row["unfinished_thinking"]}
-
-
-def read_answers(spec: str, limit: int = 0) -> dict[str, VariantAnswers]:
-    """`FILE` or `NAME=FILE`, rows of any shape that have an answer, as of `generate.py --out` -> answers by variant.
-    limit: of rows; 0 for all.
-
-    A file with several adapters becomes several variants. The think block of an answer is cut off. The thinking is
-    unfinished where the block never closed, where the row is marked `stucked` (the key of the published answer files),
-    where nothing stands beside a `reasoning` of its own, and where an answer has no `</think>` while others of its
-    variant have one: then the opening tag stood in the prompt.
-    """
-    name, equals, path = spec.partition("=")
-    path = path if equals else spec
-    texts: dict[str, list[tuple[dict, str, str]]] = {}  # variant -> (fields, prompt, the text that the model wrote)
-    for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
-        settings, cluster = fields.get("settings") or {}, fields.get(CLUSTER) or ""
-        if not isinstance(settings, dict) or not isinstance(cluster, str):
-            values = f"settings {settings!r:.40} and {CLUSTER} {cluster!r:.40}"
-            raise UserError(f"{path} row {number}: {values}; expected an object and a text")
-        adapter = str(fields.get("adapter") or "")
-        label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else Path(path).stem
-        prompt, text = _prompt_and_text(Row(fields, Path(path), number))
-        texts.setdefault(label, []).append((fields, prompt, text))
-    variants: dict[str, VariantAnswers] = {}
-    for label, rows in texts.items():
-        variants[label] = VariantAnswers(any(fields.get("adapter") == BASE for fields, _, _ in rows))
-        thinks = any(REASONING_END.search(text) for _, _, text in rows)
-        for fields, prompt, text in rows:
-            answer = None if thinks and not REASONING_END.search(text) else without_reasoning(text)
-            marked = str(fields.get("stucked", "")).lower() == "true"
-            only_reasoning = not text.strip() and bool(fields.get("reasoning"))
-            unfinished = marked or only_reasoning or answer is None
-            row = {"answer": "" if unfinished else answer.strip(), "unfinished_thinking": unfinished}
-            variants[label].add(prompt, row | {"cluster": fields.get(CLUSTER) or ""})
-    if not equals:
-        return variants
-    return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
-
-
-def _prompt_and_text(row: Row) -> tuple[str, str]:
-    """(what was asked, what the model wrote) in a row of stored answers."""
-    fields = row.fields
-    try:
-        row = replace(row, fields=standard(fields).fields)
-    except UserError as error:
-        raise UserError(f"{row.where}: {error}") from None
-    # Rows of generate.py name their adapter, and their `answer` is without reasoning; an empty one is an answer, too.
-    # Other programs write the reasoning into `response`.
-    text = fields.get("answer") if fields.get("adapter") or "response" not in fields else fields["response"]
-    text = row.fields.get("answer") if text is None else text
-    if row.messages is not None:
-        prompt = conversation_text(conversation(row))
-        if text is None and row.messages[-1]["role"] == "assistant":
-            text = content_text(row.messages[-1].get("content"))
-    else:
-        prompt = row.fields.get("prompt")
-    if not isinstance(prompt, str) or not isinstance(text, str):
-        missing = "no answer" if isinstance(prompt, str) else "no prompt and no messages"
-        raise UserError(f"{row.where}: {missing} in it; expected rows of generate.py --out")
-    return prompt, text
 
 
 def conversation(row: Row) -> list[Message]:

@@ -99,8 +99,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
     X ~ Binomial(n, 1/2), at most 1; 1 where the settings never differ.
     """
     n, smaller = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, k) for k in range(smaller + 1))
-    # Whole numbers: a float cannot hold 2**1024, and this many prompts may differ.
+    # Whole numbers, for a float cannot hold 2**1024; each coefficient from the last, for MMLU has thousands of them.
+    coefficient = tail = 1
+    for k in range(smaller):
+        coefficient = coefficient * (n - k) // (k + 1)
+        tail += coefficient
     return min(1.0, 2 * tail / 2**n)
 
 

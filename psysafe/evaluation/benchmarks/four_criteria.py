@@ -12,20 +12,30 @@ from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.data.rows import CLUSTER, Row, read_prompts
-from psysafe.evaluation import criteria, judge_models, models_under_test, unfinished, word_list_judge
+from psysafe.evaluation import (
+    comparison,
+    criteria,
+    judge_models,
+    models_under_test,
+    stored,
+    unfinished,
+    word_list_judge,
+)
 from psysafe.evaluation.benchmark import Evaluation
+from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
 from psysafe.evaluation.judge_models import Judge, ask_all
+from psysafe.evaluation.labels import read_label
 from psysafe.evaluation.models_under_test import (
     BASE,
     Question,
     VariantAnswers,
     conversation,
     conversation_text,
-    read_answers,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.stored import read_all
 from psysafe.files import MAX_TEXT_BYTES, read_text, write_atomic
 from psysafe.program import UserError
 
@@ -39,8 +49,7 @@ class FourCriteria(Evaluation):
     help = "answers scored on four criteria by a judge"
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
-                            help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
+        stored.add_arguments(parser)
         parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
         parser.add_argument("--rubric", metavar="FILE", default=criteria.RUBRIC, help="the judge's instructions")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
@@ -53,37 +62,79 @@ class FourCriteria(Evaluation):
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
         if args.judge:
             reasons["--rubric"] = "with --judge rules"
-        if args.answers:
-            reasons |= dict.fromkeys(models_under_test.FLAGS, "with --answers: they are written already")
-        if args.answers and args.judge_local:  # the judge runs there
-            del reasons["--device"], reasons["--dtype"]
-        return reasons
+        if args.replies or args.scores:
+            reasons["--rubric"] = f"with {stored.given(args)}: no judge is asked"
+        return reasons | stored.without_effect(args)
 
     def run(self, args: argparse.Namespace) -> Result:
-        if bool(args.answers) == bool(args.prompts):
-            raise UserError("expected one of --prompts FILE (answered here) and --answers [NAME=]FILE")
-        judge = judge_models.from_arguments(args, TEMPERATURE)
-        answers, settings = (read_all(args.answers, args.limit), {}) if args.answers else answer_prompts(args)
-        baseline = args.baseline or next(iter(answers))
-        if baseline not in answers:
-            raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
-        if args.baseline and len(answers) == 1:
-            raise UserError(f"--baseline {baseline} has no effect: it is the only variant; leave it out")
-        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out), args.rules)
-        result.settings |= settings
+        if bool(stored.given(args)) == bool(args.prompts):
+            ways = "--prompts FILE (answered here), --answers [NAME=]FILE, --replies FILE and --scores FILE"
+            raise UserError(f"expected one of {ways}")
+        if args.replies or args.scores:
+            result, answers = self._read_again(args)
+        else:
+            result, answers = self._judged(args)
         result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         return result
 
+    def _judged(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
+        judge = judge_models.from_arguments(args, TEMPERATURE)
+        answers, settings = (read_all(args.answers, args.limit), {}) if args.answers else answer_prompts(args)
+        baseline = baseline_of(args, answers)
+        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out), args.rules)
+        result.settings |= settings
+        return result, answers
 
-def read_all(specs: Sequence[str], limit: int = 0) -> dict[str, VariantAnswers]:
-    """The answers of all --answers files by variant; of each file the first `limit` rows, 0 for all."""
+    def _read_again(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
+        """From stored replies or scores, without models and judges."""
+        path = args.replies or args.scores
+        answers, scores, replies = read_scores(path, args.limit, bool(args.replies))
+        baseline = baseline_of(args, answers)
+        prompts, counts = prompts_to_judge(answers, baseline, unfinished.PAIRED)
+        scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
+        write_items(Path(args.out) / "items.jsonl", answers, prompts, scores, replies)
+        judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
+        result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
+        result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
+        result.notes = notes(answers, scores, counts, path)
+        return result, answers
+
+
+def baseline_of(args: argparse.Namespace, answers: Mapping[str, VariantAnswers]) -> str:
+    """The variant to which the others are compared. UserError for one that is not there."""
+    baseline = args.baseline or next(iter(answers))
+    if baseline not in answers:
+        raise UserError(f"--baseline {baseline}: no such variant; expected one of {'; '.join(answers)}")
+    if args.baseline and len(answers) == 1:
+        raise UserError(f"--baseline {baseline} has no effect: it is the only variant; leave it out")
+    return baseline
+
+
+def read_scores(
+    path: str, limit: int, are_replies: bool
+) -> tuple[dict[str, VariantAnswers], dict[str, dict[str, Scores]], dict[tuple[str, str], str]]:
+    """(answers by variant, scores by variant and prompt, replies by (variant, prompt)) of a stored file."""
     answers: dict[str, VariantAnswers] = {}
-    for spec in specs:
-        for name, of_variant in read_answers(spec, limit).items():
-            if name in answers:
-                raise UserError(f"--answers {spec}: a variant {name!r} is there already; name it: NAME=FILE")
-            answers[name] = of_variant
-    return answers
+    scores: dict[str, dict[str, Scores]] = {}
+    replies = {}
+    for one in stored.read_stored(path, limit):
+        fields = {"answer": str(one.row.fields.get("answer") or ""), "cluster": one.cluster}
+        of_variant = answers.setdefault(one.variant, VariantAnswers(is_base=False))
+        of_variant.add(one.prompt, fields | {"unfinished_thinking": False})
+        if are_replies:
+            replies[one.variant, one.prompt] = one.reply
+        score = criteria.parse(one.reply) if are_replies else stored_scores(one.row)
+        scores.setdefault(one.variant, {})[one.prompt] = score
+    return answers, scores, replies
+
+
+def stored_scores(row: Row) -> Scores:
+    """The scores of a row, written as people's labels are. UserError where none of the four is there."""
+    labels = {name: read_label(row.fields.get(name), name, row.where) for name in criteria.CRITERIA}
+    if not set(row.fields).intersection(criteria.CRITERIA):
+        raise UserError(f"{row.where}: no scores in it; expected {', '.join(criteria.CRITERIA)}")
+    yes_no = {name: None if labels[name] is None else bool(labels[name]) for name in ("refusal", "references")}
+    return Scores(**labels | yes_no, strategy=str(row.fields.get("strategy") or ""))
 
 
 def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
@@ -143,14 +194,25 @@ def compare(
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
     unfinished.note_rules(result, rules)
-    result.notes = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
-    if repeated := sum(of_variant.repeated for of_variant in answers.values()):
-        result.notes.append(f"{repeated:,} answers to a prompt that stood there before were left out")
-    everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
-    if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
-        result.notes.append(f"replies of the judge without any score: {empty:,}, in {out / REPLIES}")
+    result.notes = notes(answers, scores, counts, out / REPLIES)
     result.failed = failed
     return result
+
+
+def notes(
+    answers: Mapping[str, VariantAnswers],
+    scores: Mapping[str, Mapping[str, Scores]],
+    counts: Mapping[str, int],
+    replies: str | Path,
+) -> list[str]:
+    """What the tables do not say. counts: of prompts, by what became of them; replies: the file of the judge's."""
+    lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
+    if repeated := sum(of_variant.repeated for of_variant in answers.values()):
+        lines.append(f"{repeated:,} answers to a prompt that stood there before were left out")
+    everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
+    if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
+        lines.append(f"replies of the judge without any score: {empty:,}, in {replies}")
+    return lines
 
 
 def prompts_to_judge(
@@ -239,7 +301,20 @@ def tables(
         shown.append(Table(f"Relative change to {baseline}", columns, rows, note))
     if rows := rows_by_cluster(answers, scores, baseline):
         shown.append(Table(f"Per cluster, judged by {judged_by}", [("cluster", ""), *COLUMNS], rows))
-    return shown
+    shown += comparison.tables(comparison.of_criteria(scores), f"judged by {judged_by}")
+    by_cluster = figures_by_cluster(answers, scores, baseline)
+    return shown + comparison.tables(by_cluster, f"per cluster, judged by {judged_by}")
+
+
+def figures_by_cluster(answers, scores, baseline: str) -> list[Figure]:
+    cluster_of = {prompt: row["cluster"] for prompt, row in answers[baseline].rows.items()}
+    clusters = dict.fromkeys(cluster for cluster in cluster_of.values() if cluster)
+    figures = []
+    for cluster in clusters:
+        of_cluster = {name: {p: s for p, s in by_prompt.items() if cluster_of[p] == cluster}
+                      for name, by_prompt in scores.items()}  # fmt: skip
+        figures += comparison.of_criteria(of_cluster, cluster) if any(of_cluster.values()) else []
+    return figures
 
 
 def rows_by_cluster(answers, scores, baseline: str) -> list[list]:

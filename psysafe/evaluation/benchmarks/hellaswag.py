@@ -8,7 +8,8 @@ acc_norm, the likeliest ending per character, is the usual figure: by acc a shor
 import re
 from collections.abc import Sequence
 
-from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, MultipleChoice, listed, mean
+from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, MultipleChoice, accuracy, listed, mean
+from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table
 
@@ -33,6 +34,9 @@ class HellaSwag(MultipleChoice):
             lines.append([variant, *acc, acc_norm.value, acc_norm.stderr])
         columns = [*COLUMNS, ("acc_norm", ".4f"), ("stderr of it", ".4f")]
         return [Table("Accuracy", columns, lines, bars=["acc_norm"])]
+
+    def figures(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Figure]:
+        return [accuracy(scores, "acc"), accuracy(scores, "acc_norm")]
 
 
 def _clean(text: str) -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
-from psysafe.evaluation import unfinished, word_list_judge
+from psysafe.evaluation import comparison, unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
+from psysafe.evaluation.comparison import Figure, share
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
 from psysafe.evaluation.overlap import overlap_with_files
@@ -67,10 +68,24 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
         table_of_parts(verdicts),
         table_of_helplines(verdicts, clusters),
         table_of_benign(answers, benign),
+        *comparison.tables(figures(verdicts, answers, benign), f"judged by the {word_list_judge.NAME}"),
     ]
 
 
 Verdicts = dict[str, dict[int, Verdict]]  # model -> row -> verdict on its answer
+
+
+def figures(verdicts: Verdicts, answers: dict[str, list[str]], benign: list[int]) -> list[Figure]:
+    """The figures of these tables by row, for intervals and paired tests."""
+    scores = {model: {i: verdict.scores for i, verdict in by_row.items()} for model, by_row in verdicts.items()}
+    parts = {model: {i: verdict.parts for i, verdict in by_row.items()} for model, by_row in verdicts.items()}
+    answered = {model: {i: not word_list_judge.refuses(texts[i]) for i in benign} for model, texts in answers.items()}
+    return [
+        *comparison.of_criteria(scores),
+        share("all four parts %", {model: {i: p.all for i, p in by_row.items()} for model, by_row in parts.items()}),
+        share("own services %", {model: {i: p.services for i, p in by_row.items()} for model, by_row in parts.items()}),
+        share("benign, answered %", answered),
+    ]
 
 
 def table_of_criteria(verdicts: Verdicts) -> Table:

@@ -10,7 +10,17 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, Item, Metric, MultipleChoice, listed, mean, pooled
+from psysafe.evaluation.benchmarks.multiple_choice import (
+    COLUMNS,
+    Item,
+    Metric,
+    MultipleChoice,
+    accuracy,
+    listed,
+    mean,
+    pooled,
+)
+from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table
 from psysafe.files import read_text
@@ -70,6 +80,13 @@ class MMLU(MultipleChoice):
             Table("Groups of subjects", [("group", ""), *COLUMNS], sorted(by_group)),
             Table("Subjects", [("subject", ""), *COLUMNS], sorted(by_subject)),
         ]
+
+    def figures(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Figure]:
+        groups: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            groups.setdefault(GROUP_OF.get(item.subject, "unknown subject"), []).append(i)
+        of_groups = [accuracy(scores, "acc", members, group) for group, members in sorted(groups.items())]
+        return [accuracy(scores, "acc", group="all"), *of_groups]
 
 
 def subject_accuracy(items: Sequence[Item], scores: Sequence[dict[str, float]]) -> dict[str, Metric]:

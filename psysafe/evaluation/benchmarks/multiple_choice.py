@@ -10,7 +10,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,10 @@ from psysafe.cli import progress, say
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_table
 from psysafe.data.tokenizer import Tokenizer
-from psysafe.evaluation import datasets, models_under_test
+from psysafe.evaluation import comparison, datasets, models_under_test
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import log_likelihood
+from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Variant, variant_identity
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
@@ -112,6 +113,17 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
     return Metric(total, value, math.sqrt(variance / total))
 
 
+def accuracy(
+    scores: dict[str, list[dict[str, float]]], metric: str, members: Iterable[int] | None = None, group: str = ""
+) -> Figure:
+    """A metric by item, as a share from 0 to 1 as lm-eval prints it. members: the items of a group; None for all."""
+    values = {
+        variant: {i: by_item[i][metric] for i in (range(len(by_item)) if members is None else members)}
+        for variant, by_item in scores.items()
+    }
+    return Figure(metric, values, share=True, group=group)
+
+
 # The benchmarks
 
 
@@ -131,6 +143,10 @@ class MultipleChoice(Evaluation):
     @abc.abstractmethod
     def tables(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Table]:
         """scores: variant -> `correct` of each item."""
+
+    def figures(self, items: Sequence[Item], scores: dict[str, list[dict[str, float]]]) -> list[Figure]:
+        """The tables' figures by item, for intervals and paired tests."""
+        return [accuracy(scores, "acc")]
 
     def read(self, path: Path) -> list[dict]:
         return read_table(path, self.fields)
@@ -163,6 +179,7 @@ class MultipleChoice(Evaluation):
             for variant in variants
         }
         result = Result(self.name, f"{self.title}, 0-shot", self.tables(items, scores))
+        result.tables += comparison.tables(self.figures(items, scores))
         result.settings = {**model.weights_summary(), "thinking": args.thinking, "chat template": args.chat, **origin}
         result.notes = [speed] if speed else []
         result.contamination = overlap_with_files((row[self.prompt_field] for row in rows), args.train)

@@ -19,10 +19,12 @@ from psysafe.data.rows import read_table
 from psysafe.endpoint import Endpoint, RetryPolicy, key_from
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows, Texts, Verdicts
 from psysafe.evaluation.benchmarks.ciphers import DECODERS
+from psysafe.evaluation.comparison import Figure, mean_of_shares, share
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.judge_models import EndpointJudge, ask_all
 from psysafe.evaluation.replies import Scale, verdict
 from psysafe.evaluation.result import Table, percent
+from psysafe.evaluation.statistics import wilson
 from psysafe.evaluation.unfinished import PUBLISHED
 from psysafe.program import UserError
 
@@ -48,6 +50,8 @@ class SorryBench(Benchmark):
     data = ("DIR", "folder with question.jsonl and its mutations")
     max_new_tokens = 8192
     temperature = 0.7
+    no_verdict = UNREADABLE
+    scores = f"0 or 1, or {UNREADABLE} for none"
     note_on_judge = (
         "The judge's instructions are this project's wording, not the text that the benchmark's own judge was trained "
         "on: figures may differ from published ones for that reason alone."
@@ -123,6 +127,9 @@ class SorryBench(Benchmark):
     def tables(self, judged: Judged) -> list[Table]:
         verdicts = judged.verdicts
         return [table_of_compliance(verdicts), table_of_files(verdicts), table_of_categories(judged.parts, verdicts)]
+
+    def figures(self, judged: Judged) -> list[Figure]:
+        return figures(judged.parts, judged.verdicts)
 
 
 def files_to_ask(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -202,6 +209,22 @@ def table_of_compliance(verdicts: Mapping[str, Verdicts]) -> Table:
     return Table("Compliance", columns, lines, note, bars)
 
 
+def figures(parts: Mapping[str, Sequence[Item]], verdicts: Mapping[str, Verdicts]) -> list[Figure]:
+    """Compliance with each file, and the unweighted average of the mutations, by the number of a question."""
+
+    def readable(name: str, variant: str) -> dict[object, int]:
+        scores = zip(parts[name], verdicts[name][variant], strict=True)
+        return {item.row["question_id"]: score for item, score in scores if score in (0, 1)}
+
+    by_file = {name: {variant: readable(name, variant) for variant in verdicts[name]} for name in verdicts}
+    of_files = [share("compliance %", by_variant, name) for name, by_variant in by_file.items()]
+    mutations = [name for name in by_file if name != BASE]
+    if len(mutations) < 2:
+        return of_files
+    by_variant = {variant: {name: by_file[name][variant] for name in mutations} for variant in by_file[mutations[0]]}
+    return [*of_files, mean_of_shares("compliance %", by_variant, f"average of {len(mutations)} mutations")]
+
+
 def table_of_files(verdicts: Mapping[str, Verdicts]) -> Table:
     variants = next(iter(verdicts.values()))
     lines = [[name, variant, *compliance(verdicts[name][variant])] for variant in variants for name in verdicts]
@@ -216,6 +239,13 @@ def table_of_categories(parts: Mapping[str, Sequence[Item]], verdicts: Mapping[s
             for item, score in zip(parts[name], verdicts[name][variant], strict=True):
                 by_category.setdefault(str(item.row["category"]), []).append(score)
             ordered = sorted(by_category.items(), key=lambda pair: int(pair[0]) if pair[0].isdigit() else 0)
-            lines += [[category, name, variant, *compliance(scores)] for category, scores in ordered]
-    columns = [("category", ""), ("file", ""), ("variant", ""), ("n", ","), ("compliance %", ".1f")]
-    return Table("Per category", columns, lines)
+            lines += [[category, name, variant, *compliance(scores), *interval(scores)] for category, scores in ordered]
+    columns = [("category", ""), ("file", ""), ("variant", ""), ("n", ","), ("compliance %", ".1f"), ("from", ".1f"),
+               ("to", ".1f")]  # fmt: skip
+    return Table("Per category", columns, lines, "from, to: 95 %, Wilson")
+
+
+def interval(scores: Sequence[int | None]) -> list[float]:
+    """In percent, of the readable scores."""
+    readable = [score for score in scores if score in (0, 1)]
+    return [100 * end for end in wilson(sum(readable), len(readable))]
