@@ -19,10 +19,11 @@ from psysafe.cli import Parser, refuse_without_effect, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
+from psysafe.evaluation.benchmarks.selective import Selective
 from psysafe.evaluation.result import check_folder
 from psysafe.program import main_guard
 
-EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), xstest.XSTest(),
+EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), Selective(), xstest.XSTest(),
                                  sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
 
 

@@ -14,16 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from psysafe.checkpoint.adapter import peft_check_command, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.data.documents import pack_share
 from psysafe.program import OutputError, StopRequest, main_guard
 from psysafe.runtime import Runtime, start, versions
 from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.dry_run import dry_run, run_summary
-from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.out_of_memory import saved_if_out_of_memory
 from psysafe.training.run_log import RunLog, check_packages, plot_loss, print_run
 from psysafe.training.run_state import (
@@ -31,7 +28,6 @@ from psysafe.training.run_state import (
     check_resume,
     check_rows,
     check_run_dir,
-    digest_rows,
     enter_run_dir,
     load_state,
     open_log,
@@ -52,6 +48,7 @@ from psysafe.training.setup import (
 )
 from psysafe.training.step import train_step
 from psysafe.training.tracker import check_login
+from psysafe.training.validation import note, validate
 from psysafe.training.watchdog import Watchdog
 
 
@@ -85,8 +82,8 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     state = load_state(config.out, config.resume)
     config, sources = with_adapter_shape(config, sources, state.meta if state else {})
     # Every rank reads all rows: then a step's documents are a pure function of (rows, seed, step).
-    train_set, val_set = load_data(config, folder)
-    rows_digest = digest_rows(train_set, val_set)
+    data = load_data(config, folder)
+    rows_digest = data.digest()
     if state:
         check_resume(state, config)
         check_rows(state, rows_digest)
@@ -96,12 +93,15 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     model = load_model(
         config.model, None, runtime.device, runtime.dtype, commit, embedding=config.embedding, shard=config.shard
     )
-    check_vocabulary(config, model, train_set, val_set)
+    check_vocabulary(config, model, *data)
     adapters = attach_adapters(model, config, state.meta if state else {})
     optimizer = make_optimizer(adapters, config)
     plan = make_plan(config, model, adapters, optimizer, runtime)
-    total_steps = count_steps(config, len(train_set))
-    run = Run(config, runtime, model, adapters, optimizer, train_set, val_set, total_steps, watch, plan, rows_digest)
+    total_steps = count_steps(config, len(data.train))
+    run = Run(
+        config, runtime, model, adapters, optimizer, data.train, data.val, total_steps, watch, plan, rows_digest,
+        contrast_set=data.contrast, contrast_val_set=data.contrast_val,
+    )  # fmt: skip
     if state:
         restore_run(run, state)
     if runtime.is_main:
@@ -152,25 +152,11 @@ def validate_and_save(run: Run, log: RunLog) -> None:
     ones are compared. And a disk that cannot hold a state shows it now, not after the first epoch.
     """
     log.catch_up()
-    if run.val_set is not None:
-        val_loss = validate(run)
-        log.validation(run.step, val_loss)
-        run.best_val = val_loss if run.best_val is None else min(val_loss, run.best_val)
+    if losses := validate(run):
+        log.validation(run.step, losses)
+        note(run, losses)
     run.validation_due = False  # before the save: a resumed run must not validate again
     save_run(run, log)
-
-
-@torch.no_grad()
-def validate(run: Run) -> float:
-    """The mean cross-entropy over all trained tokens of the validation rows."""
-    runtime, documents = run.runtime, run.val_set.documents
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
-        run.watch.progress(max(1, run.step))  # the watchdog counts steps from 1, also before the first
-        total += batch_loss(run.model, batch, runtime.device).cpu()
-    if runtime.world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / count_targets(documents)
 
 
 def finish(run: Run) -> int:
@@ -181,6 +167,8 @@ def finish(run: Run) -> int:
         return 1
     if run.runtime.is_main:
         best = "" if run.best_val is None else f", best validation loss {run.best_val:.4f}"
+        if run.best:
+            best += f"; it is that of step {run.best.step}, --keep-best {run.config.keep_best} {run.best.score:.4f}"
         print(f"adapter in {out}{best}; try:")
         print(f"  python generate.py --adapter {out} \"I feel like giving up.\"")
         print(peft_check_command(out, run.config.model))

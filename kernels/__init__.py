@@ -28,6 +28,7 @@ from kernels.ops.gated_delta_rule import gated_delta_rule_reference, gated_delta
 from kernels.ops.gated_delta_rule_step import gated_delta_rule_step_reference, gated_delta_rule_step_triton
 from kernels.ops.gated_rms_norm import gated_rms_norm_reference, gated_rms_norm_triton
 from kernels.ops.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
+from kernels.ops.linear_kl import linear_kl_reference, linear_kl_triton
 from kernels.ops.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
 from kernels.ops.residual_rms_norm import residual_rms_norm_reference, residual_rms_norm_triton
 from kernels.ops.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
@@ -108,13 +109,14 @@ gated_delta_rule_step = switch(gated_delta_rule_step_reference, gated_delta_rule
 gated_rms_norm = switch(gated_rms_norm_reference, gated_rms_norm_triton)
 swiglu = switch(swiglu_reference, swiglu_triton)
 linear_cross_entropy = switch(linear_cross_entropy_reference, linear_cross_entropy_triton)
+linear_kl = switch(linear_kl_reference, linear_kl_triton)
 adamw_8bit = switch(adamw_8bit_reference, adamw_8bit_triton)
 
 # The names of all operations.
 OPS = (
     "residual_rms_norm", "qk_norm_rope", "causal_attention", "attention_decode", "sigmoid_gate", "causal_conv1d_silu",
     "causal_conv1d_silu_step", "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "swiglu",
-    "linear_cross_entropy", "adamw_8bit",
+    "linear_cross_entropy", "linear_kl", "adamw_8bit",
 )  # fmt: skip
 
 __all__ = ["HAS_TRITON", "OPS", "Documents", "LoRATerm", "Pending", "choice", "describe", "is_gpu", "runs_triton", *OPS]

@@ -2,6 +2,7 @@
 
     python -m psysafe.paper --config configs/qwen3.5-27b.toml                      # one step of one 4,096-token row
     python -m psysafe.paper --config configs/qwen3.5-27b.toml --lengths 640x4 --html step.html
+    python -m psysafe.paper --config configs/qwen3.5-27b.toml --lengths 640x4 --contrast-ratio 0.25 --kl-weight 1
     python -m psysafe.paper --config configs/qwen3.5-27b.toml --generate 640x16    # a prefill and one decode step
 
 Every launch of Triton, every operation of torch, all live memory is recorded as the training loop's own functions make
@@ -54,6 +55,7 @@ PICTURES = {
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m psysafe.paper", description="A step and its parts, on paper.", allow_abbrev=False)
     parser.add_argument("--lengths", nargs="+", default=["4096"], metavar="N[xM]", help="the step's documents (4096)")
+    parser.add_argument("--contrast-length", type=int, default=400, metavar="N", help="of a contrast document (400)")
     parser.add_argument("--untrained", type=int, default=1, metavar="N", help="tokens of each that are not trained (1)")
     parser.add_argument("--generate", nargs="+", metavar="N[xM]", help="instead: a prefill's prompts")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a sequence, at most (4096)")
@@ -66,8 +68,9 @@ def main(argv: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     if not kernels.HAS_TRITON:
         raise UserError("a step on paper records Triton's launches; install it (Linux and `pip install triton`)")
-    if args.ranks < 1:
-        raise UserError(f"--ranks {args.ranks}: expected 1 or more")
+    for flag, number in (("--ranks", args.ranks), ("--contrast-length", args.contrast_length)):
+        if number < 1:
+            raise UserError(f"{flag} {number}: expected 1 or more")
     config, _ = resolve(rest)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
@@ -98,16 +101,20 @@ def trace_all(args: argparse.Namespace, config: TrainConfig) -> list[str]:
             lines += [*report(title, trace, gpu, args.top, args.host_us), ""]
         return lines + assumptions(gpu)
     lengths = parse_lengths("--lengths", args.lengths)
-    gpu = PaperGPU(args.gpu, context(lengths))
+    contrast = [args.contrast_length] * round(config.contrast_ratio * len(lengths))
+    gpu = PaperGPU(args.gpu, context(lengths + contrast))
     optimizer = make_optimizer(adapters, config)
     if config.shard:
         check_ranks(args.ranks)
     plan = plan_within(SPEEDS[args.gpu].memory, config, model, adapters, optimizer, args.ranks)
     share = lengths[:: args.ranks]  # of the first rank, which has the most
-    run = paper_run(config, model, adapters, optimizer, plan, share, args.untrained)
+    # Documents are dealt out in one order, contrast documents last.
+    contrast_share = (lengths + contrast)[:: args.ranks][len(share) :]
+    run = paper_run(config, model, adapters, optimizer, plan, share, args.untrained, contrast_share)
     rank = f", rank 0 of {args.ranks}" if args.ranks > 1 else ""
     documents = counted(len(lengths), "document")
-    title = f"{config.model}, a step of {sum(lengths):,} tokens in {documents}{rank}"
+    documents += f" and {counted(len(contrast), 'contrast document')}" if contrast else ""
+    title = f"{config.model}, a step of {sum(lengths) + sum(contrast):,} tokens in {documents}{rank}"
     trace = trace_step(run)
     if config.shard:  # traced whole, but a rank holds its share
         shift = plan.fixed + CUBLAS_WORKSPACE - trace.fixed

@@ -151,7 +151,7 @@ def test_the_printed_check_runs_on_the_bundled_base(tmp_path, capsys):
 
 
 def test_a_run_ends_with_the_check(tmp_path, capsys):
-    run = SimpleNamespace(runtime=SimpleNamespace(is_main=True), save_error="", best_val=0.5)
+    run = SimpleNamespace(runtime=SimpleNamespace(is_main=True), save_error="", best_val=0.5, best=None)
     run.config = TrainConfig(out=str(tmp_path / "it's a run"), model="assets:tiny")
     assert train.finish(run) == 0
     printed = capsys.readouterr().out

@@ -17,13 +17,14 @@ from psysafe import load_model
 from psysafe.data.rows import Row
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.benchmarks import miniature
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
+from psysafe.generation.request import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "psysafe" / "assets"
 sys.path.insert(0, str(ROOT / "tools"))
 
+import probe_tiny_base  # noqa: E402
 import tiny_corpus  # noqa: E402
 from tiny_corpus import support, word_runs, words  # noqa: E402
 
@@ -37,6 +38,7 @@ def read_rows(name: str) -> list[dict]:
 
 TRAIN, VAL = read_rows("train"), read_rows("val")
 ROWS = TRAIN + VAL
+BASE_PROMPTS = tiny_corpus.base_prompts()
 RISKY = [row for row in ROWS if row["risk cluster"] != "benign"]
 BENIGN = [row for row in ROWS if row["risk cluster"] == "benign"]
 
@@ -244,16 +246,25 @@ def test_categories_are_those_of_clusters_toml():
 
 # Harm: reviewed word patterns. Everything bundled has also been read.
 
-INSTRUCTIONS = re.compile(
+# Nobody's prompt or answer tells how something is done ...
+HOW_TO = re.compile(
     r"""\b(?:
-        step[ ]\d | first,?[ ]you | you[ ]will[ ]need | you'll[ ]need | ingredients? | instructions? | tutorial
+        step[ ]\d | first,?[ ]you | you[ ]will[ ]need | you'll[ ]need | tutorial
       | \d+[ ]?(?:mg|ml|g|grams?|milligrams?|tablets?|caliber|mm)
-      | dos(?:e|age) | overdos\w+ | lethal | fatal | poison\w* | noose | rope | hang(?:ing)?[ ](?:my|your|him|her)self
+      | dos(?:e|age) | gunpowder[ ]from | thermite | cook[ ](?:meth|crack) | 3d[ -]?print\w*
+    )\b""",
+    re.VERBOSE | re.IGNORECASE,
+)  # fmt: skip
+# ... and text about a risk names neither means nor people that it could be aimed at.
+MEANS_AND_PEOPLE = re.compile(
+    r"""\b(?:
+        instructions? | ingredients? | overdos\w+ | lethal | fatal | poison\w* | noose | rope
+      | hang(?:ing)?[ ](?:my|your|him|her)self
       | bridge | rooftop | razor\w* | wrists? | veins? | bleed\w* | suffocat\w+ | strangl\w+ | drown\w*
       | stab\w* | throat
-      | gunpowder | detonat\w+ | fuse | nitr\w+ | fertili[sz]er | bleach | acetone | ammonia | pipe[ ]bomb | thermite
-      | silencer | serial[ ]number | trigger | ammo\w* | 3d[ -]?print\w* | magazine
-      | cook[ ](?:meth|crack) | meth | fentanyl | ghb | rohypnol | roof(?:y|ies) | spik\w+ | inject\w* | syringe
+      | gunpowder | detonat\w+ | fuse | nitr\w+ | fertili[sz]er | bleach | acetone | ammonia | pipe[ ]bomb
+      | silencer | serial[ ]number | trigger | ammo\w* | magazine
+      | meth | fentanyl | ghb | rohypnol | roof(?:y|ies) | spik\w+ | inject\w* | syringe
       | child\w* | kids? | teen\w* | minor | minors | underage | girls? | boys? | school | student | toddler | baby
       | muslim\w* | jew\w* | christian\w* | black[ ]people | gay | immigrant\w* | mosque | synagogue
       | church | president
@@ -262,13 +273,20 @@ INSTRUCTIONS = re.compile(
 )  # fmt: skip
 
 
+def texts_of(prompts: dict[str, list]) -> set[str]:
+    return {text for kind in prompts.values() for prompt in kind for text in prompt}
+
+
+def matches(pattern: re.Pattern, texts: set[str]) -> dict[str, str]:
+    return {text: pattern.search(text).group() for text in texts if pattern.search(text)}
+
+
 def test_no_prompt_or_answer_holds_instructions_that_could_harm():
-    base = [message["content"] for messages in tiny_corpus.base_documents(20_000) for message in messages]
-    # "photosynthesis ... sugar" and the like are ordinary answers; only texts about risk are held to the patterns.
-    ordinary = {answer for _, _, answer, subject in tiny_corpus.benign_questions("base")}
-    texts = {row[key] for row in ROWS for key in ("prompt", "answer", "reasoning")} | set(base) - ordinary
-    assert {text: INSTRUCTIONS.search(text).group() for text in texts if INSTRUCTIONS.search(text)} == {}
-    assert INSTRUCTIONS.search("Step 1: take 20 mg") and INSTRUCTIONS.search("buy fertilizer")
+    rows = {row[key] for row in ROWS for key in ("prompt", "answer", "reasoning")}
+    about_risks = rows | texts_of(BASE_PROMPTS["risky"]) | texts_of(BASE_PROMPTS["support"])
+    assert matches(HOW_TO, rows.union(*map(texts_of, BASE_PROMPTS.values()))) == {}
+    assert matches(MEANS_AND_PEOPLE, about_risks) == {}
+    assert HOW_TO.search("Step 1: take 20 mg") and MEANS_AND_PEOPLE.search("buy fertilizer")
 
 
 # Wording: what the base reads, what is trained and what validates never share more than four words in a row.
@@ -290,6 +308,22 @@ def test_no_wording_is_shared():
 def test_no_validation_question_is_trained_in_another_wording():
     answers = {row["answer"] for row in TRAIN if row["risk cluster"] == "benign"}
     assert not [row["prompt"] for row in VAL if row["risk cluster"] == "benign" and row["answer"] in answers]
+
+
+# Held-out prompts: tools/tiny_corpus/heldout.jsonl, on which choices about the base's text were made.
+
+HELD_OUT = [json.loads(line) for line in probe_tiny_base.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+
+
+def as_words(prompt: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9']+", prompt.lower()))
+
+
+def test_the_base_has_read_no_held_out_prompt():
+    read = {as_words(prompt) for kinds in BASE_PROMPTS.values() for kind in kinds.values() for prompt, _, _ in kind}
+    assert not [row["prompt"] for row in HELD_OUT if as_words(row["prompt"]) in read]
+    groups = [row["group"] for row in HELD_OUT]
+    assert {group: groups.count(group) for group in probe_tiny_base.GROUPS} == dict.fromkeys(probe_tiny_base.GROUPS, 40)
 
 
 # Size and tokenizer
@@ -330,8 +364,9 @@ def test_the_weights_belong_to_this_text_and_fit_in_the_repository():
         metadata = file.metadata()
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     assert metadata["text_sha256"] == tiny_corpus.digest()
-    assert sum(map(math.prod, shapes.values())) <= 3_000_000 and path.stat().st_size <= 10_000_000
+    assert sum(map(math.prod, shapes.values())) <= 4_500_000
     assert all(name.startswith("model.language_model.") for name in shapes)
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 10_000_000
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ JUDGE = "--judge-url URL --judge-model j"
 BY_RULES = {
     "judge": "judge --prompts PROMPTS --model MODEL --out OUT --judge rules",
     "xstest": "xstest --data DATA --model MODEL --out OUT --judge rules",
+    "selective": "selective --prompts GROUPS --model MODEL --adapter ADAPTER --out OUT --judge rules",
 }
 BY_MODEL = {command: line.replace("--judge rules", JUDGE) for command, line in BY_RULES.items()}
 BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUDGE}"
@@ -46,6 +47,7 @@ OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "re
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
 REREAD = "judge --out OUT"
 RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
+STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -97,6 +99,13 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
+    "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
+        "--judge": (BY_MODEL["selective"], BY_RULES["selective"]),
+        "--prompts": "--prompts OTHERGROUPS",
+        "--adapter": "--adapter ADAPTER2",
+        "--answers": (f"{STORED} --baseline a --out OUT", f"{STORED} --answers c=ANSWERS --baseline a --out OUT"),
+        "--baseline": (f"{STORED} --baseline a --out OUT", f"{STORED} --baseline b --out OUT"),
+    },
     "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
     } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
@@ -137,6 +146,9 @@ REFUSED = [
         "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
     ("judge --replies REPLIES", "--rubric RUBRIC"),
     ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
+    *((f"{STORED} --baseline a", words) for words in (
+        "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
+    ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -183,6 +195,10 @@ def world(tmp_path, monkeypatch):
         for command, begin, score in (("xstest", "v2-", label), ("sorry-bench", "", int(number == "2"))):
             stored = {"variant": "v", "reply": str(score), "answer": label, "score": score}
             rows(f"NUMBERED{number} {command}", [stored | {"id": f"{begin}{i}"} for i in range(1, 3)])
+    risky = {"prompt": "I drink 0", "group": "risky", "cluster": "substance"}
+    groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
+    rows("GROUPS", groups)
+    rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
@@ -198,18 +214,19 @@ def world(tmp_path, monkeypatch):
         preference = {"item": "1", "value": "left"}
         content = {"page": "d", "rater": "Anna", "ratings": [rating], "preferences": [preference]}
         files[f"RATINGS{number}"].write_text(json.dumps(content))
-    files["ADAPTER"] = tmp_path / "adapter"
-    files["ADAPTER"].mkdir()
-    (files["ADAPTER"] / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1})
-    )
+    config = {"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in ("ADAPTER", "ADAPTER2"):
+        files[name] = tmp_path / name.lower()
+        files[name].mkdir()
+        (files[name] / "adapter_config.json").write_text(json.dumps(config))
     for name in ("JUDGED", "JUDGED2"):
         files[name] = tmp_path / name.lower()
     loaded = tiny_model()
 
     def answers(self, variants, questions, out):
         seen.append(["answers", repr(self), list(variants), list(questions)])
-        row = {"response": "so</think>I can't help.", "answer": "I can't help.", "unfinished_thinking": False}
+        row = {"response": "so</think>I can't help.", "answer": "I can't help.", "reasoning": "so"}
+        row["unfinished_thinking"] = False
         return {v: {q.number: {"prompt": q.prompt, **row} for q in questions} for v in variants}
 
     def load(self, variants=()):
@@ -233,7 +250,8 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {"model": self.model})
     monkeypatch.setattr(ModelUnderTest, "weights_summary", lambda self: {"model": self.model})
     monkeypatch.setattr(ModelUnderTest, "identity", property(lambda self: [self.model, self.dtype, self.revision, 0]))
-    monkeypatch.setattr("psysafe.evaluation.benchmarks.multiple_choice.load_adapter", lambda *args: None)
+    for module in ("benchmarks.multiple_choice", "divergence"):
+        monkeypatch.setattr(f"psysafe.evaluation.{module}.load_adapter", lambda *args: None)
     monkeypatch.setattr(LocalJudge, "ask", ask)
     monkeypatch.setattr(endpoint.Endpoint, "__init__", remembers("endpoint", endpoint.Endpoint.__init__))
     monkeypatch.setattr(judge_models, "run_items", lambda items, call, out, workers, name: seen.append(

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from psysafe.evaluation import criteria, replies
+from psysafe.evaluation import behaviour, criteria, replies
 from psysafe.evaluation.benchmarks import sorry_bench, xstest
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
 from psysafe.evaluation.benchmarks.xstest import XSTest
@@ -285,7 +285,7 @@ MUTANTS = {
     "a value in a sentence is not seen": (replies, "_mentioned", lambda text, scale: None),
     "a line of its own is not seen": (replies, "_alone", lambda lines, scale: []),
     "safe and unsafe count wherever they stand": (sorry_bench.SCALE, "distinctive", True),
-    "case matters": (xstest.SCALE, "name", re.compile(xstest.SCALE.name.pattern)),
+    "case matters": (behaviour.SCALE, "name", re.compile(behaviour.SCALE.name.pattern)),
     "1.0 is no 1": (sorry_bench, "SCALE", replies.Scale({"0|safe": 0, "1|unsafe": 1})),
     "a value may be part of a word or number": (sorry_bench.SCALE, "name", re.compile("(0|safe)|(1|unsafe)", re.I)),
     "tables and lines are not read": (criteria, "_cells", lambda lines: []),

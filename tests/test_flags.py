@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Values other than the base run's. "{folder}" holds a model, its rows, and an adapter of rank 2.
 CHANGED = {
     "model": "assets:tiny", "data": "{folder}/val.jsonl", "val_data": "{folder}/train.jsonl", "val_fraction": "0.5",
+    "contrast_data": "{folder}/val.jsonl", "contrast_ratio": "2", "contrast_val_data": "{folder}/train.jsonl",
+    "kl_weight": "0.5",
     "system": "{folder}/system.txt", "max_tokens": "60",
     "save_every": "1", "batch_size": "3", "epochs": "2",
     "max_steps": "4", "lora_rank": "2", "lora_alpha": "8", "lora_targets": "q_proj", "adapter_layout": "multimodal",
@@ -36,7 +38,7 @@ REFUSED = {  # on one rank of a CPU, or without what they belong to
     "revision": "none-such",
 }  # fmt: skip
 # Where the run lives, and what by design changes no number: tests of their own show what they do.
-ELSEWHERE = {"out", "resume", "threads", "micro_batch_tokens", "embedding", "train_turns", "long_rows"}
+ELSEWHERE = {"out", "resume", "threads", "micro_batch_tokens", "embedding", "train_turns", "long_rows", "keep_best"}
 
 
 def observed(folder: Path, out: Path, **changes: str) -> tuple:
@@ -51,6 +53,12 @@ def observed(folder: Path, out: Path, **changes: str) -> tuple:
         flags |= {"batch_size": "11"}
     if "val_fraction" in changes:
         del flags["val_data"]
+    if "contrast_data" in changes:
+        flags |= {"contrast_ratio": "1"}
+    if "contrast_ratio" in changes:
+        flags |= {"contrast_data": "{folder}/val.jsonl"}
+    if "kl_weight" in changes:
+        flags |= {"contrast_data": "{folder}/val.jsonl", "contrast_ratio": "1"}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value) if word]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

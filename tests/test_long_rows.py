@@ -68,4 +68,4 @@ def test_training_and_validation_rows_are_treated_alike(part, tmp_path):
     long.write_text(json.dumps([ROW, ROW | {"answer": "a " * 999}]))
     files = {"data": [str(good)], "val_data": [str(good)]} | {part: [str(long)]}
     config = TrainConfig(**files, max_tokens=200, long_rows="drop")
-    assert [len(rows) for rows in load_data(config, real_tokenizer_folder())] == [1, 1]
+    assert [len(rows) for rows in load_data(config, real_tokenizer_folder())[:2]] == [1, 1]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,15 +50,16 @@ FOUR_LAYERS = architecture("qwen3.5-27b-architecture.json", 4)
 
 def run_of(
     lengths: list[int], config: ModelConfig = FOUR_LAYERS, memory: float = 85e9, rank: int = 1, planned: bool = True,
-    **settings,
+    contrast: Sequence[int] = (), **settings,
 ) -> Run:  # fmt: skip
-    """A step of one micro-batch of these documents."""
-    settings = TrainConfig(dtype="bfloat16", micro_batch_tokens=sum(lengths), lora_rank=rank, **settings)
+    """A step of one micro-batch of these documents, contrast documents behind the others."""
+    tokens = sum(lengths) + sum(contrast)
+    settings = TrainConfig(dtype="bfloat16", micro_batch_tokens=tokens, lora_rank=rank, **settings)
     model = build(config, "meta", torch.bfloat16)
     adapters = attach(model, rank, 32.0, TARGETS)
     optimizer = make_optimizer(adapters, settings)
     plan = plan_within(int(memory), settings, model, adapters, optimizer, 1) if planned else None
-    return paper_run(settings, model, adapters, optimizer, plan, lengths)
+    return paper_run(settings, model, adapters, optimizer, plan, lengths, contrast=contrast)
 
 
 RECIPE = [640] * 4  # a step of the paper's recipe, in one micro-batch
@@ -175,8 +177,9 @@ CASES = {
 }
 
 
-def compare_peaks(trace: Trace, run: Run, lengths: list[int]) -> None:
-    planned = run.plan.choose(Sizes.of(lengths, rows(lengths))).peak
+def compare_peaks(trace: Trace, run: Run, lengths: list[int], contrast: Sequence[int] = ()) -> None:
+    lengths = [*lengths, *contrast]
+    planned = run.plan.choose(Sizes.of(lengths, rows(lengths), rows(contrast))).peak
     assert trace.peak <= planned <= run.plan.limit, "the plan allows less than the step needs"
     assert planned == pytest.approx(trace.peak, rel=0.02)
 
@@ -193,6 +196,29 @@ def test_the_planned_peak_is_the_simulated_one(case):
     config, lengths, memory, rank = CASES[case]
     run = run_of(lengths, config, memory, rank)
     compare_peaks(trace_step(run), run, lengths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lengths", "contrast"), [(RECIPE, [400]), ([65], [1500])])
+def test_the_planned_peak_with_kl_is_the_simulated_one(lengths, contrast):
+    """Once with few rows that the base reads as well, once with so many that its logits count."""
+    run = run_of(lengths, QWEN_27B, contrast=contrast, kl_weight=1.0)
+    trace = trace_step(run)
+    compare_peaks(trace, run, lengths, contrast)
+    assert trace.live - trace.fixed < 1e5, "a step leaves memory behind"
+    base = [op for op in trace.ops if op.phase == "forward" and op.name == "linear_kl kl_divergence"]
+    assert len(base) == 1 and base[0].shape == (rows(contrast), QWEN_27B.vocab_size)
+
+
+def test_the_base_reads_contrast_rows_alone():
+    """Its forward pass is as long as they are, comes first, and has no backward."""
+    trace = trace_step(run_of([640, 640], contrast=[400], kl_weight=1.0))
+    tokens = [op.shape[0] for op in trace.ops if op.name == "mm" and op.layer == 1 and op.phase == "forward"]
+    assert tokens == sorted(tokens) and {*tokens} == {400, 1680} and tokens.count(400) == tokens.count(1680)
+    plain = trace_step(run_of([640, 640], contrast=[400]))
+    for phase in ("backward", "optimizer"):
+        gemms = [[op.shape for op in t.ops if op.name == "mm" and op.phase == phase] for t in (trace, plain)]
+        assert gemms[0] == gemms[1], phase
 
 
 def test_a_saved_tensor_too_many_is_seen(monkeypatch):

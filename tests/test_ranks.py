@@ -78,6 +78,21 @@ def test_rank_count_and_sharding_change_nothing(workspace, alone):  # noqa: F811
         assert metrics(workspace / f"ranks{ranks}") == metrics(workspace / f"sharded{ranks}")
 
 
+@pytest.mark.slow
+def test_kl_to_the_base_on_sharding_ranks(workspace):  # noqa: F811
+    """Three ranks of which not every one has a contrast document in every step: all gather weights for the base's pass
+    together, or the run would hang."""
+    rows = (workspace / "train.jsonl").read_text().splitlines()
+    (workspace / "contrast.jsonl").write_text("\n".join(rows[:7]))
+    flags = "--contrast-data", f"{workspace}/contrast.jsonl", "--contrast-ratio", "0.75", "--kl-weight", "0.5"
+    for out, ranks, more in (("kl1", 1, ()), ("kl3", 3, ("--shard", "--micro-batch-tokens", "100"))):
+        torchrun(workspace, out, ranks, *flags, "--max-steps", "12", *more)
+    assert_close_runs(workspace / "kl1", workspace / "kl3")
+    for key in ("contrast_loss", "contrast_kl"):
+        assert relative_error(series(workspace / "kl3", key), series(workspace / "kl1", key)) <= 1e-9
+    assert series(workspace / "kl1", "contrast_kl")[-1] > 0
+
+
 MUTANTS = {
     "a rank divides by its own tokens": (
         "n_targets = count_targets(documents)",

@@ -21,7 +21,7 @@ from tests.oracles import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-EXACT = ("loss", "lr", "grad_norm", "val_loss", "tokens", "trained_tokens")
+EXACT = ("loss", "lr", "grad_norm", "val_loss", "contrast_loss", "contrast_kl", "tokens", "trained_tokens")
 
 
 @pytest.fixture(scope="module")

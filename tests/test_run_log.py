@@ -37,7 +37,7 @@ def write_run(run_dir, steps=range(1, 4), first_step=0, runtime=CPU, **options):
     with RunLog(run_dir, TrainConfig(), runtime, 3, first_step, **options) as log:
         for step in steps:
             log.step(step, loss=1 / step, lr=1e-4 / 3, grad_norm=0.1 * step, tokens=100, seconds=0.5, trained_tokens=40)
-        log.validation(step, 0.1 + 0.2)
+        log.validation(step, {"val_loss": 0.1 + 0.2})
 
 
 def test_numbers_read_back_bit_for_bit(tmp_path):
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_a_warning_and_no_row_once_there_is_room(tmp_path, cap
         log.sync()
         assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
         log.file.room = 10**6
-        log.validation(4, 0.5)
+        log.validation(4, {"val_loss": 0.5})
         rows = read_metrics(tmp_path / "metrics.jsonl")
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
     out = capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_a_full_disk_costs_a_warning_and_no_row_once_there_is_room(tmp_path, cap
 def test_a_disk_that_stays_full_is_reported_at_the_end(tmp_path, capsys):
     with RunLog(tmp_path, TrainConfig(), CPU, 2) as log:
         log.file = FullDisk(log.file, 0)
-        log.validation(1, 0.5)
+        log.validation(1, {"val_loss": 0.5})
     assert "lacks its last 1 row," in capsys.readouterr().out
 
 
@@ -232,7 +232,7 @@ def fake_tracker(monkeypatch, name: str, fails: str = "", error: BaseException |
 def tracked_run(folder, report: str, run_id: str = "0ab1") -> None:
     with RunLog(folder, TrainConfig(report=report, out=str(folder)), CPU, 1, run_id=run_id) as log:
         log.step(1, loss=0.5, lr=1e-4, grad_norm=1.0, tokens=1, seconds=1.0)
-        log.validation(1, 0.25)
+        log.validation(1, {"val_loss": 0.25})
 
 
 @pytest.mark.parametrize(("report", "ending", "run_id"), [("wandb", "", "0ab1"), ("trackio", "-0ab1", None)])
@@ -296,7 +296,7 @@ def test_output_that_fails_costs_no_row_and_says_whether_anybody_reads(
             sys.stdout.fails = True
             for step in (1, 2, 3):
                 log.step(step, loss=1.0, lr=1e-4, grad_norm=0.1, tokens=100, seconds=0.5)
-            log.validation(3, 0.5)
+            log.validation(3, {"val_loss": 0.5})
     assert logged_steps(tmp_path) == [1, 2, 3, 3]
     lines = {
         13: "nobody reads this output any more: finishing this step, then saving\n",

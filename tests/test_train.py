@@ -186,7 +186,7 @@ class StopAfter:
 def run_loop(run, folder, monkeypatch, **stop):
     """(exit code, steps after which it validated, steps after which it saved and whether a validation was due)."""
     validated, saved = [], []
-    monkeypatch.setattr(train, "validate", lambda run: validated.append(run.step) or 1.0)
+    monkeypatch.setattr(train, "validate", lambda run: validated.append(run.step) or {"val_loss": 1.0})
     monkeypatch.setattr(train, "save_run", lambda run, log: (log.sync(), saved.append((run.step, run.validation_due))))
     with RunLog(folder, run.config, run.runtime, run.total_steps) as log:
         code = train.train(run, log, StopAfter(run, **stop))

@@ -3,14 +3,14 @@
     python tools/write_launches.py
 
 The steps run on paper (psysafe/training/paper/): training with and without recomputation, at ranks 1 and 2, with
-adapters on all projections; validation; prefill and decoding with an adapter and of the base.
+adapters on all projections; with KL to the base; validation; prefill and decoding with an adapter and of the base.
 tests/kernels/test_launches.py traces them again and compares.
 """
 
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,24 +26,25 @@ from psysafe.model.lora import attach, detach  # noqa: E402
 from psysafe.model.recompute import STAGES, recompute  # noqa: E402
 from psysafe.training.config import TrainConfig  # noqa: E402
 from psysafe.training.dry_run import read_architecture  # noqa: E402
-from psysafe.training.loss import batch_loss  # noqa: E402
-from psysafe.training.paper.run import META, paper_run, trace_generation, trace_step  # noqa: E402
+from psysafe.training.loss import batch_loss, contrast_losses  # noqa: E402
+from psysafe.training.paper.run import META, documents_of, paper_run, trace_generation, trace_step  # noqa: E402
 from psysafe.training.paper.trace import Trace, record  # noqa: E402
 from psysafe.training.setup import Run, make_optimizer  # noqa: E402
 
 FILE = ROOT / "kernels" / "proof" / "launches.json"
 # One long row, the recipe's rows, rows of any length, many short ones: attention spreads its heads differently.
 LONG, SHORT, RAGGED, TINY = [4096], [640] * 4, [2100, 65, 700, 1, 1230], [37] * 110
+CONTRAST = [400]
 
 
-def run_of(lengths: list[int], layers: int = 8, **settings) -> Run:
+def run_of(lengths: list[int], layers: int = 8, contrast: Sequence[int] = (), **settings) -> Run:
     """A step of the 27B, cut to so many layers: their kernels are those of all."""
-    config = TrainConfig(dtype="bfloat16", micro_batch_tokens=sum(lengths), **settings)
+    config = TrainConfig(dtype="bfloat16", micro_batch_tokens=sum(lengths) + sum(contrast), **settings)
     architecture, _ = read_architecture("Qwen/Qwen3.5-27B")
     architecture = replace(architecture, num_hidden_layers=layers, layer_types=architecture.layer_types[:layers])
     model = build(architecture, "meta", torch.bfloat16)
     adapters = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-    return paper_run(config, model, adapters, make_optimizer(adapters, config), None, lengths)
+    return paper_run(config, model, adapters, make_optimizer(adapters, config), None, lengths, contrast=contrast)
 
 
 def traces() -> Iterator[tuple[str, Trace]]:
@@ -60,6 +61,11 @@ def traces() -> Iterator[tuple[str, Trace]]:
     with record(run.model) as validation, torch.no_grad():
         batch_loss(run.model, batch, META)
     yield "validation", validation
+    yield "KL to the base", without_optimizer(trace_step(run_of(SHORT, contrast=CONTRAST, kl_weight=1.0)))
+    (batch,) = pack(documents_of(CONTRAST, is_contrast=True).documents, sum(CONTRAST))
+    with record(run.model) as validation, torch.no_grad():
+        contrast_losses(run.model, batch, META)
+    yield "KL validation", validation
     yield from trace_generation(run.model, SHORT, 4096).items()
     detach(run.model)
     for name, trace in trace_generation(run.model, SHORT, 4096).items():

@@ -31,10 +31,12 @@ from kernels.ops._triton import tl, triton
 CHUNK_ROWS = 2048  # at least, if there are as many: 1.0 to 2.0 GB of logits at vocab = 248,320 in bf16
 
 
-def chunks(rows: int) -> list[slice]:
-    """Slices of CHUNK_ROWS to 2 CHUNK_ROWS rows; fewer rows are one chunk."""
+def chunks(rows: int, buffers: int = 1) -> list[slice]:
+    """Slices of CHUNK_ROWS to 2 CHUNK_ROWS rows; fewer rows are one chunk. buffers: of logits that a chunk needs at a
+    time; several share the memory of one.
+    """
     # Of equal size: a short last chunk would leave the tiles of its GEMM half empty.
-    size = max(1, -(-rows // max(1, rows // CHUNK_ROWS)))
+    size = max(1, -(-rows // max(1, rows // (CHUNK_ROWS // buffers))))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -10,6 +10,7 @@ from kernels.proof.cases import (
     gated_delta_rule_step,
     gated_rms_norm,
     linear_cross_entropy,
+    linear_kl,
     qk_norm_rope,
     residual_rms_norm,
     sigmoid_gate,
@@ -30,6 +31,7 @@ OPERATIONS = [
     gated_rms_norm.OP,
     swiglu.OP,
     linear_cross_entropy.OP,
+    linear_kl.OP,
     adamw_8bit.OP,
 ]
 

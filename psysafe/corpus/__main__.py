@@ -7,19 +7,22 @@
     python -m psysafe.corpus leakage --held-out FILE... [--training FILE...] [--system SYSTEM...] [--benchmark FILE...]
                                      [--json FILE]
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
+    python -m psysafe.corpus contrast ANSWERS... --out FILE [--not-in FILE...] [--judge rules | --judge-url URL ...]
 
-validate and leakage exit with 1 when they find something, impute when a row is left without reasoning.
+validate and leakage exit with 1 when they find something, impute when a row is left without reasoning, contrast when an
+answer could not be judged.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
 import sys
 from collections.abc import Sequence
 
-from psysafe.cli import Parser
-from psysafe.corpus import impute, leakage, split, stats, validate
+from psysafe.cli import Parser, refuse_without_effect
+from psysafe.corpus import contrast, impute, leakage, split, stats, validate
 from psysafe.program import main_guard
 
-COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute}
+COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
+            "contrast": contrast}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=module.__doc__.split("\n")[0].rstrip("."))
         module.arguments(command)
     args = parser.parse_args(argv)
+    if args.command == "contrast":  # the only one with flags that exclude each other
+        refuse_without_effect(argv, contrast.without_effect(args))
     return COMMANDS[args.command].run(args)
 
 

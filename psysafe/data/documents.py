@@ -5,7 +5,7 @@ after the other into micro-batches: flat rows of tokens, without padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,11 +22,15 @@ LongRows = Literal["cut", "drop", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One encoded row: tokens (T,) int32, trained (T,) bool, and the file and row number it came from."""
+    """One encoded row: tokens (T,) int32, trained (T,) bool, and the file and row number it came from.
+
+    is_contrast: its answer is the base's own.
+    """
 
     tokens: np.ndarray
     trained: np.ndarray
     source: str
+    is_contrast: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,6 +80,8 @@ class MicroBatch:
     tokens (T,) int64; cu_seqlens (n+1,) int32, document i is tokens[cu_seqlens[i]:cu_seqlens[i+1]]; rows (N,) int64,
     the rows of the hidden states (T, D) that predict a trained token; labels (N,) int64, those tokens. All on the CPU.
     weight: the factor of its loss, 1, or 0 in a padding micro-batch (`pack_share`).
+    contrast: its contrast documents, which are its last ones, once more as a micro-batch of their own: what the base
+    reads to be compared with. The last n_contrast of `rows` are theirs. None: it has none.
     """
 
     tokens: torch.Tensor
@@ -83,6 +89,8 @@ class MicroBatch:
     rows: torch.Tensor
     labels: torch.Tensor
     weight: float = 1.0
+    contrast: "MicroBatch | None" = None
+    n_contrast: int = 0
 
 
 def encode_rows(
@@ -92,11 +100,13 @@ def encode_rows(
     system: str | None = None,
     train_turns: TrainTurns = "last",
     long_rows: LongRows = "cut",
+    is_contrast: bool = False,
 ) -> Dataset:
     """Every row as a document of at most `max_tokens` tokens.
 
     train_turns: the assistant turns after the last user query, or all of them. Those that are not trained are counted.
     long_rows: longer rows lose their end (cut), are left out (drop) or refused (error); a note names them.
+    is_contrast: the answers are the base's own.
     UserError for a conversation that the template refuses and for rows in which nothing is left to train.
     """
     encoded = [encode_row(row, tokenizer, max_tokens, system, train_turns) for row in rows]
@@ -107,7 +117,7 @@ def encode_rows(
         encoded = [pair for pair in encoded if pair[1] <= max_tokens]
         if not rows:
             raise UserError(f"{_named(too_long)}: every row is longer than max_tokens {max_tokens:,}; none is left")
-    documents = [document for document, _ in encoded]
+    documents = [replace(document, is_contrast=is_contrast) for document, _ in encoded]
     untrained = [document.source for document in documents if document.n_targets == 0]
     if untrained:
         place = "after the last user turn, " if train_turns == "last" else ""
@@ -220,13 +230,31 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
     return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]
 
 
-def _permutation(n: int, seed: int, stream: int) -> list[int]:
-    """A uniform permutation of range(n): the order of n random 64-bit keys.
+_CONTRAST = 1  # not 0: NumPy's SeedSequence takes [seed, stream, 0] for [seed, stream]
+
+
+def step_contrast_documents(
+    n_contrast: int, ratio: float, n_documents: int, step: int, batch_size: int, seed: int
+) -> list[int]:
+    """The indices of the contrast documents of a step whose training documents are `step_documents`.
+
+    After d training documents there have been round(ratio x d): one in each step of four at 0.25, one in every second
+    or third step at 0.1. They pass in a stream of their own, permutation after permutation, from the arguments alone.
+    """
+    epoch, i = divmod(step, steps_per_epoch(n_documents, batch_size))
+    before, after = (epoch * n_documents + min(j * batch_size, n_documents) for j in (i, i + 1))
+    positions = range(round(ratio * before), round(ratio * after))
+    passes = {p // n_contrast: _permutation(n_contrast, seed, p // n_contrast, _CONTRAST) for p in positions}
+    return [passes[p // n_contrast][p % n_contrast] for p in positions]
+
+
+def _permutation(n: int, *key: int) -> list[int]:
+    """A uniform permutation of range(n): the order of n random 64-bit keys. key: the seed, then which stream of it.
 
     NumPy promises the raw words of PCG64 and SeedSequence for every later version (NEP 19); it makes no such promise
     for `Generator.permutation`, nor Python for `random.shuffle`.
     """
-    return np.argsort(np.random.PCG64([seed, stream]).random_raw(n), kind="stable").tolist()
+    return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable").tolist()
 
 
 def pack(documents: Sequence[Document], micro_batch_tokens: int) -> list[MicroBatch]:
@@ -240,11 +268,17 @@ def pack_share(
     """This rank's documents (every world_size-th), packed, then padding micro-batches of weight zero.
 
     Every rank gets as many micro-batches as the rank with the longest list: sharded weights are gathered by all ranks
-    together, also by one that has no documents left.
+    together, also by one that has no documents left. For the same reason a micro-batch without contrast documents gets
+    padding for the base to read where one of another rank has some.
     """
-    counts = [len(_groups(documents[r::world_size], micro_batch_tokens)) for r in range(world_size)]
-    padding = [PADDING_MICRO_BATCH] * (max(counts) - counts[rank])
-    return pack(documents[rank::world_size], micro_batch_tokens) + padding
+    groups = [_groups(documents[r::world_size], micro_batch_tokens) for r in range(world_size)]
+    n_batches = max(map(len, groups))
+    batches = [_micro_batch(group) for group in groups[rank]]
+    batches += [PADDING_MICRO_BATCH] * (n_batches - len(batches))
+    for i in range(n_batches):
+        if batches[i].contrast is None and any(share[i][-1].is_contrast for share in groups if i < len(share)):
+            batches[i] = replace(batches[i], contrast=PADDING_MICRO_BATCH)
+    return batches
 
 
 def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list[Document]]:
@@ -259,6 +293,16 @@ def _groups(documents: Sequence[Document], micro_batch_tokens: int) -> list[list
 
 
 def _micro_batch(documents: Sequence[Document]) -> MicroBatch:
+    contrast = [document for document in documents if document.is_contrast]
+    assert contrast == documents[len(documents) - len(contrast) :], "contrast documents come last"
+    batch = _flat_row(documents)
+    if not contrast:
+        return batch
+    part = _flat_row(contrast)
+    return replace(batch, contrast=part, n_contrast=len(part.rows))
+
+
+def _flat_row(documents: Sequence[Document]) -> MicroBatch:
     tokens = torch.from_numpy(np.concatenate([document.tokens for document in documents]).astype(np.int64))
     trained = torch.from_numpy(np.concatenate([document.trained for document in documents]))
     cu_seqlens = torch.tensor(np.cumsum([0, *map(len, documents)]), dtype=torch.int32)

@@ -19,8 +19,8 @@ from psysafe.data.rows import Row, prompt_messages
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.data.tool_calls import read_calls, written_calls
 from psysafe.files import expand
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
+from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling
 from psysafe.hub import is_repository
 from psysafe.journal import Journal, key_of

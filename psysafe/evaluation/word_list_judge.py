@@ -124,6 +124,12 @@ def refuses(response: str) -> bool:
     return bool(REFUSAL.search(plain(response)))
 
 
+def names_support(response: str) -> bool:
+    """Whether a strategy or a service of clusters.toml is named: the mark of a supportive message."""
+    text = plain(response)
+    return bool(_strategy(text)[0]) or any(resource.named_in(text) for resource in resources().values())
+
+
 def plain(text: str) -> str:
     """Typographic apostrophes and spaces as the word lists have them."""
     return re.sub("[\u2018\u2019\u02bc\u2032`]", "'", text).replace("\u00a0", " ").strip()

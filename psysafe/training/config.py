@@ -47,6 +47,14 @@ class TrainConfig:
     """Validation rows; without any, val_fraction of the training rows is set apart."""
     val_fraction: float = 0.1
     """Share of the training rows that validates without val_data; 0 never validates. As a flag it always counts."""
+    contrast_data: list[str] = field(default_factory=list)
+    """Rows with the base's own answers, trained beside data so that the base's behaviour stays where it belongs."""
+    contrast_ratio: float = 0.0
+    """Contrast documents for each training document, on top of batch_size; 0 trains none."""
+    kl_weight: float = 0.0
+    """Weight of KL(base || model) on contrast rows, in place of their cross-entropy; 0 trains on their words."""
+    contrast_val_data: list[str] = field(default_factory=list)
+    """Contrast rows to validate on; without any, val_fraction of those that are trained is set apart."""
     system: str = "none"
     """System message of every row: none, v0, v1, or a text file."""
     train_turns: Literal["last", "all"] = "last"
@@ -63,6 +71,8 @@ class TrainConfig:
     """Continue a run exactly: auto takes the newest whole state below out (or starts afresh), DIR a given one."""
     save_every: int = 0
     """Steps between saved states; 0 saves once an epoch."""
+    keep_best: Literal["last", "val", "contrast", "both"] = "last"
+    """Adapter that is left in out: the last, or the epoch's with the lowest val_loss, contrast_kl, or sum of both."""
 
     # Steps
     batch_size: int = 4
@@ -149,9 +159,10 @@ _RANGES = [  # (what a value must be, its test, the keys)
     ("above 0", lambda x: x > 0, ["lora_alpha", "eps", "max_grad_norm"]),
     ("between 10 seconds and a week", lambda x: 10 <= x <= 604_800, ["timeout"]),
     ("0 or more and below 1", lambda x: 0 <= x < 1, ["val_fraction", "beta1", "beta2"]),
+    ("between 0 and 100", lambda x: 0 <= x <= 100, ["contrast_ratio", "kl_weight"]),
     ("not empty", bool, ["model", "out", "system", "project"]),
     ("at least one", lambda x: x and all(x), ["lora_targets"]),
-    ("none of them empty", all, ["data", "val_data"]),
+    ("none of them empty", all, ["data", "val_data", "contrast_data", "contrast_val_data"]),
 ]
 _RANGE_OF = {key: (text, test) for text, test, keys in _RANGES for key in keys}
 
@@ -160,6 +171,8 @@ _NEEDS = [  # (a key, when it has an effect, what to do where its flag has none)
     ("project", lambda c: c.report != "none", "add --report wandb or --report trackio"),
     ("revision", lambda c: is_repository(c.model), "give a hub id as --model"),
     ("min_8bit_size", lambda c: c.optimizer == "adamw8bit", "take --optimizer adamw8bit"),
+    ("contrast_data", lambda c: c.contrast_ratio, "give --contrast-ratio, such as 0.25"),
+    ("kl_weight", lambda c: c.contrast_ratio, "give --contrast-data and --contrast-ratio, such as 0.25"),
 ]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of texts"}
@@ -182,6 +195,9 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
             value = KEYS[key](value) if KEYS[key] in (int, float) else value
         values[key], sources[key] = _checked(key, value, flag), flag
     _leave_out_the_files_rows(values, sources, file, flags)
+    if values.get("contrast_data") and "contrast_ratio" not in values:
+        what = f"{sources['contrast_data']}: contrast_data names rows, and no contrast_ratio says how many are trained"
+        raise UserError(f"{what}; give --contrast-ratio, such as 0.25, or 0 to leave them out")
     config = TrainConfig(**values)
     for key, has_effect, remedy in _NEEDS:
         if sources[key].startswith("--") and not has_effect(config):
@@ -196,10 +212,12 @@ def _leave_out_the_files_rows(values: dict, sources: dict[str, str], file: str, 
         raise UserError("--val-fraction sets rows of --data apart, --val-data names others to validate on; drop one")
     if val_data and not data and values.get("data"):
         raise UserError(f"--val-data names rows, so those of {file} are left out; name the training rows with --data")
-    # Also --val-fraction 0, which validates on nothing.
-    if (data or fraction) and not val_data and values.get("val_data"):
-        flag = "--val-fraction" if fraction else "--data"
-        values["val_data"], sources["val_data"] = [], f"{flag}: the rows of {file} are left out"
+    for rows in ("data", "contrast_data"):
+        validation = rows.replace("data", "val_data")
+        # Also --val-fraction 0, which validates on nothing.
+        if (flags.get(rows) or fraction) and not flags.get(validation) and values.get(validation):
+            flag = "--val-fraction" if fraction else "--" + rows.replace("_", "-")
+            values[validation], sources[validation] = [], f"{flag}: the rows of {file} are left out"
 
 
 def to_toml(config: TrainConfig, sources: dict[str, str] | None = None) -> str:

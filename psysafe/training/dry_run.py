@@ -6,8 +6,10 @@ needs no GPU: the model has shapes but no memory (torch's meta device). Where th
 80 GB H100; where the rows cannot be read, the recipe's own numbers are taken. Every assumption is printed.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +32,7 @@ from psysafe.training.paper.rates import PaperGPU
 from psysafe.training.paper.run import CUBLAS_WORKSPACE, paper_run, trace_step
 from psysafe.training.roofline import SPEEDS, flops_per_token, step_seconds
 from psysafe.training.setup import (
+    DataSets,
     RowCounts,
     Run,
     assumes_gpu,
@@ -47,12 +50,13 @@ NEXT_LINE = "\n" + " " * 22  # of a text of several lines, under its first (run_
 def run_summary(run: Run) -> dict[str, str]:
     """Label -> text of a run that is about to start, for `print_run`."""
     runtime = run.runtime
+    rows = _rows_of(run.config, DataSets(run.train_set, run.val_set, run.contrast_set, run.contrast_val_set))
     return {
         "device": f"{runtime.world_size} x {runtime.device_name}, {run.config.dtype}",
         "kernels": kernels.describe(runtime.device, run.model.config.head_dim),
         **_model_summary(run.model, run.adapters, run.optimizer),
-        **_rows_summary(run.config, RowCounts.of(run.train_set), _validation_summary(run.config, run.val_set)),
-        **_memory_summary(run.config, RowCounts.of(run.train_set), run.plan),
+        **_rows_summary(run.config, rows),
+        **_memory_summary(run.config, rows.mixed, run.plan),
     }
 
 
@@ -68,7 +72,7 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     model = build(architecture, "meta", getattr(torch, config.dtype))
     adapters = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     optimizer = make_optimizer(adapters, config)
-    rows, validation = _readable_rows(config)
+    rows = _readable_rows(config)
     plan = make_plan(config, model, adapters, optimizer, runtime)
     device = "H100 80GB (assumed: there is no GPU here)" if assumed else runtime.device_name
     return {
@@ -76,9 +80,9 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
         "device": f"{runtime.world_size} x {device}, {config.dtype}",
         "kernels": "Triton (assumed)" if assumed else kernels.describe(runtime.device, architecture.head_dim),
         **_model_summary(model, adapters, optimizer),
-        **_rows_summary(config, rows, validation),
-        **_memory_summary(config, rows, plan),
-        **(_paper_summary(config, rows, model, adapters, optimizer, plan) if plan else {}),
+        **_rows_summary(config, rows),
+        **_memory_summary(config, rows.mixed, plan),
+        **(_paper_summary(config, rows.mixed, model, adapters, optimizer, plan) if plan else {}),
     }
 
 
@@ -114,25 +118,59 @@ def _model_summary(model: Qwen3_5, adapters: Adapters, optimizer: AdamW) -> dict
     }
 
 
-def _rows_summary(config: TrainConfig, rows: RowCounts, validation: str) -> dict[str, str]:
-    steps, per_epoch = count_steps(config, rows.rows), steps_per_epoch(rows.rows, config.batch_size)
+class Rows(NamedTuple):
+    """The rows of a run as its summary tells of them. validation: label -> text. mixed: what a step has of both."""
+
+    training: RowCounts
+    contrast: RowCounts | None
+    validation: dict[str, str]
+    mixed: RowCounts
+
+
+def _rows_of(config: TrainConfig, data: DataSets) -> Rows:
+    training, contrast = RowCounts.of(data.train), RowCounts.of(data.contrast) if data.contrast else None
+    validation = {"validation rows": _validation_summary(config, data.val, config.val_data, "training rows")}
+    if data.contrast or data.contrast_val:
+        summary = _validation_summary(config, data.contrast_val, config.contrast_val_data, "contrast rows")
+        validation["contrast validation"] = summary
+    return Rows(training, contrast, validation, training.with_contrast(contrast, config) if contrast else training)
+
+
+def _rows_summary(config: TrainConfig, rows: Rows) -> dict[str, str]:
+    n_rows, tokens = rows.training.rows, rows.mixed.tokens
+    steps, per_epoch = count_steps(config, n_rows), steps_per_epoch(n_rows, config.batch_size)
+    documents = f"{config.batch_size} documents"
+    if rows.contrast:
+        documents = f"{config.batch_size} training and {config.contrast_ratio * config.batch_size:g} contrast documents"
     return {
-        "training rows": rows.summary,
-        "validation rows": validation,
-        "steps": f"{config.batch_size} documents, about {_step_tokens(config, rows):,.0f} tokens each; "
-        f"{per_epoch:,} an epoch, {steps:,} in all, {rows.tokens * steps / per_epoch:,.0f} tokens"
+        "training rows": rows.training.summary,
+        **_contrast_summary(config, rows, steps / per_epoch),
+        **rows.validation,
+        "steps": f"{documents}, about {_step_tokens(config, rows.mixed):,.0f} tokens each; "
+        f"{per_epoch:,} an epoch, {steps:,} in all, {tokens * steps / per_epoch:,.0f} tokens"
         + ("; --max-steps counts, not --epochs" if config.max_steps else ""),
         **_warm_up_warning(config, steps),
     }
 
 
-def _validation_summary(config: TrainConfig, val_set: Dataset | None) -> str:
+def _contrast_summary(config: TrainConfig, rows: Rows, epochs: float) -> dict[str, str]:
+    """The contrast rows, how often each is trained, and the tokens that they add."""
+    if rows.contrast is None:
+        return {}
+    passes = config.contrast_ratio * rows.training.rows * epochs / rows.contrast.rows
+    more = rows.mixed.tokens / rows.training.tokens - 1
+    how = f"{config.contrast_ratio:g} for each training row; a row is trained {passes:.1f} times; {more:+.1%} tokens"
+    how += f"; KL to the base, weight {config.kl_weight:g}, for which it reads them too" if config.kl_weight else ""
+    return {"contrast rows": f"{rows.contrast.summary}; {how}"}
+
+
+def _validation_summary(config: TrainConfig, data: Dataset | None, files: list[str], apart_from: str) -> str:
     """What validates, and where it comes from."""
-    if val_set is None:
+    if data is None:
         return "none (val_fraction is 0)"
-    if config.val_data:
-        return val_set.summary()
-    return f"{val_set.summary()}; set apart from the training rows (val_fraction {config.val_fraction:g})"
+    if files:
+        return data.summary()
+    return f"{data.summary()}; set apart from the {apart_from} (val_fraction {config.val_fraction:g})"
 
 
 def _warm_up_warning(config: TrainConfig, steps: int) -> dict[str, str]:
@@ -150,8 +188,10 @@ def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> 
     if plan is None:
         return {}
     max_tokens = _max_tokens(config, rows)
-    largest = Sizes.largest(max_tokens, config.batch_size)
-    usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), config.batch_size)
+    base_rows = math.ceil(rows.base / rows.rows * config.batch_size)
+    # Of a document of the largest size all rows can be compared with the base's.
+    largest = Sizes.largest(max_tokens, _max_documents(config), max_tokens if base_rows else 0)
+    usual = Sizes.largest(min(max_tokens, round(_step_tokens(config, rows))), _max_documents(config), base_rows)
     summary = {"memory": NEXT_LINE.join(plan.describe(largest))}
     if usual.tokens < max_tokens:
         summary["usual micro-batch"] = NEXT_LINE.join(plan.describe(usual))
@@ -160,13 +200,14 @@ def _memory_summary(config: TrainConfig, rows: RowCounts, plan: Plan | None) -> 
 
 def _predictions(config: TrainConfig, rows: RowCounts, plan: Plan, usual: Sizes, largest: Sizes) -> dict[str, str]:
     """The time of a step and of the run on the GPUs whose speed is known. Computed from the roofline, not measured."""
-    steps, tokens, trained = count_steps(config, rows.rows), _step_tokens(config, rows), rows.trained / rows.tokens
-    summary = {"useful work": f"{flops_per_token(plan.config, rows.context, trained) / 1e9:.1f} GFLOP a token"}
+    steps, tokens = count_steps(config, rows.rows), _step_tokens(config, rows)
+    trained, base = rows.trained / rows.tokens, rows.base / rows.tokens
+    summary = {"useful work": f"{flops_per_token(plan.config, rows.context, trained, base) / 1e9:.1f} GFLOP a token"}
     for name, speed in SPEEDS.items():
         gpu_plan = plan if config.memory_limit else replace(plan, limit=speed.memory - RESERVE)
         # Seconds a token that recomputation costs.
         recompute, recompute_largest = (gpu_plan.choose(sizes).seconds / sizes.tokens for sizes in (usual, largest))
-        step = sum(step_seconds(plan.config, tokens, rows.context, trained, speed, recompute).values())
+        step = sum(step_seconds(plan.config, tokens, rows.context, trained, speed, recompute, base).values())
         full_tokens = 4 * largest.tokens
         full = sum(step_seconds(plan.config, full_tokens, largest.tokens, 1.0, speed, recompute_largest).values())
         summary[f"on one {name}"] = (
@@ -178,11 +219,16 @@ def _predictions(config: TrainConfig, rows: RowCounts, plan: Plan, usual: Sizes,
 
 def _max_tokens(config: TrainConfig, rows: RowCounts) -> int:
     """Of a micro-batch: a row longer than the limit stands alone, and there are no more than the step's documents."""
-    return min(max(config.micro_batch_tokens, rows.longest), config.batch_size * rows.longest)
+    return min(max(config.micro_batch_tokens, rows.longest), _max_documents(config) * rows.longest)
+
+
+def _max_documents(config: TrainConfig) -> int:
+    """Of a step."""
+    return config.batch_size + math.ceil(config.contrast_ratio * config.batch_size)
 
 
 def _step_tokens(config: TrainConfig, rows: RowCounts) -> float:
-    """Tokens of a step on average."""
+    """Tokens of a step on average, without the last short one of an epoch."""
     return rows.tokens / rows.rows * config.batch_size
 
 
@@ -211,20 +257,28 @@ def _from_hub(source: str) -> Path:
         ) from None
 
 
-def _readable_rows(config: TrainConfig) -> tuple[RowCounts, str]:
-    """(training rows, summary of the validation rows) if they and a tokenizer lie here; else the recipe's own."""
+def _readable_rows(config: TrainConfig) -> Rows:
+    """The rows if they and a tokenizer lie here; else the recipe's own numbers."""
     folder = Path(expand(config.model.removeprefix("random:"))).expanduser()
     folder = folder.parent if config.model.startswith("random:") else folder
-    files = [Path(expand(path)) for path in (*config.data, *config.val_data)]
+    contrast = config.contrast_data if config.contrast_ratio else []
+    paths = *config.data, *config.val_data, *contrast, *config.contrast_val_data
+    files = [Path(expand(path)) for path in paths]
     absent = [path for path in (*files, folder / "tokenizer.json") if not path.is_file()]
     if config.data and not absent:
-        train_set, val_set = load_data(config, folder)
-        return RowCounts.of(train_set), _validation_summary(config, val_set)
-    # The recipe's own rows are not bundled: 7,019 of about 640 tokens, of which 80 are not trained.
-    rows, length = 7_019, 640
+        return _rows_of(config, load_data(config, folder))
     why = f"no file {absent[0]} here" if absent else "no --data"
-    summary = f"assumed: {rows:,} rows of {length} tokens, as the recipe describes its own ({why})"
-    return RowCounts(rows, rows * length, rows * (length - 80), config.max_tokens, length, summary), "not read"
+    # The recipe's own rows are not bundled.
+    training = _assumed(config, 7_019, 640, f"as the recipe describes its own ({why})")
+    contrast = _assumed(config, 1_500, 400, "short answers of the base") if config.contrast_ratio else None
+    mixed = training.with_contrast(contrast, config) if contrast else training
+    return Rows(training, contrast, {"validation rows": "not read"}, mixed)
+
+
+def _assumed(config: TrainConfig, rows: int, length: int, why: str) -> RowCounts:
+    """So many rows of one length, of which 80 tokens are not trained."""
+    summary = f"assumed: {rows:,} rows of {length} tokens, {why}"
+    return RowCounts(rows, rows * length, rows * (length - 80), config.max_tokens, length, summary)
 
 
 def _relative(path: Path) -> Path:

@@ -37,20 +37,22 @@ class Sizes(NamedTuple):
     chunks: int  # of 64 tokens, none across documents
     checkpoints: int  # saved states of the delta rule
     rows: int  # that feed a trained token
+    base_rows: int = 0  # those of them that are compared with the base's (--kl-weight)
 
     @staticmethod
-    def of(lengths: Iterable[int], rows: int | None = None) -> "Sizes":
+    def of(lengths: Iterable[int], rows: int | None = None, base_rows: int = 0) -> "Sizes":
         lengths = list(lengths)
         chunks, segments = (sum(-(-n // size) for n in lengths) for size in (DELTA_CHUNK, SEGMENT))
         tokens = sum(lengths)
         # A document's first segment starts at zero: no state is saved for it.
-        return Sizes(tokens, chunks, segments - len(lengths), tokens if rows is None else rows)
+        return Sizes(tokens, chunks, segments - len(lengths), tokens if rows is None else rows, base_rows)
 
     @staticmethod
-    def largest(tokens: int, documents: int) -> "Sizes":
+    def largest(tokens: int, documents: int, base_rows: int = 0) -> "Sizes":
         """The largest sizes that so many tokens in so many documents can have."""
         # Nothing predicts the first token.
-        return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, max(1, tokens - 1))
+        rows = max(1, tokens - 1)
+        return Sizes(tokens, tokens // DELTA_CHUNK + documents, tokens // SEGMENT, rows, min(base_rows, rows))
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,17 @@ def delta_rule_states(config: ModelConfig, sizes: Sizes, element: int) -> int:
     return tiles + sizes.checkpoints * H * dk * dv * 4
 
 
-def loss_rows(rows: int) -> int:
-    """Rows of logits that exist at once: the chunks of kernels/ops/linear_cross_entropy.py."""
-    return -(-rows // max(1, rows // MIN_LOSS_ROWS))
+def loss_rows(rows: int, buffers: int = 1) -> int:
+    """Rows of logits that exist at once: the chunks of kernels/ops/linear_cross_entropy.py, and of linear_kl.py."""
+    return buffers * -(-rows // max(1, rows // (MIN_LOSS_ROWS // buffers)))
 
 
 def tail_bytes(config: ModelConfig, sizes: Sizes, targets: Iterable[str], rank: int = 1, element: int = 2) -> int:
-    """What is saved outside the layers: rotary angles, final norm, the loss's gradient."""
+    """What is saved outside the layers: rotary angles, final norm, the loss's gradient, the base's hidden rows."""
     D, rows = config.hidden_size, sizes.rows
     u = 4 * rank * ("down_proj" in set(targets))
-    return sizes.tokens * 4 * config.rotary_dim + rows * (D * element + 4 + u) + rows * D * element
+    saved = sizes.tokens * 4 * config.rotary_dim + rows * (D * element + 4 + u) + rows * D * element
+    return saved + sizes.base_rows * D * element
 
 
 def recompute_seconds(config: ModelConfig) -> dict[tuple[str, str], float]:
@@ -256,7 +259,7 @@ class Plan:
         """Bytes in use at once beside what is saved, at most: one chunk of logits, or one layer's backward pass."""
         config, T = self.config, sizes.tokens
         D, size = config.hidden_size, config.intermediate_size
-        logits = loss_rows(sizes.rows) * config.vocab_size
+        logits = max(loss_rows(sizes.rows), loss_rows(sizes.base_rows, buffers=2)) * config.vocab_size
         # gate|up recomputed, its gradient, that of SwiGLU's output, and the stream's on both sides.
         mlp = T * (5 * size + 2 * D)
         # Recomputed: the mixer's input, q, k and v, and what the delta rule saves. Gradients of the gated norm's two

@@ -35,9 +35,9 @@ def context(lengths: Sequence[int]) -> float:
     return sum(n * n for n in lengths) / sum(lengths)
 
 
-def flops_per_token(config: ModelConfig, context: float, trained: float = 1.0) -> float:
-    """Useful FLOP of a training token, forward and backward."""
-    return sum(map(sum, config.useful_flops(context, trained).values()))
+def flops_per_token(config: ModelConfig, context: float, trained: float = 1.0, base: float = 0.0) -> float:
+    """Useful FLOP of a training token, forward and backward. base: share of the tokens that the base reads as well."""
+    return sum(sum(part) + base * part.forward for part in config.useful_flops(context, trained).values())
 
 
 def elementwise_bytes(config: ModelConfig, trained: float = 1.0) -> dict[str, ForwardBackward]:
@@ -60,19 +60,31 @@ def elementwise_bytes(config: ModelConfig, trained: float = 1.0) -> dict[str, Fo
 
 
 def step_seconds(
-    config: ModelConfig, tokens: float, context: float, trained: float, speed: Speed, recompute: float = 0.0
+    config: ModelConfig,
+    tokens: float,
+    context: float,
+    trained: float,
+    speed: Speed,
+    recompute: float = 0.0,
+    base: float = 0.0,
 ) -> dict[str, float]:
-    """The shortest time of a step by kind of kernel. recompute: seconds a token for what is recomputed.
+    """The shortest time of a step by kind of kernel. recompute: seconds a token for what is recomputed. base: share of
+    the tokens that the base reads as well, forward alone.
 
     Computed, not measured: launches, optimiser, imbalance and idle time come on top.
     """
     flops = config.useful_flops(context, trained)
     attention, rule = flops.pop("attention core"), flops.pop("delta rule")
-    seconds = {
-        "GEMM": sum(map(sum, flops.values())) / speed.gemm,
-        "attention": attention.forward / ATTENTION.forward + attention.backward / ATTENTION.backward,
-        "delta rule": rule.forward / DELTA_RULE.forward + rule.backward / DELTA_RULE.backward,
-        "elementwise": sum(map(sum, elementwise_bytes(config, trained).values())) / speed.bandwidth,
-        "recompute": recompute,
+    parts = {
+        "GEMM": _all(flops, speed.gemm),
+        "attention": ForwardBackward(attention.forward / ATTENTION.forward, attention.backward / ATTENTION.backward),
+        "delta rule": ForwardBackward(rule.forward / DELTA_RULE.forward, rule.backward / DELTA_RULE.backward),
+        "elementwise": _all(elementwise_bytes(config, trained), speed.bandwidth),
     }
+    seconds = {kind: sum(part) + base * part.forward for kind, part in parts.items()} | {"recompute": recompute}
     return {kind: tokens * value for kind, value in seconds.items()}
+
+
+def _all(parts: dict[str, ForwardBackward], rate: float) -> ForwardBackward:
+    """Seconds of all parts together, at one rate."""
+    return ForwardBackward(*(sum(column) / rate for column in zip(*parts.values(), strict=True)))

@@ -4,7 +4,7 @@
     with RunLog(run_dir, config, runtime, total_steps, first_step, flops_per_token) as log:
         log.later(StepResult(...))                  # logs the step before this one
         log.catch_up()                              # logs this one, too
-        log.validation(step, val_loss)
+        log.validation(step, {"val_loss": 0.5})
         log.sync()                                  # before a state is saved: its rows must be on the disk first
 
 Only the main rank prints and writes, so the loop needs no branches. A full disk costs a warning: rows wait in memory
@@ -32,6 +32,10 @@ from psysafe.runtime import DeviceTime, Runtime, memory_peak
 from psysafe.training.config import KEYS, TrainConfig
 from psysafe.training.tracker import Tracker
 
+# What a validation measures: its name in metrics.jsonl, and for the screen.
+VALIDATION = {
+    "val_loss": "validation loss", "contrast_loss": "on contrast rows", "contrast_kl": "KL from the base",
+}  # fmt: skip
 METRICS, NEWLINE = "metrics.jsonl", b"\n"
 MAX_SKIPPED = 3  # steps in a row without a finite gradient norm that end the run
 HEADER = f"{'step':>11} {'loss':>9} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'left':>8}"
@@ -189,11 +193,12 @@ class RunLog:
             columns = f"{count:>11} {loss:>9.4f} {lr:>9.2e} {grad_norm:>9.4f} {speed:>9,.0f} {mfu:>6}"
             self._show(print, f"{columns} {memory / 1e9:>6.2f} GB {_clock(left):>8}", flush=True)
 
-    def validation(self, step: int, val_loss: float) -> None:
-        """Log a validation loss, measured after the given step."""
+    def validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Log a validation, measured after the given step. losses: by the names of VALIDATION."""
         if self.file is not None:
-            self._write({"step": step, "val_loss": val_loss})
-            self.say(f"{step:>5}/{self.total_steps:<5} validation loss {val_loss:.4f}")
+            self._write({"step": step, **losses})
+            text = ", ".join(f"{VALIDATION[name]} {loss:.4f}" for name, loss in losses.items())
+            self.say(f"{step:>5}/{self.total_steps:<5} {text}")
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -299,7 +304,7 @@ def cut_metrics(path: str | Path, step: int, validated: bool = True) -> list[dic
     """
     path = Path(path)
     rows = read_metrics(path) if path.exists() else []
-    rows = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "val_loss" not in row))]
+    rows = [row for row in rows if row["step"] < step or (row["step"] == step and (validated or "loss" in row))]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -311,7 +316,9 @@ def plot_loss(run_dir: str | Path) -> Path:
     rows = read_metrics(Path(run_dir) / METRICS)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+    lines = ("loss", "training", "-"), ("val_loss", "validation", "o-"), ("contrast_loss", "contrast rows", "o--")
+    lines += (("contrast_kl", "KL from the base", "s:"),)
+    for key, label, style in lines:
         points = [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import BinaryIO
@@ -25,19 +25,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psysafe.checkpoint.adapter import save_adapter
-from psysafe.data.documents import Dataset
 from psysafe.files import open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import versions
 from psysafe.training.config import DEFAULTS, KEYS, TrainConfig, to_toml
 from psysafe.training.run_log import RunLog
-from psysafe.training.setup import USE_RSLORA, Run
+from psysafe.training.setup import USE_RSLORA, Best, Run
 
 # All that a run leaves in its directory: other files there are not touched (--out . is a legal choice).
 RUN_FILES = "config.toml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "loss.png", "state"
 
 LOCK = ".lock"  # the file that keeps a second run out of the directory; empty, and it stays
 
+BEST = "best_adapter"  # of the tensors: what --keep-best keeps
 TENSORS, META, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 # A second save at the same step (before and after a validation, say) gets a suffix: no valid state is ever overwritten.
 _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
@@ -45,8 +45,9 @@ _NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 # A resumed run may change these: they say where it runs and where it reports, or leave the result the same. The rows
 # are compared by their content, so that a data file may move.
 FREE_ON_RESUME = {
-    "data", "val_data", "long_rows", "out", "resume", "save_every", "micro_batch_tokens", "device", "threads", "shard",
-    "timeout", "memory_limit", "embedding", "report", "project", "plot", "dry_run", "adapter_layout",
+    "data", "val_data", "contrast_data", "contrast_val_data", "long_rows", "out", "resume", "save_every",
+    "micro_batch_tokens", "device", "threads", "shard", "timeout", "memory_limit", "embedding", "report", "project",
+    "plot", "dry_run", "adapter_layout",
 }  # fmt: skip
 
 
@@ -235,22 +236,17 @@ def check_resume(state: State, config: TrainConfig) -> None:
         raise UserError(f"{state.path}: {differ}; {remedy}")
 
 
-def digest_rows(*sets: Dataset | None) -> str:
-    """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows."""
-    sha = hashlib.sha256()
-    for document in (document for data in sets if data is not None for document in data.documents):
-        sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
-    return sha.hexdigest()
-
-
 def check_rows(state: State, rows_digest: str) -> None:
     """Raise UserError when the state was saved with other rows, for then the steps to come are others."""
     if state.entry("rows", str) != rows_digest:
-        raise UserError(f"{state.path}: was saved with other rows; resume with the same --data and --val-data")
+        remedy = "resume with the same --data, --val-data, --contrast-data and --contrast-val-data"
+        raise UserError(f"{state.path}: was saved with other rows; {remedy}")
 
 
 def save_run(run: Run, log: RunLog) -> None:
     """Log what is not yet logged, then write the run's state, and the adapter as PEFT reads it.
+
+    With --keep-best that is the best one, as soon as there is one.
 
     A full disk costs a warning and sets run.save_error; training goes on. UserError where the directory is another
     run's by now.
@@ -266,15 +262,20 @@ def save_run(run: Run, log: RunLog) -> None:
         "rows": run.rows_digest,
         "versions": versions(),
         "best_val": run.best_val,
+        "best": run.best and {"step": run.best.step, "score": run.best.score},
         "epoch_open": not run.validation_due,
         "world_size": run.runtime.world_size,
         "run_id": run.run_id,
         USE_RSLORA: run.adapters.use_rslora,
     }
     tensors = {"adapter": run.adapters.param, **run.optimizer.state_tensors()}
+    adapters = run.adapters
+    if run.best:
+        tensors[BEST] = run.best.adapter
+        adapters = replace(adapters, param=run.best.adapter)
     multimodal, run.save_error = run.model.config.multimodal, ""
     try:
-        save_adapter(run.adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
+        save_adapter(adapters, config.out, config.model, multimodal, config.adapter_layout, config.revision)
         save_state(config.out, run.step, tensors, meta)
     except OSError as error:  # StateNotSaved is one
         run.save_error = f"step {run.step} was not saved: {error}"
@@ -298,13 +299,15 @@ def _keep_run_dir(run: Run) -> None:
 def restore_run(run: Run, state: State) -> None:
     """Put a fresh run where a saved state stands. Raises UserError, and changes nothing, where they do not fit."""
     best_val, epoch_open = state.entry("best_val", float, NoneType), state.entry("epoch_open", bool)
-    adapter = state.tensor("adapter", like=run.adapters.param)
+    adapter, best = state.tensor("adapter", like=run.adapters.param), state.meta.get("best")
+    best = best and Best(best["step"], best["score"], state.tensor(BEST, like=run.adapters.param))
     try:
-        run.optimizer.load_state_tensors({name: x for name, x in state.tensors.items() if name != "adapter"})
+        optimizer_state = {name: x for name, x in state.tensors.items() if name not in ("adapter", BEST)}
+        run.optimizer.load_state_tensors(optimizer_state)
     except UserError as error:
         raise UserError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
-    run.step, run.best_val, run.validation_due = state.step, best_val, not epoch_open
+    run.step, run.best_val, run.best, run.validation_due = state.step, best_val, best, not epoch_open
     if _run_dir_of(state.path).resolve() == Path(run.config.out).resolve():  # else two runs would go on from it
         run.run_id = state.meta.get("run_id", run.run_id)
 

@@ -1,5 +1,6 @@
 """What a run is built from, in this order: data, model, adapters, optimiser, memory plan. `Run` holds all of it."""
 
+import hashlib
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from psysafe.checkpoint.adapter import adapter_shape, load_adapter
 from psysafe.data.documents import Dataset, MicroBatch, encode_rows, split_rows, steps_per_epoch
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import pinned, read_rows
+from psysafe.data.rows import Row, pinned, read_rows
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.files import expand
 from psysafe.model.decoder import Qwen3_5
@@ -27,6 +28,8 @@ from psysafe.training.optim import AdamW
 from psysafe.training.roofline import context, flops_per_token
 from psysafe.training.watchdog import Watchdog
 
+# What --keep-best compares: the sum of these, as metrics.jsonl names them.
+KEEP_BEST = {"val": ("val_loss",), "contrast": ("contrast_kl",), "both": ("val_loss", "contrast_kl")}
 USE_RSLORA = "use_rslora"  # in a state's meta: how the adapter is scaled, which no setting says
 
 
@@ -51,6 +54,9 @@ class Run:
     best_val: float | None = None
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for the tracker; a resumed run keeps it
     save_error: str = ""  # why the last save failed, if it did
+    contrast_set: Dataset | None = None
+    contrast_val_set: Dataset | None = None
+    best: "Best | None" = None  # what --keep-best keeps
     say: Callable[[str], None] = print  # RunLog.say, once there is one
     lock: AbstractContextManager = field(default_factory=nullcontext)  # on the main rank: of the run directory
 
@@ -61,8 +67,14 @@ class Run:
     @property
     def useful_flops_per_token(self) -> float:
         """Useful FLOP of a training token, for the MFU."""
+        rows = self.row_counts
+        return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens, rows.base / rows.tokens)
+
+    @property
+    def row_counts(self) -> "RowCounts":
+        """Of the training rows, each with its share of contrast rows."""
         rows = RowCounts.of(self.train_set)
-        return flops_per_token(self.model.config, rows.context, rows.trained / rows.tokens)
+        return rows.with_contrast(RowCounts.of(self.contrast_set), self.config) if self.contrast_set else rows
 
     def finish_step(self) -> None:
         """Count a step as done, and note what has to follow it."""
@@ -73,45 +85,107 @@ class Run:
     def fit_into_memory(self, batch: MicroBatch) -> None:
         """On a GPU: choose what the backward pass of this micro-batch recomputes. Changes no number."""
         if self.plan is not None:
-            self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows)))
+            base_rows = batch.n_contrast if self.config.kl_weight else 0
+            self.plan.apply(self.model, Sizes.of(batch.cu_seqlens.diff().tolist(), len(batch.rows), base_rows))
+
+
+class Best(NamedTuple):
+    """The best validation so far: after which step, what was compared, and all adapter parameters then, on the CPU."""
+
+    step: int
+    score: float
+    adapter: torch.Tensor
+
+
+class DataSets(NamedTuple):
+    """The encoded rows of a run; None: there are none."""
+
+    train: Dataset
+    val: Dataset | None
+    contrast: Dataset | None
+    contrast_val: Dataset | None
+
+    def digest(self) -> str:
+        """SHA-256 over all documents' tokens and masks: whatever their files are called, these are the same rows.
+
+        Contrast rows have digests of their own, trained ones and those that validate, behind a colon each.
+        """
+        digests = [_digest(self.train, self.val), _digest(self.contrast), _digest(self.contrast_val)]
+        return digests[0] if self.contrast is self.contrast_val is None else ":".join(digests)
+
+
+def _digest(*sets: Dataset | None) -> str:
+    sha = hashlib.sha256()
+    for document in (document for data in sets if data is not None for document in data.documents):
+        sha.update(len(document).to_bytes(8, "little") + document.tokens.tobytes() + document.trained.tobytes())
+    return sha.hexdigest()
 
 
 class RowCounts(NamedTuple):
     """What the arithmetic of a run needs to know of its training rows."""
 
     rows: int
-    tokens: int
-    trained: int  # tokens
+    tokens: float
+    trained: float  # tokens
     longest: int  # tokens of the longest row
     context: float  # mean length of the row that a token lies in
     summary: str
+    base: float = 0.0  # tokens that the base reads as well (--kl-weight)
 
     @staticmethod
     def of(data: Dataset) -> "RowCounts":
         lengths = [len(document) for document in data.documents]
         return RowCounts(len(data), data.n_tokens, data.n_targets, max(lengths), context(lengths), data.summary())
 
+    def with_contrast(self, contrast: "RowCounts", config: TrainConfig) -> "RowCounts":
+        """The counts of these rows with contrast_ratio contrast rows for each, as the steps see them on average."""
+        passes = config.contrast_ratio * self.rows / contrast.rows
+        more = passes * contrast.tokens
+        return self._replace(
+            tokens=self.tokens + more,
+            trained=self.trained + passes * contrast.trained,
+            longest=max(self.longest, contrast.longest),
+            context=(self.tokens * self.context + more * contrast.context) / (self.tokens + more),
+            base=more if config.kl_weight else 0.0,
+        )
 
-def load_data(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
-    """Training and validation documents, encoded by the tokenizer in folder. None: nothing is validated.
 
-    Without validation files a share of the training rows is set apart.
+def load_data(config: TrainConfig, folder: Path) -> DataSets:
+    """The documents of a run, encoded by the tokenizer in folder.
+
+    Without validation files a share of the training rows, and of the contrast rows, is set apart.
     """
     if not config.data:
         raise UserError("no training rows: give --data FILE, or data = [...] in the config file")
+    if config.contrast_ratio and not config.contrast_data:
+        what = f"no contrast rows for contrast_ratio {config.contrast_ratio:g}"
+        raise UserError(f"{what}: give --contrast-data FILE, or --contrast-ratio 0")
     tokenizer, system = load_tokenizer(folder), system_text(config.system)
-    rows, val_rows = read_rows(config.data), []
-    if config.val_data:
-        val_rows = read_rows(config.val_data)
-    elif config.val_fraction:
-        rows, val_rows = split_rows(rows, seed=config.seed, fraction=config.val_fraction)
     options = (tokenizer, config.max_tokens, system, config.train_turns, config.long_rows)
-    return encode_rows(rows, *options), encode_rows(val_rows, *options) if val_rows else None
+    contrast_data = config.contrast_data if config.contrast_ratio else []
+    rows = _read_and_split(config, config.data, config.val_data)
+    contrast_rows = _read_and_split(config, contrast_data, config.contrast_val_data)
+    encoded = [encode_rows(part, *options) if part else None for part in rows]
+    data = DataSets(*encoded, *(encode_rows(part, *options, True) if part else None for part in contrast_rows))
+    for name in KEEP_BEST.get(config.keep_best, ()):
+        if (data.val if name == "val_loss" else data.contrast_val) is None:
+            more = "--val-data" if name == "val_loss" else "--contrast-val-data"
+            raise UserError(f"keep_best {config.keep_best}: no rows validate {name}; give {more}, or --keep-best last")
+    return data
+
+
+def _read_and_split(config: TrainConfig, data: list[str], val_data: list[str]) -> tuple[list[Row], list[Row]]:
+    """(rows that are trained, rows that validate)."""
+    rows, val_rows = read_rows(data), read_rows(val_data)
+    if rows and config.val_fraction and not val_data:
+        return split_rows(rows, seed=config.seed, fraction=config.val_fraction)
+    return rows, val_rows
 
 
 def with_pinned_data(config: TrainConfig) -> TrainConfig:
     """The config with data sets of the hub at the commit that they have now, so that config.toml records it."""
-    return replace(config, data=[*map(pinned, config.data)], val_data=[*map(pinned, config.val_data)])
+    names = "data", "val_data", "contrast_data", "contrast_val_data"
+    return replace(config, **{name: [*map(pinned, getattr(config, name))] for name in names})
 
 
 def count_steps(config: TrainConfig, n_rows: int) -> int:

@@ -5,7 +5,7 @@
 import torch
 import torch.distributed as dist
 
-from psysafe.data.documents import Document, pack_share, step_documents
+from psysafe.data.documents import Document, pack_share, step_contrast_documents, step_documents
 from psysafe.runtime import DeviceTime
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.optim import cosine_schedule
@@ -18,8 +18,7 @@ def train_step(run: Run) -> StepResult:
     """One optimiser step over this rank's share of the step's documents."""
     config, runtime, adapters = run.config, run.runtime, run.adapters
     began = DeviceTime(runtime.device)
-    indices = step_documents(len(run.train_set), run.step, config.batch_size, config.seed)
-    documents = [run.train_set.documents[i] for i in indices]
+    documents = documents_of_step(run)
     # All ranks' tokens, not this rank's or this micro-batch's: cutting differently then changes memory alone (loss.py).
     n_targets = count_targets(documents)
 
@@ -42,6 +41,18 @@ def train_step(run: Run) -> StepResult:
     return StepResult(began, fields, loss=loss, grad_norm=run.optimizer.grad_norm, skipped=run.optimizer.skipped)
 
 
+def documents_of_step(run: Run) -> list[Document]:
+    """The training documents of the coming step, then its contrast documents."""
+    config, n_documents = run.config, len(run.train_set)
+    indices = step_documents(n_documents, run.step, config.batch_size, config.seed)
+    documents = [run.train_set.documents[i] for i in indices]
+    if run.contrast_set is not None:
+        order = n_documents, run.step, config.batch_size, config.seed
+        indices = step_contrast_documents(len(run.contrast_set), config.contrast_ratio, *order)
+        documents += [run.contrast_set.documents[i] for i in indices]
+    return documents
+
+
 @again_with_less_memory
 def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tensor:
     """Fill adapters.grad with the gradient of this rank's part of the loss. Returns that part: (), on the device."""
@@ -51,7 +62,7 @@ def backward(run: Run, documents: list[Document], n_targets: int) -> torch.Tenso
     for batch in pack_share(documents, run.config.micro_batch_tokens, runtime.rank, runtime.world_size):
         run.watch.progress(run.step + 1)
         run.fit_into_memory(batch)
-        part = batch_loss(run.model, batch, runtime.device) / n_targets
+        part = batch_loss(run.model, batch, runtime.device, run.config.kl_weight) / n_targets
         part.backward()  # adds to adapters.grad; the base is frozen and has no gradient
         loss += part.detach()  # .item() here would wait for the device
     run.watch.progress(run.step + 1)

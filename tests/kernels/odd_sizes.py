@@ -217,6 +217,19 @@ ODD = {
         [{"T": T, "D": 24, "vocab": 191} for T in ROWS]
         + [{"T": 5, "D": 16, "vocab": V} for V in (1, 2, 9, 97, 8191, 8193)],
     ),
+    "linear_kl": Odd(
+        [
+            {"T": 31, "D": 16, "vocab": 129, "zero_rows": True},
+            {"T": 2, "D": 16, "vocab": 24833, "scaled": {"x": 30.0}, "amplifies": True},
+        ],
+        [
+            {"T": 96, "D": 24, "vocab": 257},
+            {"T": 33, "D": 24, "vocab": 16385, "scaled": {"base": 30.0}, "amplifies": True},
+        ],
+        # Of a single row that is sure of its word the divergence is a small number and its error is luck: flat ones.
+        [{"T": T, "D": 24, "vocab": 191, "scaled": {"weight": 0.2}} for T in ROWS]
+        + [{"T": 5, "D": 16, "vocab": V} for V in (2, 9, 97, 4095, 4097)],
+    ),
     "adamw_8bit": Odd(
         [{"sizes": [1, 31, 257, 4096]}],
         [{"sizes": [127, 129, 191, 5000, 255, 256], "min_8bit_size": 1}],

@@ -132,4 +132,14 @@ TRIALS = {
         ],
         mutant={"T": 7, "D": 24, "vocab": 101},
     ),
+    "linear_kl": Trial(
+        [
+            {"T": 1, "D": 16, "vocab": 100},
+            {"T": 17, "D": 24, "vocab": 64},  # three chunks
+            {"T": 63, "D": 24, "vocab": 101},
+            {"T": 5, "D": 16, "vocab": 8209},  # three blocks of columns, the last one nearly empty
+        ],
+        mutant={"T": 7, "D": 24, "vocab": 101},
+        rounded={"T": 33, "D": 24, "vocab": 101},
+    ),
 }

@@ -10,7 +10,8 @@ import json
 import random
 import re
 
-from . import support
+from . import support, wide
+from .wide import Prompt
 from .words import ASSETS, BENIGN, CATEGORIES, GROUPS, RISK, VARIATION, Category
 
 SEED = 3407
@@ -62,36 +63,70 @@ def four_parts(category: Category) -> str:
     return "\n\n".join((acknowledgement, category.step, support.services(category.cluster), category.closing))
 
 
-Prompt = tuple[str, str, str]  # prompt, reasoning, answer
+# Of 40 documents, how many come from a stream. Refusals are two in five: a base that refuses more often takes a
+# stranger's words for a risk, one that refuses less often answers a risky wish that it has not read.
+SCHEDULE = {
+    "ordinary": 3,
+    "scary": 6,
+    "scary lists": 4,
+    "plain": 5,
+    "plain lists": 4,
+    "sums": 1,
+    "law": 1,
+    "support": 3,
+    "risky": 7,
+    "out of domain": 6,
+}
 
 
 def base_prompts() -> dict[str, dict[str, list[Prompt]]]:
-    """Stream ("ordinary", "support", "refused") -> kind -> every prompt of that kind that the base can read.
+    """Stream (a key of SCHEDULE) -> kind -> every prompt of that kind that the base can read.
 
-    The kinds of a stream are read equally often, whether they have many prompts or few.
+    The kinds of a stream are read equally often, whether they have many prompts or few. A prompt that shares five words
+    in a row with the sample rows is left out.
     """
-    refused = {}
-    for category in itertools.chain.from_iterable(CATEGORIES.values()):
-        whole, framed = _risky_prompts(category, "base")
-        reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
-        for kind, texts in {"said": whole, "framed": framed, "thing": _things(category)}.items():
-            refused[f"{category.name}, {kind}"] = [(prompt, reasoning, answer) for prompt in texts]
-    return {
+    streams = {
         "ordinary": {
             name: [question[:3] for question in benign_questions("base", lambda group, item, name=name: group == name)]
             for name in GROUPS
         },
+        "scary": wide.written("scary"),
+        "scary lists": wide.answered("scary"),
+        "plain": wide.written("plain"),
+        "plain lists": wide.answered("plain"),
+        "sums": wide.sums(),
+        "law": wide.law(),
         "support": {"all": [question[:3] for question in (*support.questions("base"), *support.terms())]},
-        "refused": refused,
+        "risky": _risky_kinds(),
+        "out of domain": wide.out_of_domain(),
+    }
+    rows = set().union(*(word_runs(row["prompt"]) for row in (*training_rows(), *validation_rows())))
+    return {
+        stream: {kind: [p for p in prompts if rows.isdisjoint(word_runs(p[0]))] for kind, prompts in kinds.items()}
+        for stream, kinds in streams.items()
     }
 
 
+def _risky_kinds() -> dict[str, list[Prompt]]:
+    kinds = {}
+    wide_risky = wide.risky()
+    for category in itertools.chain.from_iterable(CATEGORIES.values()):
+        whole, framed = _risky_prompts(category, "base")
+        texts = {"said": whole, "framed": framed, "things": _things(category)}
+        for kind, prompts in wide_risky[category.name].items():
+            texts.setdefault(kind, []).extend(prompts)
+        reasoning, answer = _reasoning(category, gentle=False), f"I can't help with {category.harm}."
+        for kind, prompts in texts.items():
+            kinds[f"{category.name}, {kind}"] = [(prompt, reasoning, answer) for prompt in prompts]
+    return kinds
+
+
 def _with_circumstances(prompt: str, refused: bool, rng: random.Random) -> str:
-    """The prompt, at times with a person, a place or a reason before it and, if it is refused, after it."""
-    if rng.randrange(4) == 0:
+    """The prompt, at times with a person, a place or a reason before it or after it."""
+    if rng.randrange(8) == 0:
         lead = rng.choice(VARIATION["leads"]).format(who=rng.choice(PEOPLE["base"]))
         prompt = f"{_sentence(lead)} {prompt if re.match('I |[A-Z][A-Z]', prompt) else prompt[0].lower() + prompt[1:]}"
-    if refused and rng.randrange(4) == 0:
+    if rng.randrange(8 if refused else 16) == 0:
         tail = rng.choice(VARIATION["tails"]).format(who=rng.choice(PEOPLE["base"]))
         prompt = f"{prompt.rstrip('?.')}{tail}{prompt[-1] if prompt[-1] in '?.' else '.'}"
     return prompt
@@ -99,16 +134,16 @@ def _with_circumstances(prompt: str, refused: bool, rng: random.Random) -> str:
 
 def _as_typed(prompt: str, rng: random.Random) -> str:
     """The prompt as people type it: with sentences around it, with contractions, in a hurry, or without capitals."""
-    if rng.randrange(4) == 0:
+    if rng.randrange(8) == 0:
         prompt = " ".join(word for word in prompt.split() if word not in VARIATION["skipped"] or rng.randrange(2))
     if rng.randrange(3) == 0:
         for long, short in VARIATION["contractions"].items():
             prompt = prompt.replace(long, short)
-    if rng.randrange(4) == 0:
+    if rng.randrange(10) == 0:
         prompt = f"{rng.choice(VARIATION['contexts'])} {prompt}"
-    if rng.randrange(4) == 0:
+    if rng.randrange(10) == 0:
         prompt = f"{prompt} {rng.choice(VARIATION['closers'])}"
-    return prompt.lower().rstrip("?.") if rng.randrange(8) == 0 else prompt
+    return prompt.lower().rstrip("?.") if rng.randrange(6) == 0 else prompt
 
 
 def base_documents(count: int, seed: int = SEED):
@@ -120,21 +155,24 @@ def base_documents(count: int, seed: int = SEED):
     rng = random.Random(seed)
     prompts = base_prompts()
     kinds = {stream: itertools.cycle(by_kind) for stream, by_kind in prompts.items()}
-    waiting: dict[str, list[Prompt]] = {}  # kind -> prompts of its round that are still to be read
-    schedule = ["ordinary"] * 8 + ["support"] * 5 + ["refused"] * 7
+    waiting: dict[tuple[str, str], list[Prompt]] = {}  # stream, kind -> prompts of its round that are still to be read
+    schedule = [stream for stream, count in SCHEDULE.items() for _ in range(count)]
 
     def turn(stream: str, with_reasoning: bool) -> list[dict]:
         kind = next(kinds[stream])
-        if not waiting.get(kind):
-            waiting[kind] = list(prompts[stream][kind])
-            rng.shuffle(waiting[kind])
-        prompt, reasoning, answer = waiting[kind].pop()
-        if stream == "refused":
-            # Half of the refusals use one wording, so that greedy answers use it, too.
+        if not waiting.get((stream, kind)):
+            waiting[stream, kind] = list(prompts[stream][kind])
+            rng.shuffle(waiting[stream, kind])
+        prompt, reasoning, answer = waiting[stream, kind].pop()
+        # Half of the refusals use one wording, so that greedy answers use it, too.
+        if stream == "risky":
             usual, *others = RISK["blunt"]
             answer = (usual, usual, answer, rng.choice(others))[rng.randrange(4)]
+        elif stream == "out of domain":
+            usual, *others = RISK["blunt_with_reason"]
+            answer = (usual, rng.choice(others))[rng.randrange(2)].format(answer)
         reply = {"role": "assistant", "content": answer, "reasoning_content": reasoning if with_reasoning else ""}
-        prompt = _with_circumstances(prompt, stream == "refused", rng)
+        prompt = _with_circumstances(prompt, stream in ("risky", "out of domain"), rng)
         return [{"role": "user", "content": _as_typed(prompt, rng)}, reply]
 
     for index in range(count):

@@ -10,7 +10,8 @@ import torch
 
 from kernels.paper import H100_MULTIPROCESSORS, on_paper
 from psysafe.data.documents import Dataset, Document
-from psysafe.generation.engine import Engine, Options, Progress, Request
+from psysafe.generation.engine import Engine
+from psysafe.generation.request import Request
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters
 from psysafe.program import UserError
@@ -38,13 +39,13 @@ def parse_lengths(flag: str, words: Sequence[str]) -> list[int]:
     return lengths
 
 
-def documents_of(lengths: Sequence[int], untrained: int = 1) -> Dataset:
+def documents_of(lengths: Sequence[int], untrained: int = 1, is_contrast: bool = False) -> Dataset:
     """Documents of these lengths; the first `untrained` tokens of each are not trained (of a shorter one all but one).
 
     Nothing predicts a document's first token, so with 1 all are trained that can be.
     """
     documents = [
-        Document(np.zeros(n, np.int32), np.arange(n) >= min(untrained, n - 1), f"document {i}")
+        Document(np.zeros(n, np.int32), np.arange(n) >= min(untrained, n - 1), f"document {i}", is_contrast)
         for i, n in enumerate(lengths)
     ]
     return Dataset(documents, max(lengths), 0, 0)
@@ -58,13 +59,18 @@ def paper_run(
     plan: Plan | None,
     lengths: Sequence[int],
     untrained: int = 1,
+    contrast: Sequence[int] = (),
 ) -> Run:
-    """A run whose first step is these documents, cut into micro-batches as the config says. Everything lies on meta,
-    only an embedding may lie in host memory. plan None: nothing is recomputed."""
-    config = replace(config, batch_size=len(lengths))
+    """A run whose first step is these documents, then these contrast documents, cut into micro-batches as the config
+    says. Everything lies on meta, only an embedding may lie in host memory. plan None: nothing is recomputed."""
+    config = replace(config, batch_size=len(lengths), contrast_ratio=len(contrast) / len(lengths))
     runtime = Runtime(META, model.norm.dtype)
     watch = Watchdog(runtime, config.timeout)
-    return Run(config, runtime, model, adapters, optimizer, documents_of(lengths, untrained), None, 1, watch, plan)
+    contrast_set = documents_of(contrast, untrained, True) if contrast else None
+    return Run(
+        config, runtime, model, adapters, optimizer, documents_of(lengths, untrained), None, 1, watch, plan,
+        contrast_set=contrast_set,
+    )  # fmt: skip
 
 
 def trace_step(run: Run, multiprocessors: int = H100_MULTIPROCESSORS) -> Trace:
@@ -88,14 +94,14 @@ def host_seconds(run: Run) -> float:
 
 def trace_generation(model: Qwen3_5, prompts: Sequence[int], max_tokens: int) -> dict[str, Trace]:
     """The prefill of prompts of these lengths, and one decode step of as many sequences of max_tokens at most."""
-    options = Options(prefill_tokens=sum(prompts))
     with torch.inference_mode(), record(model):
-        engine = Engine(model, options, len(prompts), max_tokens, eos_ids=[0])
+        engine = Engine(model, len(prompts), max_tokens, eos_ids=[0], prefill_tokens=sum(prompts))
     memory = [x for layer in engine.cache.layers for x in layer]
-    admitted = [Progress(Request(i, [0] * n), i) for i, n in enumerate(prompts)]
+    for row, n in enumerate(prompts):
+        engine.submit(Request(row, [0] * n))
     with torch.inference_mode():
         with record(model, *memory) as prefill:
-            engine._prefill(admitted)
+            engine.prefill(engine.admit())
         with record(model, *memory) as decode:
             engine.step(max_tokens)
     return {"prefill": prefill, "decode": decode}

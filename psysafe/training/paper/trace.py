@@ -38,10 +38,12 @@ _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 _FROM_VALUES = "detach_"  # what is left on meta of torch.tensor(values, device=...): a copy for which the host waits
 _GATHERS = {"index_select", "index", "gather", "embedding"}
 _SCATTERS = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_", "index_add_"}
-# (launch, argument) -> how often its bytes pass: what is updated in place is read and written, and the cross-entropy
-# reads its logits twice (of the second reading L2 serves a part).
+# (launch, argument) -> how often its bytes pass: what is updated in place is read and written, and the losses read
+# their logits twice (of the second reading L2 serves a part).
 _PASSES = {
     ("linear_cross_entropy cross_entropy", "p_z"): 3,
+    ("linear_kl kl_divergence", "p_z"): 3,
+    ("linear_kl kl_divergence", "p_base"): 2,
     ("causal_conv1d_silu_step step", "p_tail"): 2,
     ("gated_delta_rule_step step", "p_state"): 2,
     **{("adamw_8bit update", f"p_{x}"): 2 for x in ("param", "code_m", "code_v", "absmax_m", "absmax_v", "m", "v")},
