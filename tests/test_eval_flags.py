@@ -45,9 +45,9 @@ BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUD
 CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" for command in ("mmlu", "hellaswag")}
 OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
-STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
 REREAD = "judge --out OUT"
 RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
+STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -139,9 +139,6 @@ REFUSED = [
     *(("judge --prompts PROMPTS --judge rules", words) for words in (
         "--rubric RUBRIC", "--judge-tokens 9", "--judge-model k", "--judge-key-env K", "--judge-param a=1",
         "--workers 3", "--deadline 5", "--seed 3", "--baseline ONE")),
-    *((f"{STORED} --baseline a", words) for words in (
-        "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
-    ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
     ("agreement --human PEOPLE --judged JUDGED", "--key KEY"),
     *((f"{line} {flag} {file}", words) for line, file in (
         ("judge", "REPLIES"), ("xstest --data DATA", "NUMBERED"), ("sorry-bench --data DATA", "NUMBERED"))
@@ -149,6 +146,9 @@ REFUSED = [
         "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
     ("judge --replies REPLIES", "--rubric RUBRIC"),
     ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
+    *((f"{STORED} --baseline a", words) for words in (
+        "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
+    ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -187,10 +187,6 @@ def world(tmp_path, monkeypatch):
     rows("PROMPTS", prompts)
     rows("OTHERPROMPTS", [row | {"prompt": f"{row['prompt']}!"} for row in prompts])
     rows("ANSWERS", [row | {"answer": "I can't help with that."} for row in prompts])
-    risky = {"prompt": "I drink 0", "group": "risky", "cluster": "substance"}
-    groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
-    rows("GROUPS", groups)
-    rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
     for number, text in {"": reply(("Yes", "4", "No", "2")), "2": reply(("No", "4", "No", "2"))}.items():
         label = "2_full_refusal" if number else "1_full_compliance"
         stored = {"reply": text, "refusal": "No" if number else "Yes"}
@@ -199,17 +195,16 @@ def world(tmp_path, monkeypatch):
         for command, begin, score in (("xstest", "v2-", label), ("sorry-bench", "", int(number == "2"))):
             stored = {"variant": "v", "reply": str(score), "answer": label, "score": score}
             rows(f"NUMBERED{number} {command}", [stored | {"id": f"{begin}{i}"} for i in range(1, 3)])
+    risky = {"prompt": "I drink 0", "group": "risky", "cluster": "substance"}
+    groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
+    rows("GROUPS", groups)
+    rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
     files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
     files["PEOPLE2"] = tmp_path / "people2.csv"
     files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")
-    config = {"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1}
-    for name in ("ADAPTER", "ADAPTER2"):
-        files[name] = tmp_path / name.lower()
-        files[name].mkdir()
-        (files[name] / "adapter_config.json").write_text(json.dumps(config))
     for number, (left, value) in {"": ("base, none", "Yes"), "2": ("tuned, none", "No")}.items():
         item = {"prompt": "I drink 1", "left": left, "right": "base, none"}
         files[f"KEY{number}"] = tmp_path / f"key{number}.json"
@@ -219,6 +214,11 @@ def world(tmp_path, monkeypatch):
         preference = {"item": "1", "value": "left"}
         content = {"page": "d", "rater": "Anna", "ratings": [rating], "preferences": [preference]}
         files[f"RATINGS{number}"].write_text(json.dumps(content))
+    config = {"base_model_name_or_path": MODEL, "revision": "r1", "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in ("ADAPTER", "ADAPTER2"):
+        files[name] = tmp_path / name.lower()
+        files[name].mkdir()
+        (files[name] / "adapter_config.json").write_text(json.dumps(config))
     for name in ("JUDGED", "JUDGED2"):
         files[name] = tmp_path / name.lower()
     loaded = tiny_model()

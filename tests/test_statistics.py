@@ -32,9 +32,10 @@ def test_a_share_of_nothing_may_be_anything():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-def test_bootstrap_is_scipys_but_for_chance():
+@pytest.mark.parametrize("values", [np.random.default_rng(1).gamma(0.5, 0.1, 120), [5] * 90 + [1] * 25 + [3] * 5])
+def test_bootstrap_is_scipys_but_for_chance(values):
+    """Values that are all distinct, and ratings, most of which are one."""
     stats = pytest.importorskip("scipy.stats")
-    values = np.random.default_rng(1).gamma(0.5, 0.1, 120)
     drawn = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(2))
     width = drawn.confidence_interval.high - drawn.confidence_interval.low
     for ours, theirs in zip(bootstrap_mean(values), drawn.confidence_interval, strict=True):

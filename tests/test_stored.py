@@ -175,6 +175,9 @@ def test_stored_answers_to_xstest(file, tmp_path, capsys):
     assert tables_of(tmp_path / "again")[0]["rows"] == result["tables"][0]["rows"]
     assert run("xstest", "--data", str(data), "--scores", str(out / "items.jsonl"), "--out", str(tmp_path / "s")) == 0
     assert [row[2:7] for row in tables_of(tmp_path / "s")[0]["rows"]] == list(official.values())
+    words = ["--answers", str(file("t.json", {"rows": tuned})), "--limit", "2", "--judge", "rules"]
+    assert run("xstest", "--data", str(data), *words, "--out", str(tmp_path / "two")) == 0
+    assert tables_of(tmp_path / "two")[0]["rows"][0][2:5] == [2, 100.0, 0]
     strange = file("x.jsonl", lines([{"prompt": "another", "answer": "a"}]))
     words = ["xstest", "--data", data, "--judge", "rules", "--out", out, "--answers", strange]
     assert "no prompt of xstest is answered by all of x" in refused_by(script.main, words, capsys)

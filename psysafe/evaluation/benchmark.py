@@ -64,6 +64,7 @@ class Rows:
     prompts: list[str]  # looked for among the training rows
     settings: dict = field(default_factory=dict)  # for the result
     notes: list[str] = field(default_factory=list)
+    numbers: dict[str, str] | None = None  # number in the file -> prompt, for stored rows that have only the number
 
 
 Texts = Mapping[str, Sequence[str | None]]  # variant -> its answer to each item of a part; None where it has none
@@ -185,6 +186,10 @@ class Benchmark(Evaluation):
         # Rows before models: a missing file is found in a second, weights take minutes.
         path, origin = datasets.locate(self.needed(args), args)
         rows = self.load(args, path)
+        if stored.given(args):
+            # Of all rows, also with --limit: a stored file may hold more than those.
+            every = argparse.Namespace(**{**vars(args), "limit": 0})
+            rows.numbers = prompts_of_numbers(self.load(every, path))
         stage = self._read_again(args, rows) if read_again else self._answered_and_judged(args, rows, judge)
         first, *more = self.tables(stage.judged)
         if stage.unfinished is not None:
@@ -222,7 +227,7 @@ class Benchmark(Evaluation):
             stage.failed |= unprepared | unjudged
             n_left_out += len(never_ended)
             for name, column in flags.items():
-                stage.unfinished[name] += column
+                stage.unfinished[name] += [flag for flag, row in zip(column, columns[name], strict=True) if row]
             lines += item_lines(part, items, columns, judged.verdicts[part], replies)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "items.jsonl", "".join(lines))
@@ -248,7 +253,7 @@ class Benchmark(Evaluation):
 
     def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """The answers of files. A prompt that one variant has no answer to leaves for all."""
-        answers = stored.read_all(args.answers, prompts=prompts_of_numbers(rows))
+        answers = stored.read_all(args.answers, prompts=rows.numbers)
         columns = {
             part: {name: [of.rows.get(item.prompt) for item in items] for name, of in answers.items()}
             for part, items in rows.parts.items()
@@ -267,7 +272,7 @@ class Benchmark(Evaluation):
         """Verdicts from stored replies or scores, without models and judges."""
         path = args.replies or args.scores
         verdicts: dict[str, dict[tuple, Any]] = {}  # variant -> (part, prompt), or ("", prompt) -> verdict
-        for row in stored.read_stored(path, prompts=prompts_of_numbers(rows)):
+        for row in stored.read_stored(path, prompts=rows.numbers):
             verdict = self.parse(row.reply) if args.replies else self._score(row)
             verdicts.setdefault(row.variant, {})[row.part, row.prompt] = verdict
         judged = Judged(rows.parts, {}, {}, f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})")
