@@ -135,7 +135,7 @@ def read_stdin() -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     epilog = """Equal settings and seeds give equal answers. In float32 that holds for every batch size; in bfloat16
-another one rounds differently and may take another word. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
+another one rounds differently and may take another word, and so may other rows beside it without --deterministic. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
 for thinking: --sampling model."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)

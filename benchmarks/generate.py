@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,8 @@ import torch
 from psysafe.checkpoint.base import load_model, published_tensors, resolve_model
 from psysafe.cli import Parser
 from psysafe.files import read_json, write_atomic
-from psysafe.generation.engine import Engine, Options, Request
+from psysafe.generation.engine import Engine
+from psysafe.generation.request import Request, RequestOptions
 from psysafe.model.decoder import Qwen3_5
 from psysafe.program import main_guard
 from psysafe.runtime import start, versions
@@ -146,12 +147,14 @@ def timed(run: Run, new_tokens: int) -> float:
 
 def ours(model: Qwen3_5, model_name: str, work: Work) -> Run:
     longest = max(map(len, work.prompts))
-    engine = Engine(model, Options(), work.batch, longest + work.new_tokens, work.eos)
-    requests = [Request(row, prompt) for row, prompt in enumerate(work.prompts)]
+    engine = Engine(model, work.batch, longest + work.new_tokens, work.eos)
 
     def run(new_tokens: int) -> list[list[int]]:
-        engine.options = replace(engine.options, max_new_tokens=new_tokens)
-        return [p.ids for p in sorted(engine.run(requests), key=lambda p: p.request.row)]
+        options = RequestOptions(max_new_tokens=new_tokens)
+        ids = [[] for _ in work.prompts]
+        for event in engine.run(Request(row, prompt, options=options) for row, prompt in enumerate(work.prompts)):
+            ids[event.row].append(event.token)
+        return ids
 
     return run
 

@@ -27,6 +27,7 @@ from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
 from psysafe.generation.sampling import recommended
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
+from psysafe.generation.text import TextSplitter
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
 from tests.mistakes import refused
@@ -271,23 +272,7 @@ def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thin
     assert all(answer["new_tokens"] < 40 for answer in stopped[:3]) and stopped[0]["settings"]["stop"] == stops
     single = ("--max-new-tokens", "40", "--temperature", "1", *thinking)
     assert run(ROWS[4]["prompt"], *single, *flags).out == expected[0] + "\n"
-    assert not engines[-1].live.any()  # a slot that went on would outgrow the keys that a step may read
-
-
-def test_what_may_become_a_stop_text_is_held_back():
-    tokenizer, out = Tokenizer(byte_tokenizer()), io.StringIO()
-    with TextStream(tokenizer, False, out, ["END", "Nö"]) as stream:
-        for token in tokenizer.encode("an EN"):
-            stream(1, token)
-        assert out.getvalue() == "an "
-        for token in tokenizer.encode("Emy ENDs here END"):
-            stream(1, token)
-    assert out.getvalue() == "an ENEmy \n"
-    out = io.StringIO()
-    with TextStream(tokenizer, False, out, ["END"]) as stream:
-        for token in tokenizer.encode("an EN"):
-            stream(1, token)
-    assert out.getvalue() == "an EN\n"
+    assert not engines[-1].state.live.any()  # a slot that went on would outgrow the keys that a step may read
 
 
 def test_the_notice():
@@ -312,9 +297,11 @@ def test_streaming_writes_whole_characters(text):
     """Token by token (here: byte by byte). A terminal sees reasoning dimmed, and no control codes of the model's."""
     tokenizer = Tokenizer(byte_tokenizer())
     for out in (io.StringIO(), Terminal()):
-        with TextStream(tokenizer, True, out) as stream:
+        splitter = TextSplitter(tokenizer, thinking=True)
+        with TextStream(out) as stream:
             for token in (*tokenizer.encode(text), tokenizer.eos_ids[0]):
-                stream(1, token)
+                for piece in splitter.push(token):
+                    stream(1, piece)
                 assert "\ufffd" not in out.getvalue() or "\ufffd" in text
         if out.isatty():
             reasoning, _, answer = text.replace("\x1b", "").partition(THINK_END)

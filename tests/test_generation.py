@@ -13,12 +13,12 @@ from kernels.proof.closeness import relative_error
 from psysafe import load_model
 from psysafe.checkpoint.base import build
 from psysafe.data.tokenizer import THINK_END, Tokenizer
-from psysafe.generation import engine as generation
-from psysafe.generation import sampling
+from psysafe.generation import sampling, slot_state
 from psysafe.generation import slots as cache_slots
-from psysafe.generation.engine import Engine, Options, Request
+from psysafe.generation.engine import Engine
 from psysafe.generation.generator import Generator
-from psysafe.generation.sampling import Sampling, candidates, choose, gumbel, penalised
+from psysafe.generation.request import Options, Request
+from psysafe.generation.sampling import Paths, Sampling, SamplingRows, choose, filtered, gumbel, penalised
 from psysafe.model.cache import Cache, StepView
 from psysafe.model.lora import attach, fused_layers, merge_adapters
 from tests.mistakes import refused
@@ -85,27 +85,46 @@ def expected(models):
     return get
 
 
-def generated(model, eos, slots=3, order=None, lag=0, options=None, prompts=PROMPTS):
-    """Ids by prompt; the queue in another order if wanted."""
-    options = options or Options(max_new_tokens=NEW)
-    engine = Engine(model, options, slots, max(map(len, prompts)) + NEW, eos)
+def engine_for(model, slots, max_tokens, eos, lag=0, **more):
+    """Its decode steps check that they read all the keys that live sequences have."""
+    engine = Engine(model, slots, max_tokens, eos, **more)
     engine.lag = lag
     step = engine.step
 
     def long_enough_for_all(longest):
-        lengths = (engine.cache.lengths + 1)[engine.live]
+        lengths = (engine.cache.lengths + 1)[engine.state.live]
         assert not len(lengths) or longest >= lengths.max()
         return step(longest)
 
     engine.step = long_enough_for_all
-    requests = [Request(row, ids) for row, ids in enumerate(prompts)]
-    done = {p.request.row: p for p in engine.run([requests[i] for i in order or range(len(requests))])}
-    assert sorted(done) == list(range(len(prompts)))
-    for p in done.values():
-        assert p.finish == (generation.STOP if p.ids[-1] in eos else generation.LENGTH)
-    return [done[row].ids for row in range(len(prompts))]
+    return engine
 
 
+def collected(events):
+    """(ids, how they ended) by row."""
+    ids, finishes = {}, {}
+    for event in events:
+        assert event.error is None and event.row not in finishes
+        ids.setdefault(event.row, []).append(event.token)
+        if event.finish:
+            finishes[event.row] = event.finish
+    return ids, finishes
+
+
+def generated(model, eos, slots=3, order=None, lag=0, options=None, prompts=PROMPTS):
+    """Ids by prompt; the queue in another order if wanted."""
+    options = options or Options(max_new_tokens=NEW)
+    longest = max(map(len, prompts)) + NEW
+    engine = engine_for(model, slots, longest, eos, lag, prefill_tokens=options.prefill_tokens)
+    requests = [Request(row, ids, options=options) for row, ids in enumerate(prompts)]
+    ids, finishes = collected(engine.run([requests[i] for i in order or range(len(requests))]))
+    assert sorted(finishes) == list(range(len(prompts)))
+    for row, finish in finishes.items():
+        assert finish == ("stop" if ids[row][-1] in eos else "length")
+    return [ids[row] for row in range(len(prompts))]
+
+
+REQUESTS = [Request(row, prompt, options=Options(max_new_tokens=NEW)) for row, prompt in enumerate(PROMPTS)]
 SHUFFLED = random.Random(0).sample(range(len(PROMPTS)), len(PROMPTS))
 
 
@@ -149,9 +168,7 @@ def test_sampled_ids_do_not_depend_on_the_batch(name, models):
 def test_rows_and_seeds_name_the_random_numbers(models):
     """The same prompt in two rows, or under two seeds, is continued differently; in one row always the same."""
     twice = [PROMPTS[3]] * 2
-    runs = [
-        generated(models()[1], [], 2, None, 0, Options(Sampling(1.0, seed=seed), NEW), twice) for seed in (0, 0, 1)
-    ]
+    runs = [generated(models()[1], [], 2, None, 0, Options(Sampling(1.0, seed=seed), NEW), twice) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     assert runs[0][0] != runs[0][1]
 
@@ -209,17 +226,17 @@ def test_a_wrong_cache_is_caught(owner, name, wrong, models, expected, monkeypat
 def test_a_slot_that_has_ended_stays_in_its_own_memory(models):
     """A full slot ends after one token; the next one in memory goes on as if it were alone."""
     model, options = models()[1], Options(max_new_tokens=NEW)
-    requests = [Request(0, PROMPTS[4]), Request(1, PROMPTS[5])]
-    both = {p.request.row: p.ids for p in Engine(model, options, 2, 66, []).run(requests)}
-    alone = next(Engine(model, options, 1, 66, []).run(requests[1:]))
-    assert len(both[0]) == 1 and both[1] == alone.ids
+    requests = [Request(0, PROMPTS[4], options=options), Request(1, PROMPTS[5], options=options)]
+    both, _ = collected(Engine(model, 2, 66, []).run(requests))
+    alone, _ = collected(Engine(model, 1, 66, []).run(requests[1:]))
+    assert len(both[0]) == 1 and both[1] == alone[1]
 
 
 @pytest.mark.parametrize("named_by", ["slot", "nothing"])
 def test_wrongly_named_random_numbers_are_caught(named_by, models, monkeypatch):
-    def wrong(seed, rows, positions, tokens):
-        rows = torch.arange(len(rows)) if named_by == "slot" else rows
-        return gumbel(seed, rows, torch.zeros_like(positions) if named_by == "nothing" else positions, tokens)
+    def wrong(seeds, choices, positions, tokens):
+        choices = torch.arange(len(choices)) if named_by == "slot" else choices
+        return gumbel(seeds, choices, torch.zeros_like(positions) if named_by == "nothing" else positions, tokens)
 
     monkeypatch.setattr(sampling, "gumbel", wrong)
     with pytest.raises(AssertionError):
@@ -229,18 +246,17 @@ def test_wrongly_named_random_numbers_are_caught(named_by, models, monkeypatch):
 
 def test_an_end_token_that_the_model_cannot_say_is_ignored(models):
     """Checkpoints with a cut vocabulary keep the end tokens of the full one in generation_config.json."""
-    model, options, requests = models()[1], Options(max_new_tokens=3), [Request(1, PROMPTS[1])]
-    plain, ignored = ([p.ids for p in Engine(model, options, 1, 85, eos).run(requests)] for eos in ([], [VOCAB + 9]))
+    requests = [Request(1, PROMPTS[1], options=Options(max_new_tokens=3))]
+    plain, ignored = (collected(Engine(models()[1], 1, 85, eos).run(requests)) for eos in ([], [VOCAB + 9]))
     assert plain == ignored
 
 
 def test_a_run_left_in_the_middle_does_no_harm(models, expected):
     eos, ids = expected("published pattern")
-    engine = Engine(models()[1], Options(max_new_tokens=NEW), 3, 85, eos)
-    requests = [Request(row, prompt) for row, prompt in enumerate(PROMPTS)]
-    next(engine.run(requests))
+    engine = Engine(models()[1], 3, 85, eos)
+    next(engine.run(REQUESTS))
     for _ in range(2):
-        assert {p.request.row: p.ids for p in engine.run(requests)} == dict(enumerate(ids))
+        assert collected(engine.run(REQUESTS))[0] == dict(enumerate(ids))
 
 
 def test_decoding_reads_no_more_of_the_cache_than_the_longest_sequence(models, monkeypatch):
@@ -251,19 +267,18 @@ def test_decoding_reads_no_more_of_the_cache_than_the_longest_sequence(models, m
         return attend(q, k, v, lengths)
 
     monkeypatch.setattr(kernels, "attention_decode", counted)
-    engine = Engine(models()[1], Options(max_new_tokens=4), 2, 300, [])
-    list(engine.run([Request(1, PROMPTS[4]), Request(2, PROMPTS[5])]))
+    engine, options = Engine(models()[1], 2, 300, []), Options(max_new_tokens=4)
+    list(engine.run([Request(1, PROMPTS[4], options=options), Request(2, PROMPTS[5], options=options)]))
     layers = models()[1].config.layer_types.count("full_attention")
     assert rows_read == [(n, n, n) for n in (66, 67, 68) for _ in range(layers)]
 
 
 def test_an_engine_made_in_inference_mode_works_outside_of_it(models, expected):
     eos, ids = expected("published pattern")
-    requests = [Request(row, prompt) for row, prompt in enumerate(PROMPTS)]
     with torch.inference_mode():
-        engine = Engine(models()[1], Options(max_new_tokens=NEW), 3, 85, eos)
-        inside = {p.request.row: p.ids for p in engine.run(requests)}
-    assert inside == {p.request.row: p.ids for p in engine.run(requests)} == dict(enumerate(ids))
+        engine = Engine(models()[1], 3, 85, eos)
+        inside, _ = collected(engine.run(REQUESTS))
+    assert inside == collected(engine.run(REQUESTS))[0] == dict(enumerate(ids))
 
 
 def test_weights_stay_as_they_are(models):
@@ -280,10 +295,13 @@ def test_a_decode_step_never_waits_for_the_device(chosen):
     """On the meta device every read of a value raises; so a step that passes could be a CUDA graph."""
     config = build_config()
     model = build(config, "meta", torch.float32)
-    engine = Engine(model, Options(chosen, max_think_tokens=4), 5, 64, [1, 2], [7, 8, 9], 8)
+    engine = Engine(model, 5, 64, [1, 2], [7, 8, 9], 8)
+    options = Options(chosen, max_think_tokens=4, close_thinking_at_eos=True)
+    engine.submit(Request(1, [1], options=options, logprobs=3))
     with torch.inference_mode():
-        assert engine.step(3).shape == (2, 5)
-        assert engine.step(4).device.type == "meta"
+        engine.prefill(engine.admit())
+        assert engine.step(3).report.shape == (2, 5)
+        assert engine.step(4).logits.device.type == "meta"
 
 
 def build_config():
@@ -310,8 +328,14 @@ def warped_by_transformers(logits, s: Sampling):
     return logits
 
 
+def settings_of(s: Sampling, rows=1):
+    """As the engine keeps them for fp32 logits."""
+    return SamplingRows.of([s] * rows, range(rows), like=SamplingRows(torch.zeros(1, 6), torch.zeros(1, 3).long()))
+
+
 def dense(logits, s: Sampling):
-    scores, tokens = candidates(logits, s)
+    scores, tokens = logits.sort(descending=True)
+    scores = filtered(scores, settings_of(s, len(logits)), ordered=True)
     return torch.full_like(logits, -math.inf).scatter(1, tokens, scores)
 
 
@@ -342,8 +366,9 @@ def test_filters_equal_transformers(name):
 @pytest.mark.parametrize(("name", "wrong"), [("top-p", dict(top_p=0.79)), ("min-p", dict(min_p=0.11)),
                                              ("top-k", dict(top_k=6)), ("all", dict(temperature=1.41))])  # fmt: skip
 def test_a_wrong_filter_is_caught(name, wrong, monkeypatch):
-    right = FILTERS[name]
-    monkeypatch.setitem(globals(), "candidates", lambda x, s: sampling.candidates(x, Sampling(**vars(right) | wrong)))
+    right, warped = FILTERS[name], warped_by_transformers
+    monkeypatch.setitem(FILTERS, name, Sampling(**vars(right) | wrong))
+    monkeypatch.setitem(globals(), "warped_by_transformers", lambda x, s: warped(x, right))
     with pytest.raises(AssertionError):
         test_filters_equal_transformers(name)
 
@@ -351,16 +376,17 @@ def test_a_wrong_filter_is_caught(name, wrong, monkeypatch):
 def test_penalties():
     """Repetition as transformers has it, over prompt and answer; presence by its formula, over the answer alone."""
     logits, ids = logits_of(8, 30), torch.randint(0, 30, (8, 12), generator=torch.Generator().manual_seed(2))
-    prompted, written = torch.zeros(2, 8, 30, dtype=torch.bool)
+    prompted, written = torch.zeros(8, 30, dtype=torch.bool), torch.zeros(8, 30, dtype=torch.int32)
     prompted.scatter_(1, ids[:, :7], True)
-    written.scatter_(1, ids[:, 7:], True)
-    got = penalised(logits, Sampling(repetition_penalty=1.3), prompted, written)
+    written.scatter_add_(1, ids[:, 7:], torch.ones_like(ids[:, 7:], dtype=torch.int32))
+    got = penalised(logits, settings_of(Sampling(repetition_penalty=1.3), 8), prompted, written)
     assert torch.equal(got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone()))
-    got = penalised(logits, Sampling(presence_penalty=0.7), prompted, written)
+    got = penalised(logits, settings_of(Sampling(presence_penalty=0.75, frequency_penalty=0.5), 8), prompted, written)
+    assert written.max() > 1
     for row in range(8):
         for token in range(30):
-            lost = 0.7 if token in ids[row, 7:] else 0
-            assert got[row, token] == logits[row, token] - lost
+            count = ids[row, 7:].tolist().count(token)
+            assert abs(got[row, token] - (logits[row, token] - 0.75 * (count > 0) - 0.5 * count)) < 1e-6
 
 
 def test_penalties_in_the_loop_equal_transformers(models):
@@ -385,7 +411,8 @@ def test_frequencies_are_the_probabilities(name):
     logits = logits_of(1, 50)
     p = warped_by_transformers(logits, s).softmax(-1)[0].double()
     n = torch.arange(draws)
-    drawn = choose(logits.expand(draws, -1), s, n // 200, n % 200)
+    settings = SamplingRows.of([s] * draws, (n // 200).tolist(), like=settings_of(s))
+    drawn = choose(logits.expand(draws, -1), settings, Paths.of(s), n % 200)
     counts = torch.bincount(drawn, minlength=50).double()
     assert counts[p == 0].sum() == 0
     often = p * draws >= 5
@@ -397,22 +424,23 @@ def test_frequencies_are_the_probabilities(name):
 def test_noise_is_gumbel_and_independent():
     """Moments, no correlation between neighbours in seed, row, position or token, and a fixed number to hold on to."""
     rows, positions, tokens = torch.arange(40), torch.arange(40) * 3, torch.arange(5000).expand(40, -1)
-    base = gumbel(7, rows, positions, tokens).double()
+    seed = torch.full((40,), 7)
+    base = gumbel(seed, rows, positions, tokens).double()
     assert abs(base.mean() - 0.5772157) < 0.012  # five standard errors
     assert abs(base.var() - math.pi**2 / 6) < 0.03
     others = {
-        "seed": gumbel(8, rows, positions, tokens),
-        "seed's high half": gumbel(7 + 2**32, rows, positions, tokens),
-        "row": gumbel(7, rows + 1, positions, tokens),
-        "row's high half": gumbel(7, rows + 2**32, positions, tokens),
-        "position": gumbel(7, rows, positions + 1, tokens),
-        "token": gumbel(7, rows, positions, tokens + 1),
+        "seed": gumbel(seed + 1, rows, positions, tokens),
+        "seed's high half": gumbel(seed + 2**32, rows, positions, tokens),
+        "row": gumbel(seed, rows + 1, positions, tokens),
+        "row's high half": gumbel(seed, rows + 2**32, positions, tokens),
+        "position": gumbel(seed, rows, positions + 1, tokens),
+        "token": gumbel(seed, rows, positions, tokens + 1),
     }
     for name, other in others.items():
         r = torch.corrcoef(torch.stack([base.flatten(), other.double().flatten()]))[0, 1]
         assert abs(r) < 0.012, (name, r)
     assert len(base.unique()) > 0.99 * base.numel()
-    alone = gumbel(7, rows[5:6], positions[5:6], tokens[5:6, 100:101])
+    alone = gumbel(seed[:1], rows[5:6], positions[5:6], tokens[5:6, 100:101])
     assert alone.item() == base[5, 100].float().item()
 
 
@@ -422,11 +450,12 @@ def test_noise_is_gumbel_and_independent():
 def scripted(monkeypatch, lines):
     """The model says these ids, row by row, whatever its logits; then eos for ever."""
 
-    def choose(logits, sampling, rows, positions, *seen):
-        scripted_ids = [lines[row][at : at + 1] for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
+    def choose(logits, settings, paths, positions, *seen):
+        choices = settings.choice.tolist()
+        scripted_ids = [lines[row][at : at + 1] for row, at in zip(choices, positions.tolist(), strict=True)]
         return torch.tensor([ids[0] if ids else tokenizer().eos_ids[0] for ids in scripted_ids])
 
-    monkeypatch.setattr(generation, "choose", choose)
+    monkeypatch.setattr(slot_state, "choose", choose)
 
 
 def tokenizer() -> Tokenizer:
@@ -441,7 +470,8 @@ def text_model(tmp_path_factory):
 def say(monkeypatch, model, text, **options):
     lines = {row: tokenizer().encode(text) for row in range(0, 9)}
     scripted(monkeypatch, lines)
-    (answer,) = Generator(model, tokenizer(), Options(**options)).answers([[{"role": "user", "content": "hi"}]])
+    options = Options(Sampling(temperature=1.0), **options)  # so that the step looks up whose token it chooses
+    (answer,) = Generator(model, tokenizer(), options).answers([[{"role": "user", "content": "hi"}]])
     return answer
 
 

@@ -9,6 +9,7 @@ from psysafe.cli import say
 from psysafe.corpus.__main__ import main as corpus
 from psysafe.evaluation.result import Result, Table
 from psysafe.generation.terminal import TextStream
+from psysafe.generation.text import ANSWER, Piece
 from psysafe.printable import counted, escaped, in_markdown, one_line, plain
 from psysafe.program import UserError, main_guard
 from tests.stub_endpoint import Handler, StubEndpoint
@@ -111,14 +112,10 @@ def test_a_model_does_not_steer_the_terminal():
     class Terminal(list):
         isatty, write, flush = (lambda self: True), list.append, lambda self: None
 
-    class Letters:
-        eos_ids, think_end_id = (), -1
-        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
-
     out = Terminal()
-    with TextStream(Letters(), False, out) as stream:
+    with TextStream(out) as stream:
         for character in EVIL:
-            stream(1, ord(character))
+            stream(1, Piece(ANSWER, character))
     assert harmless("".join(out)) and "owned" in "".join(out)
 
 

@@ -40,6 +40,11 @@ SPLITS = {
     r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
 }  # fmt: skip
 
+# How byte-level BPE spells bytes: printable ones of Latin-1 as themselves, the others by letters from U+0100 on.
+PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256))
+BYTE_OF_LETTER = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF_LETTER |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+
 
 class Tokenizer:
     """Byte-level BPE read from a tokenizer.json, with the chat template of Qwen3.5 (4B, 9B, 27B).
@@ -80,6 +85,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, control tokens such as `<|im_end|>` included."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The part of a text, in UTF-8, that one id stands for; a character may be spread over several ids."""
+        token = self._backend.id_to_token(token_id) or ""
+        # A token of the vocabulary is spelt in 256 letters that stand for bytes; an added one may be spelt as it is.
+        values = [BYTE_OF_LETTER.get(letter) for letter in token]
+        return token.encode() if None in values else bytes(values)
 
     def render(
         self,

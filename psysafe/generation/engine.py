@@ -1,13 +1,15 @@
 """Token ids in, token ids out: prompts are prefilled into cache slots, all slots decode together, and a slot whose
 sequence ends takes the next prompt of the queue (continuous batching, as in Orca, OSDI 2022).
 
-A decode step has fixed shapes and never waits for the device: sampling, stops and the think budget are decided there,
-and on a GPU the host reads the tokens one step late. With Triton the step is one CUDA graph there.
+Requests come and go while the engine runs: `submit`, `advance` (one forward pass), `cancel`. A decode step has fixed
+shapes and never waits for the device: sampling, stops and the think budget are decided there, and on a GPU the host
+reads the tokens one step late. With Triton the step is one CUDA graph there, one for each kind of step.
 """
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,246 +17,298 @@ from torch import Tensor
 
 import kernels
 from kernels import Documents
-from psysafe.cli import setting
-from psysafe.generation.cuda_graph import captured
-from psysafe.generation.sampling import Sampling, choose
-from psysafe.model.cache import Cache
+from psysafe.generation.cuda_graph import captured, warm_up
+from psysafe.generation.request import Event, Options, Request
+from psysafe.generation.sampling import MAX_LOGPROBS, log_probabilities
+from psysafe.generation.slot_state import LENGTH, STOP, SlotState, StepKind
+from psysafe.model.cache import Cache, CacheView, StepView
 from psysafe.model.decoder import Qwen3_5
 from psysafe.program import UserError
 
-RUNNING, LENGTH, STOP = range(3)  # STOP wins over LENGTH
-
-OnToken = Callable[[int, int], None]  # (row, token id)
+REASONS = {STOP: "stop", LENGTH: "length"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to generate and in how much memory; the defaults are those of `generate.py`."""
-
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = setting(2048, "Tokens of an answer, its reasoning included.")
-    max_think_tokens: int = setting(0, "Reasoning longer than this is closed, and the answer begins; 0 for no limit.")
-    thinking: bool = setting(True, "Let the model reason before it answers, as it has learnt to.")
-    batch_size: int = setting(0, "Sequences decoded together; 0 for what fits in memory, up to 64 (CPU: 8).")
-    context: int = setting(0, "Tokens of prompt and answer together, at most; 0 for what is needed.")
-    prefill_tokens: int = setting(4096, "Most prompt tokens in one forward pass; longer prompts are read in pieces.")
-    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it; its reasoning may hold them
-
-    def __post_init__(self):
-        if not all(self.stop):
-            raise UserError("stop is empty; expected a text that ends the answer")
-        for name in ("max_new_tokens", "max_think_tokens", "batch_size", "context", "prefill_tokens"):
-            minimum = 1 if name in ("max_new_tokens", "prefill_tokens") else 0
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {minimum}")
-
-    def fingerprint_fields(self) -> dict:
-        """What answers depend on, flat: how many are computed together is not part of it."""
-        options = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "prefill_tokens")}
-        stop = list(options.pop("stop"))
-        return options | options.pop("sampling") | ({"stop": stop} if stop else {})
-
-
-class Request(NamedTuple):
-    """A prompt to be continued. `row` names its random numbers, `name` it in errors."""
-
-    row: int
-    ids: list[int]
-    name: str = ""
-
-
-@dataclass
+@dataclass(eq=False)
 class Progress:
     """A request in a slot, and what the host knows of it so far."""
 
     request: Request
     slot: int
-    ids: list[int] = field(default_factory=list)
-    finish: int = RUNNING
+    n_read: int = 0  # tokens of the prompt in the cache
+    n_new: int = 0  # tokens of the answer
+    ended: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        return self.n_read == len(self.request.ids)
+
+
+class Choice(NamedTuple):
+    """What a forward pass chose, on the device: tokens and ends (2, n) int64, from logits (n, V)."""
+
+    report: Tensor
+    logits: Tensor
 
 
 class Engine:
-    """Continuous batching over a fixed number of slots, from token ids to token ids.
-
-    The state of every slot stands in tensors on the device, so that a step reads and writes it without the host.
-    """
+    """Continuous batching over a fixed number of slots, from token ids to token ids. All calls come from one thread."""
 
     def __init__(
         self,
         model: Qwen3_5,
-        options: Options,
         slots: int,
         max_tokens: int,
         eos_ids: Sequence[int],
         closing: Sequence[int] = (),
         think_end_id: int = -1,
+        prefill_tokens: int = Options.prefill_tokens,
+        deterministic: bool = False,
     ):
-        """max_tokens: of prompt and answer together. closing: the ids that end the think block once its budget is
-        used up, `</think>` with what stands around it."""
-        self.model, self.options, self.think_end_id = model, options, think_end_id
+        """max_tokens: of prompt and answer together. closing: the ids that end a think block by force, `</think>` with
+        what stands around it. deterministic: every prompt is read alone, and attention spans the whole cache, so that
+        an answer has the same bits alone and in a crowd."""
+        self.model, self.slots, self.max_tokens = model, slots, max_tokens
+        self.prefill_tokens, self.deterministic = prefill_tokens, deterministic
         self.device = device = model.embed_tokens.device
-        vocab_size = model.config.vocab_size
-        self.cache = Cache(model.config, slots, max_tokens, device, model.embed_tokens.dtype)
+        vocab_size, dtype = model.config.vocab_size, model.embed_tokens.dtype
+        self.cache = Cache(model.config, slots, max_tokens, device, dtype)
         self.documents = Documents(torch.arange(slots + 1, dtype=torch.int32), device)  # one token a slot
-        self.finish_of_token = torch.zeros(vocab_size, dtype=torch.int64, device=device)  # STOP at the eos ids
-        # Checkpoints with a cut vocabulary list the end tokens of the full one.
-        self.finish_of_token[self._tensor([token for token in eos_ids if token < vocab_size])] = STOP
-        self.closing = torch.tensor(closing, dtype=torch.int64, device=device)
+        self.state = SlotState(slots, vocab_size, eos_ids, closing, think_end_id, device, dtype)
 
-        def per_slot(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(slots, *shape, dtype=dtype, device=device)
-
-        self.token = per_slot()  # the last token: what the next step reads
-        self.row = per_slot()  # names the random numbers
-        self.n_new = per_slot()  # tokens generated so far
-        self.max_new = per_slot()  # the length at which the answer is cut
-        self.n_closing = per_slot()  # how many tokens of the forced `</think>` text have been emitted
-        self.live = per_slot(dtype=torch.bool)  # its sequence goes on
-        self.thinking = per_slot(dtype=torch.bool)  # its think block is open
-        self.prompted = self.written = None  # which tokens prompt and answer hold (slots, V); for penalties only
-        if options.sampling.penalises:
-            self.prompted = per_slot(vocab_size, dtype=torch.bool)
-            self.written = per_slot(vocab_size, dtype=torch.bool)
-
+        self.queue: deque[Request] = deque()
+        self.rows: set[int] = set()  # of all requests that are here
+        self.seats: list[Progress | None] = [None] * slots
+        self.reading: list[Progress] = []  # whose prompts are being read, by one forward pass or piece by piece
+        self.unread_states: list[Tensor] = []  # of a prompt that is read in pieces
+        self.n_alone = 0  # so many prompts are read alone, because together their pass failed
+        self.decodes_next = False  # a prompt was read last: now the others have their turn
+        self.kind: StepKind | None = None  # of decode steps; None: others are in them now
         self.lag = 1 if device.type == "cuda" else 0  # steps between a token's launch and its reading
-        self.graph: Callable[[], Tensor] | None = None  # a decode step
-        if device.type == "cuda" and kernels.runs_triton(model.norm):
-            # Captured now, while no slot is live and its trial runs do no harm. Its shapes are fixed, so it gets the
-            # whole cache; Triton's attention reads only the keys that a sequence has.
-            self.graph = captured(lambda: self._step(max_tokens))
+        self.launched: deque[Report | None] = deque()
+
+        self.graphs: dict[StepKind, Callable[[], Choice]] = {}  # decode steps
+        self.uses_graphs = device.type == "cuda" and kernels.runs_triton(model.norm)
+        if self.uses_graphs:
+            self.graph_pool = torch.cuda.graph_pool_handle()
+            # Now, while no slot is live and trial runs do no harm.
+            with torch.inference_mode():
+                warm_up(lambda: self._step(StepKind(), max_tokens))
+
+    @property
+    def active(self) -> int:
+        """Requests in slots."""
+        return sum(progress is not None for progress in self.seats)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self.queue)
+
+    def submit(self, request: Request) -> None:
+        """Puts a request into the queue. Raises UserError for one that no slot can take."""
+        assert request.row not in self.rows, f"row {request.row} is here already"
+        if not 0 < len(request.ids) < self.max_tokens:
+            room = f"prompt and answer together have room for {self.max_tokens:,}"
+            raise UserError(f"{request.where}: {len(request.ids):,} tokens, but {room}, and each has one at least")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+            raise UserError(f"{request.where}: {request.logprobs} logprobs, expected 0 to {MAX_LOGPROBS}")
+        if request.adapter is not None:
+            raise UserError(f"{request.where}: no adapter {request.adapter:.60} here; expected none")
+        self.queue.append(request)
+        self.rows.add(request.row)
 
     @torch.inference_mode()
-    def run(
-        self,
-        requests: Sequence[Request],
-        on_token: OnToken | None = None,
-        is_complete: Callable[[Progress], bool] | None = None,
-    ) -> Iterator[Progress]:
-        """Yields every request as it ends. Prompts must be shorter than the cache's max_tokens.
+    def advance(self) -> list[Event]:
+        """One forward pass: a piece of prompts, or one more token for every slot, in turn while there is work of both.
 
-        is_complete: asked after every token whether the sequence ends here, for what only the host can see.
+        Returns what became known: at most one event a row. On a GPU it is what the pass before this one chose.
         """
-        assert all(0 < len(request.ids) < self.cache.max_tokens for request in requests)
-        self.live.zero_()  # an earlier run may have been left in the middle
-        queue = deque(requests)
-        active: list[Progress | None] = [None] * self.cache.slots
-        launched: deque[tuple[Report, list[Progress | None]]] = deque()
-        while queue or any(active):
-            free = [slot for slot, progress in enumerate(active) if progress is None]
-            if queue and free:
-                admitted = self._next(queue, free)
-                for progress in admitted:
-                    active[progress.slot] = progress
-                launched.append((Report(self._prefill(admitted)), admitted))
-            else:
-                longest = max(len(p.request.ids) + len(p.ids) for p in active if p is not None)
-                # The host knows lengths `lag` steps late; a sequence may have grown since.
-                launched.append((Report(self.step(longest + self.lag)), list(active)))
-            while len(launched) > self.lag:
-                report, progresses = launched.popleft()
-                for progress, token, finish in zip(progresses, *report.read(), strict=True):
-                    if progress is None or progress.finish:  # a step launched before its end was known
-                        continue
-                    progress.ids.append(token)
-                    if not finish and is_complete is not None and is_complete(progress):
-                        finish = STOP
-                        self.live[progress.slot] = False
-                    progress.finish = finish
-                    if on_token is not None:
-                        on_token(progress.request.row, token)
-                    if finish:
-                        active[progress.slot] = None
-                        yield progress
+        if not self.rows:
+            self.launched.clear()  # of rows that have ended
+            return []
+        if not self.reading:
+            self.admit()
+        decoding = any(progress is not None and progress.is_read for progress in self.seats)
+        failures = []
+        if self.reading and not (self.decodes_next and decoding):
+            failures = self._launch_prefill()
+        else:
+            self._launch_step()
+        return failures + (self._events(self.launched.popleft()) if len(self.launched) > self.lag else [])
 
-    def _next(self, queue: deque[Request], free: list[int]) -> list[Progress]:
-        """The prompts of the next forward pass: as many as there are slots and prefill_tokens for, at least one."""
-        admitted, n_tokens = [], 0
-        while queue and len(admitted) < len(free):
-            n_tokens += len(queue[0].ids)
-            if admitted and n_tokens > self.options.prefill_tokens:
+    @torch.inference_mode()
+    def cancel(self, row: int) -> None:
+        """Ends a request, wherever it is; no event of it follows. A row that is not here is no mistake."""
+        if row not in self.rows:
+            return
+        for progress in self.seats:
+            if progress is not None and progress.request.row == row:
+                self._leave(progress)
+                self.state.live[progress.slot] = False
+                return
+        self.rows.remove(row)
+        self.queue = deque(request for request in self.queue if request.row != row)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Submits requests and advances until all have ended. What a caller leaves in the middle is cancelled."""
+        requests = list(requests)
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.rows:
+                yield from self.advance()
+        finally:
+            for request in requests:
+                self.cancel(request.row)
+
+    def admit(self) -> list[Progress]:
+        """Gives slots to the prompts of the next forward pass: as many as there are slots and prefill_tokens for, at
+        least one."""
+        free, n_tokens = [slot for slot, progress in enumerate(self.seats) if progress is None], 0
+        for slot in free[: len(self.queue)]:
+            n_tokens += len(self.queue[0].ids)
+            if self.reading and (n_tokens > self.prefill_tokens or self.deterministic or self.n_alone):
                 break
-            admitted.append(Progress(queue.popleft(), free[len(admitted)]))
-        return admitted
+            progress = self.seats[slot] = Progress(self.queue.popleft(), slot)
+            self.reading.append(progress)
+        return self.reading
 
-    def _prefill(self, admitted: list[Progress]) -> Tensor:
-        """Reads prompts into their slots; the report (2, n) of their first tokens."""
-        slots, prompts = [p.slot for p in admitted], [p.request.ids for p in admitted]
-        self.cache.reset(slots)
-        at, max_piece = self._tensor(slots), self.options.prefill_tokens
-        self.row[at] = self._tensor([p.request.row for p in admitted])
-        self.max_new[at] = self._tensor(
-            [min(self.options.max_new_tokens, self.cache.max_tokens - len(ids)) for ids in prompts]
-        )
-        self.n_new[at] = 0
-        self.n_closing[at] = len(self.closing)  # as if all were emitted: nothing is forced until the budget is used up
-        self.live[at] = True
-        self.thinking[at] = self.options.thinking
-        if self.prompted is not None:
-            self.prompted[at], self.written[at] = False, False
-            for slot, ids in zip(slots, prompts, strict=True):
-                self.prompted[slot, self._tensor(ids)] = True
-        while len(prompts[0]) > max_piece:  # then it is alone: `_next` admits nothing beside it
-            self._read([prompts[0][:max_piece]], slots)
-            prompts = [prompts[0][max_piece:]]
-        return self._emit(self.model.logits(self._read(prompts, slots)), at)
+    def _launch_prefill(self) -> list[Event]:
+        """Reads the next piece of `reading`. If that fails, the event of the request that could not be read."""
+        progresses = list(self.reading)
+        try:
+            choice = self.prefill(progresses)
+        except Exception as error:  # goes to whom it concerns; most likely memory was not enough
+            return self._fail(progresses, error)
+        self.decodes_next = True
+        self.launched.append(None if choice is None else Report(choice, progresses))
+        if choice is not None:
+            self.reading = []
+            self.n_alone = max(0, self.n_alone - 1)
+        return []
+
+    def _fail(self, progresses: list[Progress], error: Exception) -> list[Event]:
+        """Of several prompts, each is read again alone: only the one that fails then has failed."""
+        for progress in progresses:
+            self._leave(progress)
+            self.state.live[progress.slot] = False
+        if len(progresses) == 1:
+            self.n_alone = max(0, self.n_alone - 1)
+            return [Event(progresses[0].request.row, None, "error", error=error)]
+        for request in reversed([progress.request for progress in progresses]):
+            self.queue.appendleft(request)
+            self.rows.add(request.row)
+        self.n_alone = len(progresses)
+        return []
+
+    def prefill(self, progresses: list[Progress]) -> Choice | None:
+        """Reads prompts, or the next piece of a long one, into their slots; the first tokens, once all is read."""
+        slots, requests = [p.slot for p in progresses], [p.request for p in progresses]
+        if progresses[0].n_read == 0:
+            self.cache.reset(slots)
+            self.state.seat(slots, requests, self.max_tokens)
+        else:
+            self.cache.set_states(slots[0], self.unread_states)
+        pieces = [p.request.ids[p.n_read : p.n_read + self.prefill_tokens] for p in progresses]
+        hidden = self._read(pieces, slots)
+        for progress, piece in zip(progresses, pieces, strict=True):
+            progress.n_read += len(piece)
+        if not progresses[0].is_read:  # then it is alone: `admit` admits nothing beside it
+            # Decode steps write into the states of all slots.
+            self.unread_states = self.cache.states(slots[0])
+            return None
+        self.unread_states, self.kind = [], None
+        at = torch.tensor(slots, device=self.device)
+        self.state.live[at] = True
+        logits = self.model.logits(hidden)
+        return Choice(self.state.emit(logits, at, StepKind.of(requests)), logits)
 
     def _read(self, pieces: list[list[int]], slots: list[int]) -> Tensor:
         """Continues the slots by these tokens; hidden states (n, D) of the last ones."""
-        tokens = self._tensor([token for piece in pieces for token in piece])
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=self.device)
         bounds = torch.tensor([0, *map(len, pieces)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         rows = (bounds[1:] - 1).to(self.device, torch.int64)
-        return self.model(tokens, Documents(bounds, self.device), self.cache.at(slots), rows)
+        return self._forward(tokens, Documents(bounds, self.device), self.cache.at(slots), rows)
 
-    def step(self, longest: int) -> Tensor:
-        """One more token for every slot; the report (2, slots). No live sequence may become longer than `longest`."""
-        return self._step(longest) if self.graph is None else self.graph()
+    def _launch_step(self) -> None:
+        progresses = [p if p is not None and p.is_read else None for p in self.seats]
+        longest = max(len(p.request.ids) + p.n_new for p in progresses if p is not None)
+        # The host knows lengths `lag` steps late; a sequence may have grown since.
+        choice = self.step(longest + self.lag)
+        self.decodes_next = False
+        self.launched.append(Report(choice, progresses))
 
-    def _step(self, max_keys: int) -> Tensor:
-        hidden = self.model(self.token, self.documents, self.cache.step(self.live, max_keys))
-        return self._emit(self.model.logits(hidden), slice(None))
+    def step(self, longest: int) -> Choice:
+        """One more token for every slot. No live sequence may become longer than `longest`."""
+        if self.kind is None:
+            self.kind = StepKind.of(p.request for p in self.seats if p is not None and p.is_read)
+        if not self.uses_graphs:
+            return self._step(self.kind, self.max_tokens if self.deterministic else longest)
+        if self.kind not in self.graphs:
+            self.graphs[self.kind] = self._captured(self.kind)
+        return self.graphs[self.kind]()
 
-    def _emit(self, logits: Tensor, at: Tensor | slice) -> Tensor:
-        """Chooses the next token of the slots `at` from logits (n, V) and decides what ends.
+    def _captured(self, kind: StepKind) -> Callable[[], Choice]:
+        """A decode step as a graph, also while slots are live: the model is warm, and a copy warms up the choice."""
+        logits = torch.zeros(self.slots, self.state.vocab_size, dtype=self.model.norm.dtype, device=self.device)
+        trial = copy.deepcopy(self.state)
+        warm_up(lambda: trial.emit(logits, slice(None), kind))
+        # Its shapes are fixed, so it gets the whole cache; Triton's attention reads only the keys that a sequence has.
+        return captured(lambda: self._step(kind, self.max_tokens), self.graph_pool)
 
-        The report (2, n) int64: tokens, and RUNNING, STOP or LENGTH. Slots that are not live report noise.
-        """
-        n_new, live, sampling = self.n_new[at], self.live[at], self.options.sampling
-        seen = () if self.prompted is None else (self.prompted[at], self.written[at])
-        token = choose(logits, sampling, self.row[at], n_new, *seen)
-        if self.options.max_think_tokens:
-            token = self._close_thinking(token, at)
-        n_new = n_new + live
-        # STOP wins over LENGTH: a token that ends the text is no cut, whatever the length.
-        finish = torch.maximum(self.finish_of_token.index_select(0, token), n_new >= self.max_new[at])
-        self.token[at], self.n_new[at], self.live[at] = token, n_new, live & (finish == RUNNING)
-        if seen:
-            self.written[at] = seen[1].scatter(1, token[:, None], True)
-        return torch.stack([token, finish])
+    def _step(self, kind: StepKind, max_keys: int) -> Choice:
+        view = self.cache.step(self.state.live, max_keys)
+        logits = self.model.logits(self._forward(self.state.token, self.documents, view))
+        return Choice(self.state.emit(logits, slice(None), kind), logits)
 
-    def _close_thinking(self, token: Tensor, at: Tensor | slice) -> Tensor:
-        """The chosen tokens (n,), replaced by those of the closing text where the think budget is used up."""
-        thinking, n_closing = self.thinking[at], self.n_closing[at]
-        n_closing = n_closing.masked_fill(thinking & (self.n_new[at] == self.options.max_think_tokens), 0)
-        forced = n_closing < len(self.closing)
-        token = torch.where(forced, self.closing[n_closing.clamp(max=len(self.closing) - 1)], token)
-        self.n_closing[at] = n_closing + forced
-        self.thinking[at] = thinking & (token != self.think_end_id)
-        return token
+    def _forward(
+        self, tokens: Tensor, documents: Documents, view: CacheView | StepView, rows: Tensor | None = None
+    ) -> Tensor:
+        """The one call of the model, for prompts and for decode steps."""
+        return self.model(tokens, documents, view, rows)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _events(self, report: "Report | None") -> list[Event]:
+        events = []
+        for progress, event in report.read() if report is not None else ():
+            progress.n_new += 1
+            if event.finish:
+                self._leave(progress)
+            events.append(event)
+        return events
+
+    def _leave(self, progress: Progress) -> None:
+        progress.ended = True
+        self.seats[progress.slot] = self.kind = None
+        self.rows.remove(progress.request.row)
+        if progress in self.reading:
+            self.reading.remove(progress)
+            self.unread_states = []
 
 
 class Report:
-    """What a step decided, on its way to the host while the next step runs, which writes its own to the same place."""
+    """What a pass chose, on its way to the host while the next one runs, which writes its own to the same place."""
 
-    def __init__(self, report: Tensor):
-        self.values, self.ready = report.to("cpu", non_blocking=True, copy=True), None
-        if report.is_cuda:
+    def __init__(self, choice: Choice, progresses: Sequence[Progress | None]):
+        """progresses: whose choice it is, in its order; None for a slot whose token means nothing."""
+        self.progresses, tensors = progresses, [choice.report]
+        if any(p is not None and p.request.logprobs is not None for p in progresses):
+            tensors += log_probabilities(choice.logits, choice.report[0])
+        self.values, self.ready = [x.to("cpu", non_blocking=True, copy=True) for x in tensors], None
+        if choice.report.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
-    def read(self) -> list[list[int]]:
+    def read(self) -> Iterator[tuple[Progress, Event]]:
+        """An event for each request that has not ended meanwhile: the pass was launched before that was known."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.values.tolist()
+        (tokens, finishes), *logprobs = (x.tolist() for x in self.values)
+        for i, progress in enumerate(self.progresses):
+            if progress is None or progress.ended:
+                continue
+            event = Event(progress.request.row, tokens[i], REASONS.get(finishes[i], ""))
+            if (count := progress.request.logprobs) is not None:
+                logprob, top, ids = (rows[i] for rows in logprobs)
+                pairs = list(zip(ids, top, strict=True))[:count]
+                event = event._replace(logprob=logprob, top_logprobs=pairs)
+            yield progress, event

@@ -6,15 +6,17 @@ for answer in generator.answers([[{"role": "user", "content": "..."}], ...]):
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psysafe.data.tokenizer import THINK_END, Message, Tokenizer
-from psysafe.generation.engine import LENGTH, STOP, Engine, OnToken, Options, Progress, Request
+from psysafe.generation.engine import Engine
+from psysafe.generation.request import Event, Options, Request
 from psysafe.generation.slots import MAX_SLOTS, choose_slots
+from psysafe.generation.text import ANSWER, CLOSE, REASONING, Piece, TextSplitter
 from psysafe.model.decoder import Qwen3_5
 from psysafe.program import UserError
 
-REASONS = {STOP: "stop", LENGTH: "length"}
+OnPiece = Callable[[int, Piece], None]  # (row, what is certain of its text)
 TYPED_TOKENS = "control tokens such as <|im_end|>, which are taken for text"  # said of prompts that hold some
 CLOSING = f"\n{THINK_END}\n\n"  # what the template puts between reasoning and answer
 
@@ -58,22 +60,39 @@ class Generator:
         self,
         conversations: Sequence[Sequence[Message]],
         rows: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
+        on_piece: OnPiece | None = None,
         tools: Sequence[object] | None = None,
     ) -> Iterator[Answer]:
         """Answers in the order in which they are finished. A row's number (default: 1, 2, ...) names its random
-        numbers. on_token(row, id) sees every token as soon as it is known. tools: what may be called in each
+        numbers. on_piece(row, piece) sees an answer's text as soon as it is known. tools: what may be called in each
         conversation, None in those without."""
         rows = range(1, len(conversations) + 1) if rows is None else rows
         asked = zip(rows, conversations, tools or [None] * len(conversations), strict=True)
-        return self.complete([Request(row, self.encode(messages, called)) for row, messages, called in asked], on_token)
+        return self.complete([Request(row, self.encode(messages, called)) for row, messages, called in asked], on_piece)
 
-    def complete(self, requests: Sequence[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
-        """As `answers`, for prompts that are token ids already. Raises UserError for one that no slot can hold."""
-        if requests:
-            self._prepare(requests)
-            for progress in self.engine.run(requests, on_token, self._holds_stop if self.options.stop else None):
-                yield self._answer(progress)
+    def complete(self, requests: Sequence[Request], on_piece: OnPiece | None = None) -> Iterator[Answer]:
+        """As `answers`, for prompts that are token ids already; how they are answered say the options of all.
+
+        Raises UserError for a prompt that no slot can hold.
+        """
+        if not requests:
+            return
+        self._prepare(requests)
+        requests = [replace(request, options=self.options) for request in requests]
+        drafts = {request.row: Draft(request, self._splitter()) for request in requests}
+        for event in self.engine.run(requests):
+            if event.error is not None:
+                raise event.error
+            draft = drafts[event.row]
+            for piece in draft.add(event):
+                if on_piece is not None:
+                    on_piece(event.row, piece)
+            if draft.finish_reason:
+                self.engine.cancel(event.row)  # the engine knows nothing of stop texts
+                yield drafts.pop(event.row).answer()
+
+    def _splitter(self) -> TextSplitter:
+        return TextSplitter(self.tokenizer, self.options.thinking, self.options.stop)
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """An engine for these requests: the one that is there if it is large enough, else a new one."""
@@ -97,37 +116,51 @@ class Generator:
         slots = choose_slots(self.model, limit, wanted, exactly=options.batch_size > 0)
         tokenizer = self.tokenizer
         closing = tokenizer.encode(CLOSING)
-        self.engine = Engine(self.model, options, slots, limit, tokenizer.eos_ids, closing, tokenizer.think_end_id)
+        self.engine = Engine(
+            self.model,
+            slots,
+            limit,
+            tokenizer.eos_ids,
+            closing,
+            tokenizer.think_end_id,
+            options.prefill_tokens,
+            options.deterministic,
+        )
         if self.say is not None:
             slot_mb = self.engine.cache.bytes_per_slot / 1e6
             total_mb = slots * slot_mb
             self.say(f"memory for {slots} x {limit:,} tokens: {slot_mb:,.1f} MB each, {total_mb:,.1f} MB in all")
 
-    def _holds_stop(self, progress: Progress) -> bool:
-        """Whether the answer, without its reasoning, ends in a token that completes a stop text."""
-        ids = progress.ids
-        if self.options.thinking:
-            if self.tokenizer.think_end_id not in ids:
-                return False
-            ids = ids[ids.index(self.tokenizer.think_end_id) + 1 :]
-        # A token has one byte or more: a stop text that its last token completes began at most so many tokens ago.
-        window = max(len(stop.encode()) for stop in self.options.stop)
-        tail = self.tokenizer.decode(ids[-window:])
-        return any(stop in tail for stop in self.options.stop)
 
-    def _answer(self, progress: Progress) -> Answer:
-        is_ended = progress.finish == STOP and progress.ids[-1] in self.tokenizer.eos_ids
-        text = self.tokenizer.decode(progress.ids[:-1] if is_ended else progress.ids)
-        reasoning, end, answer = text.partition(THINK_END) if self.options.thinking else ("", "", text)
-        for stop in self.options.stop:
-            answer = answer.partition(stop)[0]
+class Draft:
+    """An answer while it is written."""
+
+    def __init__(self, request: Request, splitter: TextSplitter):
+        self.request, self.splitter = request, splitter
+        self.pieces: list[Piece] = []
+        self.n_tokens, self.finish_reason = 0, ""
+
+    def add(self, event: Event) -> list[Piece]:
+        """The pieces that the next token makes certain; all that is left once the answer has ended."""
+        pieces = self.splitter.push(event.token)
+        self.n_tokens += 1
+        self.finish_reason = "stop" if self.splitter.stopped else event.finish
+        if self.finish_reason:
+            pieces += self.splitter.finish()
+        self.pieces += pieces
+        return pieces
+
+    def answer(self) -> Answer:
+        reasoning, end, answer = (
+            "".join(piece.text for piece in self.pieces if piece.kind == kind) for kind in (REASONING, CLOSE, ANSWER)
+        )
         return Answer(
-            row=progress.request.row,
+            row=self.request.row,
             response=reasoning + end + answer,
             reasoning=reasoning.strip(),
             answer=answer.rpartition(THINK_END)[2].strip(),
-            finish_reason=REASONS[progress.finish],
-            prompt_tokens=len(progress.request.ids),
-            new_tokens=len(progress.ids),
-            unfinished_thinking=self.options.thinking and not end,
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.request.ids),
+            new_tokens=self.n_tokens,
+            unfinished_thinking=self.splitter.thinking,
         )

@@ -6,12 +6,18 @@ draw of a row is the same whatever the batch, the slot, the order of the queue o
 and a running sum over the vocabulary it needs no order of the tokens; and rounding in the logits changes the token only
 where two sums all but tie.
 
+Rows with different settings are chosen together, and each takes a path that its own settings name: greedy, among the
+`WINDOW` likeliest, or among all tokens. So a row's token does not depend on the others, which only decide what paths a
+step has to compute (`Paths`).
+
 Letters: n rows, V vocabulary, k candidates.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +27,8 @@ from psysafe.files import read_json
 from psysafe.program import UserError
 
 MASK = 0xFFFFFFFF
+WINDOW = 64  # top-k up to here finds its candidates without sorting the vocabulary
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Sampling:
     repetition_penalty: float = setting(1.0, "Makes tokens of the prompt and of the answer so far less likely.")
     presence_penalty: float = setting(0.0, "Subtracted from the logits of tokens of the answer so far.")
     seed: int = setting(0, "With the row and the position it fixes every random number.")
+    frequency_penalty: float = setting(0.0, "Subtracted from a token's logit for every time the answer has it.")
 
     def __post_init__(self):
         for name, fits, expected in (
@@ -43,6 +52,7 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
             ("presence_penalty", -math.inf < self.presence_penalty < math.inf, "a number, 0 for none"),
+            ("frequency_penalty", -math.inf < self.frequency_penalty < math.inf, "a number, 0 for none"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
         ):
             if not fits:
@@ -51,7 +61,7 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether it matters which tokens a row has seen."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def recommended(folder: Path) -> dict:
@@ -71,66 +81,134 @@ def recommended(folder: Path) -> dict:
     return settings if config.get("do_sample") else settings | {"temperature": 0.0}
 
 
+class Paths(NamedTuple):
+    """What some row of a step needs beside the likeliest token; a step computes nothing else."""
+
+    window: bool = False  # candidates among the WINDOW likeliest
+    vocabulary: bool = False  # candidates among all tokens
+    ordered: bool = False  # these from the likeliest on: for top-p, and for a top-k beyond the window
+    penalties: bool = False
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Paths":
+        sampled = sampling.temperature > 0
+        window = sampled and 0 < sampling.top_k <= WINDOW
+        vocabulary = sampled and not window
+        return cls(window, vocabulary, vocabulary and (sampling.top_p < 1 or sampling.top_k > 0), sampling.penalises)
+
+    def __or__(self, other: "Paths") -> "Paths":
+        return Paths(*(a or b for a, b in zip(self, other, strict=True)))
+
+
+class SamplingRows:
+    """The settings of n rows: numbers (n, 6), in the dtype that logits are computed in, and integers (n, 3) int64."""
+
+    def __init__(self, numbers: Tensor, integers: Tensor):
+        self.all_numbers, self.all_integers = numbers, integers
+        columns = numbers[..., None].unbind(1)  # each (n, 1)
+        self.temperature, self.top_p, self.log_min_p, self.repetition, self.presence, self.frequency = columns
+        self.seed, self.choice, self.top_k = integers.unbind(1)  # each (n,)
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], choices: Sequence[int], like: "SamplingRows | None" = None):
+        """choices: what names the random numbers of each row beside its seed. like: whose dtype and device to take."""
+        numbers = []
+        for s in samplings:
+            log_min_p = math.log(s.min_p) if s.min_p else -math.inf
+            penalties = s.repetition_penalty, s.presence_penalty, s.frequency_penalty
+            numbers.append((s.temperature, s.top_p, log_min_p, *penalties))
+        integers = [(s.seed, choice, s.top_k) for s, choice in zip(samplings, choices, strict=True)]
+        rows = cls(torch.tensor(numbers, dtype=torch.float64), torch.tensor(integers, dtype=torch.int64))
+        return rows if like is None else cls(rows.all_numbers.to(like.all_numbers), rows.all_integers.to(like.choice))
+
+    def __getitem__(self, at: Tensor | slice) -> "SamplingRows":
+        return SamplingRows(self.all_numbers[at], self.all_integers[at])
+
+    def __setitem__(self, at: Tensor, rows: "SamplingRows") -> None:
+        self.all_numbers[at], self.all_integers[at] = rows.all_numbers, rows.all_integers
+
+
 def choose(
     logits: Tensor,
-    sampling: Sampling,
-    rows: Tensor,
+    settings: SamplingRows,
+    paths: Paths,
     positions: Tensor,
     prompted: Tensor | None = None,
     written: Tensor | None = None,
 ) -> Tensor:
-    """logits (n, V) -> tokens (n,) int64. rows, positions (n,) int64 name the random numbers.
+    """logits (n, V) -> tokens (n,) int64. positions (n,) int64 name the random numbers, with seed and choice.
 
-    prompted, written (n, V) bool: the tokens of the prompt and of the answer so far; needed where sampling penalises.
+    paths: what some row needs. prompted (n, V) bool, written (n, V) int: whether a token stands in the prompt, and how
+    often in the answer so far; needed where some row penalises.
     """
     # Penalties and the division by the temperature would round bf16 logits a second time.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sampling.penalises:
-        logits = penalised(logits, sampling, prompted, written)
+    if paths.penalties:
+        logits = penalised(logits, settings, prompted, written)
     # After the penalties, which also change the most likely token.
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    scores, tokens = candidates(logits, sampling)
-    noise = gumbel(sampling.seed, rows, positions, tokens)
+    token = logits.argmax(-1)
+    if not (paths.window or paths.vocabulary):
+        return token
+    sampled, in_window = settings.temperature[:, 0] > 0, (settings.top_k > 0) & (settings.top_k <= WINDOW)
+    if paths.window:
+        scores, tokens = logits.topk(min(WINDOW, logits.shape[1]))
+        drawn = draw(filtered(scores, settings, ordered=True), tokens, settings, positions)
+        token = torch.where(sampled & in_window, drawn, token)
+    if paths.vocabulary:
+        tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+        scores, tokens = logits.sort(descending=True) if paths.ordered else (logits, tokens)
+        drawn = draw(filtered(scores, settings, paths.ordered), tokens, settings, positions)
+        token = torch.where(sampled & ~in_window, drawn, token)
+    return token
+
+
+def penalised(logits: Tensor, settings: SamplingRows, prompted: Tensor, written: Tensor) -> Tensor:
+    """Repetition penalty of CTRL (arXiv 1909.05858) over prompt and answer; presence and frequency penalty over the
+    answer alone: once for a token that it has, and once for every time."""
+    # A negative logit is multiplied: divided, it would make the token more likely.
+    repeated = torch.where(logits < 0, logits * settings.repetition, logits / settings.repetition)
+    logits = torch.where(prompted | (written > 0), repeated, logits)
+    return logits - settings.presence * (written > 0) - settings.frequency * written
+
+
+def filtered(scores: Tensor, settings: SamplingRows, ordered: bool) -> Tensor:
+    """Logits of candidates (n, k) -> scores (n, k), -inf where filtered. Filters in the order of transformers' warpers:
+    temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
+
+    ordered: the candidates are the likeliest, likeliest first; otherwise top-k and top-p are left out.
+    """
+    scores = scores / settings.temperature
+    keep = scores >= scores.amax(-1, keepdim=True) + settings.log_min_p
+    if ordered:
+        top_k, rank = settings.top_k[:, None], torch.arange(scores.shape[1], device=scores.device)
+        scores = scores.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
+        p = scores.softmax(-1)
+        # A token stays while those before it have not reached top_p; their sum may round to 1 too early.
+        keep &= (p.cumsum(-1) - p < settings.top_p) | (settings.top_p >= 1)
+    return scores.masked_fill(~keep, -math.inf)
+
+
+def draw(scores: Tensor, tokens: Tensor, settings: SamplingRows, positions: Tensor) -> Tensor:
+    """scores (n, k) of tokens (n, k) -> one token a row (n,), with probability softmax(scores)."""
+    noise = gumbel(settings.seed, settings.choice, positions, tokens)
     return tokens.gather(1, (scores + noise).argmax(-1, keepdim=True)).squeeze(1)
 
 
-def penalised(logits: Tensor, sampling: Sampling, prompted: Tensor, written: Tensor) -> Tensor:
-    """Repetition penalty of CTRL (arXiv 1909.05858) over prompt and answer, presence penalty over the answer alone."""
-    penalty = sampling.repetition_penalty
-    # A negative logit is multiplied: divided, it would make the token more likely.
-    repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(prompted | written, repeated, logits) - sampling.presence_penalty * written
+def log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (n, V), tokens (n,) -> ln p of these tokens (n,), and (n, k) of the likeliest MAX_LOGPROBS with their ids.
+    Of the model alone: before penalties, temperature and filters."""
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    top, ids = logp.topk(min(MAX_LOGPROBS, logits.shape[1]))
+    return logp.gather(1, tokens[:, None]).squeeze(1), top, ids
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """logits (n, V) -> scores (n, k), -inf where filtered, and their tokens (n, k). Filters in the order of
-    transformers' warpers: temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082)."""
-    vocab = logits.shape[1]
-    if 0 < sampling.top_k < vocab:
-        scores, tokens = logits.topk(sampling.top_k)
-    elif sampling.top_p < 1:
-        scores, tokens = logits.sort(descending=True)
-    else:
-        scores, tokens = logits, torch.arange(vocab, device=logits.device).expand_as(logits)
-    # After top-k, which no division changes, so that it divides k numbers instead of V.
-    scores = scores / sampling.temperature
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    if sampling.top_p < 1:  # scores are sorted: a token stays while those before it have not reached top_p
-        p = scores.softmax(-1)
-        keep = p.cumsum(-1) - p < sampling.top_p
-    if sampling.min_p > 0:
-        keep &= scores >= scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
-    return scores.masked_fill(~keep, -math.inf), tokens
-
-
-def gumbel(seed: int, rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Gumbel(0, 1) numbers (n, k) fp32, a function of seed, rows (n,), positions (n,) and tokens (n, k) alone."""
+def gumbel(seeds: Tensor, choices: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel(0, 1) numbers (n, k) fp32, a function of seeds, choices and positions (n,) and tokens (n, k) alone."""
     # Two 32-bit keys a row and position: with one, 65,536 draws would suffice for two of them to share their noise.
     keys = []
     for salt in (0x9E3779B9, 0x7F4A7C15):
-        key = _mix(_mix(torch.full_like(rows, salt ^ (seed & MASK))) ^ (seed >> 32))
-        key = _mix(_mix(key ^ (rows & MASK)) ^ (rows >> 32))
+        key = _mix(_mix((seeds & MASK) ^ salt) ^ (seeds >> 32))
+        key = _mix(_mix(key ^ (choices & MASK)) ^ (choices >> 32))
         keys.append(_mix(key ^ positions)[:, None])
     bits = _mix(_mix(tokens ^ keys[0]) ^ keys[1])
     # All 32 bits: the smallest of V numbers decides, and fp32 is fine near 0. Above 1 - 2^-24 it would round to 1.

@@ -1,12 +1,13 @@
 """A conversation at a terminal: a notice first, then text as it is generated, with the reasoning dimmed."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TextIO
 
-from psysafe.data.tokenizer import THINK_END, Message, Tokenizer
+from psysafe.data.tokenizer import Message
 from psysafe.files import clusters
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
+from psysafe.generation.text import CLOSE, REASONING, Piece
 from psysafe.printable import plain
 
 COMMANDS = "/new begins anew, /exit ends"
@@ -17,8 +18,7 @@ def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
     """Writes the answer to stdout while it is generated, and returns it."""
     if generator.tokenizer.has_typed_tokens(messages[-1:]):
         print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
-    options = generator.options
-    with TextStream(generator.tokenizer, options.thinking, sys.stdout, options.stop) as stream:
+    with TextStream(sys.stdout) as stream:
         (answer,) = generator.answers([messages], [row], stream)
     if answer.finish_reason == "length":
         print(f"(cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
@@ -51,7 +51,6 @@ def chat(generator: Generator, system: str | None) -> None:
             messages.pop()
             continue
         except KeyboardInterrupt:
-            # The engine clears what it left in its slots when the next answer begins.
             print("stopped; the conversation goes on without this question", file=sys.stderr)
             messages.pop()
             continue
@@ -72,60 +71,34 @@ def notice() -> str:
 
 
 class TextStream:
-    """Writes tokens as text, in whole characters only. On a terminal the reasoning is dimmed; elsewhere the text is
-    what the model wrote, `</think>` included. An answer is written up to the first of the `stop` texts."""
+    """Writes the text of one answer piece by piece. On a terminal the reasoning is dimmed; elsewhere the text is what
+    the model wrote, `</think>` included."""
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool, out: TextIO, stop: Sequence[str] = ()):
-        self.tokenizer, self.out, self.stop, self.pending = tokenizer, out, stop, []
-        self.terminal, self.begun, self.thinking = out.isatty(), False, thinking
-        self.held, self.stopped = "", False  # what may be the beginning of a stop text, and whether one was there
+    def __init__(self, out: TextIO):
+        self.out, self.terminal, self.begun, self.dimmed = out, out.isatty(), False, False
 
     def __enter__(self) -> "TextStream":
         return self
 
-    def __call__(self, row: int, token: int) -> None:
-        if not self.begun:
-            self.out.write(DIM if self.thinking and self.terminal else "")
-            self.begun = True
-        if token in self.tokenizer.eos_ids:
-            return
-        if token == self.tokenizer.think_end_id and self.thinking:
-            self._flush()
-            self.out.write(PLAIN if self.terminal else THINK_END)
-            self.thinking = False
-            return
-        self.pending.append(token)
-        # A character may be cut between tokens; its first bytes alone decode to U+FFFD. After 16 tokens it is written
-        # as it is: a model may really write U+FFFD, and then no later token would complete it.
-        if len(self.pending) >= 16 or not self.tokenizer.decode(self.pending).endswith("\ufffd"):
-            self._flush()
-
-    def __exit__(self, *error) -> None:
-        if self.begun:
-            self._flush()
-            self._write(self.held)
-            self.out.write((PLAIN if self.thinking and self.terminal else "") + "\n")
-            self.out.flush()
-
-    def _flush(self) -> None:
-        text = self.tokenizer.decode(self.pending)
-        self._write(text if self.thinking else self._before_stop(self.held + text))
-        self.pending.clear()
-
-    def _write(self, text: str) -> None:
-        self.out.write(plain(text) if self.terminal else text)  # a model may write any text
+    def __call__(self, row: int, piece: Piece) -> None:
+        self.begun = True
+        if self.terminal:
+            self._dim(piece.kind == REASONING)
+        if not (self.terminal and piece.kind == CLOSE):
+            # A model may write any text, also one that steers a terminal.
+            self.out.write(plain(piece.text) if self.terminal else piece.text)
         self.out.flush()
 
-    def _before_stop(self, text: str) -> str:
-        """What of a text can be written: nothing after a stop text, and no end that may become one (`held`)."""
-        first = min((text.index(stop) for stop in self.stop if stop in text), default=None)
-        beginnings = [stop[:n] for stop in self.stop for n in range(1, len(stop))]
-        n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-        if self.stopped or first is not None:
-            text, n_held = "" if self.stopped else text[:first], 0
-            self.stopped = True
-        self.held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+    def __exit__(self, error_type: type | None, *error) -> None:
+        self._dim(False)
+        if self.begun or error_type is None:
+            self.out.write("\n")
+        self.out.flush()
+
+    def _dim(self, dimmed: bool) -> None:
+        if dimmed != self.dimmed:
+            self.out.write(DIM if dimmed else PLAIN)
+        self.dimmed = dimmed
 
 
 def _typed() -> Iterator[str]:

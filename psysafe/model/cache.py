@@ -52,6 +52,23 @@ class Cache:
         for slot in slots:
             self.host_lengths[slot] = 0
 
+    def states(self, slot: int) -> list[Tensor]:
+        """Copies of what decode steps overwrite of a slot that is not live: the delta-net layers' tails and states."""
+        return [x[slot].clone() for x in self._recurrent()]
+
+    def set_states(self, slot: int, states: list[Tensor]) -> None:
+        for x, state in zip(self._recurrent(), states, strict=True):
+            x[slot] = state
+
+    def _recurrent(self) -> list[Tensor]:
+        """conv and state of every delta-net layer."""
+        return [
+            x
+            for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True)
+            if layer_type != "full_attention"
+            for x in layer
+        ]
+
     def at(self, slots: list[int] | None = None) -> "CacheView":
         """The given slots in this order (None: all), for documents of any length."""
         return CacheView(self, list(range(self.slots)) if slots is None else slots)

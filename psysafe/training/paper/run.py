@@ -10,7 +10,8 @@ import torch
 
 from kernels.paper import H100_MULTIPROCESSORS, on_paper
 from psysafe.data.documents import Dataset, Document
-from psysafe.generation.engine import Engine, Options, Progress, Request
+from psysafe.generation.engine import Engine
+from psysafe.generation.request import Request
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters
 from psysafe.program import UserError
@@ -88,14 +89,14 @@ def host_seconds(run: Run) -> float:
 
 def trace_generation(model: Qwen3_5, prompts: Sequence[int], max_tokens: int) -> dict[str, Trace]:
     """The prefill of prompts of these lengths, and one decode step of as many sequences of max_tokens at most."""
-    options = Options(prefill_tokens=sum(prompts))
     with torch.inference_mode(), record(model):
-        engine = Engine(model, options, len(prompts), max_tokens, eos_ids=[0])
+        engine = Engine(model, len(prompts), max_tokens, eos_ids=[0], prefill_tokens=sum(prompts))
     memory = [x for layer in engine.cache.layers for x in layer]
-    admitted = [Progress(Request(i, [0] * n), i) for i, n in enumerate(prompts)]
+    for row, n in enumerate(prompts):
+        engine.submit(Request(row, [0] * n))
     with torch.inference_mode():
         with record(model, *memory) as prefill:
-            engine._prefill(admitted)
+            engine.prefill(engine.admit())
         with record(model, *memory) as decode:
             engine.step(max_tokens)
     return {"prefill": prefill, "decode": decode}
