@@ -26,9 +26,9 @@ from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.generation.answer_file import AnswerFile, answer_rows
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
 from psysafe.generation.ranks import Ranks
+from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling, recommended
 from psysafe.generation.terminal import COMMANDS, ask, chat, compare
 from psysafe.model.lora import merge_adapters
@@ -139,8 +139,8 @@ def read_stdin() -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     epilog = """Equal settings and seeds give equal answers. In float32 that holds for every batch size; in bfloat16
-another one rounds differently and may take another word, and so may other rows beside it without --deterministic. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
-for thinking: --sampling model."""
+another one rounds differently and may take another word. So may other rows beside it, which --deterministic keeps
+apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: --sampling model."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument

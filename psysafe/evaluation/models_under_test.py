@@ -20,10 +20,9 @@ from psysafe.data.rows import CLUSTER, Row, prompt_messages, read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.data.tool_calls import read_calls, written_calls
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.ranks import Ranks
-from psysafe.generation.request import Request
+from psysafe.generation.request import Options, Request
 from psysafe.generation.sampling import Sampling
 from psysafe.hub import is_repository
 from psysafe.journal import NOT_SHARED, Journal, key_of

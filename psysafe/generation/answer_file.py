@@ -14,9 +14,9 @@ from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
 from psysafe.data.rows import Row, prompt_messages
 from psysafe.files import write_atomic
-from psysafe.generation.engine import Request
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.ranks import Ranks
+from psysafe.generation.request import Request
 from psysafe.journal import NOT_SHARED, REMEDY, AppendFile
 from psysafe.program import UserError
 

@@ -113,8 +113,8 @@ class Generator:
             if len(request.ids) >= limit:
                 remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
                 raise UserError(
-                    f"{request.name or f'prompt {request.row}'}: {len(request.ids):,} tokens, but prompt and answer "
-                    f"together have room for {limit:,}; {remedy}"
+                    f"{request.where}: {len(request.ids):,} tokens, but prompt and answer together have room for "
+                    f"{limit:,}; {remedy}"
                 )
         wanted = min(len(requests), options.batch_size or MAX_SLOTS[self.model.embed_tokens.device.type])
         cache = self.engine and self.engine.cache

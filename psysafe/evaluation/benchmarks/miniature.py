@@ -11,7 +11,7 @@ from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question,
 from psysafe.evaluation.overlap import overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
 from psysafe.evaluation.word_list_judge import Parts, Verdict
-from psysafe.generation.engine import Options
+from psysafe.generation.request import Options
 from psysafe.program import UserError
 from psysafe.training.config import resolve
 
