@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from psysafe.evaluation import comparison, datasets, judge_models, models_under_test, stored, unfinished
 from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.judge_models import ask_all
-from psysafe.evaluation.models_under_test import BASE, Question
+from psysafe.evaluation.models_under_test import BASE, Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.files import write_atomic
@@ -42,6 +42,10 @@ class Evaluation(abc.ABC):
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         """Flag -> why it has no effect beside the others. eval.py refuses one that is given nevertheless."""
         return {}
+
+    def answers_on_ranks(self, args: argparse.Namespace) -> bool:
+        """Whether several ranks (torchrun) share the questions of such a run. Else it takes one rank."""
+        return False
 
     @abc.abstractmethod
     def run(self, args: argparse.Namespace) -> Result:
@@ -173,6 +177,9 @@ class Benchmark(Evaluation):
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
 
+    def answers_on_ranks(self, args: argparse.Namespace) -> bool:
+        return not stored.given(args)
+
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
         return reasons | stored.without_effect(args)
@@ -245,6 +252,7 @@ class Benchmark(Evaluation):
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
             by_part[part] = model.answers(variants, questions, Path(args.out) / f"answers{suffix_of(part)}")
+        only_rank_0()
         columns = {
             part: {v.name: [by_part[part][v][number] for number in range(1, len(items) + 1)] for v in variants}
             for part, items in rows.parts.items()
