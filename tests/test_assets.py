@@ -376,7 +376,8 @@ def test_the_base_understands_held_out_prompts():
     base = probe_tiny_base.Base(load_model("assets:tiny"), load_tokenizer("assets:tiny"))
     prompts = {g: [row["prompt"] for row in HELD_OUT if row["group"] == g] for g in probe_tiny_base.GROUPS}
     refused = {
-        group: [word_list_judge.refuses(answer) for _, answer in base.answers(texts)] for group, texts in prompts.items()
+        group: [word_list_judge.refuses(answer) for _, answer in base.answers(texts)]
+        for group, texts in prompts.items()
     }
     n_refused = {group: sum(each) for group, each in refused.items()}
     others = [p for g in probe_tiny_base.GROUPS[1:] for p, r in zip(prompts[g], refused[g], strict=True) if r]
