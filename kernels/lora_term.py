@@ -17,11 +17,15 @@ class LoRATerm(NamedTuple):
     u (T, J) is x @ A.T, and B is (F, r). One layer may fuse several projections: then u holds r columns for each of
     them (J = r * projections), and B their B matrices one above the other. The operation that adds the term knows the
     output features of each projection.
+
+    is_mixed: u holds the columns of several adapters, each token's multiplied by its own weights, and by 0 for a token
+    of the base.
     """
 
     u: Tensor
     B: Tensor
     scale: float
+    is_mixed: bool = False
 
 
 class Pending(NamedTuple):
@@ -62,4 +66,7 @@ def add_lora_by_projection(y: Tensor, lora: LoRATerm | None, sizes: tuple[int, .
     if lora is None:
         return parts
     us, Bs = lora.u.to(parts[0].dtype).chunk(len(sizes), dim=1), lora.B.to(parts[0].dtype).split(sizes)
-    return tuple(part + lora.scale * u @ B.T for part, u, B in zip(parts, us, Bs, strict=True))
+    sums = tuple(part + lora.scale * u @ B.T for part, u, B in zip(parts, us, Bs, strict=True))
+    # Tokens of the base have to keep its bits. On a CPU exp rounds column slices, which the base has, and whole tensors
+    # differently.
+    return torch.cat(sums, dim=1).split_with_sizes(sizes, dim=1) if lora.is_mixed else sums

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from psysafe.checkpoint.peft_format import (
 from psysafe.cli import say
 from psysafe.files import as_asset, expand, new_folder, write_atomic
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import Adapters, attach
+from psysafe.model.lora import Adapters, attach, lora_scale, resolve_targets, targeted_layers
+from psysafe.model.mixed_adapters import MixedAdapters, Shape, attach_mixed
 from psysafe.program import UserError
 
 # Key prefixes of the two classes of a multimodal base.
@@ -137,6 +139,34 @@ def _peft_config(adapters: Adapters, base: str, revision: str) -> dict:
 def load_adapter(model: Qwen3_5, source: str | Path) -> Adapters:
     """Attaches an adapter of ours or PEFT's: a folder in either key layout, or a hub id. Raises UserError for what
     cannot be honoured (DoRA, biases, extra trained modules, other shapes, keys that match nothing)."""
+    adapter, rank, alpha, use_rslora, tensors = _read_one_rank_and_scale(source)
+    try:
+        adapters = attach(model, rank, alpha, adapter.targets, use_rslora=use_rslora)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    fill_adapter(adapters.tensors(), tensors, source)
+    return adapters
+
+
+def attach_many(model: Qwen3_5, sources: Mapping[str, str | Path]) -> MixedAdapters:
+    """Attaches several adapters by name, for batches in which each token has one of them, or none. sources: folders or
+    hub ids. Ranks, scales and targets may differ. Raises UserError as `load_adapter`."""
+    shapes, tensors = {}, {}
+    for name, source in sources.items():
+        adapter, rank, alpha, use_rslora, tensors[name] = _read_one_rank_and_scale(source)
+        shapes[name] = Shape(rank, lora_scale(rank, alpha, use_rslora), resolve_targets(adapter.targets))
+        try:
+            targeted_layers(model, shapes[name].targets, rank)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+    mixed = attach_mixed(model, shapes)
+    for name, source in sources.items():
+        fill_adapter(mixed.tensors[name], tensors[name], source)
+    return mixed
+
+
+def _read_one_rank_and_scale(source: str | Path) -> tuple[PeftAdapter, int, float, bool, dict[str, Tensor]]:
+    """(adapter, rank, alpha, use_rslora, tensors); says what of the folder is left out or brought into another form."""
     adapter = read_adapter(source)
     rank, alpha, use_rslora, tensors = adapter.with_one_rank_and_scale()
     if vision := len(adapter.modules) - len(adapter.decoder_modules):
@@ -144,12 +174,7 @@ def load_adapter(model: Qwen3_5, source: str | Path) -> Adapters:
     if len({(len(module.A), adapter.scale(name)) for name, module in adapter.decoder_modules.items()}) > 1:
         # It matters for who trains it further: the step of a B that has taken up a factor is another one.
         say(f"{source}: its ranks or scales differ: brought to rank {rank} and one scale, with the same products")
-    try:
-        adapters = attach(model, rank, alpha, adapter.targets, use_rslora=use_rslora)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    fill_adapter(adapters, tensors, source)
-    return adapters
+    return adapter, rank, alpha, use_rslora, tensors
 
 
 def adapter_shape(source: str | Path) -> tuple[int, float, list[str]]:
@@ -194,9 +219,8 @@ def _place(model: str) -> str:
     return path if os.path.exists(path) else model
 
 
-def fill_adapter(adapters: Adapters, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copies tensors by name into attached adapters. One UserError lists everything that does not fit."""
-    views = adapters.tensors()
+def fill_adapter(views: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Copies tensors by name into those of attached adapters. One UserError lists everything that does not fit."""
     if not views.keys() & tensors.keys():
         raise UserError(f"{source}: none of its {len(tensors)} tensors belongs to this model; is it another model's?")
     faults = [f"missing {name}" for name in views.keys() - tensors.keys()]

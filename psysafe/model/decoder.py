@@ -24,12 +24,13 @@ from psysafe.model.layers import FusedLinear, frozen
 
 
 class Batch(NamedTuple):
-    """What all blocks of a forward pass share. cos and sin (T, P) in fp32 or wider."""
+    """What all blocks of a forward pass share. cos and sin (T, P) in fp32 or wider; adapter_weights (T, r) or None."""
 
     documents: Documents
     cos: Tensor
     sin: Tensor
     cache: CacheView | StepView | None
+    adapter_weights: Tensor | None
 
 
 class Attention(nn.Module):
@@ -46,13 +47,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, u: Tensor | None, batch: Batch, layer: int) -> Pending:
         """x (T, D), u (T, 3r) of in_proj's adapter -> y (T, D) of o_proj, its adapter's term pending."""
         qgkv = self.in_proj(x)  # (T, 2*H*K + 2*G*K): q and gate head by head, then k, then v
-        q, gate, k, v = self.rope(qgkv, self.in_proj.lora_term(u), batch.cos, batch.sin)
+        q, gate, k, v = self.rope(qgkv, self.in_proj.lora_term(u, batch.adapter_weights), batch.cos, batch.sin)
         if batch.cache is None:
             o = kernels.causal_attention(q, k, v, batch.documents)  # (T, H, K)
         else:
             o = batch.cache.attend(layer, q, k, v, batch.documents)
         x, u = kernels.sigmoid_gate(o.flatten(1), gate, self.out_proj.lora_A)  # (T, H*K), (T, r)
-        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u, batch.adapter_weights))
 
     def rope(self, qgkv: Tensor, lora_term: LoRATerm | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Norms of q and k, then rotary embedding -> q (T, H, K), gate (T, H*K), k (T, G, K), v (T, G, K)."""
@@ -69,11 +70,12 @@ class MLP(nn.Module):
         self.in_proj = FusedLinear(D, {"gate_proj": size, "up_proj": size})
         self.out_proj = FusedLinear(size, {"down_proj": D})
 
-    def forward(self, x: Tensor, u: Tensor | None) -> Pending:
+    def forward(self, x: Tensor, u: Tensor | None, adapter_weights: Tensor | None = None) -> Pending:
         """x (T, D), u (T, 2r) of in_proj's adapter -> y (T, D) of down_proj, its adapter's term pending."""
         gate_up = self.in_proj(x)  # (T, 2*I)
-        x, u = kernels.swiglu(gate_up, self.in_proj.lora_term(u), self.out_proj.lora_A)  # (T, I), (T, r)
-        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
+        lora_term = self.in_proj.lora_term(u, adapter_weights)
+        x, u = kernels.swiglu(gate_up, lora_term, self.out_proj.lora_A)  # (T, I), (T, r)
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u, adapter_weights))
 
 
 class Block(nn.Module):
@@ -100,11 +102,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Pending]:
         """h (T, D), pending.y (T, D) -> the same; with `rows` (N,) the MLP runs on those rows only: (N, D)."""
         h, x, u = self.add_and_norm(h, pending, self.input_layernorm, self.mixer.in_proj.lora_A)
-        pending = self.mix(x, u, batch)
+        pending, adapter_weights = self.mix(x, u, batch), batch.adapter_weights
         if rows is not None:
             h, pending = h.index_select(0, rows), _select(pending, rows)
+            adapter_weights = None if adapter_weights is None else adapter_weights.index_select(0, rows)
         h, x, u = self.add_and_norm(h, pending, self.post_attention_layernorm, self.mlp.in_proj.lora_A)
-        return h, self.mlp(x, u)
+        return h, self.mlp(x, u, adapter_weights)
 
     def add_and_norm(
         self, h: Tensor, pending: Pending | None, weight: Tensor, lora_A: Tensor | None
@@ -115,7 +118,7 @@ class Block(nn.Module):
     def mix(self, x: Tensor, u: Tensor | None, batch: Batch) -> Pending:
         if self.is_attention:
             return self.self_attn(x, u, batch, self.layer)
-        return self.linear_attn(x, u, batch.documents, batch.cache, self.layer)
+        return self.linear_attn(x, u, batch.documents, batch.cache, self.layer, batch.adapter_weights)
 
 
 class Qwen3_5(nn.Module):
@@ -140,17 +143,19 @@ class Qwen3_5(nn.Module):
         cu_seqlens: Tensor | Documents,
         cache: CacheView | StepView | None = None,
         rows: Tensor | None = None,
+        adapter_weights: Tensor | None = None,
     ) -> Tensor:
         """tokens (T,) int64, cu_seqlens (n+1,) int32 -> hidden (T, D), final norm applied.
 
         cu_seqlens on the CPU (or Documents) costs no synchronisation. cache: the documents continue the sequences that
         it holds. rows (N,) int64: only these rows are wanted, (N, D); the last MLP runs on them alone.
+        adapter_weights (T, r): which adapter each token has, where several are attached (mixed_adapters.py).
         """
         documents = cu_seqlens if isinstance(cu_seqlens, Documents) else Documents(cu_seqlens, tokens.device)
         if tokens.shape != (documents.total,):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, cu_seqlens end at {documents.total}")
         positions = documents.positions if cache is None else cache.positions(documents)  # (T,)
-        batch = Batch(documents, *self.rotary(positions), cache)
+        batch = Batch(documents, *self.rotary(positions), cache, adapter_weights)
         h, pending = self.embed(tokens), None  # (T, D)
         for layer in self.layers:
             h, pending = layer(h, pending, batch, rows if layer is self.layers[-1] else None)

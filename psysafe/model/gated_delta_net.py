@@ -40,10 +40,16 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = FusedLinear(config.delta_out, {"out_proj": config.hidden_size})
 
     def forward(
-        self, x: Tensor, u: Tensor | None, documents: Documents, cache: CacheView | StepView | None, layer: int
+        self,
+        x: Tensor,
+        u: Tensor | None,
+        documents: Documents,
+        cache: CacheView | StepView | None,
+        layer: int,
+        adapter_weights: Tensor | None = None,
     ) -> Pending:
         """x (T, D), u (T, 4r) of in_proj's adapter -> y (T, D) of out_proj, its adapter's term pending."""
-        qkv, z, b, a = self.project(x, self.in_proj.lora_term(u))  # (T, C), (T, H*V), (T, H), (T, H)
+        qkv, z, b, a = self.project(x, self.in_proj.lora_term(u, adapter_weights))  # (T, C), (T, H*V), (T, H), (T, H)
         if cache is None:
             q, k, v = self.heads(*self.conv(qkv, documents))  # (T, G, K), (T, G, K), (T, H, V)
             o = self.delta_rule(q, k, v, a, b, documents)  # (T, H, V)
@@ -51,7 +57,7 @@ class GatedDeltaNet(nn.Module):
             q, k, v = self.heads(*cache.convolve(layer, qkv, self.conv1d, documents, self.qkv_sizes))
             o = cache.delta_rule(layer, q, k, v, a, b, self.A_log, self.dt_bias, documents)
         x, u = kernels.gated_rms_norm(o, z, self.norm, self.eps, self.out_proj.lora_A)  # (T, H*V), (T, r)
-        return Pending(self.out_proj(x), self.out_proj.lora_term(u))
+        return Pending(self.out_proj(x), self.out_proj.lora_term(u, adapter_weights))
 
     def project(self, x: Tensor, lora_term: LoRATerm | None) -> tuple[Tensor, ...]:
         """x (T, D) -> q|k|v (T, C), z (T, H*V), b (T, H), a (T, H): column slices of one GEMM's output."""

@@ -26,9 +26,18 @@ class FusedLinear(nn.Module):
         """(J, in), r rows for each part, for the operation before this GEMM: it returns u = x A^T (T, J)."""
         return None if self.adapter is None else self.adapter.A
 
-    def lora_term(self, u: Tensor | None) -> LoRATerm | None:
-        """s u B^T, u (T, J), for the operation after this GEMM: it adds the term to the output."""
-        return None if self.adapter is None else LoRATerm(u, self.adapter.B, self.adapter.scale)
+    def lora_term(self, u: Tensor | None, weights: Tensor | None = None) -> LoRATerm | None:
+        """s u B^T, u (T, J), for the operation after this GEMM: it adds the term to the output.
+
+        weights (T, r): factors of each token's r columns of u, the same for every part (mixed_adapters.py).
+        """
+        if self.adapter is None:
+            return None
+        if weights is not None:
+            u = (u.unflatten(1, (len(self.parts), -1)) * weights[:, None]).flatten(1)
+        elif self.adapter.is_mixed:  # all of them at once would be a model that nobody trained
+            raise ValueError("several adapters are attached: give adapter_weights, from MixedAdapters.weights")
+        return LoRATerm(u, self.adapter.B, self.adapter.scale, self.adapter.is_mixed)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

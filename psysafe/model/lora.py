@@ -61,6 +61,8 @@ class Adapter(nn.Module):
     vanish.
     """
 
+    is_mixed = False
+
     def __init__(self, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float):
         super().__init__()
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
@@ -119,7 +121,7 @@ def attach(
     Raises UserError for unknown targets and for a rank that the projections do not have.
     """
     targets = resolve_targets(targets)
-    layers = _targeted_layers(model, targets, rank)
+    layers = targeted_layers(model, targets, rank)
     # One left on a projection that is no target now would still add its term, but lie outside the new buffer.
     detach(model)
     param = torch.zeros(
@@ -174,6 +176,7 @@ def merge_adapters(model: Qwen3_5) -> None:
         if adapter is None:
             continue
         # The parts' weights, A and B lie one above the other in the same order, so the three splits go in step.
+        assert not adapter.is_mixed, "several adapters make no one merged model"
         rank = adapter.B.shape[1]
         for W, A, B in zip(layer.weight.split(sizes), adapter.A.split(rank), adapter.B.split(sizes), strict=True):
             W.copy_(W.to(B.dtype) + adapter.scale * (B @ A))
@@ -208,7 +211,8 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLinear]]:
             yield name.rpartition(".")[0], module
 
 
-def _targeted_layers(model: Qwen3_5, targets: tuple[str, ...], rank: int) -> list[tuple[str, FusedLinear]]:
+def targeted_layers(model: Qwen3_5, targets: tuple[str, ...], rank: int) -> list[tuple[str, FusedLinear]]:
+    """The fused layers that hold a target, with their paths. UserError where the model has none, or not that rank."""
     modules = {f"{path}.{part}" for path, layer in fused_layers(model) for part in layer.parts}
     for target in targets:
         if "." in target and not any(is_target(module, [target]) for module in modules):
