@@ -15,6 +15,7 @@ from psysafe.generation.engine import Engine
 from psysafe.generation.generator import CLOSING
 from psysafe.generation.request import Event
 from psysafe.model.decoder import Qwen3_5
+from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.serve.app import App, Policy
 from psysafe.serve.page import Page
 from psysafe.serve.protocol import Served
@@ -89,14 +90,15 @@ def question(text: str = "Hello", model: str = "base", **fields) -> dict:
 @contextlib.contextmanager
 def live_server(
     model: Qwen3_5, tokenizer: Tokenizer, *, slots: int = 4, context: int = 256, max_queue: int = 16,
-    ends: bool = True, adapters: tuple[str, ...] = (), prefill_tokens: int = 4096, grace_s: float = 5,
+    ends: bool = True, adapters: MixedAdapters | None = None, prefill_tokens: int = 4096, grace_s: float = 5,
     served: dict | None = None, **policy,
 ) -> Iterator[Live]:  # fmt: skip
     """ends: whether answers end at an end token. policy: fields of `Policy`; served: fields of `Served`."""
     eos_ids, closing = tokenizer.eos_ids if ends else (), tokenizer.encode(CLOSING)
-    engine = Engine(model, slots, context, eos_ids, closing, tokenizer.think_end_id, prefill_tokens)
+    engine = Engine(model, slots, context, eos_ids, closing, tokenizer.think_end_id, prefill_tokens,
+                    adapters=adapters)  # fmt: skip
     worker = Worker(engine, tokenizer, max_queue)
-    models = {"base": None} | {name: name for name in adapters}
+    models = {"base": None} | {name: name for name in (adapters.names if adapters else ())}
     offered = Served(models, context, model.config.vocab_size, slots + max_queue, max_new_tokens=context)
     with bind("127.0.0.1", 0, "") as listener:
         port = listener.getsockname()[1]

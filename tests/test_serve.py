@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from psysafe import load_model, load_tokenizer
+from psysafe.checkpoint.adapter import attach_many, load_adapter, save_adapter
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.files import ASSETS
 from psysafe.generation.generator import Generator
 from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling
 from psysafe.model.decoder import Qwen3_5
+from psysafe.model.lora import TARGETS, attach
 from tests.live_server import Live, live_server, question
+from tests.oracles import randomise_lora_B
 from tests.test_eval_judge import reply
 from tests.test_eval_run import run
 
@@ -29,18 +32,46 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Qwen3_5:
+def config(tmp_path_factory) -> Path:
     """Four layers with random weights: all kinds of bytes, long answers, fast."""
     config = json.loads((ASSETS / "tiny" / "config.json").read_text())
     config |= {"num_hidden_layers": 4, "layer_types": config["layer_types"][:4]}
     path = tmp_path_factory.mktemp("model") / "config.json"
     path.write_text(json.dumps(config))
-    return load_model(f"random:{path}")
+    return path
 
 
 @pytest.fixture(scope="module")
-def live(model, tokenizer):
-    with live_server(model, tokenizer) as server:
+def model(config) -> Qwen3_5:
+    return load_model(f"random:{config}")
+
+
+@pytest.fixture(scope="module")
+def folders(config) -> dict[str, Path]:
+    """Two adapters: of rank 1 on all targets, and of rank 2 on some."""
+    folders = {}
+    for name, rank, targets in (("tuned", 1, TARGETS), ("other", 2, ("q_proj", "down_proj"))):
+        adapters = attach(load_model(f"random:{config}"), rank, 16.0, targets, seed=rank)
+        randomise_lora_B(adapters, rank)
+        folders[name] = config.parent / name
+        save_adapter(adapters, folders[name], "random", multimodal=False)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def single(config, model, folders) -> dict[str, Qwen3_5]:
+    """name -> a model that has nothing but the base, or this one adapter."""
+    models = {name: load_model(f"random:{config}") for name in folders}
+    for name, folder in folders.items():
+        load_adapter(models[name], folder)
+    return {"base": model, **models}
+
+
+@pytest.fixture(scope="module")
+def live(config, folders, tokenizer):
+    """Base and both adapters."""
+    model = load_model(f"random:{config}")
+    with live_server(model, tokenizer, adapters=attach_many(model, folders)) as server:
         yield server
 
 
@@ -94,16 +125,29 @@ def chat_fields(text: str, options: dict, limits: dict) -> dict:
     return question(text, **options, max_tokens=limits["max_new_tokens"], extra_body=extra)
 
 
-def test_sixteen_at_once_over_four_slots_each_as_if_alone(live, model, tokenizer):
+def test_sixteen_at_once_over_four_slots_each_as_if_alone(live, single, tokenizer):
     requests, expected = [], []
     for i in range(16):
         options = {"temperature": 1.0, "seed": i} if i % 3 else {"temperature": 0.0}
         limits = {"max_new_tokens": 6 + i, "max_think_tokens": i % 4 * 2, "thinking": i % 5 != 0}
-        requests.append(chat_fields(PROMPTS[i % 6], options, limits))
-        expected.append(alone(model, tokenizer, PROMPTS[i % 6], close_thinking_at_eos=True, **options, **limits))
+        name = list(single)[i * 7 % 3]
+        requests.append(chat_fields(PROMPTS[i % 6], options, limits) | {"model": name})
+        expected.append(alone(single[name], tokenizer, PROMPTS[i % 6], close_thinking_at_eos=True, **options, **limits))
     answers = sixteen_at_once(live, requests)
     assert answers == expected
     assert len(set(answers)) > 8
+
+
+def test_how_much_of_an_adapter(live, folders, single, tokenizer):
+    """adapter_scale 0 is the base, 1 the adapter; half of it is neither."""
+    fields = question("Hello", max_tokens=12, chat_template_kwargs={"enable_thinking": False})
+
+    def answer(**changed) -> str:
+        return live.ask(fields | changed)[2]["choices"][0]["message"]["content"]
+
+    texts = [answer(model="tuned", adapter_scale=scale) for scale in (0, 0.5, 1)]
+    assert texts[0] == answer() and texts[2] == answer(model="tuned") and len(set(texts)) == 3
+    assert [entry["id"] for entry in live.ask(None, "/v1/models", {}, "GET")[2]["data"]] == ["base", "tuned", "other"]
 
 
 def test_text_completions(live, model, tokenizer):

@@ -16,7 +16,7 @@ from psysafe.serve.answers import Trimmed
 from psysafe.serve.fields import ApiError
 from psysafe.serve.protocol import HARMLESS, UNSUPPORTED, Asked, Served, read_chat, read_text
 from tests.live_server import CHAT, TEXT, live_server, question
-from tests.test_serve import model, tokenizer  # noqa: F401
+from tests.test_serve import config, model, tokenizer  # noqa: F401
 
 SERVED = Served(
     {"base": None, "tuned": "tuned"}, context=100, vocab_size=300, max_rows=6, max_new_tokens=50, max_think_tokens=9,

@@ -22,7 +22,7 @@ from psysafe.serve import __main__ as program
 from psysafe.serve.settings import bind, host_names, parse
 from tests.live_server import CHAT, JSON, TEXT, Live, live_server, question
 from tests.mistakes import refused, refused_by
-from tests.test_serve import model, tokenizer  # noqa: F401
+from tests.test_serve import config, model, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "zebra-lantern-7431"  # stands in what is asked and answered, and so must not stand in any log

@@ -13,7 +13,7 @@ import pytest
 from psysafe.files import clusters
 from psysafe.serve.page import Page
 from tests.live_server import live_server
-from tests.test_serve import model, tokenizer  # noqa: F401
+from tests.test_serve import config, model, tokenizer  # noqa: F401
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -53,7 +53,7 @@ def browser():
 
 @pytest.mark.slow
 def test_in_a_browser(browser, model, tokenizer):  # noqa: F811
-    with live_server(model, tokenizer, adapters=(), served={"models": {"base": None, "twin": None}}) as live:
+    with live_server(model, tokenizer, served={"models": {"base": None, "twin": None}}) as live:
         live.says = tokenizer.encode(f"{EVIL}</think>\n\n{EVIL} twice {EVIL}")
         page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
         faults = []

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.checkpoint.adapter import base_of_adapter, warn_of_other_base
+from psysafe.checkpoint.adapter import attach_many, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.cli import say
 from psysafe.data.prompts import system_text
@@ -16,6 +16,7 @@ from psysafe.generation.generator import CLOSING
 from psysafe.generation.sampling import recommended
 from psysafe.generation.slots import MAX_SLOTS, choose_slots
 from psysafe.model.decoder import Qwen3_5
+from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.program import UserError
 from psysafe.runtime import start
 from psysafe.serve.protocol import Served
@@ -40,7 +41,8 @@ def set_up(settings: Settings) -> tuple[Served, Tokenizer, Worker]:
     model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
     live = kernels.describe(runtime.device, model.config.head_dim)
     say(f"{source}, {runtime.dtype} on {runtime.device_name}; kernels: {live}")
-    engine = make_engine(model, tokenizer, limits, settings.deterministic)
+    adapters = attach_many(model, settings.adapters) if settings.adapters else None
+    engine = make_engine(model, tokenizer, adapters, limits, settings.deterministic)
     base = {settings.base_name: None} if settings.base_name else {}
     served = Served(
         models=base | {name: name for name in settings.adapters},
@@ -55,7 +57,9 @@ def set_up(settings: Settings) -> tuple[Served, Tokenizer, Worker]:
     return served, tokenizer, Worker(engine, tokenizer, limits.max_queue)
 
 
-def make_engine(model: Qwen3_5, tokenizer: Tokenizer, limits: Limits, deterministic: bool) -> Engine:
+def make_engine(
+    model: Qwen3_5, tokenizer: Tokenizer, adapters: MixedAdapters | None, limits: Limits, deterministic: bool
+) -> Engine:
     positions = model.config.max_position_embeddings
     if limits.context > positions:
         raise UserError(f"--context {limits.context:,}: the model was made for {positions:,} tokens at most")
@@ -64,8 +68,9 @@ def make_engine(model: Qwen3_5, tokenizer: Tokenizer, limits: Limits, determinis
     slots = choose_slots(model, context, wanted, limits.slots > 0, remedy="lower --slots or --context")
     closing = tokenizer.encode(CLOSING)
     engine = Engine(
-        model, slots, context, tokenizer.eos_ids, closing, tokenizer.think_end_id, deterministic=deterministic
-    )
+        model, slots, context, tokenizer.eos_ids, closing, tokenizer.think_end_id, deterministic=deterministic,
+        adapters=adapters,
+    )  # fmt: skip
     total_mb = slots * engine.cache.bytes_per_slot / 1e6
     say(f"memory for {slots} x {context:,} tokens: {total_mb:,.1f} MB")
     return engine
