@@ -9,8 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import pytest
+
+from psysafe import load_model, load_tokenizer
 from psysafe.data.tokenizer import Tokenizer
+from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
 from psysafe.generation.generator import CLOSING
 from psysafe.generation.request import Event
@@ -25,6 +30,26 @@ from psysafe.serve.worker import Worker
 
 JSON = {"content-type": "application/json"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("assets:tiny")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """Four layers with random weights: all kinds of bytes, long answers, fast."""
+    config = json.loads((ASSETS / "tiny" / "config.json").read_text())
+    config |= {"num_hidden_layers": 4, "layer_types": config["layer_types"][:4]}
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(config) -> Qwen3_5:
+    return load_model(f"random:{config}")
 
 
 @dataclass

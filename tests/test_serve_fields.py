@@ -1,6 +1,8 @@
 """What a request may say: every field is used, harmless or refused by name; and whatever comes, the answer is no 500.
 Also how a stream and a whole answer are put together."""
 
+# ruff: noqa: F811  (a test's arguments are fixtures, which are imported)
+
 import contextlib
 import copy
 import json
@@ -15,8 +17,7 @@ from psysafe.serve import protocol
 from psysafe.serve.answers import Trimmed
 from psysafe.serve.fields import ApiError
 from psysafe.serve.protocol import HARMLESS, UNSUPPORTED, Asked, Served, read_chat, read_text
-from tests.live_server import CHAT, TEXT, live_server, question
-from tests.test_serve import config, model, tokenizer  # noqa: F401
+from tests.live_server import CHAT, TEXT, config, live_server, model, question, tokenizer  # noqa: F401
 
 SERVED = Served(
     {"base": None, "tuned": "tuned"}, context=100, vocab_size=300, max_rows=6, max_new_tokens=50, max_think_tokens=9,
@@ -24,11 +25,11 @@ SERVED = Served(
 )  # fmt: skip
 
 
-def chat(tokenizer, served: Served = SERVED, **fields) -> Asked:  # noqa: F811
+def chat(tokenizer, served: Served = SERVED, **fields) -> Asked:
     return read_chat(json.dumps({**question("Hi"), **fields}).encode(), served, tokenizer)
 
 
-def text(tokenizer, **fields) -> Asked:  # noqa: F811
+def text(tokenizer, **fields) -> Asked:
     return read_text(json.dumps({"model": "base", "prompt": "Hi", **fields}).encode(), SERVED, tokenizer)
 
 
@@ -39,7 +40,7 @@ def fault(read, *args, **fields) -> ApiError:
     return error.value
 
 
-def test_every_field_is_used(tokenizer):  # noqa: F811
+def test_every_field_is_used(tokenizer):
     asked = chat(
         tokenizer, model="tuned", max_completion_tokens=7, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1,
         presence_penalty=0.3, frequency_penalty=-0.2, repetition_penalty=1.1, seed=4, n=2, stop="###", logprobs=True,
@@ -56,7 +57,7 @@ def test_every_field_is_used(tokenizer):  # noqa: F811
     assert options.close_thinking_at_eos
 
 
-def test_what_holds_where_nothing_is_said(tokenizer):  # noqa: F811
+def test_what_holds_where_nothing_is_said(tokenizer):
     asked = read_chat(json.dumps({k: v for k, v in question("Hi").items() if k != "temperature"}).encode(), SERVED,
                       tokenizer)  # fmt: skip
     assert (asked.options.sampling.temperature, asked.options.sampling.top_k) == (0.6, 20)  # the model's own
@@ -71,7 +72,7 @@ def test_what_holds_where_nothing_is_said(tokenizer):  # noqa: F811
     assert chat(tokenizer, **(nulls | question("Hi"))).prompts == chat(tokenizer).prompts
 
 
-def test_messages(tokenizer):  # noqa: F811
+def test_messages(tokenizer):
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert chat(tokenizer, messages=[{"role": "user", "content": parts}]).prompts == chat(tokenizer).prompts
     by_role = [chat(tokenizer, messages=[{"role": role, "content": "Be kind."}, {"role": "user", "content": "Hi"}])
@@ -133,13 +134,13 @@ BAD = [  # (fields of a chat completion, the field at fault)
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD, ids=lambda value: str(value)[:40])
-def test_a_field_that_cannot_be_honoured_is_named(tokenizer, fields, param):  # noqa: F811
+def test_a_field_that_cannot_be_honoured_is_named(tokenizer, fields, param):
     error = fault(chat, tokenizer, **fields)
     assert error.body()["error"]["param"] == param
     json.dumps(error.body(), ensure_ascii=False).encode()
 
 
-def test_text_completions_name_theirs(tokenizer):  # noqa: F811
+def test_text_completions_name_theirs(tokenizer):
     for fields, param in [
         ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": 5}, "prompt"),
         ({"prompt": [300]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
@@ -155,13 +156,13 @@ def test_text_completions_name_theirs(tokenizer):  # noqa: F811
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"x"', b"\xff\xfe\x00", b"[" * 10**5, b'{"a":' * 10**5,
                                   b'{"n": ' + b"9" * 5000 + b"}", b"\x00" * 100])  # fmt: skip
-def test_a_body_that_is_no_request(tokenizer, body):  # noqa: F811
+def test_a_body_that_is_no_request(tokenizer, body):
     with pytest.raises(ApiError) as error:
         read_chat(body, SERVED, tokenizer)
     assert error.value.status == 400
 
 
-def test_what_a_field_is_called_is_close_to_what_was_meant(tokenizer):  # noqa: F811
+def test_what_a_field_is_called_is_close_to_what_was_meant(tokenizer):
     assert "did you mean temperature?" in fault(chat, tokenizer, temprature=1).message
     for name in HARMLESS:
         assert chat(tokenizer, **{name: {"any": ["thing"]}}).prompts
@@ -221,7 +222,7 @@ def mutated(draw: random.Random) -> tuple[str, bytes]:
     return path, bytes(content[: draw.choice([len(content)] * 9 + [len(content) // 2])])
 
 
-def test_two_thousand_mutated_bodies(model, tokenizer):  # noqa: F811
+def test_two_thousand_mutated_bodies(model, tokenizer):
     draw, statuses = random.Random(0), []
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(live_server(model, tokenizer, served={"max_new_tokens": 2}))

@@ -1,6 +1,8 @@
 """The server under pressure: who may ask, how much at once, clients that leave, an engine that fails, an end in order;
 and not a word of anybody in any log."""
 
+# ruff: noqa: F811  (a test's arguments are fixtures, which are imported)
+
 import asyncio
 import contextlib
 import importlib.util
@@ -20,9 +22,8 @@ import pytest
 
 from psysafe.serve import __main__ as program
 from psysafe.serve.settings import bind, host_names, parse
-from tests.live_server import CHAT, JSON, TEXT, Live, live_server, question
+from tests.live_server import CHAT, JSON, TEXT, Live, config, live_server, model, question, tokenizer  # noqa: F401
 from tests.mistakes import refused, refused_by
-from tests.test_serve import config, model, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "zebra-lantern-7431"  # stands in what is asked and answered, and so must not stand in any log
@@ -30,7 +31,7 @@ LONG = question("Tell me about the sea", max_tokens=200) | {"temperature": 1.0, 
 
 
 @pytest.fixture(scope="module")
-def live(model, tokenizer):  # noqa: F811
+def live(model, tokenizer):
     with live_server(model, tokenizer, ends=False, max_body=50_000) as server:
         yield server
 
@@ -154,7 +155,7 @@ def test_a_body_that_is_not_called_json_is_refused(live, kind):
     assert live.ask(question(max_tokens=1), headers={"content-type": "Application/JSON; charset=utf-8"})[0] == 200
 
 
-def test_the_key(model, tokenizer):  # noqa: F811
+def test_the_key(model, tokenizer):
     with live_server(model, tokenizer, key="s3cret-ü") as live:
         for key in ("Bearer wrong", "s3cret-ü", "Bearer ", "Basic s3cret-ü", None):
             headers = JSON if key is None else JSON | {"authorization": key.encode()}
@@ -192,7 +193,7 @@ def test_paths_and_methods(live):
     assert live.ask(question(model="other"))[2]["error"]["code"] == "model_not_found"
 
 
-def test_web_pages_may_ask_only_where_they_are_named(model, tokenizer, live):  # noqa: F811
+def test_web_pages_may_ask_only_where_they_are_named(model, tokenizer, live):
     origin = "http://localhost:3000"
     asks = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
     assert live.ask(None, CHAT, asks, "OPTIONS")[0] == 405
@@ -237,7 +238,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(live, monkeypatch):
     assert live.ask(question(max_tokens=3))[0] == 200
 
 
-def test_a_dead_engine_says_so(model, tokenizer, capsys):  # noqa: F811
+def test_a_dead_engine_says_so(model, tokenizer, capsys):
     with live_server(model, tokenizer, ends=False) as live, Gate(live) as gate:
         connections = [leave(live, LONG | {"stream": i == 0}) for i in range(2)]
         live.until(lambda: live.worker.reserved == 2)
@@ -257,7 +258,7 @@ def test_a_dead_engine_says_so(model, tokenizer, capsys):  # noqa: F811
     assert "the engine has failed: RuntimeError" in said and MARKER not in said
 
 
-def test_a_request_has_its_time(model, tokenizer):  # noqa: F811
+def test_a_request_has_its_time(model, tokenizer):
     """In the queue, in a slot, and as a stream; then its place is free."""
     with live_server(model, tokenizer, ends=False, timeout_s=1) as live:
         live.pace = lambda: time.sleep(0.02)
@@ -285,7 +286,7 @@ def test_an_error_of_ours_ends_one_request_and_is_logged_without_its_message(liv
     assert live.ask(question(max_tokens=1))[0] == 200
 
 
-def test_nothing_that_is_asked_or_answered_is_logged(model, tokenizer, capfd, caplog):  # noqa: F811
+def test_nothing_that_is_asked_or_answered_is_logged(model, tokenizer, capfd, caplog):
     caplog.set_level(0)
     text = json.dumps(MARKER).encode()
     with live_server(model, tokenizer) as live:
@@ -339,7 +340,7 @@ def test_sigterm_lets_answers_come_to_their_end():
     assert "[DONE]" in text and '"finish_reason":"' in text
 
 
-def test_what_takes_longer_than_the_grace_gets_an_error_instead_of_silence(model, tokenizer):  # noqa: F811
+def test_what_takes_longer_than_the_grace_gets_an_error_instead_of_silence(model, tokenizer):
     with live_server(model, tokenizer, slots=1, ends=False, grace_s=0.1) as live:
         live.pace = lambda: time.sleep(0.05)
         connections = [leave(live, LONG | {"stream": i == 0}) for i in range(2)]  # in the slot, and in the queue

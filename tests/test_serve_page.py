@@ -1,6 +1,8 @@
 """The page: its policy lets only its own script and style run, the helplines are those of clusters.toml, and in a real
 browser it asks, streams, stops, and shows markup as text."""
 
+# ruff: noqa: F811  (a test's arguments are fixtures, which are imported)
+
 import base64
 import hashlib
 import html
@@ -12,8 +14,7 @@ import pytest
 
 from psysafe.files import clusters
 from psysafe.serve.page import Page
-from tests.live_server import live_server
-from tests.test_serve import config, model, tokenizer  # noqa: F401
+from tests.live_server import config, live_server, model, tokenizer  # noqa: F401
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -52,7 +53,7 @@ def browser():
 
 
 @pytest.mark.slow
-def test_in_a_browser(browser, model, tokenizer):  # noqa: F811
+def test_in_a_browser(browser, model, tokenizer):
     with live_server(model, tokenizer, served={"models": {"base": None, "twin": None}}) as live:
         live.says = tokenizer.encode(f"{EVIL}</think>\n\n{EVIL} twice {EVIL}")
         page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
@@ -87,7 +88,7 @@ def test_in_a_browser(browser, model, tokenizer):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for(browser, model, tokenizer):  # noqa: F811
+def test_a_key_is_asked_for(browser, model, tokenizer):
     with live_server(model, tokenizer, key="k") as live:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{live.port}/")

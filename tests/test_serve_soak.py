@@ -3,6 +3,8 @@
 pytest tests/test_serve_soak.py -m soak -s
 """
 
+# ruff: noqa: F811  (a test's arguments are fixtures, which are imported)
+
 import json
 import os
 import random
@@ -16,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live_server import JSON, TEXT, Live, live_server, question
-from tests.test_serve import config, model, tokenizer  # noqa: F401
+from tests.live_server import JSON, TEXT, Live, config, live_server, model, question, tokenizer  # noqa: F401
 from tests.test_serve_limits import leave
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,7 @@ def test_memory_stays_flat_over_two_thousand_requests():
 
 
 @pytest.mark.soak
-def test_lm_eval_asks_it(model, tokenizer, tmp_path):  # noqa: F811
+def test_lm_eval_asks_it(model, tokenizer, tmp_path):
     """lm-eval 0.4's local-chat-completions, on a task of two rows; needs lm_eval[api] on the path."""
     if shutil.which("lm_eval") is None:
         pytest.skip("lm_eval is not installed")
