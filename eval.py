@@ -3,6 +3,7 @@
     python eval.py                                     # the paper's table in miniature, after torchrun train.py
     python eval.py judge --prompts FILE --adapter base --adapter runs/psysafe --system v0,v1 --out runs/judged \\
         --judge-url http://localhost:8000/v1 --judge-model NAME
+    torchrun --nproc-per-node 8 eval.py judge ...     # 8 GPUs answer; so with xstest and sorry-bench
     python eval.py report runs/judged runs/mmlu --out runs/report
 
 Every evaluation may be killed and started again: it continues, and its tables come out the same. Failed items are
@@ -15,10 +16,11 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from psysafe.cli import Parser, refuse_without_effect, say
+from psysafe.cli import Parser, refuse_ranks, refuse_without_effect, say
 from psysafe.evaluation import report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
+from psysafe.evaluation.models_under_test import ShareAnswered
 from psysafe.evaluation.result import check_folder
 from psysafe.program import main_guard
 
@@ -27,14 +29,23 @@ EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreeme
 
 
 def main(argv: Sequence[str]) -> int:
+    try:
+        return run(argv)
+    except ShareAnswered:
+        return 0
+
+
+def run(argv: Sequence[str]) -> int:
     args = parse(argv)
     if args.command is None:
         print(miniature.run().as_text())
         return 0
-    if args.command == "report":
+    evaluation = next((evaluation for evaluation in EVALUATIONS if evaluation.name == args.command), None)
+    if not (evaluation and evaluation.answers_on_ranks(args)):
+        refuse_ranks(f"this eval.py {args.command}")
+    if evaluation is None:
         report.run(args)
         return 0
-    evaluation = next(evaluation for evaluation in EVALUATIONS if evaluation.name == args.command)
     refuse_without_effect(argv, evaluation.without_effect(args))
     check_folder(args.out, evaluation.name)  # before the models: hours later another evaluation's result would go
     result = evaluation.run(args)

@@ -5,6 +5,7 @@ python generate.py "..." --compare base,runs/tiny             # the same questio
 python generate.py --chat --adapter runs/psysafe              # a conversation; the model is the adapter's base
 echo "..." | python generate.py                               # the prompt from a pipe, or by - from stdin
 python generate.py --prompts rows.jsonl --out answers.jsonl   # many; killed and started again it continues
+torchrun --nproc-per-node 8 generate.py --prompts ...         # the same on 8 GPUs; any number of them continues
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -18,28 +19,30 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
+from psysafe.checkpoint.adapter import BASE, attach_named, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, say
+from psysafe.cli import Parser, add_settings, read_settings, refuse_ranks, refuse_without_effect, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.generation.answer_file import AnswerFile, answer_rows
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
+from psysafe.generation.ranks import Ranks
+from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling, recommended
-from psysafe.generation.terminal import COMMANDS, ask, chat
-from psysafe.model.lora import detach, merge_adapters
+from psysafe.generation.terminal import COMMANDS, ask, chat, compare
+from psysafe.model.lora import merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
 from psysafe.training.config import resolve
 
 MAX_PROMPT = 10**6  # characters from stdin
-BASE = "base"  # how --adapter, --compare and the rows name the model without an adapter
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
+    if not args.prompts:
+        refuse_ranks("a prompt or a chat")
     options = read_options(argv)
     system = system_text(args.system)
     rows = read_prompts(args.prompts)[: args.limit] if args.prompts else []
@@ -59,28 +62,29 @@ def main(argv: Sequence[str]) -> int:
     for adapter in adapters:
         if adapter != BASE:
             warn_of_other_base(adapter, source)
+    def open_file() -> AnswerFile | contextlib.nullcontext:
+        return AnswerFile(args.out, rows, adapters, settings, runtime.rank) if rows else contextlib.nullcontext()
+
     # Before the weights, which take minutes: whose file it is, and that no other process writes it.
-    with AnswerFile(args.out, rows, adapters, settings) if rows else contextlib.nullcontext() as file:
+    with Ranks(runtime) as ranks, ranks.in_order(open_file) as file:
         model = load_model(source, device=runtime.device, dtype=runtime.dtype, revision=commit or None)
         live = kernels.describe(runtime.device, model.config.head_dim)
         say(f"{source}, {' and '.join(adapters)}, {dtype} on {runtime.device_name}; kernels: {live}")
-        for adapter in adapters:
-            if adapter != BASE:
-                load_adapter(model, adapter)
-            if args.merge:
-                merge_adapters(model)
-            generator = Generator(model, tokenizer, options, say=None if args.chat else say)
-            if args.chat:
-                chat(generator, system)
-            elif file:
-                answer_rows(generator, file, adapter, system)
+        mixed = attach_named(model, adapters)
+        if args.merge:
+            merge_adapters(model)
+        generator = Generator(model, tokenizer, options, None if args.chat else say, mixed)
+        if args.chat:
+            chat(generator, system)
+        elif file:
+            answer_rows(generator, file, system, ranks)
+            file.finish(ranks.wait)
+        else:
+            messages = with_system([{"role": "user", "content": args.prompt}], system)
+            if args.compare:
+                compare(generator, messages, adapters)
             else:
-                if args.compare:
-                    print(f"--- {adapter}", flush=True)
-                ask(generator, with_system([{"role": "user", "content": args.prompt}], system))
-            detach(model)
-        if file:
-            file.finish()
+                ask(generator, messages)
     return 0
 
 
@@ -135,8 +139,8 @@ def read_stdin() -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     epilog = """Equal settings and seeds give equal answers. In float32 that holds for every batch size; in bfloat16
-another one rounds differently and may take another word, and so may other rows beside it without --deterministic. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95
-for thinking: --sampling model."""
+another one rounds differently and may take another word. So may other rows beside it, which --deterministic keeps
+apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: --sampling model."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = Parser("generate.py", description=__doc__, epilog=epilog, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,15 +145,30 @@ def read_settings(kind: type, args: argparse.Namespace) -> dict:
 
 
 def say(text: str) -> None:
-    """A line on stderr: what is going on, beside the results on stdout. Text of others cannot steer the terminal."""
-    print(plain(text), file=sys.stderr, flush=True)
+    """A line on stderr: what is going on, beside the results on stdout. Text of others cannot steer the terminal. Of
+    several ranks the first one speaks."""
+    if is_first_rank():
+        print(plain(text), file=sys.stderr, flush=True)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, as torchrun says, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_ranks(what: str) -> None:
+    """Raises UserError where torchrun has started several ranks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{what} has no rows to share with other ranks; start it without torchrun")
 
 
 def progress(total: int, description: str, unit: str) -> tqdm:
     """A progress line on stderr with what is done, the time left and the rate; `bar.update()` after each unit.
 
-    On a terminal it is one line, rewritten; in a log a line every 30 seconds and one at the end. None for total 0.
+    On a terminal it is one line, rewritten; in a log a line every 30 seconds and one at the end. None for total 0, and
+    of several ranks the first one has it.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    look = {"mininterval": interval, "dynamic_ncols": True, "file": sys.stderr, "disable": total == 0}
+    disable = total == 0 or not is_first_rank()
+    look = {"mininterval": interval, "dynamic_ncols": True, "file": sys.stderr, "disable": disable}
     return tqdm(total=total, desc=one_line(description), unit=f" {unit}", **look)

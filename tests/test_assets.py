@@ -17,8 +17,8 @@ from psysafe import load_model
 from psysafe.data.rows import Row
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation.benchmarks import miniature
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import Generator
+from psysafe.generation.request import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "psysafe" / "assets"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from psysafe.checkpoint.base import build
+from psysafe.generation import engine as generation
 from psysafe.generation import sampling, slot_state
 from psysafe.generation.engine import Engine
 from psysafe.generation.request import Request, RequestOptions
@@ -211,6 +212,19 @@ def test_a_step_computes_only_what_somebody_in_it_needs(model, monkeypatch):
     monkeypatch.setattr(sampling, "filtered", None)
     engine.submit(Request(2, [1], options=OPTIONS["greedy"]))
     drained(engine)
+
+
+def test_a_graph_for_each_kind_of_step(model, alone, monkeypatch):
+    """Captured while others are in their slots, and warmed up on copies. Here the step itself stands in for a graph."""
+    monkeypatch.setattr(generation, "captured", lambda step, pool: step)
+    monkeypatch.setattr(generation, "warm_up", lambda step: [step(), step()])
+    engine = engine_for(model)
+    engine.uses_graphs, engine.graph_pool = True, None
+    for request in CROWD:
+        engine.submit(request)
+    events = drained(engine)
+    assert {row: ids(events[row]) for row in events} == {row: ids(alone[row]) for row in alone}
+    assert 3 <= len(engine.graphs) <= 12 and {kind.closes for kind in engine.graphs} == {False, True}
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -66,12 +66,11 @@ def test_a_judged_models_conversation_is_that_of_generate(tmp_path, monkeypatch)
     generator = Generator(None, tokenizer)
     monkeypatch.setattr(Generator, "complete", complete)
     monkeypatch.setattr(ModelUnderTest, "load", lambda self, variants: (None, tokenizer))
-    monkeypatch.setattr(models_under_test, "detach", lambda model: None)
     for system in ("none", "v1"):
         variant = models_under_test.Variant("base", system)
         questions = [four_criteria.question_of(row) for row in read]
         with Journal(tmp_path / f"answers-{system}.jsonl") as journal:
-            ModelUnderTest(MODEL)._answer(None, tokenizer, variant, questions, {}, journal)
+            ModelUnderTest(MODEL)._answer(None, tokenizer, [(variant, q) for q in questions], {}, journal)
         text = system_text(system)
         as_generate = [generator.encode(with_system(prompt_messages(row), text), row.tools) for row in read]
         assert encoded == as_generate

@@ -113,9 +113,11 @@ def test_what_is_asked_changes_what_is_read(run):
             ("--temperature", "1", "--seed", "1"),
             ("--temperature", "1", "--seed", "2"),
             ("--presence-penalty", "100"),
+            ("--frequency-penalty=-100",),
         )
     ]
     assert len(set(texts)) == len(texts)
+    assert run("hello", "--max-new-tokens", "12", "--deterministic").out == texts[0]  # in float32
 
 
 def test_chat_opens_with_the_notice_and_remembers(run, monkeypatch):

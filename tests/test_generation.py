@@ -444,6 +444,16 @@ def test_noise_is_gumbel_and_independent():
     assert alone.item() == base[5, 100].float().item()
 
 
+def test_what_answers_depend_on_is_named_as_ever():
+    """Or files of answers that were written before would be refused. A later setting is named where it is used."""
+    names = "max_new_tokens max_think_tokens thinking context temperature top_k top_p min_p repetition_penalty"
+    names = [*names.split(), "presence_penalty", "seed"]
+    assert list(Options(batch_size=3, prefill_tokens=7, deterministic=True).fingerprint_fields()) == names
+    more = Options(Sampling(frequency_penalty=0.5), close_thinking_at_eos=True, stop=("a",)).fingerprint_fields()
+    later = {"stop": ["a"], "close_thinking_at_eos": True, "frequency_penalty": 0.5}
+    assert {name: more[name] for name in more if name not in names} == later
+
+
 # ---- text
 
 

@@ -4,23 +4,30 @@ batches agree."""
 import functools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import generate
 from kernels import Documents
 from kernels.ops._launch import fuses_A, fuses_B
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.checkpoint.adapter import attach_many, load_adapter, save_adapter
+from psysafe.checkpoint.adapter import BASE, attach_many, load_adapter, save_adapter
+from psysafe.evaluation.models_under_test import ModelUnderTest, Question, Variant
+from psysafe.generation.engine import Engine
+from psysafe.generation.request import Options, Request, RequestOptions
+from psysafe.generation.sampling import Sampling
 from psysafe.model.cache import Cache
 from psysafe.model.layers import FusedLinear
 from psysafe.model.lora import TARGETS, attach, disabled, fused_layers, resolve_targets
 from tests.mistakes import refused
 from tests.oracles import both_models, randomise_lora_B, reference_model, write_checkpoint
 from tests.test_model import boundaries, ids, transformers_in_fp64
+from tests.tiny_text_model import write_text_model
 
 SHAPES = {  # rank, alpha, targets, rsLoRA
     "one": (1, 32.0, TARGETS, False),
@@ -32,14 +39,17 @@ NAMES = ["two", None, "one", "five", None]  # of the documents
 FACTORS = [1.0, 1.0, -0.5, 2.25, 3.0]
 
 
-def write_adapters(folder, dtype=torch.float64, shapes=SHAPES, config="published pattern"):
+LAYERS = ("linear_attention", "full_attention")
+
+
+def write_adapters(folder, layer_types=LAYERS):
     """(the base's folder, adapters' folders by name)."""
-    base = write_checkpoint(reference_model(config), folder / "base")
-    for seed, (name, (rank, alpha, targets, rslora)) in enumerate(shapes.items()):
-        adapters = attach(load_model(base, dtype=dtype), rank, alpha, targets, seed=seed, use_rslora=rslora)
+    base = write_checkpoint(reference_model(num_hidden_layers=2, layer_types=list(layer_types)), folder / "base")
+    for seed, (name, (rank, alpha, targets, rslora)) in enumerate(SHAPES.items()):
+        adapters = attach(load_model(base), rank, alpha, targets, seed=seed, use_rslora=rslora)
         randomise_lora_B(adapters, seed)
         save_adapter(adapters, folder / name, base="base", multimodal=False)
-    return base, {name: folder / name for name in shapes}
+    return base, {name: folder / name for name in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +100,7 @@ def compare(written, order="all", dtype=torch.float64, limit=1e-12, names=NAMES,
         assert relative_error(base_hidden[own], expected) > 1e-3  # the adapter does something
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["some", "shuffled"])
 def test_a_row_equals_its_adapter_alone(order, written):
     compare(written, order)
 
@@ -98,7 +108,7 @@ def test_a_row_equals_its_adapter_alone(order, written):
 def test_in_other_types_and_with_attention_first(written, tmp_path):
     compare(written, dtype=torch.float32, limit=1e-5)
     compare(written, dtype=torch.bfloat16, limit=0.05)
-    compare(write_adapters(tmp_path, config="attention first"), "some")
+    compare(write_adapters(tmp_path, LAYERS[::-1]), "some")
 
 
 def test_wrong_weights_are_caught(written, monkeypatch):
@@ -220,8 +230,6 @@ def test_what_does_not_fit_is_named(written, tmp_path):
     model = load_model(base)
     mixed = attach_many(model, folders)
     assert mixed.names == list(SHAPES) and mixed.rank == 8
-    mixed.check(None)
-    refused("no adapter other; expected one, two, five, or none", mixed.check, "other")
     tokens, documents = batch()
     with pytest.raises(ValueError, match="several adapters are attached"):
         model(tokens, documents)
@@ -233,3 +241,100 @@ def test_what_does_not_fit_is_named(written, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     refused(f"{tmp_path}: does not fit this model", attach_many, model, folders | {"broken": tmp_path})
     assert math.isclose(mixed.weights(["two"], [0.5])[0, 1].item(), 0.5 * 6 / math.sqrt(2) / 32, rel_tol=1e-6)
+
+
+def engine_ids(model, requests, adapters=None, slots=3, lag=0, **more) -> dict[int, list[int]]:
+    engine = Engine(model, slots, 60, eos_ids=[3], prefill_tokens=16, adapters=adapters, **more)
+    engine.lag = lag
+    tokens = {request.row: [] for request in requests}
+    for event in engine.run(requests):
+        tokens[event.row].append(event.token)
+    return tokens
+
+
+def engine_requests():
+    """Greedy and sampled, prompts of one token and of several pieces, every adapter and the base."""
+    sampling = [Sampling(), Sampling(1.0, seed=4), Sampling(1.3, top_k=30)]
+    return [
+        Request(
+            row, ids(1 + 11 * row % 40).tolist(), options=RequestOptions(sampling[row % 3], max_new_tokens=8 + row % 5),
+            choice=row // 2, adapter=[*SHAPES, None][row % 4], adapter_scale=[1.0, -0.5, 2.0][row % 3],
+        )
+        for row in range(9)
+    ]  # fmt: skip
+
+
+def test_the_engine_mixes_adapters(written, monkeypatch):
+    """Slots change hands between base and adapters; every answer is the one of its adapter alone."""
+    base, folders = written
+    model, requests = load_model(base), engine_requests()
+    mixed = attach_many(model, folders)
+    alone = {}
+    for request in requests:
+        model_alone = with_factor(base, folders.get(request.adapter), request.adapter_scale, torch.float32)
+        alone |= engine_ids(model_alone, [replace(request, adapter=None)], slots=1)
+    for lag in (0, 1):
+        assert engine_ids(model, requests, mixed, lag=lag) == alone
+    assert len({tuple(tokens) for tokens in alone.values()}) > 7
+    monkeypatch.setattr(Engine, "_seat_adapters", lambda self, slots, requests: None)
+    assert engine_ids(model, requests, mixed) != alone  # mutant: everybody is the base
+
+
+def test_the_engine_refuses_what_it_does_not_have(written):
+    base, folders = written
+    model = load_model(base)
+    engine = Engine(model, 1, 60, [3], adapters=attach_many(model, folders))
+    for message, changes in (
+        ("question 7: no adapter other here; expected one or two or five", {"adapter": "other"}),
+        ("adapter_scale is nan, expected a real number", {"adapter": "one", "adapter_scale": math.nan}),
+    ):
+        refused(message, engine.submit, Request(1, [5], "question 7", **changes))
+    refused("no adapter one here; expected none", Engine(model, 1, 60, [3]).submit, Request(1, [5], adapter="one"))
+
+
+@pytest.fixture(scope="module")
+def text_base(tmp_path_factory):
+    """(a base that speaks the byte tokenizer, two adapters)."""
+    folder = tmp_path_factory.mktemp("text")
+    base = write_text_model(folder / "base", num_hidden_layers=2, layer_types=list(LAYERS))
+    for seed, (name, rank, targets) in enumerate((("one", 1, TARGETS), ("two", 2, "all-linear"))):
+        adapters = attach(load_model(base), rank, 8.0, targets, seed=seed)
+        randomise_lora_B(adapters, seed)
+        save_adapter(adapters, folder / name, base=str(base), multimodal=False)
+    return base, [str(folder / "one"), str(folder / "two")]
+
+
+def test_eval_answers_all_variants_in_one_batch(text_base, tmp_path, monkeypatch):
+    """One load; adapters and system prompts side by side give the answers that each gives in a run of its own, and a
+    second start asks only what is missing."""
+    base, (one, two) = text_base
+    variants = [Variant(BASE, "none"), Variant(one, "none"), Variant(two, "v0"), Variant(BASE, "v0")]
+    questions = [Question(n, f"question {n}" * n) for n in (1, 5)]
+    model = ModelUnderTest(str(base), device="cpu", options=Options(Sampling(1.0), max_new_tokens=10))
+    calls = []
+    load = ModelUnderTest.load
+    monkeypatch.setattr(ModelUnderTest, "load", lambda self, *args: calls.append(args) or load(self, *args))
+    answers = model.answers(variants, questions, tmp_path / "all.jsonl")
+    assert len(calls) == 1
+    for i, variant in enumerate(variants):
+        assert answers[variant] == model.answers([variant], questions, tmp_path / f"{i}.jsonl")[variant]
+    assert len({row["response"] for rows in answers.values() for row in rows.values()}) == 8
+    lines = (tmp_path / "all.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "all.jsonl").write_bytes(b"".join(lines[::2]))
+    assert model.answers(variants, questions, tmp_path / "all.jsonl") == answers
+
+
+def test_generate_compares_in_one_batch(text_base, tmp_path, monkeypatch):
+    base, adapters = text_base
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"question {n}" * n}) + "\n" for n in (1, 2, 4)))
+    flags = ("--prompts", str(rows), "--model", str(base), "--max-new-tokens", "8", "--temperature", "1")
+    names, calls = [BASE, *adapters], []
+    monkeypatch.setattr(generate, "load_model", lambda *args, **more: calls.append(1) or load_model(*args, **more))
+    assert generate.main([*flags, "--out", str(tmp_path / "all"), "--compare", ",".join(names)]) == 0
+    assert len(calls) == 1
+    for name in names:
+        assert generate.main([*flags, "--out", str(tmp_path / "alone"), "--adapter", name]) == 0
+        expected = (tmp_path / "alone").read_text()
+        assert "".join(line for line in (tmp_path / "all").open() if json.loads(line)["adapter"] == name) == expected
+        (tmp_path / "alone").unlink()

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, attach, lora_scale, resolve_targets, targeted_layers
 from psysafe.model.mixed_adapters import MixedAdapters, Shape, attach_mixed
 from psysafe.program import UserError
+
+BASE = "base"  # how programs name the model without an adapter
 
 # Key prefixes of the two classes of a multimodal base.
 LAYOUTS = {"text": ("base_model.model.model.",), "multimodal": ("base_model.model.model.language_model.",)}
@@ -163,6 +165,17 @@ def attach_many(model: Qwen3_5, sources: Mapping[str, str | Path]) -> MixedAdapt
     for name, source in sources.items():
         fill_adapter(mixed.tensors[name], tensors[name], source)
     return mixed
+
+
+def attach_named(model: Qwen3_5, names: Sequence[str]) -> MixedAdapters | None:
+    """Attaches the adapters among the names of what is compared: folders, hub ids, BASE. None where one adapter is all
+    that answers, or the base: then there is nothing to mix."""
+    sources = {name: expand(name) for name in names if name != BASE}
+    if len(set(names)) > 1:
+        return attach_many(model, sources)
+    for source in sources.values():
+        load_adapter(model, source)
+    return None
 
 
 def _read_one_rank_and_scale(source: str | Path) -> tuple[PeftAdapter, int, float, bool, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from psysafe.evaluation import datasets, judge_models, models_under_test, unfinished
 from psysafe.evaluation.judge_models import ask_all
-from psysafe.evaluation.models_under_test import BASE, Question
+from psysafe.evaluation.models_under_test import BASE, Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.program import UserError
@@ -39,6 +39,10 @@ class Evaluation(abc.ABC):
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         """Flag -> why it has no effect beside the others. eval.py refuses one that is given nevertheless."""
         return {}
+
+    def answers_on_ranks(self, args: argparse.Namespace) -> bool:
+        """Whether several ranks (torchrun) share the questions of such a run. Else it takes one rank."""
+        return False
 
     @abc.abstractmethod
     def run(self, args: argparse.Namespace) -> Result:
@@ -141,6 +145,9 @@ class Benchmark(Evaluation):
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
 
+    def answers_on_ranks(self, args: argparse.Namespace) -> bool:
+        return True
+
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         return judge_models.without_effect(args) | models_under_test.without_effect(args)
 
@@ -158,12 +165,16 @@ class Benchmark(Evaluation):
         judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
         failed, n_left_out = {}, 0
         unfinished_by_variant: dict[str, list[bool]] = {variant.name: [] for variant in variants}
+        suffixes = {part: f"_{part}.jsonl" if part else ".jsonl" for part in rows.parts}
+        by_part = {}
         for part, items in rows.parts.items():
-            suffix = f"_{part}.jsonl" if part else ".jsonl"
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
             questions = [Question(number, item.prompt) for number, item in enumerate(items, 1)]
-            answers = model.answers(variants, questions, out / f"answers{suffix}")
-            answers = {variant.name: [answers[variant][q.number] for q in questions] for variant in variants}
+            by_part[part] = model.answers(variants, questions, out / f"answers{suffixes[part]}")
+        only_rank_0()
+        for part, items in rows.parts.items():
+            numbers = range(1, len(items) + 1)
+            answers = {variant.name: [by_part[part][variant][n] for n in numbers] for variant in variants}
             is_unfinished = {name: [row["unfinished_thinking"] for row in column] for name, column in answers.items()}
             left_out = self._left_out(is_unfinished, [v.name for v in variants if v.adapter == BASE], args.rules)
             texts = {
@@ -171,7 +182,7 @@ class Benchmark(Evaluation):
                 for name, column in answers.items()
             }
             judged.texts[part], unprepared = self.prepare(part, texts, args)
-            replies = out / f"replies{suffix}"
+            replies = out / f"replies{suffixes[part]}"
             judged.verdicts[part], unjudged = self._judge(judge, part, items, judged.texts[part], replies)
             failed |= unprepared | unjudged
             n_left_out += len(left_out)

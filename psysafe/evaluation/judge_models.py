@@ -12,8 +12,8 @@ from typing import TypeVar
 from psysafe.endpoint import RESERVED_PARAMETERS, Endpoint, Outcome, RetryPolicy, key_from, run_items
 from psysafe.evaluation.models_under_test import ModelUnderTest, answer_all
 from psysafe.files import parse_json
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.program import UserError

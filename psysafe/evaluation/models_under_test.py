@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from psysafe.checkpoint.adapter import base_of_adapter, load_adapter, warn_of_other_base
+from psysafe.checkpoint.adapter import BASE, attach_named, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.checkpoint.peft_format import adapter_folder
-from psysafe.cli import progress, say
+from psysafe.cli import is_first_rank, progress, say
 from psysafe.data.chat_template import Message, chat_pieces, content_text, read_turns
 from psysafe.data.formats import standard
 from psysafe.data.prompts import system_text, with_system
@@ -20,19 +20,28 @@ from psysafe.data.rows import CLUSTER, Row, prompt_messages, read_table
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.data.tool_calls import read_calls, written_calls
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
-from psysafe.files import expand
-from psysafe.generation.engine import Options
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
+from psysafe.generation.ranks import Ranks
+from psysafe.generation.request import Options, Request
 from psysafe.generation.sampling import Sampling
 from psysafe.hub import is_repository
-from psysafe.journal import Journal, key_of
+from psysafe.journal import NOT_SHARED, Journal, key_of
 from psysafe.model.decoder import Qwen3_5
-from psysafe.model.lora import detach
 from psysafe.program import UserError
 from psysafe.runtime import start
 from psysafe.training.config import resolve
 
-BASE = "base"
+SAVED = ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking")  # of an answer
+
+
+class ShareAnswered(Exception):
+    """This rank has answered its share of the questions. What is done with the answers rank 0 does alone."""
+
+
+def only_rank_0() -> None:
+    """Raises ShareAnswered on every other rank."""
+    if not is_first_rank():
+        raise ShareAnswered
 
 
 class Variant(NamedTuple):
@@ -110,7 +119,7 @@ class ModelUnderTest:
 
         A row has prompt, answer, reasoning, response, finish_reason, new_tokens and unfinished_thinking. It is written
         as soon as it is there. What `out` has already is not answered again, and if that is everything, no model is
-        loaded.
+        loaded. Several ranks share the work; rank 0 has the answers, the others nothing, and end in `only_rank_0`.
         """
         identity = self.identity
         # "answered": rows under "answer" were written before they said `unfinished_thinking`, and are asked again.
@@ -118,45 +127,51 @@ class ModelUnderTest:
         for variant in variants:
             parts = "answered", identity, *variant_identity(variant)
             keys[variant] = {q.number: key_of(*parts, *q.identity) for q in questions}
-        with Journal(out) as journal:
-            missing = {v: [q for q in questions if keys[v][q.number] not in journal.rows] for v in variants}
-            if any(missing.values()):
-                model, tokenizer = self.load(variants)
-                for variant in filter(missing.get, variants):
-                    self._answer(model, tokenizer, variant, missing[variant], keys[variant], journal)
-            journal.sync()
+        runtime = start(self.device, self.dtype)
+        with Ranks(runtime) as ranks, ranks.in_order(lambda: Journal(out, runtime.rank)) as journal:
+            asked = [(v, q) for v in variants for q in questions if keys[v][q.number] not in journal.rows]
+            ranks.agree([keys[v][q.number] for v, q in asked])
+            if asked:
+                self._answer(*self.load(variants), asked, keys, journal, ranks)
+            journal.collect(ranks.wait)
+            if not runtime.is_main:
+                return {}
+            if n_missing := sum(key not in journal.rows for of_variant in keys.values() for key in of_variant.values()):
+                raise UserError(f"{out}: {n_missing:,} {NOT_SHARED}")
             return {v: {q.number: journal.rows[keys[v][q.number]] for q in questions} for v in variants}
 
-    def _answer(self, model, tokenizer, variant: Variant, questions: list[Question], keys: dict, journal: Journal):
-        """Lets one variant answer the questions; each answer goes into the journal under the question's key."""
-        if variant.adapter != BASE:
-            load_adapter(model, expand(variant.adapter))
-        system = system_text(variant.system)
-        conversations, tools = [with_system(q.turns(), system) for q in questions], [q.tools for q in questions]
-        by_number = {q.number: q for q in questions}
-        n_typed = sum(map(tokenizer.has_typed_tokens, conversations, tools))
+    def _answer(self, model, tokenizer, asked: list[tuple[Variant, Question]], keys: dict, journal, ranks: Ranks):
+        """Answers this rank's share of the questions, each as its variant, in one batch; every answer goes into the
+        journal under its key."""
+        adapters = attach_named(model, [variant.adapter for variant, _ in asked])
+        generator = Generator(model, tokenizer, self.options, adapters=adapters)
+        requests, n_typed = [], 0
+        systems = {name: system_text(name) for name in {variant.system for variant, _ in asked}}
+        for i, (variant, question) in enumerate(asked):
+            messages = with_system(question.turns(), systems[variant.system])
+            ids, name = generator.encode(messages, question.tools), f"{variant.name}: prompt {question.number}"
+            adapter = generator.adapter_named(variant.adapter)
+            requests.append(Request(i, ids, name, choice=question.number, adapter=adapter))
+            n_typed += tokenizer.has_typed_tokens(messages, question.tools)
         if n_typed:
-            say(f"{variant.name}: {n_typed:,} of {len(questions):,} prompts hold {TYPED_TOKENS}")
-        generator = Generator(model, tokenizer, self.options)
-        for answer in answer_all(generator, conversations, list(by_number), variant.name, tools):
-            question = by_number[answer.row]
-            row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
-            for name in ("answer", "reasoning", "response", "finish_reason", "new_tokens", "unfinished_thinking"):
-                row[name] = getattr(answer, name)
-            journal.append(keys[question.number], row)
-        detach(model)
+            say(f"{n_typed:,} of {len(asked):,} prompts hold {TYPED_TOKENS}")
+        names = " and ".join(dict.fromkeys(variant.name for variant, _ in asked))
+        with progress(len(asked), names, "answers") as bar:
+            for answer in ranks.complete(generator, requests):
+                variant, question = asked[answer.row]
+                row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}
+                for field_name in SAVED:
+                    row[field_name] = getattr(answer, field_name)
+                journal.append(keys[variant][question.number], row)
+                bar.update()
 
 
 def answer_all(
-    generator: Generator,
-    conversations: Sequence[list[dict]],
-    numbers: Sequence[int],
-    description: str,
-    tools: Sequence[object] | None = None,
+    generator: Generator, conversations: Sequence[list[dict]], numbers: Sequence[int], description: str
 ) -> Iterator[Answer]:
     """The answers in the order in which they end, with a progress line. numbers: seed the sampling of each."""
     with progress(len(conversations), description, "answers") as bar:
-        for answer in generator.answers(conversations, numbers, tools=tools):
+        for answer in generator.answers(conversations, numbers):
             yield answer
             bar.update()
 

@@ -6,17 +6,18 @@ all rows are there the file is put in the prompts' order: however often it was i
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from psysafe.cli import progress, say
 from psysafe.data.prompts import with_system
 from psysafe.data.rows import Row, prompt_messages
 from psysafe.files import write_atomic
-from psysafe.generation.engine import Request
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
-from psysafe.journal import REMEDY, AppendFile
+from psysafe.generation.ranks import Ranks
+from psysafe.generation.request import Request
+from psysafe.journal import NOT_SHARED, REMEDY, AppendFile
 from psysafe.program import UserError
 
 # Fields of a written row beside the prompt's own. `stucked` is the spelling of the published answer files.
@@ -32,15 +33,18 @@ class AnswerFile(AppendFile):
 
     FOREIGN = f"no answer to a row of these prompts; {REMEDY}"
 
-    def __init__(self, path: str | Path, prompts: Sequence[Row], adapters: Sequence[str], settings: dict):
+    def __init__(
+        self, path: str | Path, prompts: Sequence[Row], adapters: Sequence[str], settings: dict, rank: int = 0
+    ):
         self.adapters, self.settings = list(adapters), settings
         self.prompts = {row.number: row for row in prompts}
         self.answered: set[tuple[int, str]] = set()  # (row, adapter)
         self._was_there = Path(path).exists()
-        super().__init__(path)
+        super().__init__(path, rank)
 
     def __exit__(self, *error) -> None:
-        if not (self.answered or self._was_there):  # a run that ended before its first answer leaves nothing
+        # A run that ended before its first answer leaves nothing.
+        if not (self.answered or self._was_there or self.rank):
             self.path.unlink(missing_ok=True)
         super().__exit__(*error)
 
@@ -62,6 +66,9 @@ class AnswerFile(AppendFile):
             raise UserError(f"{where}: answers row {number} a second time; {REMEDY}")
         self.answered.add((number, adapter))
 
+    def _holds(self, row: dict) -> bool:
+        return (row.get("row"), row.get("adapter")) in self.answered
+
     def _began_as_own(self, torn: bytes) -> bool:
         starts = (self._line_start(prompt) for prompt in self.prompts.values())
         return any(torn.startswith(start) or start.startswith(torn) for start in starts)
@@ -81,41 +88,60 @@ class AnswerFile(AppendFile):
         self._write(json.dumps({**row, "settings": self.settings}, ensure_ascii=False))
         self.answered.add((answer.row, adapter))
 
-    def finish(self) -> None:
-        """Puts the rows into the prompts' order."""
+    def finish(self, wait: Callable[[], None]) -> None:
+        """Puts the rows of all ranks into one file, in the prompts' order. wait: returns when every rank is here."""
+        self.collect(wait)
+        if self.rank:
+            return
+        if n_missing := sum(len(self.missing(adapter)) for adapter in set(self.adapters)):
+            raise UserError(f"{self.path}: {n_missing:,} {NOT_SHARED}")
         lines = [(json.loads(line), line) for line in self.path.read_bytes().split(b"\n") if line]
         lines.sort(key=lambda pair: (pair[0]["row"], self.adapters.index(pair[0]["adapter"])))
         write_atomic(self.path, b"".join(line + b"\n" for _, line in lines))
 
 
-def answer_rows(generator: Generator, file: AnswerFile, adapter: str, system: str | None) -> None:
-    """Answers what is missing of one adapter. Every prompt is checked before the first is answered."""
-    missing = file.missing(adapter)
-    n_prompts = len(file.prompts)
-    say(f"{adapter}: {n_prompts - len(missing):,} of {n_prompts:,} rows are in {file.path} already")
-    if not missing:
+def answer_rows(generator: Generator, file: AnswerFile, system: str | None, ranks: Ranks) -> None:
+    """Answers this rank's share of what is missing, of all adapters in one batch. Every prompt is checked before the
+    first is answered."""
+    asked, n_prompts = [], len(file.prompts)
+    for adapter in dict.fromkeys(file.adapters):
+        missing = file.missing(adapter)
+        say(f"{adapter}: {n_prompts - len(missing):,} of {n_prompts:,} rows are in {file.path} already")
+        asked += [(adapter, row) for row in missing]
+    ranks.agree([(adapter, row.number) for adapter, row in asked])
+    if not asked:
         return
-    # A conversation that the template refuses ends the run here, not after hours of answers.
-    requests, n_typed = [], 0
-    for row in missing:
-        try:
-            messages = with_system(prompt_messages(row), system)
-            requests.append(Request(row.number, generator.encode(messages, row.tools), row.where))
-            n_typed += generator.tokenizer.has_typed_tokens(messages, row.tools)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
-    if n_typed:
-        say(f"{adapter}: {n_typed:,} of {len(missing):,} rows hold {TYPED_TOKENS}")
-    start, n_tokens, n_cut = time.perf_counter(), 0, 0
-    with progress(len(missing), adapter, "rows") as bar:
-        for answer in generator.complete(requests):
-            file.write(adapter, answer)
+    ids = _encoded(generator, {row.number: row for _, row in asked}, system)
+    requests = [
+        Request(i, ids[row.number], row.where, choice=row.number, adapter=generator.adapter_named(adapter))
+        for i, (adapter, row) in enumerate(asked)
+    ]
+    start, n_tokens, n_cut, names = time.perf_counter(), 0, 0, " and ".join(file.adapters)
+    with progress(len(asked), names, "rows") as bar:
+        for answer in ranks.complete(generator, requests):
+            adapter, row = asked[answer.row]
+            file.write(adapter, replace(answer, row=row.number))
             n_tokens += answer.new_tokens
             n_cut += answer.finish_reason == "length"
             bar.update()
     speed = n_tokens / (time.perf_counter() - start)
     cut = f", {n_cut:,} cut (see --max-new-tokens, --context)" if n_cut else ""
-    say(f"{adapter}: {len(missing):,} of {len(missing):,} rows, {speed:,.0f} tokens/s{cut}")
+    say(f"{names}: {len(asked):,} of {len(asked):,} rows, {speed:,.0f} tokens/s{cut}")
+
+
+def _encoded(generator: Generator, rows: Mapping[int, Row], system: str | None) -> dict[int, list[int]]:
+    """The rows' prompts as ids. A conversation that the template refuses ends the run here, not after hours."""
+    ids, n_typed = {}, 0
+    for number, row in rows.items():
+        try:
+            messages = with_system(prompt_messages(row), system)
+            ids[number] = generator.encode(messages, row.tools)
+            n_typed += generator.tokenizer.has_typed_tokens(messages, row.tools)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+    if n_typed:
+        say(f"{n_typed:,} of {len(rows):,} rows hold {TYPED_TOKENS}")
+    return ids
 
 
 def _own_fields(prompt: Row) -> dict:

@@ -7,6 +7,7 @@ reads the tokens one step late. With Triton the step is one CUDA graph there, on
 """
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from psysafe.generation.sampling import MAX_LOGPROBS, log_probabilities
 from psysafe.generation.slot_state import LENGTH, STOP, SlotState, StepKind
 from psysafe.model.cache import Cache, CacheView, StepView
 from psysafe.model.decoder import Qwen3_5
+from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.program import UserError
 
 REASONS = {STOP: "stop", LENGTH: "length"}
@@ -63,10 +65,11 @@ class Engine:
         think_end_id: int = -1,
         prefill_tokens: int = Options.prefill_tokens,
         deterministic: bool = False,
+        adapters: MixedAdapters | None = None,
     ):
         """max_tokens: of prompt and answer together. closing: the ids that end a think block by force, `</think>` with
         what stands around it. deterministic: every prompt is read alone, and attention spans the whole cache, so that
-        an answer has the same bits alone and in a crowd."""
+        an answer has the same bits alone and in a crowd. adapters: those of the model that requests may name."""
         self.model, self.slots, self.max_tokens = model, slots, max_tokens
         self.prefill_tokens, self.deterministic = prefill_tokens, deterministic
         self.device = device = model.embed_tokens.device
@@ -74,6 +77,9 @@ class Engine:
         self.cache = Cache(model.config, slots, max_tokens, device, dtype)
         self.documents = Documents(torch.arange(slots + 1, dtype=torch.int32), device)  # one token a slot
         self.state = SlotState(slots, vocab_size, eos_ids, closing, think_end_id, device, dtype)
+        self.adapters, self.adapter_weights = adapters, None  # (slots, r), at a fixed address as all that a step reads
+        if adapters is not None:
+            self.adapter_weights = adapters.weights([None] * slots, [1.0] * slots)
 
         self.queue: deque[Request] = deque()
         self.rows: set[int] = set()  # of all requests that are here
@@ -112,8 +118,12 @@ class Engine:
             raise UserError(f"{request.where}: {len(request.ids):,} tokens, but {room}, and each has one at least")
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
             raise UserError(f"{request.where}: {request.logprobs} logprobs, expected 0 to {MAX_LOGPROBS}")
-        if request.adapter is not None:
-            raise UserError(f"{request.where}: no adapter {request.adapter:.60} here; expected none")
+        names = self.adapters.names if self.adapters else []
+        if request.adapter is not None and request.adapter not in names:
+            expected = " or ".join(names) or "none"
+            raise UserError(f"{request.where}: no adapter {request.adapter:.60} here; expected {expected}")
+        if not math.isfinite(request.adapter_scale):
+            raise UserError(f"{request.where}: adapter_scale is {request.adapter_scale}, expected a real number")
         self.queue.append(request)
         self.rows.add(request.row)
 
@@ -207,6 +217,7 @@ class Engine:
         if progresses[0].n_read == 0:
             self.cache.reset(slots)
             self.state.seat(slots, requests, self.max_tokens)
+            self._seat_adapters(slots, requests)
         else:
             self.cache.set_states(slots[0], self.unread_states)
         pieces = [p.request.ids[p.n_read : p.n_read + self.prefill_tokens] for p in progresses]
@@ -222,6 +233,11 @@ class Engine:
         self.state.live[at] = True
         logits = self.model.logits(hidden)
         return Choice(self.state.emit(logits, at, StepKind.of(requests)), logits)
+
+    def _seat_adapters(self, slots: list[int], requests: list[Request]) -> None:
+        if self.adapters is not None:
+            names, factors = [r.adapter for r in requests], [r.adapter_scale for r in requests]
+            self.adapter_weights[torch.tensor(slots, device=self.device)] = self.adapters.weights(names, factors)
 
     def _read(self, pieces: list[list[int]], slots: list[int]) -> Tensor:
         """Continues the slots by these tokens; hidden states (n, D) of the last ones."""
@@ -265,7 +281,10 @@ class Engine:
         self, tokens: Tensor, documents: Documents, view: CacheView | StepView, rows: Tensor | None = None
     ) -> Tensor:
         """The one call of the model, for prompts and for decode steps."""
-        return self.model(tokens, documents, view, rows)
+        weights = self.adapter_weights
+        if weights is not None and isinstance(view, CacheView):  # a decode step has one token of every slot, in order
+            weights = weights[view.slots[documents.index]]
+        return self.model(tokens, documents, view, rows, weights)
 
     def _events(self, report: "Report | None") -> list[Event]:
         events = []

@@ -14,6 +14,7 @@ from psysafe.generation.request import Event, Options, Request
 from psysafe.generation.slots import MAX_SLOTS, choose_slots
 from psysafe.generation.text import ANSWER, CLOSE, REASONING, Piece, TextSplitter
 from psysafe.model.decoder import Qwen3_5
+from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.program import UserError
 
 OnPiece = Callable[[int, Piece], None]  # (row, what is certain of its text)
@@ -47,14 +48,21 @@ class Generator:
         tokenizer: Tokenizer,
         options: Options | None = None,
         say: Callable[[str], object] | None = None,
+        adapters: MixedAdapters | None = None,
     ):
-        """say: where to report how much memory the slots take, whenever slots are made."""
+        """say: where to report how much memory the slots take, whenever slots are made. adapters: those of the model
+        that requests may name."""
         self.model, self.tokenizer, self.options, self.say = model, tokenizer, options or Options(), say
+        self.adapters = adapters
         self.engine: Engine | None = None
 
     def encode(self, messages: Sequence[Message], tools: object = None) -> list[int]:
         """The conversation as the prompt's ids. UserError for one that the chat template refuses."""
         return self.tokenizer.encode_chat(messages, True, self.options.thinking, tools)
+
+    def adapter_named(self, name: str) -> str | None:
+        """What a request says for an adapter, or the base, by the name that `attach_named` was given."""
+        return name if self.adapters is not None and name in self.adapters.names else None
 
     def answers(
         self,
@@ -105,8 +113,8 @@ class Generator:
             if len(request.ids) >= limit:
                 remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
                 raise UserError(
-                    f"{request.name or f'prompt {request.row}'}: {len(request.ids):,} tokens, but prompt and answer "
-                    f"together have room for {limit:,}; {remedy}"
+                    f"{request.where}: {len(request.ids):,} tokens, but prompt and answer together have room for "
+                    f"{limit:,}; {remedy}"
                 )
         wanted = min(len(requests), options.batch_size or MAX_SLOTS[self.model.embed_tokens.device.type])
         cache = self.engine and self.engine.cache
@@ -125,6 +133,7 @@ class Generator:
             tokenizer.think_end_id,
             options.prefill_tokens,
             options.deterministic,
+            self.adapters,
         )
         if self.say is not None:
             slot_mb = self.engine.cache.bytes_per_slot / 1e6

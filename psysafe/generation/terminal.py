@@ -1,12 +1,13 @@
 """A conversation at a terminal: a notice first, then text as it is generated, with the reasoning dimmed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from psysafe.data.tokenizer import Message
 from psysafe.files import clusters
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
+from psysafe.generation.request import Request
 from psysafe.generation.text import CLOSE, REASONING, Piece
 from psysafe.printable import plain
 
@@ -16,13 +17,32 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 def ask(generator: Generator, messages: list[Message], row: int = 1) -> Answer:
     """Writes the answer to stdout while it is generated, and returns it."""
-    if generator.tokenizer.has_typed_tokens(messages[-1:]):
-        print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
+    _note_typed_tokens(generator, messages)
     with TextStream(sys.stdout) as stream:
         (answer,) = generator.answers([messages], [row], stream)
-    if answer.finish_reason == "length":
-        print(f"(cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
+    _note_cut(answer)
     return answer
+
+
+def compare(generator: Generator, messages: list[Message], names: Sequence[str]) -> None:
+    """Writes what each adapter answers under its name. They answer in one batch."""
+    _note_typed_tokens(generator, messages)
+    ids = generator.encode(messages)
+    requests = [Request(i, ids, choice=1, adapter=generator.adapter_named(name)) for i, name in enumerate(names)]
+    with StreamsInOrder(names, sys.stdout) as streams:
+        for answer in generator.complete(requests, streams):
+            streams.end(answer.row)
+            _note_cut(answer, f"{names[answer.row]}: ")
+
+
+def _note_typed_tokens(generator: Generator, messages: list[Message]) -> None:
+    if generator.tokenizer.has_typed_tokens(messages[-1:]):
+        print(f"(the prompt holds {TYPED_TOKENS})", file=sys.stderr)
+
+
+def _note_cut(answer: Answer, of: str = "") -> None:
+    if answer.finish_reason == "length":
+        print(f"({of}cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
 
 
 def chat(generator: Generator, system: str | None) -> None:
@@ -99,6 +119,53 @@ class TextStream:
         if dimmed != self.dimmed:
             self.out.write(DIM if dimmed else PLAIN)
         self.dimmed = dimmed
+
+
+class StreamsInOrder:
+    """Several answers that are written together, as one text: the first as it comes, the pieces of a later one once
+    those before it have ended. Each begins with a line of its name; rows count from 0."""
+
+    def __init__(self, names: Sequence[str], out: TextIO):
+        self.names, self.out = names, out
+        self.row = -1  # whose answer is being written
+        self.stream: TextStream | None = None
+        self.waiting: list[list[Piece]] = [[] for _ in names]
+        self.ended: set[int] = set()
+
+    def __enter__(self) -> "StreamsInOrder":
+        self._next()
+        return self
+
+    def __call__(self, row: int, piece: Piece) -> None:
+        if row == self.row:
+            self.stream(row, piece)
+        else:
+            self.waiting[row].append(piece)
+
+    def end(self, row: int) -> None:
+        """The row's last piece has come."""
+        self.ended.add(row)
+        while self.row in self.ended:
+            self._close()
+            self._next()
+
+    def __exit__(self, *error) -> None:
+        self._close(*error)
+
+    def _next(self) -> None:
+        self.row += 1
+        if self.row == len(self.names):
+            return
+        self.out.write(f"--- {self.names[self.row]}\n")
+        self.out.flush()
+        self.stream = TextStream(self.out)
+        for piece in self.waiting[self.row]:
+            self.stream(self.row, piece)
+
+    def _close(self, *error) -> None:
+        if self.stream is not None:
+            self.stream.__exit__(*error or (None, None, None))
+        self.stream = None
 
 
 def _typed() -> Iterator[str]:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.layers import FusedLinear
 from psysafe.model.lora import detach, is_target, targeted_layers
-from psysafe.program import UserError
 
 
 class Shape(NamedTuple):
@@ -64,11 +63,6 @@ class MixedAdapters:
     @property
     def rank(self) -> int:
         return max(columns.stop for columns in self.columns.values())
-
-    def check(self, name: str | None) -> None:
-        """Raises UserError for a name that is none of the adapters; None is the base."""
-        if name is not None and name not in self.columns:
-            raise UserError(f"no adapter {name:.60}; expected {', '.join(self.names)}, or none for the base")
 
     def weights(self, names: Sequence[str | None], factors: Sequence[float]) -> Tensor:
         """(n, r): a weight for each rank column, from an adapter's name (None: the base) and a factor (1: as it is)."""

@@ -45,20 +45,14 @@ class Heartbeat(NamedTuple):
     step: int  # 0 before the first
     failed: bool  # the last one: the rank ended by an error of its own
 
-    @property
-    def place(self) -> str:
-        return f"in step {self.step}" if self.step else "before the first step"
-
-    @property
-    def last_message(self) -> str:
-        return f"ended {self.place} by an error of its own; {REMEDY}"
-
 
 class Watchdog:
-    """Does nothing for a single rank. timeout: seconds without progress after which the run has hung."""
+    """Does nothing for a single rank. timeout: seconds without progress after which the run has hung. unit: what is
+    counted, in messages; remedy: how they end."""
 
-    def __init__(self, runtime: Runtime, timeout: float):
+    def __init__(self, runtime: Runtime, timeout: float, unit: str = "step", remedy: str = REMEDY):
         self.rank, self.ranks, self.timeout = runtime.rank, runtime.world_size, timeout
+        self.unit, self.remedy = unit, remedy
         self.max_silence = min(MAX_SILENCE, timeout / 2)
         self.heartbeat = Heartbeat(0, 0, 0, False)
         self.progress_at = time.monotonic()
@@ -104,16 +98,18 @@ class Watchdog:
             try:
                 dist.barrier()  # the thread goes on until every rank is here: a rank without heartbeats counts as dead
             except RuntimeError as collective_error:
-                self._explain(collective_error)
+                self._explain(f"; here {_first_line(collective_error)}")
                 raise
         elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            self._explain(error)
+            self._explain(f"; here {_first_line(error)}")
+        elif isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            self._explain("")  # torchrun sends it when a rank is gone, and others do to stop the run
         self.stop.set()
         self.thread.join()
         if error is None:
             # The store may live in the first rank that ends. So none ends while another's thread still reads it.
             dist.barrier()
-        else:
+        elif not isinstance(error, SystemExit):
             last = self.heartbeat._replace(number=self.heartbeat.number + 1, failed=True)
             with contextlib.suppress(RuntimeError):  # without a store, too, its own error must still be printed
                 self.store.set(_key(self.rank), json.dumps(last))
@@ -128,29 +124,29 @@ class Watchdog:
             for rank, (heartbeat, read_at) in self.others.items():
                 silence = now - read_at
                 if heartbeat.failed and silence > GRACE:
-                    self._end(f"rank {rank} {heartbeat.last_message}")
+                    self._end(self._failed(rank, heartbeat))
                 # Before its first step a rank may load weights for longer, and its thread then gets no turn.
                 max_silence = self.max_silence if heartbeat.step else self.timeout
                 if silence > max_silence:
-                    where = f"rank {rank} is dead or frozen {heartbeat.place}"
-                    self._end(f"{where}: silent for {max_silence:.0f} s; {REMEDY}")
+                    where = f"rank {rank} is dead or frozen {self._place(heartbeat)}"
+                    self._end(f"{where}: silent for {max_silence:.0f} s; {self.remedy}")
             # Before the first step only a rank that waits for another one judges: all may load for as long as it takes.
             waits = any(heartbeat.progress < self.heartbeat.progress for heartbeat, _ in self.others.values())
             if (self.heartbeat.step or waits) and now - self.progress_at > self.timeout:
                 self._end(self._who_hangs())
 
-    def _explain(self, error: RuntimeError) -> None:
-        """If another rank's death can have caused this error, ends the process with a line that says so."""
-        here = f"here {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    def _explain(self, here: str) -> None:
+        """If another rank's death can be why this one ends, ends the process with a line that says so. here: what
+        happened to this one."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as a rank is gone
         self.timeout = self.max_silence = math.inf  # from here on the thread reads heartbeats, and judges none
         began = time.monotonic()
         while time.monotonic() - began < 5 * INTERVAL:
             for rank, (heartbeat, read_at) in list(self.others.items()):
                 if heartbeat.failed:
-                    self._end(f"rank {rank} {heartbeat.last_message}; {here}")
+                    self._end(f"{self._failed(rank, heartbeat)}{here}")
                 if heartbeat.step and time.monotonic() - read_at > 3 * INTERVAL:
-                    self._end(f"rank {rank} died {heartbeat.place}; {REMEDY}; {here}")
+                    self._end(f"rank {rank} died {self._place(heartbeat)}; {self.remedy}{here}")
             time.sleep(INTERVAL / 4)
 
     def _who_hangs(self) -> str:
@@ -158,7 +154,14 @@ class Watchdog:
         min_progress = min(heartbeat.progress for heartbeat in heartbeats.values())
         late = [rank for rank, heartbeat in heartbeats.items() if heartbeat.progress == min_progress]
         who = f"rank {late[0]} hangs" if len(late) == 1 else f"ranks {', '.join(map(str, late))} hang"
-        return f"{who} {heartbeats[late[0]].place}: no progress for {self.timeout:.0f} s (--timeout); {REMEDY}"
+        place = self._place(heartbeats[late[0]])
+        return f"{who} {place}: no progress for {self.timeout:.0f} s (--timeout); {self.remedy}"
+
+    def _failed(self, rank: int, heartbeat: Heartbeat) -> str:
+        return f"rank {rank} ended {self._place(heartbeat)} by an error of its own; {self.remedy}"
+
+    def _place(self, heartbeat: Heartbeat) -> str:
+        return f"in {self.unit} {heartbeat.step}" if heartbeat.step else f"before the first {self.unit}"
 
     def _write(self) -> None:
         with self.lock:
@@ -180,7 +183,7 @@ class Watchdog:
             return call(*args)
         except RuntimeError:
             gone = "torchrun, through which the ranks met, is gone" if _in_torchrun() else "rank 0 is gone"
-            self._end(f"{gone} {self.heartbeat.place}; {REMEDY}")
+            self._end(f"{gone} {self._place(self.heartbeat)}; {self.remedy}")
 
     def _end(self, message: str) -> None:
         """Ends this process, from any thread. The first rank to come here prints for all; "": one already has."""
@@ -200,6 +203,10 @@ class Watchdog:
 def _in_torchrun() -> bool:
     """Whether the store lives in torchrun, and not in rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _first_line(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _key(rank: int) -> str:

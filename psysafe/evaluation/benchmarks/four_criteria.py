@@ -22,6 +22,7 @@ from psysafe.evaluation.models_under_test import (
     VariantAnswers,
     conversation,
     conversation_text,
+    only_rank_0,
     read_answers,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
@@ -48,6 +49,9 @@ class FourCriteria(Evaluation):
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
         judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
+
+    def answers_on_ranks(self, args: argparse.Namespace) -> bool:
+        return bool(args.prompts)
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
@@ -93,6 +97,7 @@ def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers],
     rows = read_prompts(args.prompts)[: args.limit or None]
     questions = [question_of(row) for row in rows]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
+    only_rank_0()
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():

@@ -7,11 +7,11 @@ from psysafe.data.text import normalise
 from psysafe.evaluation import unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import COLUMNS, summarise
-from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant
+from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant, only_rank_0
 from psysafe.evaluation.overlap import overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
 from psysafe.evaluation.word_list_judge import Parts, Verdict
-from psysafe.generation.engine import Options
+from psysafe.generation.request import Options
 from psysafe.program import UserError
 from psysafe.training.config import resolve
 
@@ -34,6 +34,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     options = Options(max_new_tokens=MAX_NEW_TOKENS)
     model = ModelUnderTest(config.model, config.revision, device=device, options=options)
     answers = model.answers(variants, questions, folder / "answers.jsonl")
+    only_rank_0()
     base, tuned = ([_finished(answers[variant][q.number]) for q in questions] for variant in variants)
     title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
     result = Result("miniature", title, tables(rows, base, tuned))
