@@ -17,6 +17,7 @@ import contextlib
 import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ from psysafe.generation.generator import CLOSING
 from psysafe.generation.request import Request, RequestOptions
 from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import attach, detach
+from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.program import main_guard
 from psysafe.runtime import start, versions
 from psysafe.serve.app import App, Policy
@@ -72,7 +74,7 @@ class Rate(dict):
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m benchmarks.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
@@ -125,7 +127,7 @@ def study_engine(new_tokens: int, repeats: int) -> dict:
     return result
 
 
-def large_model(layers: int = 8) -> Qwen3_5:
+def large_model(layers: int = 6) -> Qwen3_5:
     """Random weights in the architecture's shapes, with the bundled tokenizer's vocabulary."""
     config = json.loads((ASSETS / "tiny" / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -138,18 +140,20 @@ def messages(prompt: str) -> list[dict]:
     return [{"role": "user", "content": prompt}]
 
 
-def make_engine(model: Qwen3_5, tokenizer: Tokenizer) -> Engine:
-    return Engine(model, SLOTS, CONTEXT, (), tokenizer.encode(CLOSING), tokenizer.think_end_id)
+def make_engine(model: Qwen3_5, tokenizer: Tokenizer, adapters: MixedAdapters | None = None) -> Engine:
+    closing = tokenizer.encode(CLOSING)
+    return Engine(model, SLOTS, CONTEXT, (), closing, tokenizer.think_end_id, adapters=adapters)
 
 
-def run_engine(model: Qwen3_5, tokenizer: Tokenizer, new_tokens: int, adapters: Sequence[str | None] = (None,)) -> Rate:
+def run_engine(model: Qwen3_5, tokenizer: Tokenizer, new_tokens: int, attached: MixedAdapters | None = None) -> Rate:
     """The requests through `Engine.run`, the adapters dealt out in turn."""
+    names = itertools.cycle(attached.names if attached else [None])
     options = RequestOptions(max_new_tokens=new_tokens)
     requests = [
-        Request(i, tokenizer.encode_chat(messages(prompt), True), options=options, adapter=adapters[i % len(adapters)])
+        Request(i, tokenizer.encode_chat(messages(prompt), True), options=options, adapter=next(names))
         for i, prompt in enumerate(prompts())
     ]
-    engine = make_engine(model, tokenizer)
+    engine = make_engine(model, tokenizer, attached)
     with stopwatch() as rate:
         tokens = sum(1 for _ in engine.run(requests))
     return rate(tokens)
@@ -204,8 +208,7 @@ def study_adapters(new_tokens: int, repeats: int) -> dict:
             attached = dict(zip(names, folders, strict=False))
 
             def run(attached: dict[str, Path] = attached) -> Rate:
-                attach_many(model, attached)
-                rate = run_engine(model, tokenizer, new_tokens, list(attached))
+                rate = run_engine(model, tokenizer, new_tokens, attach_many(model, attached))
                 detach(model)
                 return rate
 

@@ -10,7 +10,7 @@ PROMPTS = 16
 
 
 def prompts() -> list[str]:
-    return [f"Question {i}: " + "what do you see from the window today? " * (1 + i % 4) for i in range(PROMPTS)]
+    return [f"Question {i}: " + "what do you see today? " * (1 + i % 4) for i in range(PROMPTS)]
 
 
 def main() -> None:

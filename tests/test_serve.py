@@ -17,7 +17,6 @@ from psysafe.checkpoint.adapter import attach_many, load_adapter, save_adapter
 from psysafe.generation.generator import Generator
 from psysafe.generation.request import Options
 from psysafe.generation.sampling import Sampling
-from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import TARGETS, attach
 from psysafe.program import main_guard
 from tests.live_server import Live, config, live_server, model, question, tokenizer  # noqa: F401
@@ -48,12 +47,12 @@ def folders(config) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def single(config, model, folders) -> dict[str, Qwen3_5]:
-    """name -> a model that has nothing but the base, or this one adapter."""
-    models = {name: load_model(f"random:{config}") for name in folders}
+def single(config, model, folders, tokenizer) -> dict[str, Generator]:
+    """name -> what answers by a model that has nothing but the base, or this one adapter."""
+    models = {"base": model} | {name: load_model(f"random:{config}") for name in folders}
     for name, folder in folders.items():
         load_adapter(models[name], folder)
-    return {"base": model, **models}
+    return {name: Generator(model, tokenizer) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +63,10 @@ def live(config, folders, tokenizer):
         yield server
 
 
-def alone(model, tokenizer, text: str, **options) -> tuple[str, str, str]:
+def alone(generator: Generator, text: str, **options) -> tuple[str, str, str]:
     """(reasoning, answer, finish_reason) of a prompt without a server and without company."""
-    sampling = Sampling(**{key: options.pop(key) for key in list(options) if key in ("temperature", "top_k", "seed")})
-    generator = Generator(model, tokenizer, Options(sampling, context=256, batch_size=1, **options))
+    sampling = Sampling(**{key: options.pop(key) for key in list(options) if key in ("temperature", "seed")})
+    generator.options = Options(sampling, context=256, batch_size=1, close_thinking_at_eos=True, **options)
     (answer,) = generator.answers([[{"role": "user", "content": text}]], [0])
     return answer.reasoning, answer.answer, answer.finish_reason
 
@@ -114,14 +113,14 @@ def chat_fields(text: str, options: dict, limits: dict) -> dict:
     return question(text, **options, max_tokens=limits["max_new_tokens"], extra_body=extra)
 
 
-def test_sixteen_at_once_over_four_slots_each_as_if_alone(live, single, tokenizer):
+def test_sixteen_at_once_over_four_slots_each_as_if_alone(live, single):
     requests, expected = [], []
     for i in range(16):
         options = {"temperature": 1.0, "seed": i} if i % 3 else {"temperature": 0.0}
         limits = {"max_new_tokens": 6 + i, "max_think_tokens": i % 4 * 2, "thinking": i % 5 != 0}
         name = list(single)[i * 7 % 3]
         requests.append(chat_fields(PROMPTS[i % 6], options, limits) | {"model": name})
-        expected.append(alone(single[name], tokenizer, PROMPTS[i % 6], close_thinking_at_eos=True, **options, **limits))
+        expected.append(alone(single[name], PROMPTS[i % 6], **options, **limits))
     answers = sixteen_at_once(live, requests)
     assert answers == expected
     assert len(set(answers)) > 8
@@ -182,7 +181,7 @@ def test_probabilities_are_the_models(live, model, tokenizer):
     assert all(len(entry["top_logprobs"]) == 2 for entry in choice["logprobs"]["content"])
 
 
-def test_stop_texts_end_the_answer_and_are_no_part_of_it(live, model, tokenizer):
+def test_stop_texts_end_the_answer_and_are_no_part_of_it(live):
     fields = {"model": "base", "messages": question()["messages"], "max_tokens": 30, "temperature": 1.0, "seed": 5}
     fields["chat_template_kwargs"] = {"enable_thinking": False}
     whole = live.ask(fields)[2]["choices"][0]["message"]["content"]
