@@ -132,7 +132,8 @@ def large_model(layers: int = 6) -> Qwen3_5:
     config = json.loads((ASSETS / "tiny" / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
-        path.write_text(json.dumps(config | LARGE | {"num_hidden_layers": layers}))
+        kinds = config["layer_types"][:4] * layers
+        path.write_text(json.dumps(config | LARGE | {"num_hidden_layers": layers, "layer_types": kinds[:layers]}))
         return load_model(f"random:{path}")
 
 

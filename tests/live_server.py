@@ -127,7 +127,7 @@ def live_server(
     offered = Served(models, context, model.config.vocab_size, slots + max_queue, max_new_tokens=context)
     with bind("127.0.0.1", 0, "") as listener:
         port = listener.getsockname()[1]
-        allowed = Policy(host_names("127.0.0.1", listener), **policy)
+        allowed = Policy(**{"hosts": host_names("127.0.0.1", listener), **policy})
         app = App(replace(offered, **served or {}), tokenizer, worker, allowed, Page())
         live, advance, places = Live(engine, worker, app, port), engine.advance, Counter()
         engine.advance = lambda: live.advance(advance, places)

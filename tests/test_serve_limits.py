@@ -139,7 +139,7 @@ def test_more_answers_than_places_are_refused_before_any_work(live):
 # Who may ask
 
 
-@pytest.mark.parametrize("host", ["evil.example.com", "127.0.0.1", "localhost:1", "127.0.0.1.evil.invalid:{port}", ""])
+@pytest.mark.parametrize("host", ["evil.invalid", "127.0.0.1", "localhost:1", "127.0.0.1.evil.invalid:{port}", ""])
 def test_another_host_is_refused(live, host):
     for path, method in ((CHAT, "POST"), ("/", "GET"), ("/health", "GET")):
         status, _, body = live.ask(question(), path, JSON | {"host": host.format(port=live.port)}, method)
@@ -166,6 +166,14 @@ def test_the_key(model, tokenizer):
             assert live.ask(None, "/metrics", headers, "GET")[0] == 401
         assert live.ask(question(max_tokens=1), headers=JSON | {"authorization": "bearer s3cret-ü".encode()})[0] == 200
         assert live.ask(None, "/health", {}, "GET")[0] == live.ask(None, "/", {}, "GET")[0] == 200
+
+
+def test_the_host_does_not_decide_the_path(model, tokenizer):
+    """Where any Host is taken, as behind 0.0.0.0, it may hold what looks like a path."""
+    with live_server(model, tokenizer, hosts=None, key="k") as live:
+        for host in ("[", "x/health?", "x/#", "a b", "::1"):
+            assert live.ask(question(), headers=JSON | {"host": host})[0] == 401
+            assert live.ask(None, "/v1/models", {"host": host, "authorization": "Bearer k"}, "GET")[0] == 200
 
 
 def test_a_body_is_counted_while_it_is_read(live):

@@ -27,14 +27,22 @@ def main() -> int:
     command = [sys.executable, "-m", "psysafe.serve", "--adapter", f"tuned={adapter}", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
-            url = next(match[1] for line in server.stderr if (match := re.search(r"the page at (\S+)", line)))
-            take(url, PICTURE)
+            take(page_address(server), PICTURE)
         finally:
             server.terminate()
     if PICTURE.stat().st_size > MAX_BYTES:
         print(f"{PICTURE}: {PICTURE.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}", file=sys.stderr)
         return 1
     return 0
+
+
+def page_address(server: subprocess.Popen) -> str:
+    """Where the page is, once the server says so."""
+    for line in server.stderr:
+        if match := re.search(r"the page at (\S+)", line):
+            return match[1]
+        print(line, end="", file=sys.stderr)
+    raise RuntimeError("the server did not start")
 
 
 def take(url: str, picture: Path) -> None:

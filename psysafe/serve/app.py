@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from psysafe.cli import say
 from psysafe.data.tokenizer import Tokenizer
+from psysafe.program import print_error
 from psysafe.serve.answers import DONE, ChatCompletion, Completion, TextCompletion, Update, sent
 from psysafe.serve.fields import ApiError
 from psysafe.serve.metrics import Metrics, Record
@@ -93,7 +93,7 @@ class App:
         if is_completion:
             self.metrics.note(record)
         if is_completion or record.status >= 400:  # not every look at /health
-            say(f"{time.strftime('%H:%M:%S')} {record.line}")
+            print_error(f"{time.strftime('%H:%M:%S')} {record.line}")
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -105,13 +105,13 @@ class App:
         except ClientDisconnect:
             scope["record"].status = GONE
         except Exception as error:  # a bug of ours: one request's, not the server's
-            say(f"an error of the server: {without_message(error)}")
+            print_error(f"an error of the server: {without_message(error)}")
             if scope["record"].status:  # the answer has begun: all that is left is to end it
                 return
             await error_response(ApiError(500, "an error of the server; its log says where"))(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path
+        path = request.scope["path"]  # not request.url.path: that is made of the Host header, too
         method, handler = self.routes.get(path, ("GET", None))
         if handler is None and path.startswith("/v1/models/"):
             handler = self.model
@@ -171,7 +171,7 @@ class App:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self.served.models]})
 
     async def model(self, request: Request) -> Response:
-        name = request.url.path.removeprefix("/v1/models/")
+        name = request.scope["path"].removeprefix("/v1/models/")
         if name not in self.served.models:
             raise ApiError(404, "there is no such model; see /v1/models", "model", "model_not_found")
         return JSONResponse(self._model(name))

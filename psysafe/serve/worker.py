@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from psysafe.cli import say
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.generation.engine import Engine
 from psysafe.generation.request import Event, Request
 from psysafe.generation.text import TextSplitter
-from psysafe.program import UserError
+from psysafe.program import UserError, print_error
 from psysafe.serve.answers import Update
 from psysafe.serve.fields import ApiError
 from psysafe.serve.protocol import Asked
@@ -168,7 +167,7 @@ class Worker:
                 pass
         except Exception as error:
             self.failure = type(error).__name__
-            say(f"the engine has failed: {without_message(error)}")
+            print_error(f"the engine has failed: {without_message(error)}")
             self._deliver([self._error(row, ApiError(503, "the engine has failed")) for row in self._rows.values()])
 
     def _work(self) -> bool:
@@ -197,7 +196,7 @@ class Worker:
 
     def _update(self, row: Row, event: Event) -> tuple[Generation, Update]:
         if event.error:
-            say(f"a prompt could not be read: {without_message(event.error)}")
+            print_error(f"a prompt could not be read: {without_message(event.error)}")
             reason = f"the prompt could not be read ({type(event.error).__name__})"
             del self._rows[event.row]
             return self._error(row, ApiError(503, reason))
