@@ -302,7 +302,8 @@ def test_the_peak_is_known_by_the_exact_name_only(monkeypatch):
     assert all(1e14 < peak.flops < 1e16 and 1e11 < peak.bandwidth < 1e13 for peak in PEAKS.values())
 
 
-PROGRAMS = ("train.py", "generate.py", "eval.py", "-m psysafe.data", "-m psysafe.checkpoint", "-m psysafe.corpus")
+PROGRAMS = ("train.py", "generate.py", "eval.py", "-m psysafe.data", "-m psysafe.checkpoint", "-m psysafe.corpus",
+            "-m psysafe.serve")  # fmt: skip
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -14,9 +14,15 @@ MAX_SLOTS = {"cuda": 64, "cpu": 8}
 CACHE_SHARE = 0.8  # of the free memory; the rest is for activations and logits
 
 
-def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) -> int:
+def choose_slots(
+    model: Qwen3_5,
+    max_tokens: int,
+    wanted: int,
+    exactly: bool,
+    remedy: str = "lower --batch-size, --context or --max-new-tokens",
+) -> int:
     """How many sequences of max_tokens fit in free memory, at most `wanted`. Raises UserError when none does, or fewer
-    than wanted `exactly`."""
+    than wanted `exactly`; it ends in the remedy."""
     device = model.embed_tokens.device
     slot_bytes = Cache(model.config, 1, max_tokens, "meta", model.embed_tokens.dtype).bytes_per_slot
     free_bytes = memory_free(device)
@@ -25,8 +31,7 @@ def choose_slots(model: Qwen3_5, max_tokens: int, wanted: int, exactly: bool) ->
     if n_fitting < min_slots:
         raise UserError(
             f"{min_slots} x {max_tokens:,} tokens need {min_slots * slot_bytes / 1e6:,.1f} MB of cache, but of "
-            f"{free_bytes / 1e6:,.1f} MB free memory it may take {CACHE_SHARE:.0%}; lower --batch-size, --context or "
-            "--max-new-tokens"
+            f"{free_bytes / 1e6:,.1f} MB free memory it may take {CACHE_SHARE:.0%}; {remedy}"
         )
     return min(wanted, n_fitting)
 
