@@ -53,16 +53,14 @@ class AppendFile:
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
-        own = self._rank_file(self.rank)
-        if self.rank and own.exists() and own.stat().st_size == 0:
-            own.unlink()
+        if not self._file.closed:
+            self._close()
 
     def collect(self, wait: Callable[[], None]) -> None:
         """Puts what all ranks have written into the one file. wait: returns when every rank has called it."""
         self.sync()
         if self.rank:
-            self._file.close()
+            self._close()  # before rank 0 opens it
         wait()
         if not self.rank:
             self._take_rank_files()
@@ -122,6 +120,12 @@ class AppendFile:
                 self._read(file.read(), path, copy=True)
                 self.sync()
                 path.unlink()
+
+    def _close(self) -> None:
+        is_empty = self.rank and os.fstat(self._file.fileno()).st_size == 0
+        self._file.close()
+        if is_empty:
+            self._rank_file(self.rank).unlink()
 
     def _rank_file(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.rank{rank}")

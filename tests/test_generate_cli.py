@@ -293,7 +293,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    "text", [f"so\n{THINK_END}\n\nöß, 𝄞!", "never \x1b[31mended", "\ufffd" * 5 + f"{THINK_END}x", "\ufffdx\ufffdy"]
+    "text", [f"so\n{THINK_END}\n\nöß, 𝄞!", "never \x1b[31mended", "\ufffd" * 6 + f"ö{THINK_END}x", "\ufffdx\ufffdy"]
 )
 def test_streaming_writes_whole_characters(text):
     """Token by token (here: byte by byte). A terminal sees reasoning dimmed, and no control codes of the model's."""

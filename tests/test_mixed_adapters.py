@@ -147,7 +147,7 @@ def test_with_a_cache(written):
             of_token = None if weights is None else weights[piece.index]
             last = torch.arange(1, n + 1) * (end - begin) - 1
             hidden.append(model(tokens[:, begin:end].flatten(), piece, cache.at(), last, of_token))
-        for t in range(12, 16):
+        for t in range(12, 14):
             hidden.append(model(tokens[:, t], one_each, cache.step(live, t + 1), adapter_weights=weights))
         return torch.stack(hidden)  # (passes, n, D)
 
@@ -193,16 +193,18 @@ def peft_adapters(reference):
 
 
 def test_peft_s_mixed_batches_agree(tmp_path):
-    reference, model = both_models(tmp_path / "base", dtype=torch.float64)
+    reference, model = both_models(
+        tmp_path / "base", dtype=torch.float64, num_hidden_layers=2, layer_types=list(LAYERS)
+    )
     names = ["five", "__base__", "one", "two", "one"]
-    tokens = ids(5 * 11).view(5, 11)
+    tokens = ids(5 * 6).view(5, 6)
     with transformers_in_fp64(reference):
         peft = peft_adapters(reference).double()
         peft.save_pretrained(tmp_path)
         with torch.no_grad():
             expected = peft(tokens, use_cache=False, adapter_names=names).logits
     mixed = attach_many(model, {name: tmp_path / name for name in SHAPES})
-    documents = Documents(boundaries([11] * 5), tokens.device)
+    documents = Documents(boundaries([6] * 5), tokens.device)
     weights = mixed.weights([None if name == "__base__" else name for name in names], [1.0] * 5)
     with torch.no_grad():
         hidden = model(tokens.flatten(), documents, adapter_weights=weights[documents.index])
@@ -257,10 +259,10 @@ def engine_requests():
     sampling = [Sampling(), Sampling(1.0, seed=4), Sampling(1.3, top_k=30)]
     return [
         Request(
-            row, ids(1 + 11 * row % 40).tolist(), options=RequestOptions(sampling[row % 3], max_new_tokens=8 + row % 5),
+            row, ids(1 + 11 * row % 40).tolist(), options=RequestOptions(sampling[row % 3], max_new_tokens=4 + row % 4),
             choice=row // 2, adapter=[*SHAPES, None][row % 4], adapter_scale=[1.0, -0.5, 2.0][row % 3],
         )
-        for row in range(9)
+        for row in range(6)
     ]  # fmt: skip
 
 
@@ -275,7 +277,7 @@ def test_the_engine_mixes_adapters(written, monkeypatch):
         alone |= engine_ids(model_alone, [replace(request, adapter=None)], slots=1)
     for lag in (0, 1):
         assert engine_ids(model, requests, mixed, lag=lag) == alone
-    assert len({tuple(tokens) for tokens in alone.values()}) > 7
+    assert len({tuple(tokens) for tokens in alone.values()}) == 6
     monkeypatch.setattr(Engine, "_seat_adapters", lambda self, slots, requests: None)
     assert engine_ids(model, requests, mixed) != alone  # mutant: everybody is the base
 
@@ -298,7 +300,7 @@ def text_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     base = write_text_model(folder / "base", num_hidden_layers=2, layer_types=list(LAYERS))
     for seed, (name, rank, targets) in enumerate((("one", 1, TARGETS), ("two", 2, "all-linear"))):
-        adapters = attach(load_model(base), rank, 8.0, targets, seed=seed)
+        adapters = attach(load_model(base), rank, 64.0, targets, seed=seed)
         randomise_lora_B(adapters, seed)
         save_adapter(adapters, folder / name, base=str(base), multimodal=False)
     return base, [str(folder / "one"), str(folder / "two")]
@@ -318,7 +320,7 @@ def test_eval_answers_all_variants_in_one_batch(text_base, tmp_path, monkeypatch
     assert len(calls) == 1
     for i, variant in enumerate(variants):
         assert answers[variant] == model.answers([variant], questions, tmp_path / f"{i}.jsonl")[variant]
-    assert len({row["response"] for rows in answers.values() for row in rows.values()}) == 8
+    assert len({row["response"] for rows in answers.values() for row in rows.values()}) > 6
     lines = (tmp_path / "all.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "all.jsonl").write_bytes(b"".join(lines[::2]))
     assert model.answers(variants, questions, tmp_path / "all.jsonl") == answers

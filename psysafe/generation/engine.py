@@ -131,7 +131,8 @@ class Engine:
     def advance(self) -> list[Event]:
         """One forward pass: a piece of prompts, or one more token for every slot, in turn while there is work of both.
 
-        Returns what became known: at most one event a row. On a GPU it is what the pass before this one chose.
+        Returns what became known: at most one event a row. On a GPU it is what the pass before this one chose. A prompt
+        that cannot be read is an event, too; an error of a decode step concerns all, and is raised.
         """
         if not self.rows:
             self.launched.clear()  # of rows that have ended
@@ -213,13 +214,8 @@ class Engine:
 
     def prefill(self, progresses: list[Progress]) -> Choice | None:
         """Reads prompts, or the next piece of a long one, into their slots; the first tokens, once all is read."""
-        slots, requests = [p.slot for p in progresses], [p.request for p in progresses]
-        if progresses[0].n_read == 0:
-            self.cache.reset(slots)
-            self.state.seat(slots, requests, self.max_tokens)
-            self._seat_adapters(slots, requests)
-        else:
-            self.cache.set_states(slots[0], self.unread_states)
+        slots = [progress.slot for progress in progresses]
+        self._prepare(slots, progresses)
         pieces = [p.request.ids[p.n_read : p.n_read + self.prefill_tokens] for p in progresses]
         hidden = self._read(pieces, slots)
         for progress, piece in zip(progresses, pieces, strict=True):
@@ -232,7 +228,17 @@ class Engine:
         at = torch.tensor(slots, device=self.device)
         self.state.live[at] = True
         logits = self.model.logits(hidden)
-        return Choice(self.state.emit(logits, at, StepKind.of(requests)), logits)
+        return Choice(self.state.emit(logits, at, StepKind.of(p.request for p in progresses)), logits)
+
+    def _prepare(self, slots: list[int], progresses: list[Progress]) -> None:
+        """Empty slots for new prompts, or what the earlier pieces of a prompt left."""
+        if progresses[0].n_read == 0:
+            self.cache.reset(slots)
+            requests = [progress.request for progress in progresses]
+            self.state.seat(slots, requests, self.max_tokens)
+            self._seat_adapters(slots, requests)
+        else:
+            self.cache.set_states(slots[0], self.unread_states)
 
     def _seat_adapters(self, slots: list[int], requests: list[Request]) -> None:
         if self.adapters is not None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from psysafe.generation.generator import Answer, Generator
 from psysafe.generation.request import Request
 from psysafe.journal import key_of
+from psysafe.program import exit_on_signals
 from psysafe.runtime import Runtime
 from psysafe.training.watchdog import Watchdog
 
@@ -36,13 +37,17 @@ class Ranks(contextlib.AbstractContextManager):
         self.runtime = runtime
         # No timeout: the ranks write answers of different lengths, and how long one may take nobody knows.
         self.watchdog = Watchdog(runtime, math.inf, unit="answer", remedy=REMEDY)
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Ranks":
-        self.watchdog.__enter__()
+        if self.runtime.world_size > 1:
+            # torchrun stops the others when a rank is gone. They live for some seconds more, to say which one.
+            self.stack.enter_context(exit_on_signals())
+        self.stack.enter_context(self.watchdog)
         return self
 
     def __exit__(self, *error) -> None:
-        self.watchdog.__exit__(*error)
+        self.stack.__exit__(*error)
 
     def in_order(self, action: Callable[[], Result]) -> Result:
         """The action's result: on rank 0 first, then on the others."""
