@@ -30,10 +30,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.serve_clients import PROMPTS as REQUESTS
 from benchmarks.serve_clients import prompts
 from psysafe.checkpoint.adapter import attach_many, save_adapter
 from psysafe.checkpoint.base import load_model
@@ -65,6 +65,11 @@ TEMPLATE = (
 )
 
 
+class Work(NamedTuple):
+    requests: int
+    new_tokens: int  # of each
+
+
 class Rate(dict):
     """Tokens a second: of CPU time and of wall time."""
 
@@ -74,6 +79,7 @@ class Rate(dict):
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m benchmarks.serve", description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(STUDIES), choices=list(STUDIES))
@@ -81,10 +87,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     runtime = start("cpu")
     torch.set_deterministic_debug_mode("default")
-    report = {"device": runtime.device_name, "slots": SLOTS, "requests": REQUESTS, "new_tokens": args.new_tokens,
-              "repeats": args.repeats, "versions": versions()}  # fmt: skip
+    report = {"device": runtime.device_name, "slots": SLOTS, "requests": args.requests,
+              "new_tokens": args.new_tokens, "repeats": args.repeats, "versions": versions()}  # fmt: skip
+    work = Work(args.requests, args.new_tokens)
     for name in args.only:
-        report[name] = STUDIES[name](args.new_tokens, args.repeats)
+        report[name] = STUDIES[name](work, args.repeats)
     line = json.dumps(report)
     if args.out:
         write_atomic(Path(args.out), line + "\n")
@@ -113,16 +120,16 @@ def in_turns(runs: dict[str, Callable[[], Rate]], repeats: int, against: str) ->
 # The engine and the server around it
 
 
-def study_engine(new_tokens: int, repeats: int) -> dict:
+def study_engine(work: Work, repeats: int) -> dict:
     tokenizer, result = load_tokenizer("assets:tiny"), {}
     for name, model in (("large", large_model()), ("bundled", load_model("assets:tiny"))):
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"{name}: {n_parameters / 1e6:,.0f} M parameters")
-        with running(model, tokenizer, new_tokens) as url:
-            runs = {"engine alone": lambda model=model: run_engine(model, tokenizer, new_tokens)}
+        with running(model, tokenizer, work) as url:
+            runs = {"engine alone": lambda model=model: run_engine(model, tokenizer, work)}
             for stream in (False, True):
                 how = "streamed" if stream else "not streamed"
-                runs[f"server, {how}"] = lambda url=url, s=stream: run_clients(url, "base", new_tokens, s, SLOTS)
+                runs[f"server, {how}"] = lambda url=url, s=stream: run_clients(url, "base", work, s, SLOTS)
             result[name] = in_turns(runs, repeats, "engine alone") | {"parameters": n_parameters}
     return result
 
@@ -146,13 +153,13 @@ def make_engine(model: Qwen3_5, tokenizer: Tokenizer, adapters: MixedAdapters | 
     return Engine(model, SLOTS, CONTEXT, (), closing, tokenizer.think_end_id, adapters=adapters)
 
 
-def run_engine(model: Qwen3_5, tokenizer: Tokenizer, new_tokens: int, attached: MixedAdapters | None = None) -> Rate:
+def run_engine(model: Qwen3_5, tokenizer: Tokenizer, work: Work, attached: MixedAdapters | None = None) -> Rate:
     """The requests through `Engine.run`, the adapters dealt out in turn."""
     names = itertools.cycle(attached.names if attached else [None])
-    options = RequestOptions(max_new_tokens=new_tokens)
+    options = RequestOptions(max_new_tokens=work.new_tokens)
     requests = [
         Request(i, tokenizer.encode_chat(messages(prompt), True), options=options, adapter=next(names))
-        for i, prompt in enumerate(prompts())
+        for i, prompt in enumerate(prompts(work.requests))
     ]
     engine = make_engine(model, tokenizer, attached)
     with stopwatch() as rate:
@@ -170,10 +177,10 @@ def stopwatch() -> Iterator[Callable[[int], Rate]]:
 
 
 @contextlib.contextmanager
-def running(model: Qwen3_5, tokenizer: Tokenizer, new_tokens: int) -> Iterator[str]:
+def running(model: Qwen3_5, tokenizer: Tokenizer, work: Work) -> Iterator[str]:
     """A server in this process, on a free port -> its address."""
-    worker = Worker(make_engine(model, tokenizer), tokenizer, REQUESTS)
-    served = Served({"base": None}, CONTEXT, model.config.vocab_size, SLOTS + REQUESTS, new_tokens)
+    worker = Worker(make_engine(model, tokenizer), tokenizer, work.requests)
+    served = Served({"base": None}, CONTEXT, model.config.vocab_size, SLOTS + work.requests, work.new_tokens)
     with bind("127.0.0.1", 0, "") as listener:
         policy = Policy(host_names("127.0.0.1", listener))
         server = Server(App(served, tokenizer, worker, policy, Page()), grace_s=5)
@@ -184,14 +191,14 @@ def running(model: Qwen3_5, tokenizer: Tokenizer, new_tokens: int) -> Iterator[s
         thread.join()
 
 
-def run_clients(url: str, model: str, new_tokens: int, stream: bool, clients: int, pid: int = 0) -> Rate:
+def run_clients(url: str, model: str, work: Work, stream: bool, clients: int, pid: int = 0) -> Rate:
     """All requests from a process of their own, `clients` at a time. CPU time of this process, or of `pid`'s."""
-    fields = {"max_tokens": new_tokens, "temperature": 0, "stream": stream}
-    work = {"url": url, "model": model, "clients": clients, "fields": fields}
+    fields = {"model": model, "max_tokens": work.new_tokens, "temperature": 0, "stream": stream}
+    task = {"url": url, "requests": work.requests, "clients": clients, "fields": fields}
     clock = (lambda: cpu_seconds(pid)) if pid else time.process_time
     begin = clock()
     command = [sys.executable, str(Path(__file__).resolve().with_name("serve_clients.py"))]
-    done = subprocess.run(command, input=json.dumps(work), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True)
     reply = json.loads(done.stdout)
     return Rate(reply["tokens"], clock() - begin, reply["seconds"])
 
@@ -199,7 +206,7 @@ def run_clients(url: str, model: str, new_tokens: int, stream: bool, clients: in
 # Adapters
 
 
-def study_adapters(new_tokens: int, repeats: int) -> dict:
+def study_adapters(work: Work, repeats: int) -> dict:
     tokenizer, model = load_tokenizer("assets:tiny"), large_model()
     with tempfile.TemporaryDirectory() as parent:
         folders = [random_adapter(model, Path(parent, f"adapter-{i}"), i) for i in range(8)]
@@ -209,7 +216,7 @@ def study_adapters(new_tokens: int, repeats: int) -> dict:
             attached = dict(zip(names, folders, strict=False))
 
             def run(attached: dict[str, Path] = attached) -> Rate:
-                rate = run_engine(model, tokenizer, new_tokens, attach_many(model, attached))
+                rate = run_engine(model, tokenizer, work, attach_many(model, attached))
                 detach(model)
                 return rate
 
@@ -230,7 +237,7 @@ def random_adapter(model: Qwen3_5, folder: Path, seed: int) -> Path:
 # transformers
 
 
-def study_transformers(new_tokens: int, repeats: int) -> dict:
+def study_transformers(work: Work, repeats: int) -> dict:
     """`python -m psysafe.serve` and `transformers serve`, each a process, on the bundled model."""
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("fastapi") is None:
         print("transformers[serving] is not installed: not measured")
@@ -248,10 +255,10 @@ def study_transformers(new_tokens: int, repeats: int) -> dict:
             for clients in (1, 8):
                 runs = {
                     f"ours, {counted_clients(clients)}": lambda n=clients: run_clients(
-                        our_url, "base", new_tokens, False, n, our_pid
+                        our_url, "base", work, False, n, our_pid
                     ),
                     f"transformers, {counted_clients(clients)}": lambda n=clients: run_clients(
-                        their_url, str(folder), new_tokens, False, n, their_pid
+                        their_url, str(folder), work, False, n, their_pid
                     ),
                 }
                 result |= in_turns(runs, repeats, f"transformers, {counted_clients(clients)}")

@@ -1,4 +1,4 @@
-"""The clients of benchmarks/serve.py, a process that loads nothing large: work as JSON on stdin, totals on stdout."""
+"""The clients of benchmarks/serve.py, a process that loads nothing large: a task as JSON on stdin, totals on stdout."""
 
 import http.client
 import json
@@ -6,20 +6,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-PROMPTS = 16
 
-
-def prompts() -> list[str]:
-    return [f"Question {i}: " + "what do you see today? " * (1 + i % 4) for i in range(PROMPTS)]
+def prompts(count: int) -> list[str]:
+    return [f"Question {i}: " + "what do you see today? " * (1 + i % 4) for i in range(count)]
 
 
 def main() -> None:
-    work = json.load(sys.stdin)
-    conversations = [[{"role": "user", "content": text}] for text in prompts()]
-    bodies = [{"model": work["model"], "messages": messages, **work["fields"]} for messages in conversations]
+    task = json.load(sys.stdin)
+    conversations = [[{"role": "user", "content": text}] for text in prompts(task["requests"])]
+    bodies = [{"messages": messages, **task["fields"]} for messages in conversations]
     begin = time.perf_counter()
-    with ThreadPoolExecutor(work["clients"]) as pool:
-        tokens = sum(pool.map(lambda body: ask(work["url"], body), bodies))
+    with ThreadPoolExecutor(task["clients"]) as pool:
+        tokens = sum(pool.map(lambda body: ask(task["url"], body), bodies))
     print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - begin}))
 
 

@@ -247,9 +247,9 @@ class Job:
         updates = [await self.generation.updates.get()]
         while not self.generation.updates.empty():
             updates.append(self.generation.updates.get_nowait())
+        chunks = [self._push(update) for update in updates]
         if self.record.first_token_seconds is None:
             self.record.first_token_seconds = time.perf_counter() - self.start
-        chunks = [self._push(update) for update in updates]
         return [chunk for chunk in chunks if chunk]
 
     def _push(self, update: Update | ApiError) -> dict | None:
