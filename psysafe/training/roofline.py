@@ -27,7 +27,7 @@ SPEEDS = {"H100": Speed(700e12, 3.0e12, 85_000_000_000), "H200": Speed(790e12, 4
 # FLOP/s of the two cores, forward and backward: predicted from machine code (the table of predicted times in
 # docs/kernels.md) and written here by tools/kernel_tables.py, to be replaced by measurements.
 ATTENTION = ForwardBackward(392e12, 332e12)
-DELTA_RULE = ForwardBackward(190e12, 136e12)
+DELTA_RULE = ForwardBackward(190e12, 217e12)
 
 
 def context(lengths: Sequence[int]) -> float:

@@ -38,11 +38,11 @@ RATES = {
     "causal_attention backward_dv": Rate(511e12, _ATTENTION),
     "gated_delta_rule_forward prepare": Rate(144e12, _RULE),
     "gated_delta_rule_forward states": Rate(367e12, _RULE),
-    "gated_delta_rule_backward recompute": Rate(242e12, _RULE),
-    "gated_delta_rule_backward reverse": Rate(311e12, _RULE),
-    "gated_delta_rule_backward within": Rate(84e12, _RULE),
-    "gated_delta_rule_backward dq": Rate(84e12, _RULE),
-    "gated_delta_rule_backward dk": Rate(84e12, _RULE),
+    "gated_delta_rule_backward recompute": Rate(199e12, _RULE),
+    "gated_delta_rule_backward reverse": Rate(337e12, _RULE),
+    "gated_delta_rule_backward within": Rate(108e12, _RULE),
+    "gated_delta_rule_backward dq": Rate(108e12, _RULE),
+    "gated_delta_rule_backward dk": Rate(102e12, _RULE),
 }
 # Products of a delta-rule kernel per chunk and value head: (64, K) x (K, V); (64, 64) x (64, V); (64, 64) x (64, 64).
 # And per chunk and key head, where matrices of its value heads are summed before: (64, 64) x (64, K).

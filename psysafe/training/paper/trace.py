@@ -39,8 +39,9 @@ _FROM_VALUES = "detach_"  # what is left on meta of torch.tensor(values, device=
 _GATHERS = {"index_select", "index", "gather", "embedding"}
 _SCATTERS = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_", "index_add_"}
 # (launch, argument) -> how often its bytes pass: what is updated in place is read and written, and the losses read
-# their logits twice (of the second reading L2 serves a part).
+# their logits twice (of the second reading L2 serves a part). S and dS are read by TMA and, from L2, by pointer.
 _PASSES = {
+    **{("gated_delta_rule_backward dk", name): 0 for name in ("p_ST", "p_dST")},
     ("linear_cross_entropy cross_entropy", "p_z"): 3,
     ("linear_kl kl_divergence", "p_z"): 3,
     ("linear_kl kl_divergence", "p_base"): 2,
