@@ -48,9 +48,93 @@ def residual_rms_norm_reference(
 
 
 # Triton. A block has a power of two of elements, and 5,120 is none: one block of 8,192 spills registers. So a row is
-# a tuple of ceil(D / BD) pieces; 5 x 1,024 leaves no lane idle. Programs are persistent: each walks over many rows with
-# w, A and B in registers, and the loads of its next rows are in flight (`num_stages`) while one row is summed.
-# A tuple cannot be changed in place, so a running sum is built anew for each row (`b_new`).
+# a tuple of ceil(D / BD) pieces; 5 x 1,024 leaves no lane idle. The functions up to _dot compute with such rows.
+# Programs are persistent: each walks over many rows with w, A and B in registers, and the loads of its next rows are in
+# flight (`num_stages`) while one row is summed.
+
+
+@triton.jit
+def _load_row(p_row, D: tl.constexpr, BD: tl.constexpr):
+    """A row in fp32, with zeros behind its end."""
+    b_row = ()
+    for k in tl.static_range((D + BD - 1) // BD):
+        o_d = k * BD + tl.arange(0, BD)
+        b_row += (tl.load(p_row + o_d, mask=o_d < D, other=0).to(tl.float32),)
+    return b_row
+
+
+@triton.jit
+def _store_row(p_row, b_row, D: tl.constexpr, BD: tl.constexpr):
+    for k in tl.static_range((D + BD - 1) // BD):
+        o_d = k * BD + tl.arange(0, BD)
+        tl.store(p_row + o_d, b_row[k].to(p_row.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit
+def _zeros(D: tl.constexpr, BD: tl.constexpr):
+    b_row = ()
+    for _ in tl.static_range((D + BD - 1) // BD):
+        b_row += (tl.zeros([BD], tl.float32),)
+    return b_row
+
+
+@triton.jit
+def _load_matrix(p_x, J: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """J rows."""
+    b_rows = ()
+    for j in tl.static_range(J):
+        b_rows += (_load_row(p_x + j * D, D, BD),)
+    return b_rows
+
+
+@triton.jit
+def _rounded(b_x, dtype: tl.constexpr):
+    b_out = ()
+    for k in tl.static_range(len(b_x)):
+        b_out += (b_x[k].to(dtype).to(tl.float32),)
+    return b_out
+
+
+@triton.jit
+def _scaled(b_x, number):
+    b_out = ()
+    for k in tl.static_range(len(b_x)):
+        b_out += (b_x[k] * number,)
+    return b_out
+
+
+@triton.jit
+def _product(b_x, b_y):
+    b_out = ()
+    for k in tl.static_range(len(b_x)):
+        b_out += (b_x[k] * b_y[k],)
+    return b_out
+
+
+@triton.jit
+def _plus(b_x, number, b_y):
+    """x + number y."""
+    b_out = ()
+    for k in tl.static_range(len(b_x)):
+        b_out += (b_x[k] + number * b_y[k],)
+    return b_out
+
+
+@triton.jit
+def _dot(b_x, b_y):
+    # Pieces are added up first: one sum over the threads, instead of one for each piece.
+    b_dot = b_x[0] * b_y[0]
+    for k in tl.static_range(1, len(b_x)):
+        b_dot += b_x[k] * b_y[k]
+    return tl.sum(b_dot)
+
+
+@triton.jit
+def _one_plus(b_x):
+    b_out = ()
+    for k in tl.static_range(len(b_x)):
+        b_out += (1 + b_x[k],)
+    return b_out
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -59,49 +143,26 @@ def _forward_kernel(
     D: tl.constexpr, J: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program i takes rows i, i + programs, ... p_y None: nothing pending; p_B None: no adapter term in it."""
-    PIECES: tl.constexpr = (D + BD - 1) // BD
-    o_d = tl.arange(0, BD)
-    # Loaded once a program; piece k of row j of A is b_A[k * J + j].
-    b_w, b_B, b_A = (), (), ()
-    for k in tl.static_range(PIECES):
-        m_d = k * BD + o_d < D
-        b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
-        if p_B is not None:
-            b_B += (scale * tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
-        for j in tl.static_range(J):
-            b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
+    b_w = _one_plus(_load_row(p_w, D, BD))
+    b_A = _load_matrix(p_A, J, D, BD)
+    if p_B is not None:
+        b_B = _scaled(_load_row(p_B, D, BD), scale)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)  # T * D can pass 2^31
-        b_rows = ()
-        b_square = tl.zeros([BD], tl.float32)
-        for k in tl.static_range(PIECES):
-            m_d = k * BD + o_d < D
-            b_h = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-            if p_y is not None:
-                b_h += tl.load(p_y + o_t * stride_y + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-                if p_B is not None:
-                    b_h += tl.load(p_u + o_t) * b_B[k]
-                # The norm reads the rounded h', because backward will find only that.
-                b_out = b_h.to(p_h_out.dtype.element_ty)
-                tl.store(p_h_out + o_t * D + k * BD + o_d, b_out, mask=m_d)
-                b_h = b_out.to(tl.float32)
-            b_square += b_h * b_h
-            b_rows += (b_h,)
-        b_rstd = tl.rsqrt(tl.sum(b_square) / D + eps)
+        b_h = _load_row(p_h + o_t * stride_h, D, BD)
+        if p_y is not None:
+            b_h = _plus(b_h, 1.0, _load_row(p_y + o_t * stride_y, D, BD))
+            if p_B is not None:
+                b_h = _plus(b_h, tl.load(p_u + o_t), b_B)
+            # The norm reads the rounded h', because backward will find only that.
+            b_h = _rounded(b_h, p_h_out.dtype.element_ty)
+            _store_row(p_h_out + o_t * D, b_h, D, BD)
+        b_rstd = tl.rsqrt(_dot(b_h, b_h) / D + eps)
         tl.store(p_rstd + o_t, b_rstd)
-        b_dots = ()
-        for _ in tl.static_range(J):
-            b_dots += (tl.zeros([BD], tl.float32),)
-        for k in tl.static_range(PIECES):
-            b_x = (b_rows[k] * b_rstd * b_w[k]).to(p_x.dtype.element_ty)
-            tl.store(p_x + o_t * D + k * BD + o_d, b_x, mask=k * BD + o_d < D)
-            b_new = ()
-            for j in tl.static_range(J):
-                b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * J + j],)
-            b_dots = b_new
-        # One reduction for each row of A at the end, instead of one for each piece.
+        b_x = _rounded(_product(_scaled(b_h, b_rstd), b_w), p_x.dtype.element_ty)
+        _store_row(p_x + o_t * D, b_x, D, BD)
         for j in tl.static_range(J):
-            tl.store(p_u_out + o_t * J + j, tl.sum(b_dots[j]))
+            tl.store(p_u_out + o_t * J + j, _dot(b_x, b_A[j]))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -114,74 +175,50 @@ def _backward_kernel(
 
     p_partial (programs, SUMS, D): J rows of dA if WANTS_DA, then one row of dB if p_B is given.
     """
-    PIECES: tl.constexpr = (D + BD - 1) // BD
     DA_ROWS: tl.constexpr = J if WANTS_DA else 0
     SUMS: tl.constexpr = DA_ROWS + (p_B is not None)
-    o_d = tl.arange(0, BD)
-    b_w, b_B, b_A, b_sums = (), (), (), ()
-    for k in tl.static_range(PIECES):
-        m_d = k * BD + o_d < D
-        b_w += (1 + tl.load(p_w + k * BD + o_d, mask=m_d, other=0).to(tl.float32),)
-        if p_B is not None:
-            b_B += (tl.load(p_B + k * BD + o_d, mask=m_d, other=0),)
-        for j in tl.static_range(J):
-            b_A += (tl.load(p_A + j * D + k * BD + o_d, mask=m_d, other=0),)
-        for _ in tl.static_range(SUMS):
-            b_sums += (tl.zeros([BD], tl.float32),)
+    b_w = _one_plus(_load_row(p_w, D, BD))
+    b_A = _load_matrix(p_A, J, D, BD)
+    b_dA = ()
+    for _ in tl.static_range(DA_ROWS):
+        b_dA += (_zeros(D, BD),)
+    b_dB = ()
+    if p_B is not None:
+        b_B, b_dB = _load_row(p_B, D, BD), _zeros(D, BD)
     for i_t in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
         b_rstd = tl.load(p_rstd + o_t)
-        b_dus = ()
-        for j in tl.static_range(J):
-            b_dus += (tl.load(p_du_out + o_t * J + j),)
-        # First sweep over the row: n, dn, the sum of dn n, and the row's part of dA.
-        b_n, b_dn, b_new = (), (), ()
-        b_dot = tl.zeros([BD], tl.float32)
-        for k in tl.static_range(PIECES):
-            m_d = k * BD + o_d < D
-            b_nk = tl.load(p_h + o_t * stride_h + k * BD + o_d, mask=m_d, other=0).to(tl.float32) * b_rstd
-            for j in tl.static_range(DA_ROWS):
-                # x as forward rounded it: dA is the gradient of a product with the rounded x.
-                b_x = (b_nk * b_w[k]).to(p_h.dtype.element_ty).to(tl.float32)
-                b_new += (b_sums[k * SUMS + j] + b_dus[j] * b_x,)
-            if p_B is not None:
-                b_new += (b_sums[k * SUMS + DA_ROWS],)  # dB's sum waits for dh, in the second sweep
-            if p_dy is not None:
-                b_dx = tl.load(p_dx + o_t * stride_dx + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-                for j in tl.static_range(J):
-                    b_dx += b_dus[j] * b_A[k * J + j]
-                b_dn += (b_dx * b_w[k],)
-                b_n += (b_nk,)
-                b_dot += b_dx * b_w[k] * b_nk
-        b_sums = b_new
+        b_n = _scaled(_load_row(p_h + o_t * stride_h, D, BD), b_rstd)
+        b_new = ()
+        for j in tl.static_range(DA_ROWS):
+            # x as forward rounded it: dA is the gradient of a product with the rounded x.
+            b_x = _rounded(_product(b_n, b_w), p_h.dtype.element_ty)
+            b_new += (_plus(b_dA[j], tl.load(p_du_out + o_t * J + j), b_x),)
+        b_dA = b_new
         if p_dy is not None:
-            # Second sweep: dh needs the mean over the whole row; dB and du need dh before it is rounded.
-            b_mean = tl.sum(b_dot) / D
-            b_dot = tl.zeros([BD], tl.float32)
-            b_new = ()
-            for k in tl.static_range(PIECES):
-                m_d = k * BD + o_d < D
-                b_dh = tl.load(p_dh + o_t * stride_dh + k * BD + o_d, mask=m_d, other=0).to(tl.float32)
-                b_dh += b_rstd * (b_dn[k] - b_n[k] * b_mean)
-                tl.store(p_dy + o_t * D + k * BD + o_d, b_dh.to(p_dy.dtype.element_ty), mask=m_d)
-                for j in tl.static_range(DA_ROWS):
-                    b_new += (b_sums[k * SUMS + j],)
-                if p_B is not None:
-                    b_new += (b_sums[k * SUMS + DA_ROWS] + scale * tl.load(p_u + o_t) * b_dh,)
-                    b_dot += b_dh * b_B[k]
-            b_sums = b_new
+            b_dx = _load_row(p_dx + o_t * stride_dx, D, BD)
+            for j in tl.static_range(J):
+                b_dx = _plus(b_dx, tl.load(p_du_out + o_t * J + j), b_A[j])
+            b_dn = _product(b_dx, b_w)
+            b_mean = _dot(b_dn, b_n) / D
+            b_dh = _load_row(p_dh + o_t * stride_dh, D, BD)
+            b_dh = _plus(b_dh, b_rstd, _plus(b_dn, -b_mean, b_n))
+            _store_row(p_dy + o_t * D, b_dh, D, BD)
             if p_B is not None:
-                tl.store(p_du + o_t, scale * tl.sum(b_dot))
+                # dB and du need dh before it is rounded.
+                b_dB = _plus(b_dB, scale * tl.load(p_u + o_t), b_dh)
+                tl.store(p_du + o_t, scale * _dot(b_dh, b_B))
     p_partial += tl.program_id(0).to(tl.int64) * SUMS * D
-    for k in tl.static_range(PIECES):
-        for j in tl.static_range(SUMS):
-            tl.store(p_partial + j * D + k * BD + o_d, b_sums[k * SUMS + j], mask=k * BD + o_d < D)
+    for j in tl.static_range(DA_ROWS):
+        _store_row(p_partial + j * D, b_dA[j], D, BD)
+    if p_B is not None:
+        _store_row(p_partial + DA_ROWS * D, b_dB, D, BD)
 
 
 def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and constants for rows of x's length."""
     T, D = x.shape
-    # Eight warps a multiprocessor and no more: with three rows of A, a thread needs up to 250 of its 255 registers.
+    # Eight warps a multiprocessor and no more: with three rows of A, a thread needs up to 245 of its 255 registers.
     BD = min(1024, triton.next_power_of_2(D))
     num_warps = 8 if D > 2048 else 4 if D > 512 else 1
     return (persistent_programs(x, T, per_sm=8 / num_warps),), {"BD": BD, "STAGES": 3, "num_warps": num_warps}

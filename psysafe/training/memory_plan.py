@@ -263,10 +263,11 @@ class Plan:
         # gate|up recomputed, its gradient, that of SwiGLU's output, and the stream's on both sides.
         mlp = T * (5 * size + 2 * D)
         # Recomputed: the mixer's input, q, k and v, and what the delta rule saves. Gradients of the gated norm's two
-        # inputs, of q, k and v, and of the stream. R, S, dS, dP and Y of the delta rule.
+        # inputs, of q, k and v, and of the stream. R, S, dS, dP and Y of the delta rule; in fp32 its factors and dc.
         (H, dk, dv), G = config.state_shape, config.linear_num_key_heads
         delta = T * (config.delta_in + config.conv_channels + 3 * config.delta_out + 2 * config.delta_key + 2 * D)
         delta += sizes.chunks * (H * (2 * dk * dv + DELTA_CHUNK * dv) + 2 * G * DELTA_CHUNK**2)
+        delta += sizes.chunks * H * 6 * DELTA_CHUNK * 4 // self.element
         delta += delta_rule_states(config, sizes, self.element) // self.element
         # Recomputed: the mixer's input, q, gate, k and v. Gradients of gate and o, of q, k and v, and of the stream; in
         # fp32 the parts of dk or dv, one for each query head of a group at most.
