@@ -5,8 +5,9 @@
     python -m benchmarks.selective.run final --work runs/selective --recipe NAME --prompts unseen_1.jsonl
 
 Each stage runs the project's own commands, keeps what is there, and may be killed and started again. `choose` prints a
-table of all recipes; a person chooses. `final` answers its prompts with three seeds of the chosen recipe and of the
-paper's, and writes benchmarks/results/selective.json; a set is answered once (README.md).
+table of all recipes; a person chooses. `final` answers its prompts with three seeds of the chosen recipe, of the
+paper's, and of the same rows without contrast, and writes benchmarks/results/selective.json; a set is answered once
+(README.md).
 """
 
 import argparse
@@ -15,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,36 +35,25 @@ SEEDS = (3407, 1, 2)
 MAX_NEW_TOKENS = "256"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What differs from configs/tiny.toml with the paper's rows alone."""
+class Recipe(NamedTuple):
+    """What differs from configs/tiny.toml: the rows, and how many contrast rows stand beside each of them."""
 
+    name: str
     ratio: float = 0.0
-    epochs: int = 4
-    lr: str = "1e-3"
+    wide: bool = True  # with the rows in other words (assets:rows/wide.jsonl), which one pass is enough for
     kl: float = 0.0
 
-    @property
-    def name(self) -> str:
-        if not self.ratio:
-            return "paper"
-        return f"r{self.ratio:g}-e{self.epochs}-lr{self.lr}" + (f"-kl{self.kl:g}" if self.kl else "")
-
     def flags(self, contrast: Path) -> list[str]:
-        if not self.ratio:
-            return []
-        rows = ["--contrast-data", str(contrast), "--contrast-ratio", f"{self.ratio:g}"]
-        schedule = ["--epochs", str(self.epochs), "--lr", self.lr]
-        return [*rows, *schedule, *(["--kl-weight", f"{self.kl:g}"] if self.kl else [])]
+        rows = ["--data", "assets:rows/train.jsonl", *(["assets:rows/wide.jsonl"] if self.wide else [])]
+        rows += ["--val-data", "assets:rows/val.jsonl"]
+        schedule = ["--epochs", "1", "--lr", "2e-3"] if self.wide else ["--epochs", "4", "--lr", "1e-3"]
+        more = ["--contrast-ratio", f"{self.ratio:g}", *(["--contrast-data", str(contrast)] if self.ratio else [])]
+        return [*rows, *schedule, *more, *(["--kl-weight", f"{self.kl:g}"] if self.kl else [])]
 
 
-PAPER = Recipe()
-GRID = [
-    PAPER,
-    *(Recipe(ratio, 4) for ratio in (0.25, 0.5, 1.0, 1.5)),
-    *(Recipe(ratio, 2, "2e-3") for ratio in (0.25, 0.5, 1.0, 1.5)),
-    *(Recipe(ratio, epochs, lr, kl=1.0) for ratio in (0.5, 1.0) for epochs, lr in ((4, "1e-3"), (2, "2e-3"))),
-]
+PAPER = Recipe("paper", wide=False)
+WIDE = Recipe("r0")  # the same rows as ours, without contrast: what the contrast rows alone do
+GRID = [PAPER, WIDE, *(Recipe(f"r{ratio:g}", ratio) for ratio in (0.25, 0.5, 1.0, 2.0)), Recipe("r1-kl1", 1.0, kl=1.0)]
 
 
 class Measure(NamedTuple):
@@ -102,11 +91,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--recipe {unknown[0]}: no such recipe; expected one of {', '.join(recipes)}")
     if args.stage == "choose":
         runs = train_all(work, [recipes[name] for name in wanted], SEEDS[:1], args)
-        print(compare(evaluate(work / "choose", HERE / "dev.jsonl", runs, args.model), runs).as_text())
+        print(compare(evaluate(work / "choose", HERE / "dev.jsonl", runs, args), runs).as_text())
         return 0
-    runs = train_all(work, [PAPER, *(recipes[name] for name in wanted)], SEEDS, args)
+    runs = train_all(work, [PAPER, WIDE, *(recipes[name] for name in wanted)], SEEDS, args)
     prompts = HERE / args.prompts
-    table = compare(evaluate(work / prompts.stem, prompts, runs, args.model), runs)
+    table = compare(evaluate(work / prompts.stem, prompts, runs, args), runs)
     print(table.as_text())
     content = {"prompts": prompts.name, "model": args.model, "seeds": SEEDS, "versions": versions()}
     content |= {"columns": [name for name, _ in table.columns], "rows": table.rows, "note": table.note}
@@ -121,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", default="runs/selective", metavar="DIR", help="rows, runs, answers (runs/selective)")
     parser.add_argument("--model", default="assets:tiny", help="the base (assets:tiny)")
     parser.add_argument("--recipe", action="append", metavar="NAME", help="of GRID; as often as needed")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="training runs at once (1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs and evaluations at once (1)")
     parser.add_argument("--prompts", metavar="FILE", help="of final: a set in this folder that nothing was chosen on")
     out = ROOT / "benchmarks" / "results" / "selective.json"
     parser.add_argument("--out", default=str(out), metavar="FILE", help="of final: where the table goes")
@@ -154,7 +143,7 @@ def train_all(
     pairs = [(recipe, seed) for recipe in recipes for seed in seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(pool.map(lambda pair: train(work, *pair, args.model), pairs))
-    return {r.name: [f for f, (other, _) in zip(folders, pairs, strict=True) if other is r] for r in recipes}
+    return {r.name: [f for f, (other, _) in zip(folders, pairs, strict=True) if other == r] for r in recipes}
 
 
 def train(work: Path, recipe: Recipe, seed: int, model: str) -> Path:
@@ -165,16 +154,28 @@ def train(work: Path, recipe: Recipe, seed: int, model: str) -> Path:
     return out
 
 
-def evaluate(out: Path, prompts: Path, runs: Mapping[str, Sequence[Path]], model: str) -> dict[str, dict[str, dict]]:
-    """variant -> prompt -> what eval.py selective says of the answer."""
-    adapters = [word for folders in runs.values() for folder in folders for word in ("--adapter", folder)]
-    flags = ["--model", model, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", "32", "--judge", "rules"]
-    run("eval.py", "selective", "--prompts", prompts, *adapters, *flags, "--out", out)
-    items: dict[str, dict[str, dict]] = {}
-    for line in (out / "items.jsonl").read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
-        items.setdefault(item["variant"], {})[item["prompt"]] = item
-    return items
+def evaluate(
+    out: Path, prompts: Path, runs: Mapping[str, Sequence[Path]], args: argparse.Namespace
+) -> dict[str, dict[str, dict]]:
+    """variant -> prompt -> what eval.py selective says of the answer; prompts that an evaluation left out are gone.
+
+    Each recipe is an evaluation of its own, --jobs of them at a time.
+    """
+
+    def answers(name: str) -> dict[str, dict[str, dict]]:
+        adapters = [word for folder in runs[name] for word in ("--adapter", folder)]
+        flags = ["--model", args.model, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", "64", "--judge", "rules"]
+        run("eval.py", "selective", "--prompts", prompts, *adapters, *flags, "--out", out / name)
+        by_variant: dict[str, dict[str, dict]] = {}
+        for line in (out / name / "items.jsonl").read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            by_variant.setdefault(item["variant"], {})[item["prompt"]] = item
+        return by_variant
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        items = {name: item for by_variant in pool.map(answers, runs) for name, item in by_variant.items()}
+    everywhere = set.intersection(*(set(by_prompt) for by_prompt in items.values()))
+    return {name: {p: x for p, x in by_prompt.items() if p in everywhere} for name, by_prompt in items.items()}
 
 
 def compare(items: Mapping[str, Mapping[str, dict]], runs: Mapping[str, Sequence[Path]]) -> Table:
