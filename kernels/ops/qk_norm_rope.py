@@ -119,13 +119,15 @@ def _forward_kernel(
     if i_h < H:
         _forward_head(
             p_in, p_q, p_gate, p_wq, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, K, P, BK, STAGES,
+            i_x=i_h * 2 * K, i_pass=i_h * 2 * K + K, i_head=i_h, COLUMN_X=0, COLUMN_PASS=0, STRIDE=H * K,
+            K=K, P=P, BK=BK, STAGES=STAGES,
         )  # fmt: skip
     else:
         i_g = i_h - H
         _forward_head(
             p_in, p_k, p_v, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, K, P, BK, STAGES,
+            i_x=(2 * H + i_g) * K, i_pass=(2 * H + G + i_g) * K, i_head=i_g, COLUMN_X=1, COLUMN_PASS=2, STRIDE=G * K,
+            K=K, P=P, BK=BK, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -190,13 +192,15 @@ def _backward_kernel(
     if i_h < H:
         _backward_head(
             p_dq, p_dgate, p_in, p_wq, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            i_h * 2 * K, i_h * 2 * K + K, i_h, 0, 0, H * K, H, F, K, P, BK, STAGES,
+            i_x=i_h * 2 * K, i_pass=i_h * 2 * K + K, i_head=i_h, COLUMN_X=0, COLUMN_PASS=0, STRIDE=H * K,
+            H=H, F=F, K=K, P=P, BK=BK, STAGES=STAGES,
         )  # fmt: skip
     else:
         i_g = i_h - H
         _backward_head(
             p_dk, p_dv, p_in, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            (2 * H + i_g) * K, (2 * H + G + i_g) * K, i_g, 1, 2, G * K, H, F, K, P, BK, STAGES,
+            i_x=(2 * H + i_g) * K, i_pass=(2 * H + G + i_g) * K, i_head=i_g, COLUMN_X=1, COLUMN_PASS=2, STRIDE=G * K,
+            H=H, F=F, K=K, P=P, BK=BK, STAGES=STAGES,
         )  # fmt: skip
 
 
