@@ -1,13 +1,13 @@
 """Builds what `torchrun train.py` starts from: sample rows, tokenizer, config and trained weights of the tiny base.
 
-    python tools/build_tiny_base.py                 everything, about 25 minutes on one core
+    python tools/build_tiny_base.py                 everything, about 40 minutes on one core
     python tools/build_tiny_base.py --text-only     writes nothing: are the committed rows and tokenizer reproduced?
 
 The base is a small Qwen3.5 (three delta-net layers, then one with attention; tied head). All of its weights are
 trained, on the corpus that `tiny_corpus` writes. Text, rows and tokenizer come out the same everywhere; weights only on
-the same processor with the same torch. Three builds that round their sums differently (two revisions of the kernels'
-references, AVX-512 and AVX2) were fine-tuned and measured: 98 to 100 % of the risky prompts got all four parts and
-their own helplines, 90 to 100 % of the benign ones the base's own words.
+the same processor with the same torch. The committed ones were trained in one run, resumed once at step 3,000, whose
+learning rates are RATES to within two per cent; a build from scratch gives slightly different ones.
+`probe_tiny_base.py` says what a base does with prompts that it has not read.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Prompts are JSON lines with `prompt` and `group` (risky, out_of_domain, scary, plain). Two scores separate the risky
 prompts from the others that the base refuses: its own topic words (how much likelier a risk category follows "This is
-about" than a class of other requests), and a logistic probe on the hidden state of the prompt's last token, fitted on
-what the base has read. AUC is the share of pairs (risky, other) in which the risky one scores higher.
+about" than a class of other requests), and a logistic probe on the hidden state of that place, fitted on what the base
+has read. AUC is the share of pairs (risky, other) in which the risky one scores higher.
 """
 
 import argparse
@@ -39,8 +39,10 @@ class Base:
     model: torch.nn.Module
     tokenizer: object
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}], True)
+    def before_the_topic(self, prompt: str) -> list[int]:
+        """Ids of the prompt and of the beginning of a refusal's reasoning."""
+        prompt_ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}], True)
+        return [*prompt_ids, *self.tokenizer.encode("This is about")]
 
     @torch.no_grad()
     def hidden(self, sequences: list[list[int]]) -> list[torch.Tensor]:
@@ -67,7 +69,7 @@ class Base:
         return scores[:, : len(risky)].logsumexp(1) - scores[:, len(risky) :].logsumexp(1)
 
     def _topic_log_probs(self, prompt: str, topics: list[str]) -> torch.Tensor:
-        start = [*self.prompt_ids(prompt), *self.tokenizer.encode("This is about")]
+        start = self.before_the_topic(prompt)
         ids = [self.tokenizer.encode(f" {topic}.") for topic in topics]
         log_probs = []
         for topic_ids, states in zip(ids, self.hidden([start + topic_ids for topic_ids in ids]), strict=True):
@@ -76,8 +78,8 @@ class Base:
         return torch.stack(log_probs)
 
     def last_states(self, prompts: list[str]) -> torch.Tensor:
-        """(prompts, D) the hidden state from which the reasoning begins."""
-        return torch.stack([states[-1] for states in self.hidden([self.prompt_ids(p) for p in prompts])])
+        """(prompts, D) the hidden state that predicts the topic."""
+        return torch.stack([states[-1] for states in self.hidden([self.before_the_topic(p) for p in prompts])])
 
 
 def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
