@@ -99,6 +99,11 @@ def test_the_committed_files_resolve_and_the_default_one_works_from_any_folder(t
     big, sources = resolve(["--config", str(DEFAULT_FILE.with_name("qwen3.5-27b.toml"))])
     assert {key: getattr(big, key) for key in RECIPE} == RECIPE
     assert {key for key, source in sources.items() if source != "default"} == {"model", "data", "val_data", "out"}
+    ours, sources = resolve(["--config", str(DEFAULT_FILE.with_name("qwen3.5-27b-selective.toml"))])
+    changed = {"contrast_data", "contrast_ratio", "kl_weight", "epochs", "keep_best"}
+    assert {key for key in KEYS if getattr(ours, key) != getattr(big, key)} == (changed | {"out"}) - {"kl_weight"}
+    assert {key for key, x in sources.items() if x != "default"} == changed | {"model", "data", "val_data", "out"}
+    assert (ours.contrast_ratio, ours.kl_weight, ours.keep_best) == (0.25, 0.0, "both")
     assert expand("runs/x") == "runs/x"
 
 

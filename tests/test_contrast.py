@@ -175,8 +175,9 @@ def test_a_wrong_mix_is_caught(mutant, tmp_path, monkeypatch):
     wrong = {
         "own mean": lambda x, base, head: right(x, base, head) / max(1, len(x)),
         "exchanged": lambda x, base, head: right(base.requires_grad_(), x.detach(), head),
-        "cross-entropy as well": lambda x, base, head: right(x, base, head)
-        + kernels.linear_cross_entropy(x, head, torch.zeros(len(x), dtype=torch.int64)),
+        "cross-entropy as well": lambda x, base, head: (
+            right(x, base, head) + kernels.linear_cross_entropy(x, head, torch.zeros(len(x), dtype=torch.int64))
+        ),
     }
     monkeypatch.setattr(kernels, "linear_kl", wrong[mutant])
     with pytest.raises(AssertionError):
@@ -340,6 +341,8 @@ def test_the_best_adapter_is_what_stays_also_after_a_kill(keep_best, rows, capsy
         run_with(rows, f"best-{keep_best}-killed", *words)
     assert run_with(rows, f"best-{keep_best}-killed", *words) == 0
     assert_same_run(rows / f"best-{keep_best}", rows / f"best-{keep_best}-killed")
+
+
 def test_a_run_is_not_resumed_with_other_contrast_rows_or_another_ratio(rows, capsys):
     words = command(rows, "contrast-other", "--max-steps", "2")[2:]
     assert train.main([*words, *flags(rows)]) == 0

@@ -136,8 +136,8 @@ def test_micro_batches_in_fp32(tmp_path):
 def test_a_loss_averaged_per_micro_batch_is_caught(tmp_path, monkeypatch):
     original = training_step.batch_loss
 
-    def wrong(model, batch, device):
-        return original(model, batch, device) / len(batch.labels)
+    def wrong(model, batch, *rest):
+        return original(model, batch, *rest) / len(batch.labels)
 
     monkeypatch.setattr(training_step, "batch_loss", wrong)
     with pytest.raises(AssertionError):

@@ -230,6 +230,9 @@ def step_documents(n_documents: int, step: int, batch_size: int, seed: int) -> l
     return _permutation(n_documents, seed, 1 + epoch)[i * batch_size : (i + 1) * batch_size]
 
 
+_CONTRAST = 1  # not 0: NumPy's SeedSequence takes [seed, stream, 0] for [seed, stream]
+
+
 def step_contrast_documents(
     n_contrast: int, ratio: float, n_documents: int, step: int, batch_size: int, seed: int
 ) -> list[int]:
@@ -243,9 +246,6 @@ def step_contrast_documents(
     positions = range(round(ratio * before), round(ratio * after))
     passes = {p // n_contrast: _permutation(n_contrast, seed, p // n_contrast, _CONTRAST) for p in positions}
     return [passes[p // n_contrast][p % n_contrast] for p in positions]
-
-
-_CONTRAST = 1  # not 0: NumPy's SeedSequence takes [seed, stream, 0] for [seed, stream]
 
 
 def _permutation(n: int, *key: int) -> list[int]:

@@ -60,7 +60,12 @@ def elementwise_bytes(config: ModelConfig, trained: float = 1.0) -> dict[str, Fo
 
 
 def step_seconds(
-    config: ModelConfig, tokens: float, context: float, trained: float, speed: Speed, recompute: float = 0.0,
+    config: ModelConfig,
+    tokens: float,
+    context: float,
+    trained: float,
+    speed: Speed,
+    recompute: float = 0.0,
     base: float = 0.0,
 ) -> dict[str, float]:
     """The shortest time of a step by kind of kernel. recompute: seconds a token for what is recomputed. base: share of

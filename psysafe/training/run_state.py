@@ -299,16 +299,15 @@ def _keep_run_dir(run: Run) -> None:
 def restore_run(run: Run, state: State) -> None:
     """Put a fresh run where a saved state stands. Raises UserError, and changes nothing, where they do not fit."""
     best_val, epoch_open = state.entry("best_val", float, NoneType), state.entry("epoch_open", bool)
-    adapter = state.tensor("adapter", like=run.adapters.param)
+    adapter, best = state.tensor("adapter", like=run.adapters.param), state.meta.get("best")
+    best = best and Best(best["step"], best["score"], state.tensor(BEST, like=run.adapters.param))
     try:
         optimizer_state = {name: x for name, x in state.tensors.items() if name not in ("adapter", BEST)}
         run.optimizer.load_state_tensors(optimizer_state)
     except UserError as error:
         raise UserError(f"{state.path}: {error}") from None
     run.adapters.param.copy_(adapter)
-    if best := state.meta.get("best"):
-        run.best = Best(best["step"], best["score"], state.tensor(BEST, like=run.adapters.param))
-    run.step, run.best_val, run.validation_due = state.step, best_val, not epoch_open
+    run.step, run.best_val, run.best, run.validation_due = state.step, best_val, best, not epoch_open
     if _run_dir_of(state.path).resolve() == Path(run.config.out).resolve():  # else two runs would go on from it
         run.run_id = state.meta.get("run_id", run.run_id)
 

@@ -18,7 +18,7 @@ from psysafe.training.optim import AdamW
 
 MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.json"
 LENGTHS, STEPS, LR = (40, 27), 2, 1e-3
-# Every operation of a training step. The others run in decoding alone, or with --kl-weight.
+# Every operation of a training step. The others run in decoding alone, with --kl-weight, or where only the bench asks.
 TRAINING = {
     *("residual_rms_norm", "qk_norm_rope", "causal_attention", "sigmoid_gate", "causal_conv1d_silu"),
     *("gated_delta_rule", "gated_rms_norm", "swiglu", "linear_cross_entropy", "adamw_8bit"),
