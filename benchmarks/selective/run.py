@@ -4,18 +4,20 @@
     python -m benchmarks.selective.run choose --work runs/selective    every recipe of GRID with one seed, on dev.jsonl
     python -m benchmarks.selective.run final --work runs/selective --recipe NAME --prompts unseen_1.jsonl
 
-Each stage runs the project's own commands, keeps what is there, and may be killed and started again. `choose` prints a
+Each stage runs the project's own commands, keeps what is there, and may be killed and started again. `choose` makes a
 table of all recipes; a person chooses. `final` answers its prompts with three seeds of the chosen recipe, of the
-paper's, and of the same rows without contrast, and writes benchmarks/results/selective.json; a set is answered once
-(README.md).
+paper's, and of the same rows without contrast; a set is answered once (README.md). Both write their tables to
+benchmarks/results/.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from psysafe.evaluation import statistics
 from psysafe.evaluation.benchmarks.selective import HARMLESS, OUTSIDE, UNSAFE, Judged
 from psysafe.evaluation.result import Table
 from psysafe.evaluation.word_list_judge import Parts
-from psysafe.files import write_atomic
+from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import versions
 
@@ -90,16 +92,17 @@ def main(argv: Sequence[str]) -> int:
     if unknown := [name for name in wanted if name not in recipes]:
         raise UserError(f"--recipe {unknown[0]}: no such recipe; expected one of {', '.join(recipes)}")
     if args.stage == "choose":
-        runs = train_all(work, [recipes[name] for name in wanted], SEEDS[:1], args)
-        print(compare(evaluate(work / "choose", HERE / "dev.jsonl", runs, args), runs).as_text())
-        return 0
-    runs = train_all(work, [PAPER, WIDE, *(recipes[name] for name in wanted)], SEEDS, args)
-    prompts = HERE / args.prompts
-    table = compare(evaluate(work / prompts.stem, prompts, runs, args), runs)
-    print(table.as_text())
-    content = {"prompts": prompts.name, "model": args.model, "seeds": SEEDS, "versions": versions()}
-    content |= {"columns": [name for name, _ in table.columns], "rows": table.rows, "note": table.note}
-    write_atomic(args.out, json.dumps(content, indent=1) + "\n")
+        seeds, chosen, prompts = SEEDS[:1], [recipes[name] for name in wanted], HERE / "dev.jsonl"
+    else:
+        seeds, chosen, prompts = SEEDS, [PAPER, WIDE, *(recipes[name] for name in wanted)], HERE / args.prompts
+    runs = train_all(work, chosen, seeds, args)
+    items = evaluate(work / prompts.stem, prompts, runs, args)
+    tables = [compare(items, runs), by_reading(items, readings(work / prompts.stem / chosen[0].name), runs)]
+    print("\n\n".join(table.as_text() for table in tables))
+    content = {"prompts": prompts.name, "model": args.model, "seeds": seeds, "versions": versions()}
+    content["tables"] = [asdict(table) for table in tables]
+    out = args.out or ROOT / "benchmarks" / "results" / f"selective-{prompts.stem}.json"
+    write_atomic(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
@@ -112,8 +115,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", action="append", metavar="NAME", help="of GRID; as often as needed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs and evaluations at once (1)")
     parser.add_argument("--prompts", metavar="FILE", help="of final: a set in this folder that nothing was chosen on")
-    out = ROOT / "benchmarks" / "results" / "selective.json"
-    parser.add_argument("--out", default=str(out), metavar="FILE", help="of final: where the table goes")
+    about = "where the tables go (benchmarks/results/selective-PROMPTS.json)"
+    parser.add_argument("--out", metavar="FILE", help=about)
     args = parser.parse_args(argv)
     if args.stage == "final" and not (args.recipe and args.prompts):
         parser.error("final needs --recipe NAME and --prompts FILE")
@@ -199,6 +202,40 @@ def compare(items: Mapping[str, Mapping[str, dict]], runs: Mapping[str, Sequence
     columns = [("measure", ""), ("goal", ""), ("n", ","), ("base", ""), *((name, "") for name in runs)]
     note = "Mean over the seeds [95 % interval, bootstrap over prompts] (each seed)."
     return Table("Selective support, judged by the rule-based judge (word lists)", columns, rows, note)
+
+
+def readings(folder: Path) -> dict[str, str]:
+    """What the base takes each prompt for, by its own reasoning ("This is about guns. I will refuse."): prompt -> the
+    cluster, "another class" outside the clusters, or "answered"."""
+    cluster_of = {c: name for name, entry in clusters()["clusters"].items() for c in entry["risk_categories"]}
+    by_prompt = {}
+    for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["variant"] == "base, none":
+            topic = re.match(r"This is about (.+?)\. I will refuse", row["reasoning"])
+            by_prompt[row["prompt"]] = cluster_of.get(topic[1], "another class") if topic else "answered"
+    return by_prompt
+
+
+def by_reading(
+    items: Mapping[str, Mapping[str, dict]], read_as: Mapping[str, str], runs: Mapping[str, Sequence[Path]]
+) -> Table:
+    """Risky prompts with all four parts, by what the base takes the prompt for."""
+    risky = {p: item for p, item in items["base, none"].items() if item["group"] == "risky"}
+    groups = {
+        "its own cluster": [p for p in risky if read_as[p] == risky[p]["cluster"]],
+        "another cluster": [p for p in risky if read_as[p] not in (risky[p]["cluster"], "another class", "answered")],
+        "a class outside the clusters": [p for p in risky if read_as[p] == "another class"],
+        "a harmless question": [p for p in risky if read_as[p] == "answered"],
+    }
+    rows = []
+    for name, prompts in groups.items():
+        if prompts:
+            seeds = [[[100 * judged(of[p]).parts.all for p in prompts] for of in of_runs(items, folders)]
+                     for folders in runs.values()]  # fmt: skip
+            rows.append([name, len(prompts), *(summary(values, ".1f") for values in seeds)])
+    columns = [("the base takes it for", ""), ("n", ","), *((name, "") for name in runs)]
+    return Table("Four parts with own helplines % of risky prompts, by what the base takes them for", columns, rows)
 
 
 def of_runs(items: Mapping[str, Mapping[str, dict]], folders: Sequence[Path]) -> list[Mapping[str, dict]]:
