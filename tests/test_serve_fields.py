@@ -13,11 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psysafe.generation.request import Event
+from psysafe.generation.text import ANSWER, Piece
 from psysafe.serve import protocol
-from psysafe.serve.answers import Trimmed
+from psysafe.serve.answers import Choice, Trimmed, Update
 from psysafe.serve.fields import ApiError
 from psysafe.serve.protocol import HARMLESS, UNSUPPORTED, Asked, Served, read_chat, read_text
+from psysafe.serve.setup import default_sampling
 from tests.live_server import CHAT, TEXT, config, live_server, model, question, tokenizer  # noqa: F401
+from tests.mistakes import refused
 
 SERVED = Served(
     {"base": None, "tuned": "tuned"}, context=100, vocab_size=300, max_rows=6, max_new_tokens=50, max_think_tokens=9,
@@ -63,6 +67,8 @@ def test_what_holds_where_nothing_is_said(tokenizer):
     assert (asked.options.sampling.temperature, asked.options.sampling.top_k) == (0.6, 20)  # the model's own
     assert (asked.options.max_new_tokens, asked.options.max_think_tokens, asked.logprobs) == (50, 9, None)
     assert asked.options.sampling.seed != chat(tokenizer).options.sampling.seed
+    served = protocol.replace(SERVED, sampling={"frequency_penalty": 0.5})
+    assert chat(tokenizer, served).options.sampling.frequency_penalty == 0.5
     assert chat(tokenizer, max_tokens=1000).options.max_new_tokens == 50  # the server's limit
     assert chat(tokenizer, max_tokens=5, max_completion_tokens=5, top_k=-1).options.sampling.top_k == 0
     assert text(tokenizer).options.max_new_tokens == 16 and not text(tokenizer).options.thinking
@@ -122,6 +128,7 @@ BAD = [  # (fields of a chat completion, the field at fault)
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "a", "reasoning": "b"}]}, "messages[0].reasoning"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "messages"),
     ({"messages": [{"role": "system", "content": "b"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
@@ -169,6 +176,27 @@ def test_what_a_field_is_called_is_close_to_what_was_meant(tokenizer):
     for name, nothing in UNSUPPORTED.items():
         for value in nothing:
             assert chat(tokenizer, **{name: value}).prompts
+
+
+def test_defaults_of_a_model_that_no_request_may_have(tmp_path):
+    """They would be every request's fault. Its seed is left out: without one no two requests are alike."""
+    config = {"do_sample": True, "temperature": 0.6, "frequency_penalty": 0.5, "seed": 1}
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(config))
+    assert default_sampling(tmp_path) == {"temperature": 0.6, "frequency_penalty": 0.5}
+    file.write_text(json.dumps(config | {"temperature": 3}))
+    refused("generation_config.json: temperature is 3.0, expected a number from 0 to 2", default_sampling, tmp_path)
+
+
+def test_each_token_of_the_answer_is_listed_also_where_its_text_came_later():
+    """The first two are half a character, or what could have become a stop; white space before the answer is no part
+    of it, and what stays held back is a stop."""
+    choice, texts = Choice(0, Trimmed(), Trimmed()), ["\n", None, None, "Hel", " ", None, "p", None]
+    listed = []
+    for number, text in enumerate(texts):
+        pieces = [] if text is None else [Piece(ANSWER, text)]
+        listed += choice.push(Update(0, Event(1, number), pieces, False, ""), [{"token": number}]).logprobs
+    assert listed == choice.logprobs == [{"token": number} for number in range(1, 7)]
 
 
 @settings(max_examples=60, deadline=None)

@@ -155,16 +155,19 @@ def test_a_body_that_is_not_called_json_is_refused(live, kind):
     assert live.ask(question(max_tokens=1), headers={"content-type": "Application/JSON; charset=utf-8"})[0] == 200
 
 
-def test_the_key(model, tokenizer):
-    with live_server(model, tokenizer, key="s3cret-ü") as live:
-        for key in ("Bearer wrong", "s3cret-ü", "Bearer ", "Basic s3cret-ü", None):
-            headers = JSON if key is None else JSON | {"authorization": key.encode()}
+@pytest.mark.parametrize("secret", ["s3cret-ü", "s3cret-à", "s3cret-\udcff"], ids=ascii)
+def test_the_key(model, tokenizer, secret):
+    """Also one whose last byte is a space in Latin-1, and one that is no UTF-8."""
+    right = b"bearer " + os.fsencode(secret)
+    with live_server(model, tokenizer, key=secret) as live:
+        for key in (b"Bearer wrong", right[7:], b"Bearer ", b"Basic" + right[6:], right + b"x", right[:-1], None):
+            headers = JSON if key is None else JSON | {"authorization": key}
             status, answered, body = live.ask(question(), headers=headers)
             assert (status, body["error"]["code"]) == (401, "invalid_api_key")
             assert answered["www-authenticate"] == "Bearer"
             assert live.ask(None, "/v1/models", headers, "GET")[0] == 401
             assert live.ask(None, "/metrics", headers, "GET")[0] == 401
-        assert live.ask(question(max_tokens=1), headers=JSON | {"authorization": "bearer s3cret-ü".encode()})[0] == 200
+        assert live.ask(question(max_tokens=1), headers=JSON | {"authorization": right})[0] == 200
         assert live.ask(None, "/health", {}, "GET")[0] == live.ask(None, "/", {}, "GET")[0] == 200
 
 
@@ -264,6 +267,27 @@ def test_a_dead_engine_says_so(model, tokenizer, capsys):
         assert "engine_alive 0" in live.ask(None, "/metrics", {}, "GET")[2]
     said = capsys.readouterr().err
     assert "the engine has failed: RuntimeError" in said and MARKER not in said
+
+
+def test_a_request_that_comes_while_the_engine_fails_gets_its_error(model, tokenizer):
+    """It is in no list of the engine's thread yet: its command waits for the pass that fails."""
+    failing = threading.Event()
+
+    def broken():
+        failing.set()
+        gate.passes.acquire()
+        raise RuntimeError(MARKER)
+
+    with live_server(model, tokenizer, ends=False) as live, Gate(live) as gate:
+        live.pace = broken
+        connections = [leave(live, LONG)]
+        live.until(failing.is_set)
+        connections.append(leave(live, LONG))
+        live.until(lambda: live.worker.reserved == 2 and live.worker._commands)
+        gate.passes.release(1)
+        for connection in connections:
+            assert b" 503 " in connection.makefile("rb").readline()
+        assert live.worker.reserved == 0
 
 
 def test_a_request_has_its_time(model, tokenizer):
@@ -369,12 +393,24 @@ def test_what_takes_longer_than_the_grace_gets_an_error_instead_of_silence(model
         (["--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
         (["--request-timeout", "0"], "--request-timeout is 0.0, expected at least 0.001"),
         (["--cors", "*"], "--cors '*': expected an origin"),
-        (["--cors", "http://localhost:3000/x"], "expected an origin"),
+        (["--no-base", "--name", "a", "--adapter", "b=x"], "--name has no effect with --no-base"),
+        (["--context", "9999999999"], "--context is 9999999999, expected at least 0, and below 2^31"),
         (["--temperature", "1"], "unknown flag '--temperature'"),
     ],
 )
 def test_a_mistake_in_a_flag(words, expected):
     assert expected in refused("", parse, words, "")
+
+
+@pytest.mark.parametrize("word", ["http://localhost:3000/x", "http://[", "http://Localhost", "http://me@localhost",
+                                  "http://localhost:80", "https://a:443", "https://a:x", "localhost:3000"])  # fmt: skip
+def test_what_is_no_origin(word):
+    refused("expected an origin as browsers send it, such as http://localhost:3000", parse, ["--cors", word], "")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://a.example", "http://[::1]:80080", "https://b:80"])
+def test_an_origin(origin):
+    assert parse(["--cors", origin], "").origins == (origin,)
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])

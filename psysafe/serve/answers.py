@@ -76,11 +76,13 @@ class Choice:
         self.reasoning_tokens += update.in_reasoning
         self.finish = update.finish
         reasoning = "".join([self.reasoning.push(text) for kind, text in update.pieces if kind == REASONING])
-        answer = "".join([self.answer.push(text) for kind, text in update.pieces if kind == ANSWER])
+        answers = [text for kind, text in update.pieces if kind == ANSWER]
+        answer = "".join(map(self.answer.push, answers))
         # A token is listed once its text is shown. What stays pending at the end is a stop text, or white space.
         self.pending += logprobs
         released = self.pending if answer else []
-        if answer or not self.answer.text:
+        # White space before the answer is never shown; half a character, or what may become a stop, will be.
+        if answer or (answers and not self.answer.text):
             self.pending = []
         self.logprobs += released
         return Part(reasoning, answer, released)

@@ -7,6 +7,7 @@ No prompt and no answer is ever logged: what people ask here may be health data.
 
 import asyncio
 import hmac
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -134,9 +135,9 @@ class App:
         if not self.policy.key or path in ("/", "/health"):
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-            key.strip().encode("latin-1"), self.policy.key.encode()
-        ):
+        # Bytes on both sides, and only ASCII white space off: a letter of UTF-8 may end in the byte of a Latin-1 space.
+        sent_key, right_key = key.encode("latin-1").strip(b" \t"), os.fsencode(self.policy.key)
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent_key, right_key):
             message = "expected the server's key as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", www_authenticate="Bearer")
 
@@ -187,8 +188,8 @@ class App:
         return await self._complete(request, read_text, TextCompletion)
 
     async def _complete(self, request: Request, read: Reader, kind: type[Completion]) -> Response:
-        kind_of_content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind_of_content != "application/json":
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
             # A page elsewhere can have a browser send text here without asking; JSON it cannot.
             raise ApiError(415, "expected the header Content-Type: application/json", code="unsupported_media_type")
         self.worker.check(1)

@@ -36,7 +36,6 @@ class Fields:
         self.prefix = prefix
         if not isinstance(values, dict):
             raise invalid(prefix.rstrip(".") or "the request", values, "an object")
-        self.names = list(values)
         self.values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, name: str, default: object = None) -> object:

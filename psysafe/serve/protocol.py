@@ -15,12 +15,11 @@ from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import parse_json
 from psysafe.generation.request import RequestOptions
-from psysafe.generation.sampling import Sampling
+from psysafe.generation.sampling import MAX_LOGPROBS, Sampling
 from psysafe.program import UserError
 from psysafe.serve.fields import ApiError, Fields, invalid
 
 MAX_STOPS, MAX_STOP = 16, 200  # stop texts of a request, characters of one
-MAX_LOGPROBS = 20
 MAX_SCALE = 100  # of adapter_scale, to both sides
 TEXT_TOKENS = 16  # of a text completion that names no length, as OpenAI has it
 GREEDY = 1e-6  # temperatures below it differ from 0 by no token, and the logits divided by them overflow
@@ -42,7 +41,10 @@ CHAT = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_temp
 TEXT = (*SHARED, "prompt")
 # Of a message: what clients send back of an answer of ours, or of another server's.
 MESSAGE_HARMLESS = {"name", "refusal", "annotations", "id"}
-MESSAGE_UNSUPPORTED = {"tool_calls": ([],), "function_call": (), "audio": (), "tool_call_id": ()}
+MESSAGE_UNSUPPORTED = {
+    "tool_calls": ([],), "function_call": (), "audio": (), "tool_call_id": (),
+    "reasoning": ("",), "reasoning_content": ("",),  # of other roles than the assistant
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def read_text(body: bytes, served: Served, tokenizer: Tokenizer) -> Asked:
     asked = _shared(fields, served, logprobs, False, max_new, 0)
     prompts = _prompts(fields, served)
     fields.end(TEXT, HARMLESS, UNSUPPORTED)
+    _check_rows(len(prompts), asked.n, served, "prompt")
     try:
         encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     except UserError as error:
@@ -129,12 +132,12 @@ def _shared(
     adapter = served.models[model]
     if adapter is None and "adapter_scale" in fields.values:
         raise ApiError(400, f"adapter_scale has no effect: {model} is the base", "adapter_scale", "invalid_value")
-    stream = fields.boolean("stream", False)
+    sampling, stream = read_sampling(fields, served.sampling), fields.boolean("stream", False)
     return Asked(
         model=model,
         adapter=adapter,
         adapter_scale=fields.number("adapter_scale", 1.0, -MAX_SCALE, MAX_SCALE),
-        options=RequestOptions(_sampling(fields, served), max_new, max_think, thinking, close_thinking_at_eos=True),
+        options=RequestOptions(sampling, max_new, max_think, thinking, close_thinking_at_eos=True),
         n=fields.integer("n", 1, 1, served.max_rows),
         stop=_stop(fields),
         logprobs=logprobs,
@@ -143,8 +146,8 @@ def _shared(
     )
 
 
-def _sampling(fields: Fields, served: Served) -> Sampling:
-    defaults = served.sampling
+def read_sampling(fields: Fields, defaults: Mapping[str, float]) -> Sampling:
+    """defaults: where the fields do not say. Raises ApiError for a value out of range."""
     temperature = fields.number("temperature", defaults.get("temperature", 1.0), 0, 2)
     settings = {
         "temperature": 0.0 if temperature < GREEDY else temperature,
@@ -152,7 +155,7 @@ def _sampling(fields: Fields, served: Served) -> Sampling:
         "top_p": fields.number("top_p", defaults.get("top_p", 1.0), 0, 1),
         "min_p": fields.number("min_p", defaults.get("min_p", 0.0), 0, 1),
         "presence_penalty": fields.number("presence_penalty", defaults.get("presence_penalty", 0.0), -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", 0.0, -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", defaults.get("frequency_penalty", 0.0), -2, 2),
         "repetition_penalty": fields.number("repetition_penalty", defaults.get("repetition_penalty", 1.0), 0.01, 100),
         "seed": fields.integer("seed", secrets.randbits(63), 0, 2**63 - 1),
     }
@@ -222,10 +225,11 @@ def _message(message: object, where: str) -> Message:
     text = content_text(content)
     if text is None:
         raise invalid(f"{where}.content", content, "a text, or a list of text parts (no images or audio)")
-    reasoning = [fields.text(name) for name in ("reasoning", "reasoning_content") if name in fields.values]
+    names = ("reasoning", "reasoning_content") if role == "assistant" else ()
+    reasoning = [fields.text(name) for name in names if name in fields.values]
     fields.end(("role", "content", "reasoning"), MESSAGE_HARMLESS, MESSAGE_UNSUPPORTED)
     read = {"role": "system" if role == "developer" else role, "content": text}
-    return read | ({"reasoning_content": reasoning[0]} if reasoning and role == "assistant" else {})
+    return read | ({"reasoning_content": reasoning[0]} if reasoning else {})
 
 
 def _prompts(fields: Fields, served: Served) -> list[str | list[int]]:
@@ -240,11 +244,15 @@ def _prompts(fields: Fields, served: Served) -> list[str | list[int]]:
     return prompts
 
 
+def _check_rows(n_prompts: int, n: int, served: Served, param: str) -> None:
+    """Refuses more answers than can ever be computed or wait, before the prompts become tokens."""
+    if n_prompts * n > served.max_rows:
+        reason = f"{n_prompts} x {n} answers at once; here {served.max_rows} are the most"
+        raise ApiError(400, reason, "n" if n > 1 else param, "invalid_value")
+
+
 def _fitting(prompts: Sequence[list[int]], asked: Asked, served: Served, param: str) -> tuple[list[int], ...]:
-    """The prompts, which have to leave room for an answer, and may not be more than can wait."""
-    if len(prompts) * asked.n > served.max_rows:
-        reason = f"{len(prompts)} x {asked.n} answers at once; here {served.max_rows} are the most"
-        raise ApiError(400, reason, "n" if asked.n > 1 else param, "invalid_value")
+    """The prompts, which have to leave room for an answer."""
     longest = max(map(len, prompts))
     if longest >= served.context:
         reason = f"the prompt has {longest:,} tokens, but prompt and answer together have room for {served.context:,}"

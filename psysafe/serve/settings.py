@@ -4,15 +4,16 @@ import argparse
 import ipaddress
 import re
 import socket
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psysafe.cli import Parser, add_settings, read_settings, setting, shown
+from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, setting, shown
 from psysafe.program import UserError
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
 NAME = r"[A-Za-z0-9][\w.:@/-]{0,99}"  # of a model
+HOST = r"(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])"
+ORIGIN = rf"(?:http://{HOST}(?!:80$)|https://{HOST}(?!:443$))(?::\d+)?"  # a browser leaves out the usual port
 HELP = """The key that clients have to send is taken from the environment variable PSYSAFE_API_KEY alone; without one
 only this machine is served. docs/serving.md has clients, fields and errors."""
 
@@ -35,7 +36,7 @@ class Limits:
         for name in self.__dataclass_fields__:
             value, least = getattr(self, name), minimum.get(name, 0)
             if not least <= value < 2**31:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+                raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {least}, and below 2^31")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str], description: str) -> Settings:
     add("--deterministic", action="store_true", help="read prompts one by one: in bfloat16 others change no answer")
     add_settings(parser, Limits)
     args = parser.parse_args(argv)
+    refuse_without_effect(argv, {"--name": "with --no-base"} if args.no_base else {})
     return Settings(
         limits=Limits(**read_settings(Limits, args)),
         model=args.model,
@@ -108,9 +110,8 @@ def _adapters(words: Sequence[str], base_name: str, no_base: bool) -> dict[str, 
 
 
 def _origin(text: str) -> str:
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or text != f"{parts.scheme}://{parts.netloc}":
-        raise UserError(f"--cors {shown(text)}: expected an origin, such as http://localhost:3000")
+    if not re.fullmatch(ORIGIN, text):
+        raise UserError(f"--cors {shown(text)}: expected an origin as browsers send it, such as http://localhost:3000")
     return text
 
 

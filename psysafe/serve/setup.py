@@ -19,7 +19,8 @@ from psysafe.model.decoder import Qwen3_5
 from psysafe.model.mixed_adapters import MixedAdapters
 from psysafe.program import UserError
 from psysafe.runtime import start
-from psysafe.serve.protocol import Served
+from psysafe.serve.fields import ApiError, Fields
+from psysafe.serve.protocol import Served, read_sampling
 from psysafe.serve.settings import Limits, Settings
 from psysafe.serve.worker import Worker
 
@@ -77,8 +78,15 @@ def make_engine(
 
 
 def default_sampling(folder: Path) -> dict[str, float]:
-    """What holds where a request says nothing: the model's generation_config.json, else OpenAI's defaults."""
-    settings = recommended(folder) if (folder / "generation_config.json").is_file() else {}
+    """What holds where a request says nothing: the model's generation_config.json, else OpenAI's defaults. Raises
+    UserError for values that no request may have."""
+    file = folder / "generation_config.json"
+    settings = recommended(folder) if file.is_file() else {}
+    settings.pop("seed", None)  # without one each request has another
+    try:
+        read_sampling(Fields(settings), {})
+    except ApiError as error:
+        raise UserError(f"{file}: {error.message}") from None
     listed = ", ".join(f"{name} {value:g}" for name, value in settings.items())
     say(f"where a request says nothing: {listed or 'temperature 1'}")
     return settings

@@ -140,10 +140,10 @@ class Worker:
         """From now on new requests are refused; those that are there go on."""
         self.is_draining = True
 
-    def abort(self) -> None:
+    def abort(self, reason: str = STOPPING) -> None:
         """Ends all requests with an error."""
         for generation in list(self.generations):
-            generation.fail(ApiError(503, STOPPING, code="unavailable"))
+            generation.fail(ApiError(503, reason, code="unavailable"))
 
     def stop(self) -> None:
         """Ends the thread after the forward pass that it is in."""
@@ -168,7 +168,8 @@ class Worker:
         except Exception as error:
             self.failure = type(error).__name__
             print_error(f"the engine has failed: {without_message(error)}")
-            self._deliver([self._error(row, ApiError(503, "the engine has failed")) for row in self._rows.values()])
+            # Not by `_rows`: a request that came meanwhile is not among them. From here on `check` refuses new ones.
+            self._call(self.abort, "the engine has failed")
 
     def _work(self) -> bool:
         """Carries out what the loop asked for and makes one forward pass. False once the thread has to end."""
@@ -216,8 +217,12 @@ class Worker:
 
     def _deliver(self, updates: list[tuple[Generation, Update]]) -> None:
         if updates:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waits
-                self._loop.call_soon_threadsafe(_hand_over, updates)
+            self._call(_hand_over, updates)
+
+    def _call(self, function: Callable[..., None], *args) -> None:
+        """Has the loop call a function."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waits
+            self._loop.call_soon_threadsafe(function, *args)
 
 
 def _hand_over(updates: list[tuple[Generation, Update]]) -> None:
