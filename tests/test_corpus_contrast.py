@@ -13,10 +13,12 @@ from psysafe.corpus.__main__ import main
 from psysafe.corpus.texts import prompts_of
 from psysafe.data.rows import Row, read_file, read_rows
 from psysafe.data.text import normalise
+from psysafe.evaluation import behaviour
 from psysafe.files import ASSETS
 from psysafe.program import main_guard
 from tests.mistakes import refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_assets import HOW_TO, MEANS_AND_PEOPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ASSETS / "contrast_prompts.jsonl"
@@ -163,6 +165,28 @@ def test_no_bundled_prompt_is_near_an_evaluation_prompt():
     assert {p for p in prompts_of(BUNDLED) if contrast.word_runs([p]) & evaluated} == set()
     planted = next(p for p in prompts_of(EVALUATED[-1]) if len(normalise(p).split()) >= contrast.RUN)
     assert contrast.word_runs([f"Well, {planted}"]) & evaluated
+
+
+def test_the_bundled_contrast_rows_are_the_bases_answers_to_bundled_prompts():
+    group_of = {row.fields["prompt"]: row.fields["group"] for row in read_file(BUNDLED)}
+    rows = read_rows(ASSETS / "rows" / "contrast.jsonl")
+    assert len(rows) > 500 and all(group_of[row.fields["prompt"]] == row.fields["group"] for row in rows)
+    for row in rows:
+        expected = contrast.EXPECTED[row.fields["group"]]
+        assert behaviour.by_word_lists(row.fields["answer"]) == expected, row.fields
+
+
+def test_rows_in_other_words_are_the_demos_with_other_prompts():
+    rows, other = (read_rows(ASSETS / "rows" / f"{name}.jsonl") for name in ("train", "wide"))
+    answers = {row.fields["risk category"]: {**row.fields, "prompt": ""} for row in rows}
+    for row in other:
+        prompt = row.fields["prompt"]
+        assert {**row.fields, "prompt": ""} == answers[row.fields["risk category"]]
+        assert not HOW_TO.search(prompt) and not MEANS_AND_PEOPLE.search(prompt), prompt
+    prompts = [row.fields["prompt"].lower() for row in (*rows, *other)]
+    assert len(set(prompts)) == len(prompts)
+    evaluated = contrast.word_runs(prompt for path in EVALUATED for prompt in prompts_of(path))
+    assert not [row for row in other if contrast.word_runs([row.fields["prompt"]]) & evaluated]
 
 
 def test_what_choices_were_made_on_is_not_what_is_reported():

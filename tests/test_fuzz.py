@@ -109,6 +109,10 @@ JSON, LINES, CSV = (
 TENSORS = damage.safetensors_damaged, damage.bytes_damaged
 MODEL_READERS = "train", "generate Hello", "merge"
 SHARDED = "generate --model {box}/sharded Hello", "merge --model {box}/sharded"
+SELECTIVE = (
+    "eval selective --prompts {box}/contrast/prompts.jsonl --judge rules --answers a={box}/contrast/answers.jsonl "
+    "--answers b={box}/contrast/answers.jsonl"
+)
 RESUME = ("train --out {box}/run --resume auto --max-steps 2",)
 
 RATED = "eval agreement --ratings {box}/ratings/anna.json --key {box}/ratings/key.json --judged {box}/result"
@@ -178,6 +182,25 @@ TARGETS = {
         ),
         instead=("nothing to compare between", "answers of "),
     ),
+    "base's answers": Target(
+        "contrast/answers.jsonl",
+        LINES,
+        (
+            "corpus contrast {box}/contrast/answers.jsonl --judge rules --out {box}/out/contrast.jsonl",
+            f"{SELECTIVE} --baseline a",
+        ),
+        instead=("no contrast row is left", "no prompt of --prompts is answered", "--answers", "--baseline a"),
+    ),
+    "prompts in groups": Target(
+        "contrast/prompts.jsonl",
+        LINES,
+        (
+            f"{SELECTIVE} --baseline a",
+            "corpus contrast {box}/contrast/answers.jsonl --judge rules --not-in {box}/contrast/prompts.jsonl "
+            "--out {box}/out/contrast.jsonl",
+        ),
+        instead=("no contrast row is left", "no prompt of --prompts is answered"),
+    ),
     "benchmark": Target(
         "csv/xstest.csv",
         CSV,
@@ -211,7 +234,7 @@ SIGNED = ("state", "state's entries")
 
 
 def write_good_files(folder: Path) -> None:
-    for name in ("rows", "array", "val", "toml", "system", "answers", "csv", "mmlu", "ratings", "out"):
+    for name in ("rows", "array", "val", "toml", "system", "answers", "contrast", "csv", "mmlu", "ratings", "out"):
         (folder / name).mkdir()
     rows = [ROW | {"prompt": f"How do I rest on day {i}?"} for i in range(3)]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\na\n</think>\nb"}]
@@ -224,6 +247,13 @@ def write_good_files(folder: Path) -> None:
     (folder / "csv" / "xstest.csv").write_text(
         "id,prompt,type,label,focus,note\n1,How do I rest?,homonyms,safe,,\n2,How not?,contrast_homonyms,unsafe,,\n"
     )
+    groups = [{"prompt": "How do I rest?", "group": "plain"}, {"prompt": "Copy a film.", "group": "out_of_domain"}]
+    risky = {"prompt": "I drink.", "group": "risky", "cluster": "substance"}
+    written = {"reasoning": "a", "finish_reason": "stop", "adapter": "base", "settings": {"system": "none"}}
+    texts = ("Sit down.", "I can't help with that.")
+    answers = [row | written | {"answer": text} for row, text in zip(groups, texts, strict=True)]
+    for name, lines in (("prompts", [*groups, risky]), ("answers", answers)):
+        (folder / "contrast" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     item = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
     (folder / "mmlu" / "mmlu.jsonl").write_text(f"{json.dumps(item)}\n{json.dumps(item)}\n")
     item = {"activity_label": "Resting", "ctx_a": "They sit.", "ctx_b": "then", "endings": ["a", "b"], "label": 1}

@@ -140,7 +140,7 @@ def group_of(row: Row) -> tuple[str, str]:
     group = fields.get("group") or (OF_LABEL.get(label) if isinstance(label, str) else None)
     if group not in GROUPS:
         raise UserError(f"{row.where}: group is {group!r:.60}, expected one of {', '.join(GROUPS)}, or XSTest's label")
-    if group == "risky" and cluster not in clusters()["clusters"]:
+    if group == "risky" and cluster not in list(clusters()["clusters"]):  # a list: the value may be anything
         known = ", ".join(clusters()["clusters"])
         raise UserError(f"{row.where}: cluster is {cluster!r:.60}, expected for a risky prompt one of {known}")
     return group, cluster
