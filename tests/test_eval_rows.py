@@ -11,7 +11,9 @@ from psysafe.evaluation.benchmarks import four_criteria
 from psysafe.evaluation.models_under_test import ModelUnderTest
 from psysafe.files import ASSETS
 from psysafe.generation.generator import Generator
+from psysafe.generation.ranks import Ranks
 from psysafe.journal import Journal
+from psysafe.runtime import start
 from tests.mistakes import refused
 
 MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
@@ -70,7 +72,8 @@ def test_a_judged_models_conversation_is_that_of_generate(tmp_path, monkeypatch)
         variant = models_under_test.Variant("base", system)
         questions = [four_criteria.question_of(row) for row in read]
         with Journal(tmp_path / f"answers-{system}.jsonl") as journal:
-            ModelUnderTest(MODEL)._answer(None, tokenizer, [(variant, q) for q in questions], {}, journal)
+            asked = [(variant, question) for question in questions]
+            ModelUnderTest(MODEL)._answer(None, tokenizer, asked, {}, journal, Ranks(start("cpu")))
         text = system_text(system)
         as_generate = [generator.encode(with_system(prompt_messages(row), text), row.tools) for row in read]
         assert encoded == as_generate
