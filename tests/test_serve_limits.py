@@ -399,7 +399,7 @@ def test_what_takes_longer_than_the_grace_gets_an_error_instead_of_silence(model
     ],
 )
 def test_a_mistake_in_a_flag(words, expected):
-    assert expected in refused("", parse, words, "")
+    refused(re.escape(expected), parse, words, "")
 
 
 @pytest.mark.parametrize("word", ["http://localhost:3000/x", "http://[", "http://Localhost", "http://me@localhost",
