@@ -170,11 +170,11 @@ def test_probabilities_are_the_models(live, model, tokenizer):
     hidden = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
     logprobs = model.logits(hidden[-1:])[0].detach().log_softmax(-1)
     common = {"model": "base", "prompt": ids, "temperature": 0.7, "seed": 1, "max_tokens": 2}
-    found = client.completions.create(**common, logprobs=3).choices[0].logprobs
-    token = tokenizer.encode(found.tokens[0])[0]
-    assert found.token_logprobs[0] == pytest.approx(float(logprobs[token]), abs=1e-4)
+    answered = client.completions.create(**common, logprobs=3).choices[0].logprobs
+    token = tokenizer.encode(answered.tokens[0])[0]
+    assert answered.token_logprobs[0] == pytest.approx(float(logprobs[token]), abs=1e-4)
     top = logprobs.topk(3).values.tolist()
-    assert sorted(found.top_logprobs[0].values(), reverse=True) == pytest.approx(top, abs=1e-4)
+    assert sorted(answered.top_logprobs[0].values(), reverse=True) == pytest.approx(top, abs=1e-4)
     body = question(logprobs=True, top_logprobs=2, max_tokens=4, chat_template_kwargs={"enable_thinking": False})
     choice = live.ask(body)[2]["choices"][0]
     assert "".join(entry["token"] for entry in choice["logprobs"]["content"]).strip() == choice["message"]["content"]
