@@ -104,18 +104,7 @@ class Generator:
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """An engine for these requests: the one that is there if it is large enough, else a new one."""
-        options, longest = self.options, max(len(request.ids) for request in requests)
-        positions = self.model.config.max_position_embeddings
-        if options.context > positions:
-            raise UserError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
-        limit = options.context or min(longest + options.max_new_tokens, positions)
-        for request in requests:
-            if len(request.ids) >= limit:
-                remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
-                raise UserError(
-                    f"{request.where}: {len(request.ids):,} tokens, but prompt and answer together have room for "
-                    f"{limit:,}; {remedy}"
-                )
+        options, limit = self.options, self.check(requests)
         wanted = min(len(requests), options.batch_size or MAX_SLOTS[self.model.embed_tokens.device.type])
         cache = self.engine and self.engine.cache
         if cache is not None and cache.max_tokens >= limit and cache.slots >= wanted:
@@ -139,6 +128,22 @@ class Generator:
             slot_mb = self.engine.cache.bytes_per_slot / 1e6
             total_mb = slots * slot_mb
             self.say(f"memory for {slots} x {limit:,} tokens: {slot_mb:,.1f} MB each, {total_mb:,.1f} MB in all")
+
+    def check(self, requests: Sequence[Request]) -> int:
+        """How many tokens a slot for any of these requests has to hold. Raises UserError for a prompt that none can."""
+        options, longest = self.options, max(len(request.ids) for request in requests)
+        positions = self.model.config.max_position_embeddings
+        if options.context > positions:
+            raise UserError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
+        limit = options.context or min(longest + options.max_new_tokens, positions)
+        for request in requests:
+            if len(request.ids) >= limit:
+                remedy = "raise --context or shorten it" if limit < positions else "the model's limit; shorten it"
+                raise UserError(
+                    f"{request.where}: {len(request.ids):,} tokens, but prompt and answer together have room for "
+                    f"{limit:,}; {remedy}"
+                )
+        return limit
 
 
 class Draft:
