@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     for adapter in adapters:
         if adapter != BASE:
             warn_of_other_base(adapter, source)
+
     def open_file() -> AnswerFile | contextlib.nullcontext:
         return AnswerFile(args.out, rows, adapters, settings, runtime.rank) if rows else contextlib.nullcontext()
 

@@ -186,9 +186,13 @@ def running(model: Qwen3_5, tokenizer: Tokenizer, work: Work) -> Iterator[str]:
         server = Server(App(served, tokenizer, worker, policy, Page()), grace_s=5)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def run_clients(url: str, model: str, work: Work, stream: bool, clients: int, pid: int = 0) -> Rate:
@@ -246,11 +250,10 @@ def study_transformers(work: Work, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as parent:
         folder = shutil.copytree(ASSETS / "tiny", Path(parent, "tiny"))
         (folder / "chat_template.jinja").write_text(TEMPLATE)  # transformers has no template of its own
-        with free_port() as port:
-            ours = [sys.executable, "-m", "psysafe.serve", "--port", str(port), "--model", str(folder)]
-        with free_port() as port:
-            theirs = [shutil.which("transformers", path=os.path.dirname(sys.executable)), "serve", "--port", str(port),
-                      "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]  # fmt: skip
+        our_port, their_port = free_ports(2)
+        ours = [sys.executable, "-m", "psysafe.serve", "--port", our_port, "--model", str(folder)]
+        theirs = [shutil.which("transformers", path=os.path.dirname(sys.executable)), "serve", "--port", their_port,
+                  "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]  # fmt: skip
         with process(ours) as (our_url, our_pid), process(theirs) as (their_url, their_pid):
             for clients in (1, 8):
                 runs = {
@@ -269,11 +272,13 @@ def counted_clients(n: int) -> str:
     return "1 client" if n == 1 else f"{n} clients"
 
 
-@contextlib.contextmanager
-def free_port() -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        yield probe.getsockname()[1]
+def free_ports(count: int) -> list[str]:
+    """Different ones, because all are bound before the first is let go."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ goes on."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import pytest
 
 import eval as script
 import generate
+from psysafe import load_model, load_tokenizer
 from psysafe.data.rows import read_prompts
 from psysafe.files import ASSETS, open_locked
-from psysafe.generation.answer_file import AnswerFile
-from psysafe.generation.generator import Answer
-from psysafe.generation.ranks import share
-from psysafe.generation.request import Request
+from psysafe.generation.answer_file import AnswerFile, answer_rows
+from psysafe.generation.generator import Answer, Generator
+from psysafe.generation.ranks import Ranks, share
+from psysafe.generation.request import Options, Request
 from psysafe.journal import Journal, key_of
+from psysafe.runtime import start
 from tests.mistakes import refused
 from tests.test_resume import ENVIRONMENT, ROOT
 from tests.test_runtime import two_ranks
@@ -110,6 +113,23 @@ def test_a_single_prompt_takes_one_rank(argv, monkeypatch):
     refused("a prompt or a chat has no rows to share with other ranks; start it without torchrun", generate.main, argv)
 
 
+class OtherRank(Ranks):
+    """One to which no prompt falls."""
+
+    def agree(self, missing):
+        pass
+
+    def share(self, requests):
+        return []
+
+
+def test_every_rank_checks_every_prompt(tmp_path):
+    generator = Generator(load_model("assets:tiny"), load_tokenizer("assets:tiny"), Options(context=2))
+    with answer_file(tmp_path) as file:
+        refused(r"row 1 \(line 1\): .* tokens, but prompt and answer together have room for 2; raise --context",
+                answer_rows, generator, file, None, OtherRank(start("cpu")))  # fmt: skip
+
+
 # Real ranks
 
 
@@ -170,6 +190,8 @@ def test_a_killed_rank_loses_nothing(workspace):
     errs = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errs
     assert f"base: {n_saved} of 48 rows are in" in errs[0] and not errs[1]
+    by_rank_0, in_all = re.search(r"base: (\d+) of (\d+) rows by rank 0, ", errs[0]).groups()
+    assert int(in_all) == 48 - n_saved and abs(int(by_rank_0) - int(in_all) / 2) <= 1  # its own share, as in its bar
     assert out.read_bytes() == (workspace / "alone.jsonl").read_bytes()
     assert not list(workspace.glob("out.jsonl.*"))
 

@@ -16,7 +16,8 @@ from kernels import Documents
 from kernels.ops._launch import fuses_A, fuses_B
 from kernels.proof.closeness import relative_error
 from psysafe import load_model
-from psysafe.checkpoint.adapter import BASE, attach_many, load_adapter, save_adapter
+from psysafe.checkpoint.adapter import BASE, attach_many, attach_named, load_adapter, save_adapter
+from psysafe.evaluation import models_under_test
 from psysafe.evaluation.models_under_test import ModelUnderTest, Question, Variant
 from psysafe.generation.engine import Engine
 from psysafe.generation.request import Options, Request, RequestOptions
@@ -322,8 +323,12 @@ def test_eval_answers_all_variants_in_one_batch(text_base, tmp_path, monkeypatch
         assert answers[variant] == model.answers([variant], questions, tmp_path / f"{i}.jsonl")[variant]
     assert len({row["response"] for rows in answers.values() for row in rows.values()}) > 6
     lines = (tmp_path / "all.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "all.jsonl").write_bytes(b"".join(lines[::2]))
+    (tmp_path / "all.jsonl").write_bytes(b"".join(line for line in lines if b'"one, none"' not in line))
+    attached = []
+    monkeypatch.setattr(models_under_test, "attach_named", lambda model, names: attached.append(set(names)) or
+                        attach_named(model, names))  # fmt: skip
     assert model.answers(variants, questions, tmp_path / "all.jsonl") == answers
+    assert attached == [{BASE, one, two}]  # not only the one that is missing: that would round in another way
 
 
 def test_generate_compares_in_one_batch(text_base, tmp_path, monkeypatch):

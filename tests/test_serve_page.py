@@ -99,4 +99,8 @@ def test_a_key_is_asked_for(browser, model, tokenizer):
         page.get_by_label("Your prompt").fill("Hello")
         page.get_by_role("button", name="Ask").click()
         page.locator("article > .text", has_text="b").wait_for()
+        # A connection that ends before its answer is no answer.
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body="", content_type="text/event-stream"))
+        page.get_by_role("button", name="Ask").click()
+        page.locator("article > .state", has_text="the answer was cut off").wait_for()
         page.close()

@@ -141,7 +141,8 @@ class ModelUnderTest:
     def _answer(self, model, tokenizer, asked: list[tuple[Variant, Question]], keys: dict, journal, ranks: Ranks):
         """Answers this rank's share of the questions, each as its variant, in one batch; every answer goes into the
         journal under its key."""
-        adapters = attach_named(model, [variant.adapter for variant, _ in asked])
+        # Those of all variants, also of the answered ones: the rounding must not depend on what a kill left to do.
+        adapters = attach_named(model, [variant.adapter for variant in keys])
         generator = Generator(model, tokenizer, self.options, adapters=adapters)
         requests, n_typed = [], 0
         systems = {name: system_text(name) for name in {variant.system for variant, _ in asked}}
@@ -154,7 +155,9 @@ class ModelUnderTest:
         if n_typed:
             say(f"{n_typed:,} of {len(asked):,} prompts hold {TYPED_TOKENS}")
         names = " and ".join(dict.fromkeys(variant.name for variant, _ in asked))
-        with progress(len(asked), names, "answers") as bar:
+        generator.check(requests)
+        requests = ranks.share(requests)
+        with progress(len(requests), names, "answers") as bar:
             for answer in ranks.complete(generator, requests):
                 variant, question = asked[answer.row]
                 row = {"variant": variant.name, "number": question.number, "prompt": question.prompt}

@@ -101,8 +101,8 @@ class AnswerFile(AppendFile):
 
 
 def answer_rows(generator: Generator, file: AnswerFile, system: str | None, ranks: Ranks) -> None:
-    """Answers this rank's share of what is missing, of all adapters in one batch. Every prompt is checked before the
-    first is answered."""
+    """Answers this rank's share of what is missing, of all adapters in one batch. Every rank checks every prompt before
+    it answers its first."""
     asked, n_prompts = [], len(file.prompts)
     for adapter in dict.fromkeys(file.adapters):
         missing = file.missing(adapter)
@@ -116,8 +116,10 @@ def answer_rows(generator: Generator, file: AnswerFile, system: str | None, rank
         Request(i, ids[row.number], row.where, choice=row.number, adapter=generator.adapter_named(adapter))
         for i, (adapter, row) in enumerate(asked)
     ]
+    generator.check(requests)
+    requests = ranks.share(requests)
     start, n_tokens, n_cut, names = time.perf_counter(), 0, 0, " and ".join(file.adapters)
-    with progress(len(asked), names, "rows") as bar:
+    with progress(len(requests), names, "rows") as bar:
         for answer in ranks.complete(generator, requests):
             adapter, row = asked[answer.row]
             file.write(adapter, replace(answer, row=row.number))
@@ -126,7 +128,8 @@ def answer_rows(generator: Generator, file: AnswerFile, system: str | None, rank
             bar.update()
     speed = n_tokens / (time.perf_counter() - start)
     cut = f", {n_cut:,} cut (see --max-new-tokens, --context)" if n_cut else ""
-    say(f"{names}: {len(asked):,} of {len(asked):,} rows, {speed:,.0f} tokens/s{cut}")
+    of_rank_0 = "" if len(requests) == len(asked) else " by rank 0"
+    say(f"{names}: {len(requests):,} of {len(asked):,} rows{of_rank_0}, {speed:,.0f} tokens/s{cut}")
 
 
 def _encoded(generator: Generator, rows: Mapping[int, Row], system: str | None) -> dict[int, list[int]]:

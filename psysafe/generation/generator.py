@@ -104,10 +104,24 @@ class Generator:
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """An engine for these requests: the one that is there if it is large enough, else a new one."""
+        options, limit = self.options, self.check(requests)
+        wanted = min(len(requests), options.batch_size or MAX_SLOTS[self.model.embed_tokens.device.type])
+        cache = self.engine and self.engine.cache
+        if cache is not None and cache.max_tokens >= limit and cache.slots >= wanted:
+            return
+        self.engine = cache = None  # first of all: its cache is free memory for the next one
+        slots = choose_slots(self.model, limit, wanted, exactly=options.batch_size > 0)
+        of_run = options.prefill_tokens, options.deterministic, self.adapters
+        self.engine = text_engine(self.model, self.tokenizer, slots, limit, *of_run)
+        if self.say is not None:
+            slot_mb = self.engine.cache.bytes_per_slot / 1e6
+            total_mb = slots * slot_mb
+            self.say(f"memory for {slots} x {limit:,} tokens: {slot_mb:,.1f} MB each, {total_mb:,.1f} MB in all")
+
+    def check(self, requests: Sequence[Request]) -> int:
+        """How many tokens a slot for any of these requests has to hold. Raises UserError for a prompt that none can."""
         options, longest = self.options, max(len(request.ids) for request in requests)
-        positions = self.model.config.max_position_embeddings
-        if options.context > positions:
-            raise UserError(f"--context {options.context:,}: the model was made for {positions:,} tokens at most")
+        positions = check_context(self.model, options.context)
         limit = options.context or min(longest + options.max_new_tokens, positions)
         for request in requests:
             if len(request.ids) >= limit:
@@ -116,29 +130,29 @@ class Generator:
                     f"{request.where}: {len(request.ids):,} tokens, but prompt and answer together have room for "
                     f"{limit:,}; {remedy}"
                 )
-        wanted = min(len(requests), options.batch_size or MAX_SLOTS[self.model.embed_tokens.device.type])
-        cache = self.engine and self.engine.cache
-        if cache is not None and cache.max_tokens >= limit and cache.slots >= wanted:
-            return
-        self.engine = cache = None  # first of all: its cache is free memory for the next one
-        slots = choose_slots(self.model, limit, wanted, exactly=options.batch_size > 0)
-        tokenizer = self.tokenizer
-        closing = tokenizer.encode(CLOSING)
-        self.engine = Engine(
-            self.model,
-            slots,
-            limit,
-            tokenizer.eos_ids,
-            closing,
-            tokenizer.think_end_id,
-            options.prefill_tokens,
-            options.deterministic,
-            self.adapters,
-        )
-        if self.say is not None:
-            slot_mb = self.engine.cache.bytes_per_slot / 1e6
-            total_mb = slots * slot_mb
-            self.say(f"memory for {slots} x {limit:,} tokens: {slot_mb:,.1f} MB each, {total_mb:,.1f} MB in all")
+        return limit
+
+
+def text_engine(
+    model: Qwen3_5,
+    tokenizer: Tokenizer,
+    slots: int,
+    max_tokens: int,
+    prefill_tokens: int = Options.prefill_tokens,
+    deterministic: bool = False,
+    adapters: MixedAdapters | None = None,
+) -> Engine:
+    """An engine whose answers and think blocks end as this tokenizer's do. The arguments are `Engine`'s."""
+    ends = tokenizer.eos_ids, tokenizer.encode(CLOSING), tokenizer.think_end_id
+    return Engine(model, slots, max_tokens, *ends, prefill_tokens, deterministic, adapters)
+
+
+def check_context(model: Qwen3_5, context: int) -> int:
+    """How many tokens the model was made for. Raises UserError where --context is more."""
+    positions = model.config.max_position_embeddings
+    if context > positions:
+        raise UserError(f"--context {context:,}: the model was made for {positions:,} tokens at most")
+    return positions
 
 
 class Draft:

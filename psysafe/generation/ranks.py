@@ -2,7 +2,8 @@
 
     with Ranks(runtime) as ranks:
         file = ranks.in_order(lambda: AnswerFile(path, ..., rank=runtime.rank))
-        for answer in ranks.complete(generator, requests):
+        generator.check(requests)       # all of them: no rank begins where another would refuse
+        for answer in ranks.complete(generator, ranks.share(requests)):
             file.write(...)
         file.finish(ranks.wait)         # rank 0 puts the files of all ranks together
 
@@ -62,11 +63,15 @@ class Ranks(contextlib.AbstractContextManager):
         """Raises UserError on every rank where not all of them miss the same answers."""
         self.runtime.agree(answers_to_write=f"{len(missing):,} ({key_of(*missing)})")
 
+    def share(self, requests: Sequence[Request]) -> list[Request]:
+        """This rank's part of the requests. All ranks give the same ones."""
+        return share(requests, self.runtime.rank, self.runtime.world_size)
+
     def complete(self, generator: Generator, requests: Sequence[Request]) -> Iterator[Answer]:
-        """The answers to this rank's share of the requests, as they end. All ranks give the same requests."""
+        """The answers to this rank's requests, as they end; the watchdog hears of each."""
         n_answers = 1
         self.watchdog.progress(n_answers)
-        for answer in generator.complete(share(requests, self.runtime.rank, self.runtime.world_size)):
+        for answer in generator.complete(requests):
             yield answer
             n_answers += 1
             self.watchdog.progress(n_answers)

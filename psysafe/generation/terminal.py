@@ -10,6 +10,7 @@ from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.request import Request
 from psysafe.generation.text import CLOSE, REASONING, Piece
 from psysafe.printable import plain
+from psysafe.program import UserError
 
 COMMANDS = "/new begins anew, /exit ends"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -66,7 +67,7 @@ def chat(generator: Generator, system: str | None) -> None:
         messages.append({"role": "user", "content": text})
         try:
             answer = ask(generator, messages, turn)
-        except ValueError as error:  # the conversation outgrew the context
+        except UserError as error:  # the conversation outgrew the context
             print(plain(f"{error}, or begin anew with /new"), file=sys.stderr)
             messages.pop()
             continue

@@ -217,6 +217,6 @@ def _columns(logprobs: list[dict], start: int) -> dict:
     }
 
 
-def sent(event: dict) -> bytes:
-    """An event of a stream (SSE)."""
+def sse_event(event: dict) -> bytes:
+    """An event of a stream (server-sent events), as its bytes."""
     return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n\n"

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.program import print_error
-from psysafe.serve.answers import DONE, ChatCompletion, Completion, TextCompletion, Update, sent
+from psysafe.serve.answers import DONE, ChatCompletion, Completion, TextCompletion, Update, sse_event
 from psysafe.serve.fields import ApiError
 from psysafe.serve.metrics import Metrics, Record
 from psysafe.serve.page import Page
@@ -240,8 +240,8 @@ class Job:
         self.record.prompt_tokens = sum(map(len, asked.prompts))
         self.generation.reserve(len(completion.choices) - 1)
         self.generation.begin(asked)
-        late = ApiError(503, f"no whole answer within {timeout_s:g} s", code="timeout", retry_after="1")
-        self.timer = asyncio.get_running_loop().call_later(timeout_s, self.generation.fail, late)
+        timeout = ApiError(503, f"no whole answer within {timeout_s:g} s", code="timeout", retry_after="1")
+        self.timer = asyncio.get_running_loop().call_later(timeout_s, self.generation.fail, timeout)
 
     async def next(self) -> list[dict]:
         """Chunks of what became known since. Raises ApiError where it comes to no good end."""
@@ -296,13 +296,13 @@ class Stream(StreamingResponse):
             chunks = completion.opening() + chunks
             while not completion.is_finished:
                 if chunks:
-                    yield b"".join(map(sent, chunks))
+                    yield b"".join(map(sse_event, chunks))
                 chunks = await self.job.next()
             chunks += [completion.usage_chunk()] if completion.asked.include_usage else []
-            yield b"".join(map(sent, chunks)) + DONE
+            yield b"".join(map(sse_event, chunks)) + DONE
         except ApiError as error:
             self.job.record.status = error.status
-            yield sent(error.body())
+            yield sse_event(error.body())
 
 
 async def until_gone(request: Request, work: Awaitable):

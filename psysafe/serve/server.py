@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.worker.drain()
         say(f"stopping; answers on their way have {self.grace_s:g} s")
-        late = asyncio.get_running_loop().call_later(self.grace_s, self.worker.abort)
+        abort_timer = asyncio.get_running_loop().call_later(self.grace_s, self.worker.abort)
         await super().shutdown(sockets)
-        late.cancel()
+        abort_timer.cancel()
         self.worker.stop()

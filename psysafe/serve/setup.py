@@ -12,7 +12,7 @@ from psysafe.data.prompts import system_text
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL
 from psysafe.generation.engine import Engine
-from psysafe.generation.generator import CLOSING
+from psysafe.generation.generator import check_context, text_engine
 from psysafe.generation.sampling import recommended
 from psysafe.generation.slots import MAX_SLOTS, choose_slots
 from psysafe.model.decoder import Qwen3_5
@@ -61,17 +61,11 @@ def set_up(settings: Settings) -> tuple[Served, Tokenizer, Worker]:
 def make_engine(
     model: Qwen3_5, tokenizer: Tokenizer, adapters: MixedAdapters | None, limits: Limits, deterministic: bool
 ) -> Engine:
-    positions = model.config.max_position_embeddings
-    if limits.context > positions:
-        raise UserError(f"--context {limits.context:,}: the model was made for {positions:,} tokens at most")
+    positions = check_context(model, limits.context)
     context = limits.context or min(positions, MAX_CONTEXT)
     wanted = limits.slots or MAX_SLOTS[model.embed_tokens.device.type]
     slots = choose_slots(model, context, wanted, limits.slots > 0, remedy="lower --slots or --context")
-    closing = tokenizer.encode(CLOSING)
-    engine = Engine(
-        model, slots, context, tokenizer.eos_ids, closing, tokenizer.think_end_id, deterministic=deterministic,
-        adapters=adapters,
-    )  # fmt: skip
+    engine = text_engine(model, tokenizer, slots, context, deterministic=deterministic, adapters=adapters)
     total_mb = slots * engine.cache.bytes_per_slot / 1e6
     say(f"memory for {slots} x {context:,} tokens: {total_mb:,.1f} MB")
     return engine
