@@ -220,11 +220,12 @@ def test_a_validation_measures_both_losses_and_the_divergence(tmp_path):
 def test_which_validation_is_the_best(keep_best, expected, tmp_path):
     """The first of equal ones, never the one before the first step, and never one that is not a number."""
     run = with_contrast(tmp_path, keep_best=keep_best)
-    series = [(0.1, 0.0), (1.0, 0.1), (0.3, 0.2), (0.25, 0.25), (0.2, 0.4), (math.nan, math.nan), (0.2, 0.4)]
+    series = [(0.1, 0.0), (1.0, 0.1), (0.3, 0.2), (0.25, 0.25), (0.2, 0.4), (math.nan, math.nan), (0.3, 0.4)]
     for run.step, (val_loss, kl) in enumerate(series):
         run.adapters.param.fill_(run.step)
         note(run, {"val_loss": val_loss, "contrast_loss": 9.0, "contrast_kl": kl})
     assert (run.best and (run.best.step, pytest.approx(run.best.score))) == expected
+    assert run.best_val == 0.1, "one that is not a number is no reason to forget the lowest"
     assert run.best is None or (run.best.adapter == run.best.step).all()
 
 

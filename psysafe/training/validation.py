@@ -46,7 +46,7 @@ def note(run: Run, losses: Mapping[str, float]) -> None:
 
     The one before the first step is no candidate: an adapter that adds nothing has no divergence from the base.
     """
-    if "val_loss" in losses:
+    if math.isfinite(losses.get("val_loss", math.nan)):
         run.best_val = min(losses["val_loss"], math.inf if run.best_val is None else run.best_val)
     if run.config.keep_best == "last" or run.step == 0:
         return
