@@ -161,7 +161,7 @@ def without_near_duplicates(rows: Sequence[Row]) -> list[Row]:
     distinct = []
     for row, words in zip(rows, sets, strict=True):
         rarest = sorted(words, key=lambda word: (count[word], word))
-        # +1e-9: 0.8 x 5 is a little more than 4 in floating point, and the prefix would be one word too short.
+        # - 1e-9: a product that rounding put above a whole number would make the prefix one word too short.
         prefix = rarest[: len(words) - math.ceil(SIMILARITY * len(words) - 1e-9) + 1]
         earlier = [other for word in prefix for other in by_word.get((row.fields["group"], word), [])]
         if any(len(words & other) >= SIMILARITY * len(words | other) for other in earlier):
