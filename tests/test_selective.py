@@ -14,6 +14,8 @@ from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.rows import read_rows
 from psysafe.evaluation import behaviour, divergence, word_list_judge
 from psysafe.evaluation import result as results
+from psysafe.evaluation.benchmarks import selective
+from psysafe.evaluation.models_under_test import VariantAnswers
 from psysafe.evaluation.statistics import mcnemar, wilson
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
@@ -153,6 +155,20 @@ def test_what_is_unfinished_leaves_for_all(folder):
     assert [row[-1] for row in result.tables[0].rows] == [0, pytest.approx(100 / 12)]
 
 
+def test_where_no_reasoning_ended_that_is_the_reason(folder, capsys):
+    rows = [json.loads(line) for line in (folder / "tuned.jsonl").read_text().splitlines()]
+    write(folder / "tuned.jsonl", [row | {"stucked": "true"} for row in rows])
+    line = refused_by(script.main, words(folder), capsys)
+    assert "nothing to compare between base; tuned: unfinished thinking in any variant, all 13 prompts" in line
+
+
+def test_stored_answers_are_not_overwritten(folder, capsys):
+    assert main_guard(script.main, words(folder)) == 0
+    items = folder / "out" / "items.jsonl"
+    line = refused_by(script.main, [*words(folder)[:7], "--answers", str(items)], capsys)
+    assert f"{items}: a file of --out {folder / 'out'}, and would be overwritten; give another --out" in line
+
+
 MISTAKES = {
     "no group": ({"prompt": "a"}, [], "row 1 (line 1): group is None, expected one of risky, out_of_domain"),
     "no cluster": ({"prompt": "a", "group": "risky"}, [], "cluster is '', expected for a risky prompt one of suicide"),
@@ -236,6 +252,22 @@ def test_kl_to_itself_is_zero():
     attach(model, 1, 4.0)  # B is zero
     messages = divergence.conversation([{"role": "user", "content": "Hi"}], {"reasoning": "", "answer": "Hello."}, None)
     assert dict(divergence.divergences(model, tokenizer, [messages], [True])) == {0: pytest.approx(0, abs=1e-6)}
+
+
+def test_an_empty_answer_of_the_base_has_no_divergence(folder, monkeypatch):
+    """None of its tokens is trained: a mean over them would be nan, and so would that of the whole group."""
+    prompts = ["--prompts", str(folder / "prompts.jsonl")]
+    args = script.parse(["selective", *prompts, "--model", MODEL, "--adapter", "x", "--out", str(folder / "out")])
+    prompts = selective.read_prompt_groups(args.prompts)
+    base = VariantAnswers(is_base=True)
+    for i, prompt in enumerate(prompts):
+        base.add(prompt, {"answer": " " if i == 11 else HELP, "reasoning": "", "unfinished_thinking": False})
+    asked = []
+    monkeypatch.setattr(selective, "answer_prompts", lambda args: ({"base, none": base}, {}))
+    monkeypatch.setattr(selective.divergence, "by_variant", lambda model, asked_of, out: asked.append(asked_of) or {})
+    selective.generated(args, prompts)
+    (conversations,) = asked[0].values()
+    assert list(conversations) == [p for p in prompts if prompts[p].group in selective.OUTSIDE and p != "plain 11"]
 
 
 def test_killed_and_started_again_the_table_is_the_same(tmp_path, monkeypatch):

@@ -237,7 +237,7 @@ class Benchmark(Evaluation):
                 stage.unfinished[name] += [flag for flag, row in zip(column, columns[name], strict=True) if row]
             lines += item_lines(part, items, columns, judged.verdicts[part], replies)
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "items.jsonl", "".join(lines))
+        write_atomic(out / stored.ITEMS, "".join(lines))
         if n_left_out:
             stage.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
         stage.settings |= judge.settings if judge else {"judge": self.rules_name}
@@ -261,6 +261,7 @@ class Benchmark(Evaluation):
 
     def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """The answers of files. A prompt that one variant has no answer to leaves for all."""
+        stored.refuse_items(args.out, (path for _, path in map(stored.name_and_path, args.answers)))
         answers = stored.read_all(args.answers, prompts=rows.numbers)
         columns = {
             part: {name: [of.rows.get(item.prompt) for item in items] for name, of in answers.items()}

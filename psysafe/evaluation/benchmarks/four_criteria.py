@@ -74,6 +74,8 @@ class FourCriteria(Evaluation):
         if bool(stored.given(args)) == bool(args.prompts):
             ways = "--prompts FILE (answered here), --answers [NAME=]FILE, --replies FILE and --scores FILE"
             raise UserError(f"expected one of {ways}")
+        paths = [path for _, path in map(stored.name_and_path, args.answers)]
+        stored.refuse_items(args.out, [*paths, *filter(None, (args.replies, args.scores))])
         if args.replies or args.scores:
             result, answers = self._read_again(args)
         else:
@@ -96,7 +98,7 @@ class FourCriteria(Evaluation):
         baseline = baseline_of(args, answers)
         prompts, counts = prompts_to_judge(answers, baseline, unfinished.PAIRED)
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
-        write_items(Path(args.out) / "items.jsonl", answers, prompts, scores, replies)
+        write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
         result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
@@ -188,7 +190,7 @@ def compare(
     """Judges all variants on the prompts that they share and puts them side by side. judge: None for the word lists."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
     scores, replies, failed = score(answers, prompts, judge, rubric, out)
-    write_items(out / "items.jsonl", answers, prompts, scores, replies)
+    write_items(out / stored.ITEMS, answers, prompts, scores, replies)
     judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
     first, *more = tables(answers, scores, baseline, judged_by)
     flags = {
