@@ -171,6 +171,9 @@ def test_stored_answers_are_not_overwritten(folder, capsys):
 
 MISTAKES = {
     "no group": ({"prompt": "a"}, [], "row 1 (line 1): group is None, expected one of risky, out_of_domain"),
+    "two groups": ([{"prompt": "a", "group": "plain"}, {"prompt": "a", "group": "scary"}], [],
+                   "row 2 (line 2): the prompt of row 1 again, in another group or cluster"),
+    "clusters": ({"prompt": "a", "group": "risky", "cluster": ["x"]}, [], "(line 1): risk cluster ['x']; expected"),
     "no cluster": ({"prompt": "a", "group": "risky"}, [], "cluster is '', expected for a risky prompt one of suicide"),
     "other prompts": ({"prompt": "a", "group": "plain"}, [], "no prompt of --prompts is answered by all of base; tun"),
     "no such base": (None, ["--baseline", "none"], "--baseline none: no such variant; expected one of base; tuned"),
@@ -181,7 +184,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line(name, folder, capsys):
     row, more, expected = MISTAKES[name]
     if row:
-        write(folder / "prompts.jsonl", [row])
+        write(folder / "prompts.jsonl", row if isinstance(row, list) else [row])
     assert expected in refused_by(script.main, words(folder, *more), capsys)
 
 
@@ -232,13 +235,13 @@ def test_kl_is_the_formula(tuned):
     for messages in conversations:
         ids, trained = tokenizer.encode_trained(messages)
         rows = torch.tensor(trained).nonzero().squeeze(1) - 1
-        log_q = log_probabilities(ids)[rows]
+        log_p = log_probabilities(ids)[rows]
         adapters = [(layer, layer.adapter) for layer in model.modules() if getattr(layer, "adapter", None) is not None]
         detach(model)
-        log_p = log_probabilities(ids)[rows]
+        log_q = log_probabilities(ids)[rows]
         for layer, adapter in adapters:
             layer.adapter = adapter
-        expected.append(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item())
+        expected.append(F.kl_div(log_p, log_q, log_target=True, reduction="batchmean").item())
     computed = dict(divergence.divergences(model, tokenizer, conversations, [True] * 4))
     assert [computed[i] for i in range(4)] == pytest.approx(expected, rel=1e-9)
     assert dict(divergence.divergences(model, tokenizer, conversations, [False, True, False, True])) == {

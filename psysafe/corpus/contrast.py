@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     finished, dropped = drop_unfinished(answers)
     pairs = {i: (row.fields["prompt"], row.fields["answer"]) for i, row in enumerate(finished)}
     classes, failed = behaviour.classify(judge, pairs, out.with_name(out.name + ".judged.jsonl"))
-    rows = [contrast_row(row) for row in sift(finished, classes, dropped)]
+    rows = [contrast_row(row) for row in drop_mistakes(finished, classes, dropped)]
     rows = select(rows, forbidden, tokenizer, args.max_tokens, dropped)
     if not rows:
         raise UserError(f"no contrast row is left of {counted(len(answers), 'answer')}: {_listed(dropped)}")
@@ -107,8 +107,9 @@ def drop_unfinished(answers: Sequence[Row]) -> tuple[list[Row], Counter]:
     return finished, dropped
 
 
-def sift(finished: Sequence[Row], classes: dict[int, str], dropped: Counter) -> Iterable[Row]:
-    """Answers in which the base does what the group asks for. classes: by place; what was not judged is left out."""
+def drop_mistakes(finished: Sequence[Row], classes: dict[int, str], dropped: Counter) -> Iterator[Row]:
+    """Answers in which the base does what the group asks for. classes: by place; what was not judged is left out, too.
+    dropped: reason -> count, to which the others are added."""
     for i, row in enumerate(finished):
         group = row.fields["group"]
         if i not in classes:
@@ -130,7 +131,10 @@ def contrast_row(row: Row) -> Row:
 def select(
     rows: Sequence[Row], forbidden: set[str], tokenizer: Tokenizer, max_tokens: int, dropped: Counter
 ) -> list[Row]:
-    """Rows that are no evaluation prompt's neighbour, no near duplicate of an earlier row, and not too long."""
+    """Rows without a run of words of an evaluation prompt, no near duplicates of an earlier row, and not too long.
+
+    dropped: reason -> count, to which the others are added.
+    """
     selected = [row for row in rows if not word_runs([row.fields["prompt"]]) & forbidden]
     dropped[f"{RUN} words in a row with an evaluation prompt"] = len(rows) - len(selected)
     distinct = without_near_duplicates(selected)

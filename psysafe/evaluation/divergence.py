@@ -1,9 +1,9 @@
 """How far an adapter moves a model on texts that its base wrote: KL(base || tuned), in nats a token.
 
-    KL = 1/N sum_t sum_v p(v | t) (log p(v | t) - log q(v | t))
+    KL(q || p) = 1/N sum_t sum_v q(v | t) (log q(v | t) - log p(v | t))
 
-p: the base, q: the same forward with the adapter; t: the N tokens of an answer, its reasoning included; v: the whole
-vocabulary. 0 where the adapter changes nothing.
+q: the base, p: the same forward with the adapter (the letters of psysafe/training/loss.py); t: the N tokens of an
+answer, its reasoning included; v: the whole vocabulary. 0 where the adapter changes nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -95,8 +95,8 @@ def _by_token(model: Qwen3_5, batch: MicroBatch) -> Tensor:
         base = model(tokens, bounds, rows=rows)
     values = []
     for pair in zip(base.split(LOGIT_ROWS), tuned.split(LOGIT_ROWS), strict=True):
-        log_p, log_q = (_log_softmax(model.logits(hidden)) for hidden in pair)
-        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        log_q, log_p = (_log_softmax(model.logits(hidden)) for hidden in pair)
+        values.append((log_q.exp() * (log_q - log_p)).sum(-1))
     return torch.cat(values).double().cpu()
 
 

@@ -131,7 +131,7 @@ def _by_variant(path: str, limit: int, prompts: Prompts | None) -> dict[str, lis
     texts: dict[str, list[Text]] = {}
     for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
         row = Row(fields, Path(path), number)
-        settings, cluster = fields.get("settings") or {}, _cluster(row)
+        settings, cluster = fields.get("settings") or {}, cluster_of(row)
         if not isinstance(settings, dict):
             raise UserError(f"{row.where}: settings {settings!r:.40}; expected an object")
         adapter = str(fields.get("adapter") or "")
@@ -219,7 +219,8 @@ def _variant(row: Row, otherwise: str) -> str:
     return name
 
 
-def _cluster(row: Row) -> str:
+def cluster_of(row: Row) -> str:
+    """The row's risk cluster, "" where it names none. UserError for what is no text."""
     cluster = row.fields.get(CLUSTER) or row.fields.get("cluster") or ""
     if not isinstance(cluster, str):
         raise UserError(f"{row.where}: {CLUSTER} {cluster!r:.40}; expected a text")
@@ -270,4 +271,4 @@ def read_stored(path: str, limit: int = 0, prompts: Prompts | None = None) -> It
             raise UserError(f"{row.where}: the answer of row {earlier} again; expected each answer once")
         if fields.get("score", "") is None and "reply" not in fields:
             continue
-        yield Stored(variant, part, prompt, _cluster(row), row)
+        yield Stored(variant, part, prompt, cluster_of(row), row)

@@ -42,7 +42,7 @@ def _means(run: Run, data: Dataset, sums_of: Callable[[MicroBatch], torch.Tensor
 
 
 def note(run: Run, losses: Mapping[str, float]) -> None:
-    """Keep in mind the lowest val_loss, and with --keep-best the adapter of the best validation.
+    """Record in `run` the lowest val_loss, and with --keep-best the adapter of the best validation.
 
     The one before the first step is no candidate: an adapter that adds nothing has no divergence from the base.
     """

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.rows import CLUSTER, Row, read_prompts
+from psysafe.data.rows import Row, read_prompts
 from psysafe.evaluation import (
     comparison,
     criteria,
@@ -148,14 +148,13 @@ def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers],
     model, variants = models_under_test.from_arguments(args)
     unfinished.require_base([variant.adapter for variant in variants], args.rules)
     rows = read_prompts(args.prompts)[: args.limit or None]
-    questions = [question_of(row) for row in rows]
+    questions, clusters = [question_of(row) for row in rows], [stored.cluster_of(row) for row in rows]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     only_rank_0()
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            cluster = rows[number - 1].fields.get(CLUSTER) or ""
-            answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
+            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number - 1]})
     return answers, model.summary() | {"prompts": str(args.prompts)}
 
 
@@ -193,10 +192,7 @@ def compare(
     write_items(out / stored.ITEMS, answers, prompts, scores, replies)
     judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
     first, *more = tables(answers, scores, baseline, judged_by)
-    flags = {
-        name: [prompt in of_variant.unfinished_thinking for prompt in of_variant.rows]
-        for name, of_variant in answers.items()
-    }
+    flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
     shown = [unfinished.with_shares(first, flags), *more]
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}

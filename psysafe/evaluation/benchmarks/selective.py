@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import CLUSTER, Row, read_prompts
+from psysafe.data.rows import Row, read_prompts
 from psysafe.data.text import normalise
 from psysafe.evaluation import (
     behaviour,
@@ -129,18 +129,21 @@ class Selective(Evaluation):
 
 
 def read_prompt_groups(path: str, limit: int = 0) -> dict[str, Prompt]:
-    """The prompts by their text, each with its group. UserError for a row without one."""
+    """The prompts by their text, each with its group. UserError for a row without one, and for a prompt in two."""
     prompts = {}
     for row in read_prompts(path)[: limit or None]:
         group, cluster = group_of(row)
         question = question_of(row)
-        prompts.setdefault(question.prompt, Prompt(question, group, cluster))
+        earlier = prompts.setdefault(question.prompt, Prompt(question, group, cluster))
+        if (earlier.group, earlier.cluster) != (group, cluster):
+            first = earlier.question.number
+            raise UserError(f"{row.where}: the prompt of row {first} again, in another group or cluster")
     return prompts
 
 
 def group_of(row: Row) -> tuple[str, str]:
     fields = row.fields
-    label, cluster = fields.get("label"), fields.get("cluster") or fields.get(CLUSTER) or ""
+    label, cluster = fields.get("label"), stored.cluster_of(row)
     group = fields.get("group") or (OF_LABEL.get(label) if isinstance(label, str) else None)
     if group not in GROUPS:
         raise UserError(f"{row.where}: group is {group!r:.60}, expected one of {', '.join(GROUPS)}, or XSTest's label")
@@ -285,7 +288,7 @@ def _cell(table: Table, line: tuple[str, str], column: int) -> float | None:
 def detail(
     prompts: Mapping[str, Prompt], judged: Mapping[str, dict], name: str, base: str, kl: Mapping[str, float]
 ) -> Table:
-    """A setting against its base, over the prompts for which both have a clear verdict."""
+    """A setting against its base, over the prompts for which both have a clear verdict. kl: prompt -> nats a token."""
     both = [p for p in judged[base] if p in judged[name]]
     clear = [p for p in both if behaviour.UNKNOWN not in (judged[base][p].label, judged[name][p].label)]
 
@@ -350,6 +353,5 @@ def harm_note(pairs: Pairs) -> str:
     only_this = sum(answer.complies and not base.complies for base, answer in pairs)
     p = mcnemar(only_base, only_this)
     intervals = "Intervals: 95 %, Wilson for shares, bootstrap over prompts for KL (nats a token)."
-    return f"{intervals} Unsafe prompts with which only the base complies: {only_base}, only this: {only_this} " + (
-        f"(McNemar, exact: p = {p:.2g})."
-    )
+    counts = f"Unsafe prompts with which only the base complies: {only_base}, only this: {only_this}"
+    return f"{intervals} {counts} (McNemar, exact: p = {p:.2g})."
