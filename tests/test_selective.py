@@ -15,7 +15,7 @@ from psysafe.data.rows import read_rows
 from psysafe.evaluation import behaviour, divergence, word_list_judge
 from psysafe.evaluation import result as results
 from psysafe.evaluation.benchmarks import selective
-from psysafe.evaluation.models_under_test import VariantAnswers
+from psysafe.evaluation.models_under_test import Question, VariantAnswers
 from psysafe.evaluation.statistics import mcnemar, wilson
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
@@ -218,7 +218,8 @@ def tuned():
     adapters = attach(model, 1, 32.0, seed=1)
     adapters.param.copy_(torch.randn(adapters.param.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
     answers = [{"reasoning": "so " * n, "answer": "It is " + "long " * (3 * n)} for n in (1, 7, 2, 300)]
-    questions = [[{"role": "user", "content": f"Question {n}?"}] for n in range(len(answers))]
+    tools = [None, None, None, [{"name": "look_up", "parameters": {}}]]
+    questions = [Question(n, f"Question {n}?", tools=tools[n]) for n in range(len(answers))]
     pairs = zip(questions, answers, strict=True)
     return model, tokenizer, [divergence.conversation(q, a, "Be kind.") for q, a in pairs]
 
@@ -232,8 +233,8 @@ def test_kl_is_the_formula(tuned):
         hidden = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
         return model.logits(hidden).log_softmax(-1)
 
-    for messages in conversations:
-        ids, trained = tokenizer.encode_trained(messages)
+    for messages, tools in conversations:
+        ids, trained = tokenizer.encode_trained(messages, tools)
         rows = torch.tensor(trained).nonzero().squeeze(1) - 1
         log_p = log_probabilities(ids)[rows]
         adapters = [(layer, layer.adapter) for layer in model.modules() if getattr(layer, "adapter", None) is not None]
@@ -253,8 +254,8 @@ def test_kl_is_the_formula(tuned):
 def test_kl_to_itself_is_zero():
     model, tokenizer = load_model(MODEL), load_tokenizer(MODEL.removeprefix("random:")[:-12])
     attach(model, 1, 4.0)  # B is zero
-    messages = divergence.conversation([{"role": "user", "content": "Hi"}], {"reasoning": "", "answer": "Hello."}, None)
-    assert dict(divergence.divergences(model, tokenizer, [messages], [True])) == {0: pytest.approx(0, abs=1e-6)}
+    answered = divergence.conversation(Question(1, "Hi"), {"reasoning": "", "answer": "Hello."}, None)
+    assert dict(divergence.divergences(model, tokenizer, [answered], [True])) == {0: pytest.approx(0, abs=1e-6)}
 
 
 def test_an_empty_answer_of_the_base_has_no_divergence(folder, monkeypatch):

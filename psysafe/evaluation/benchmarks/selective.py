@@ -191,7 +191,7 @@ def generated(args: argparse.Namespace, prompts: Mapping[str, Prompt]) -> Answer
     for variant, base in bases.items():
         rows, system = answers[base.name].rows, system_text(base.system)
         asked[variant] = {
-            p: divergence.conversation(prompt.question.turns(), rows[p], system)
+            p: divergence.conversation(prompt.question, rows[p], system)
             for p, prompt in prompts.items()
             # Of an empty answer, as of reasoning without end, no token is trained, and a mean over none is nan.
             if prompt.group in OUTSIDE and rows[p]["answer"].strip()
