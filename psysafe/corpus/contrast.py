@@ -84,6 +84,8 @@ def read_answers(path: str | Path) -> list[Row]:
         for name in FIELDS:
             if not isinstance(fields.get(name), str):
                 raise UserError(f"{row.where}: {name} is {json.dumps(fields.get(name)):.60}, {expected}")
+        if fields.get("messages") or fields.get("tools"):  # of which the row would keep the prompt alone
+            raise UserError(f"{row.where}: answers a conversation or has tools; expected a prompt alone")
         if fields["adapter"] != BASE:
             remedy = "contrast rows hold the base's own answers; answer with --adapter base"
             raise UserError(f"{row.where}: answered with adapter {fields['adapter']!r:.60}; {remedy}")

@@ -63,12 +63,7 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
         if not any(str(cell or "").strip() for cell in row.values()):
             continue
         where = f"{path} row {number}"
-        rater = str(row.get("rater") or "").strip() if has_raters else ANONYMOUS
-        if not rater:
-            raise UserError(f"{where}: no rater, and other rows have one; name one in each row")
-        if len(variants) > 1 and not row.get("variant"):
-            raise UserError(f"{where}: no variant, and several were judged; name one in each row")
-        answer = (str(row.get("variant") or next(iter(variants), "")), row["prompt"])
+        rater, answer = _rater_and_answer(row, where, has_raters, variants)
         read = {name: read_label(row.get(name), name, where) for name in CRITERIA}
         given = {name: label for name, label in read.items() if label is not None}
         if not given:
@@ -82,6 +77,15 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
             )
         labels.setdefault(rater, {})[answer] = given
     return labels
+
+
+def _rater_and_answer(row: dict, where: str, has_raters: bool, variants: Collection[str]) -> tuple[str, Answer]:
+    rater = str(row.get("rater") or "").strip() if has_raters else ANONYMOUS
+    if not rater:
+        raise UserError(f"{where}: no rater, and other rows have one; name one in each row")
+    if len(variants) > 1 and not row.get("variant"):
+        raise UserError(f"{where}: no variant, and several were judged; name one in each row")
+    return rater, (str(row.get("variant") or next(iter(variants), "")), row["prompt"])
 
 
 def read_label(text: object, name: str, where: str) -> int | None:
