@@ -10,7 +10,7 @@ import eval as script
 from psysafe.evaluation import labels, published_results
 from psysafe.evaluation.benchmarks import agreement, preferences
 from psysafe.evaluation.criteria import CRITERIA
-from psysafe.evaluation.labels import Preference, labels_of_rows, read_ratings
+from psysafe.evaluation.labels import Preference, labels_of_rows, read_csv, read_ratings
 from tests.mistakes import refused, refused_by
 from tests.test_eval_run import run
 
@@ -218,6 +218,17 @@ def test_mistakes_in_keys_and_between_files(files):
     for items, message in (([], "items is "), ({}, "items is "), ({"1": {"prompt": "p"}}, "item 1: .*expected an obj")):
         refused(message, read_ratings, [anna], files("key.json", KEY | {"items": items}))
     refused("expected a JSON object", read_ratings, [anna], files("key.json", [1]))
+    nameless = {"items": KEY["items"]}
+    refused("page is None; expected the name of the rating page", read_ratings, [anna], files("key.json", nameless))
+
+
+def test_rows_of_jsonl_may_each_label_something_else(tmp_path, capsys):
+    path, judged = tmp_path / "people.jsonl", tmp_path / "judged.csv"
+    path.write_text('{"prompt": "p0"}\n{"prompt": "p1", "refusal": "Yes"}\n{"prompt": "p2", "grounding": 3}\n')
+    assert read_csv(path) == {labels.ANONYMOUS: {("", "p1"): {"refusal": 1}, ("", "p2"): {"grounding": 3}}}
+    judged.write_text("prompt,refusal\np1,\n")
+    words = ["agreement", "--human", path, "--judged", judged, "--out", tmp_path / "out"]
+    assert "judged.csv: labels of 0 raters; expected those of one judge" in refused_by(script.main, words, capsys)
 
 
 def test_preferences_by_hand():

@@ -20,6 +20,7 @@ from psysafe.model.lora import disabled
 from psysafe.training.config import TrainConfig, resolve
 from psysafe.training.loss import batch_loss, count_targets
 from psysafe.training.run_log import VALIDATION
+from psysafe.training.run_state import State, saved_best
 from psysafe.training.setup import DataSets
 from psysafe.training.step import documents_of_step
 from psysafe.training.validation import note, validate
@@ -220,12 +221,22 @@ def test_a_validation_measures_both_losses_and_the_divergence(tmp_path):
 def test_which_validation_is_the_best(keep_best, expected, tmp_path):
     """The first of equal ones, never the one before the first step, and never one that is not a number."""
     run = with_contrast(tmp_path, keep_best=keep_best)
-    series = [(0.1, 0.0), (1.0, 0.1), (0.3, 0.2), (0.25, 0.25), (0.2, 0.4), (math.nan, math.nan), (0.2, 0.4)]
+    series = [(0.1, 0.0), (1.0, 0.1), (0.3, 0.2), (0.25, 0.25), (0.2, 0.4), (math.nan, math.nan), (0.3, 0.4)]
     for run.step, (val_loss, kl) in enumerate(series):
         run.adapters.param.fill_(run.step)
         note(run, {"val_loss": val_loss, "contrast_loss": 9.0, "contrast_kl": kl})
     assert (run.best and (run.best.step, pytest.approx(run.best.score))) == expected
+    assert run.best_val == 0.1, "one that is not a number is no reason to forget the lowest"
     assert run.best is None or (run.best.adapter == run.best.step).all()
+
+
+@pytest.mark.parametrize("best", [3, [], {"step": 1}, {"step": "1", "score": 0.5}, {"step": 1, "score": None}])
+def test_a_state_with_another_kind_of_best_is_refused(best, tmp_path):
+    state, like = State(1, {"best_adapter": torch.ones(3)}, {"best": best}, tmp_path), torch.zeros(3)
+    refused("state.json: best is .*, expected an object with step and score", saved_best, state, like)
+    assert saved_best(State(1, {}, {}, tmp_path), like) is None
+    right = State(1, state.tensors, {"best": {"step": 4, "score": 0.5}}, tmp_path)
+    assert saved_best(right, like)[:2] == (4, 0.5)
 
 
 # Settings

@@ -96,6 +96,7 @@ WRONG = {
     "no group": ({"group": None}, r"group is null, expected rows of generate.py"),
     "a risky prompt": ({"group": "risky"}, "group is 'risky', expected one of plain, scary, out_of_domain"),
     "a tuned model's": ({"adapter": "runs/x"}, "answered with adapter 'runs/x'; contrast rows hold the base's own"),
+    "a conversation": ({"messages": [{"role": "user", "content": "Hi"}]}, "answers a conversation or has tools"),
     "no end": ({"finish_reason": 3}, "finish_reason is 3, expected rows of generate.py"),
 }  # fmt: skip
 

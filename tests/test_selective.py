@@ -14,6 +14,8 @@ from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.rows import read_rows
 from psysafe.evaluation import behaviour, divergence, word_list_judge
 from psysafe.evaluation import result as results
+from psysafe.evaluation.benchmarks import selective
+from psysafe.evaluation.models_under_test import Question, VariantAnswers
 from psysafe.evaluation.statistics import mcnemar, wilson
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
@@ -153,8 +155,25 @@ def test_what_is_unfinished_leaves_for_all(folder):
     assert [row[-1] for row in result.tables[0].rows] == [0, pytest.approx(100 / 12)]
 
 
+def test_where_no_reasoning_ended_that_is_the_reason(folder, capsys):
+    rows = [json.loads(line) for line in (folder / "tuned.jsonl").read_text().splitlines()]
+    write(folder / "tuned.jsonl", [row | {"stucked": "true"} for row in rows])
+    line = refused_by(script.main, words(folder), capsys)
+    assert "nothing to compare between base; tuned: unfinished thinking in any variant, all 13 prompts" in line
+
+
+def test_stored_answers_are_not_overwritten(folder, capsys):
+    assert main_guard(script.main, words(folder)) == 0
+    items = folder / "out" / "items.jsonl"
+    line = refused_by(script.main, [*words(folder)[:7], "--answers", str(items)], capsys)
+    assert f"{items}: a file of --out {folder / 'out'}, and would be overwritten; give another --out" in line
+
+
 MISTAKES = {
     "no group": ({"prompt": "a"}, [], "row 1 (line 1): group is None, expected one of risky, out_of_domain"),
+    "two groups": ([{"prompt": "a", "group": "plain"}, {"prompt": "a", "group": "scary"}], [],
+                   "row 2 (line 2): the prompt of row 1 again, in another group or cluster"),
+    "clusters": ({"prompt": "a", "group": "risky", "cluster": ["x"]}, [], "(line 1): risk cluster ['x']; expected"),
     "no cluster": ({"prompt": "a", "group": "risky"}, [], "cluster is '', expected for a risky prompt one of suicide"),
     "other prompts": ({"prompt": "a", "group": "plain"}, [], "no prompt of --prompts is answered by all of base; tun"),
     "no such base": (None, ["--baseline", "none"], "--baseline none: no such variant; expected one of base; tuned"),
@@ -165,7 +184,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line(name, folder, capsys):
     row, more, expected = MISTAKES[name]
     if row:
-        write(folder / "prompts.jsonl", [row])
+        write(folder / "prompts.jsonl", row if isinstance(row, list) else [row])
     assert expected in refused_by(script.main, words(folder, *more), capsys)
 
 
@@ -199,7 +218,8 @@ def tuned():
     adapters = attach(model, 1, 32.0, seed=1)
     adapters.param.copy_(torch.randn(adapters.param.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
     answers = [{"reasoning": "so " * n, "answer": "It is " + "long " * (3 * n)} for n in (1, 7, 2, 300)]
-    questions = [[{"role": "user", "content": f"Question {n}?"}] for n in range(len(answers))]
+    tools = [None, None, None, [{"name": "look_up", "parameters": {}}]]
+    questions = [Question(n, f"Question {n}?", tools=tools[n]) for n in range(len(answers))]
     pairs = zip(questions, answers, strict=True)
     return model, tokenizer, [divergence.conversation(q, a, "Be kind.") for q, a in pairs]
 
@@ -213,16 +233,16 @@ def test_kl_is_the_formula(tuned):
         hidden = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
         return model.logits(hidden).log_softmax(-1)
 
-    for messages in conversations:
-        ids, trained = tokenizer.encode_trained(messages)
+    for messages, tools in conversations:
+        ids, trained = tokenizer.encode_trained(messages, tools)
         rows = torch.tensor(trained).nonzero().squeeze(1) - 1
-        log_q = log_probabilities(ids)[rows]
+        log_p = log_probabilities(ids)[rows]
         adapters = [(layer, layer.adapter) for layer in model.modules() if getattr(layer, "adapter", None) is not None]
         detach(model)
-        log_p = log_probabilities(ids)[rows]
+        log_q = log_probabilities(ids)[rows]
         for layer, adapter in adapters:
             layer.adapter = adapter
-        expected.append(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item())
+        expected.append(F.kl_div(log_p, log_q, log_target=True, reduction="batchmean").item())
     computed = dict(divergence.divergences(model, tokenizer, conversations, [True] * 4))
     assert [computed[i] for i in range(4)] == pytest.approx(expected, rel=1e-9)
     assert dict(divergence.divergences(model, tokenizer, conversations, [False, True, False, True])) == {
@@ -234,8 +254,24 @@ def test_kl_is_the_formula(tuned):
 def test_kl_to_itself_is_zero():
     model, tokenizer = load_model(MODEL), load_tokenizer(MODEL.removeprefix("random:")[:-12])
     attach(model, 1, 4.0)  # B is zero
-    messages = divergence.conversation([{"role": "user", "content": "Hi"}], {"reasoning": "", "answer": "Hello."}, None)
-    assert dict(divergence.divergences(model, tokenizer, [messages], [True])) == {0: pytest.approx(0, abs=1e-6)}
+    answered = divergence.conversation(Question(1, "Hi"), {"reasoning": "", "answer": "Hello."}, None)
+    assert dict(divergence.divergences(model, tokenizer, [answered], [True])) == {0: pytest.approx(0, abs=1e-6)}
+
+
+def test_an_empty_answer_of_the_base_has_no_divergence(folder, monkeypatch):
+    """None of its tokens is trained: a mean over them would be nan, and so would that of the whole group."""
+    prompts = ["--prompts", str(folder / "prompts.jsonl")]
+    args = script.parse(["selective", *prompts, "--model", MODEL, "--adapter", "x", "--out", str(folder / "out")])
+    prompts = selective.read_prompt_groups(args.prompts)
+    base = VariantAnswers(is_base=True)
+    for i, prompt in enumerate(prompts):
+        base.add(prompt, {"answer": " " if i == 11 else HELP, "reasoning": "", "unfinished_thinking": False})
+    asked = []
+    monkeypatch.setattr(selective, "answer_prompts", lambda args: ({"base, none": base}, {}))
+    monkeypatch.setattr(selective.divergence, "by_variant", lambda model, asked_of, out: asked.append(asked_of) or {})
+    selective.generated(args, prompts)
+    (conversations,) = asked[0].values()
+    assert list(conversations) == [p for p in prompts if prompts[p].group in selective.OUTSIDE and p != "plain 11"]
 
 
 def test_killed_and_started_again_the_table_is_the_same(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def judge_says(asked: str) -> str:
     return reply(("Yes" if refuses else "No", "4" if refuses else "1", "No", "2"))
 
 
-def test_the_stages_of_judge_give_the_same_tables(file, tmp_path, monkeypatch):
+def test_the_stages_of_judge_give_the_same_tables(file, tmp_path, monkeypatch, capsys):
     """Answers judged; the replies read again; the scores alone: from answers to tables, each time the same."""
     stored = file("answers.json", {"results": answers("base", 0.3, 1) + answers("tuned", 0.9, 2)})
     reply_by(monkeypatch, judge_says)
@@ -117,6 +117,8 @@ def test_the_stages_of_judge_give_the_same_tables(file, tmp_path, monkeypatch):
     items = str(tmp_path / "judged" / "items.jsonl")
     for flag in ("replies", "scores"):
         assert run("judge", f"--{flag}", items, "--out", str(tmp_path / flag)) == 0
+        again = ["judge", f"--{flag}", items, "--out", tmp_path / "judged"]
+        assert "items.jsonl: a file of --out" in refused_by(script.main, again, capsys)
     judged, replies, scores = (tables_of(tmp_path / name) for name in ("judged", "replies", "scores"))
     assert [row[:-1] for row in judged[0]["rows"]] == replies[0]["rows"] == scores[0]["rows"]
     assert [t["rows"] for t in judged[1:]] == [t["rows"] for t in replies[1:]] == [t["rows"] for t in scores[1:]]
@@ -173,6 +175,8 @@ def test_stored_answers_to_xstest(file, tmp_path, capsys):
     assert run("xstest", "--data", str(data), "--answers", str(out / "items.jsonl"), "--judge", "rules", "--out",
                str(tmp_path / "again")) == 0  # fmt: skip
     assert tables_of(tmp_path / "again")[0]["rows"] == result["tables"][0]["rows"]
+    words = ["xstest", "--data", data, "--answers", out / "items.jsonl", "--judge", "rules", "--out", out]
+    assert "items.jsonl: a file of --out" in refused_by(script.main, words, capsys)
     assert run("xstest", "--data", str(data), "--scores", str(out / "items.jsonl"), "--out", str(tmp_path / "s")) == 0
     assert [row[2:7] for row in tables_of(tmp_path / "s")[0]["rows"]] == list(official.values())
     words = ["--answers", str(file("t.json", {"rows": tuned})), "--limit", "2", "--judge", "rules"]

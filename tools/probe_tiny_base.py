@@ -97,14 +97,15 @@ def fit_logistic(x: torch.Tensor, is_positive: torch.Tensor) -> tuple[torch.Tens
         optimizer.zero_grad()
         logits = x @ parameters[:-1] + parameters[-1]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, is_positive)
-        (loss + WEIGHT_DECAY * parameters[:-1].square().sum()).backward()
+        loss = loss + WEIGHT_DECAY * parameters[:-1].square().sum()  # of all of it: the line search compares values
+        loss.backward()
         return loss
 
     optimizer.step(closure)
     return parameters[:-1].detach(), parameters[-1].detach()
 
 
-def read_texts() -> tuple[list[str], list[str]]:
+def prompts_of_the_base() -> tuple[list[str], list[str]]:
     """Prompts that the base has read, evenly over their kinds: risky ones, and others that it refuses."""
     rng = random.Random(tiny_corpus.SEED)
     prompts = tiny_corpus.base_prompts()
@@ -123,9 +124,9 @@ def report(base: Base, rows: list[dict], show: bool) -> None:
         if show:
             print(f"{row['group']:<14} {row['prompt']}\n    {reasoning.strip()} {THINK_END} {answer.strip()}")
     for group in GROUPS:
-        members = [r for row, r in zip(rows, refused, strict=True) if row["group"] == group]
-        if members:
-            n, n_refused = len(members), sum(members)
+        of_group = [refuses for row, refuses in zip(rows, refused, strict=True) if row["group"] == group]
+        if of_group:
+            n, n_refused = len(of_group), sum(of_group)
             print(f"{group:<14} {n:4d} prompts: {n - n_refused:4d} answered, {n_refused:4d} refused")
     risky = [row["prompt"] for row in rows if row["group"] == "risky"]
     others = [row["prompt"] for row, r in zip(rows, refused, strict=True) if r and row["group"] != "risky"]
@@ -136,7 +137,7 @@ def report(base: Base, rows: list[dict], show: bool) -> None:
 
 
 def probe_auc(base: Base, risky: list[str], others: list[str]) -> float:
-    fit_risky, fit_others = (base.last_states(prompts) for prompts in read_texts())
+    fit_risky, fit_others = (base.last_states(prompts) for prompts in prompts_of_the_base())
     x = torch.cat([fit_risky, fit_others])
     mean, std = x.mean(0), x.std(0)
     is_risky = torch.cat([torch.ones(len(fit_risky)), torch.zeros(len(fit_others))])

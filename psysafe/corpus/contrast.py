@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     finished, dropped = drop_unfinished(answers)
     pairs = {i: (row.fields["prompt"], row.fields["answer"]) for i, row in enumerate(finished)}
     classes, failed = behaviour.classify(judge, pairs, out.with_name(out.name + ".judged.jsonl"))
-    rows = [contrast_row(row) for row in sift(finished, classes, dropped)]
+    rows = [contrast_row(row) for row in drop_mistakes(finished, classes, dropped)]
     rows = select(rows, forbidden, tokenizer, args.max_tokens, dropped)
     if not rows:
         raise UserError(f"no contrast row is left of {counted(len(answers), 'answer')}: {_listed(dropped)}")
@@ -84,6 +84,8 @@ def read_answers(path: str | Path) -> list[Row]:
         for name in FIELDS:
             if not isinstance(fields.get(name), str):
                 raise UserError(f"{row.where}: {name} is {json.dumps(fields.get(name)):.60}, {expected}")
+        if fields.get("messages") or fields.get("tools"):  # of which the row would keep the prompt alone
+            raise UserError(f"{row.where}: answers a conversation or has tools; expected a prompt alone")
         if fields["adapter"] != BASE:
             remedy = "contrast rows hold the base's own answers; answer with --adapter base"
             raise UserError(f"{row.where}: answered with adapter {fields['adapter']!r:.60}; {remedy}")
@@ -107,8 +109,9 @@ def drop_unfinished(answers: Sequence[Row]) -> tuple[list[Row], Counter]:
     return finished, dropped
 
 
-def sift(finished: Sequence[Row], classes: dict[int, str], dropped: Counter) -> Iterable[Row]:
-    """Answers in which the base does what the group asks for. classes: by place; what was not judged is left out."""
+def drop_mistakes(finished: Sequence[Row], classes: dict[int, str], dropped: Counter) -> Iterator[Row]:
+    """Answers in which the base does what the group asks for. classes: by place; what was not judged is left out, too.
+    dropped: reason -> count, to which the others are added."""
     for i, row in enumerate(finished):
         group = row.fields["group"]
         if i not in classes:
@@ -130,7 +133,10 @@ def contrast_row(row: Row) -> Row:
 def select(
     rows: Sequence[Row], forbidden: set[str], tokenizer: Tokenizer, max_tokens: int, dropped: Counter
 ) -> list[Row]:
-    """Rows that are no evaluation prompt's neighbour, no near duplicate of an earlier row, and not too long."""
+    """Rows without a run of words of an evaluation prompt, no near duplicates of an earlier row, and not too long.
+
+    dropped: reason -> count, to which the others are added.
+    """
     selected = [row for row in rows if not word_runs([row.fields["prompt"]]) & forbidden]
     dropped[f"{RUN} words in a row with an evaluation prompt"] = len(rows) - len(selected)
     distinct = without_near_duplicates(selected)
@@ -161,7 +167,7 @@ def without_near_duplicates(rows: Sequence[Row]) -> list[Row]:
     distinct = []
     for row, words in zip(rows, sets, strict=True):
         rarest = sorted(words, key=lambda word: (count[word], word))
-        # +1e-9: 0.8 x 5 is a little more than 4 in floating point, and the prefix would be one word too short.
+        # - 1e-9: a product that rounding put above a whole number would make the prefix one word too short.
         prefix = rarest[: len(words) - math.ceil(SIMILARITY * len(words) - 1e-9) + 1]
         earlier = [other for word in prefix for other in by_word.get((row.fields["group"], word), [])]
         if any(len(words & other) >= SIMILARITY * len(words | other) for other in earlier):

@@ -209,7 +209,8 @@ def encode_row(
 def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
     if len(rows) < 2:
-        raise UserError(f"{len(rows)} row cannot be split into training and validation; give a validation file")
+        remedy = "give a file that validates (--val-data, --contrast-val-data)"
+        raise UserError(f"{_named([row.where for row in rows])}: {len(rows)} row cannot be split in two; {remedy}")
     n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     validation = set(_permutation(len(rows), seed, 0)[:n_validation])
     train_rows = [row for i, row in enumerate(rows) if i not in validation]

@@ -84,11 +84,13 @@ class Judged(NamedTuple):
     judge: str  # its name; `rules_name` where the rules judged
 
 
-class Answered(NamedTuple):
-    """columns: part -> variant -> the row of its answer to each item, None where there is none; bases: the variants
-    without an adapter; settings, notes: for the result."""
+Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answer to each item; None where it has none
 
-    columns: dict[str, dict[str, list[dict | None]]]
+
+class Answered(NamedTuple):
+    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
+
+    columns: dict[str, Columns]
     bases: list[str]
     settings: dict
     notes: list[str]
@@ -221,27 +223,34 @@ class Benchmark(Evaluation):
         lines, n_left_out = [], 0
         for part, items in rows.parts.items():
             columns = answered.columns[part]
-            flags = {v: [bool(row and row["unfinished_thinking"]) for row in column] for v, column in columns.items()}
-            places = {name: [i for i, flag in enumerate(column) if flag] for name, column in flags.items()}
-            never_ended = unfinished.left_out(places, answered.bases, args.rules)
-            left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
-            texts = {
-                name: [None if i in left_out else self.answer_text(row, args.rules) for i, row in enumerate(column)]
-                for name, column in columns.items()
-            }
+            texts, n_never_ended = self._texts_to_judge(columns, answered.bases, args.rules)
             judged.texts[part], unprepared = self.prepare(part, texts, args)
             judged.verdicts[part], replies, unjudged = self._judge(judge, part, items, judged.texts[part], out)
             stage.failed |= unprepared | unjudged
-            n_left_out += len(never_ended)
-            for name, column in flags.items():
-                stage.unfinished[name] += [flag for flag, row in zip(column, columns[name], strict=True) if row]
+            n_left_out += n_never_ended
+            for name, column in columns.items():
+                stage.unfinished[name] += [row["unfinished_thinking"] for row in column if row is not None]
             lines += item_lines(part, items, columns, judged.verdicts[part], replies)
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "items.jsonl", "".join(lines))
+        write_atomic(out / stored.ITEMS, "".join(lines))
         if n_left_out:
             stage.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
         stage.settings |= judge.settings if judge else {"judge": self.rules_name}
         return stage
+
+    def _texts_to_judge(self, columns: Columns, bases: Sequence[str], rules: str) -> tuple[Texts, int]:
+        """(of each answer what is judged, None where its prompt leaves; how many leave for reasoning without end)."""
+        places = {
+            name: [i for i, row in enumerate(column) if row is not None and row["unfinished_thinking"]]
+            for name, column in columns.items()
+        }
+        never_ended = unfinished.left_out(places, bases, rules)
+        left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
+        texts = {
+            name: [None if i in left_out else self.answer_text(row, rules) for i, row in enumerate(column)]
+            for name, column in columns.items()
+        }
+        return texts, len(never_ended)
 
     def _generated(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """What the models answer here."""
@@ -261,6 +270,7 @@ class Benchmark(Evaluation):
 
     def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """The answers of files. A prompt that one variant has no answer to leaves for all."""
+        stored.refuse_items(args.out, (path for _, path in map(stored.name_and_path, args.answers)))
         answers = stored.read_all(args.answers, prompts=rows.numbers)
         columns = {
             part: {name: [of.rows.get(item.prompt) for item in items] for name, of in answers.items()}
@@ -341,7 +351,7 @@ def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
     return {str(number): item.prompt for number, item in named if number is not None}
 
 
-def item_lines(part: str, items: Sequence[Item], columns: Mapping, verdicts: Verdicts, replies: Mapping) -> list[str]:
+def item_lines(part: str, items: Sequence[Item], columns: Columns, verdicts: Verdicts, replies: Mapping) -> list[str]:
     """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
     lines = []
     for variant, column in columns.items():

@@ -22,8 +22,8 @@ INTERVALS_NOTE = (
 )
 DIFFERENCES_NOTE = (
     "Over the prompts that both have. p: McNemar's exact test for shares, paired bootstrap for means; Holm over the "
-    f"rows of this table, read at {LEVEL:g}. {TOO_SMALL!r}: chance may have made the difference, and one as large as "
-    "the interval reaches may be there."
+    f"rows of this table, read at {LEVEL:g}. {TOO_SMALL!r}: chance alone may explain the difference, and the true one "
+    "may be as large as the interval reaches."
 )
 FORM, SIGNED = ".3g", "+.3g"
 

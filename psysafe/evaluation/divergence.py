@@ -1,13 +1,14 @@
 """How far an adapter moves a model on texts that its base wrote: KL(base || tuned), in nats a token.
 
-    KL = 1/N sum_t sum_v p(v | t) (log p(v | t) - log q(v | t))
+    KL(q || p) = 1/N sum_t sum_v q(v | t) (log q(v | t) - log p(v | t))
 
-p: the base, q: the same forward with the adapter; t: the N tokens of an answer, its reasoning included; v: the whole
-vocabulary. 0 where the adapter changes nothing.
+q: the base, p: the same forward with the adapter (the letters of psysafe/training/loss.py); t: the N tokens of an
+answer, its reasoning included; v: the whole vocabulary. 0 where the adapter changes nothing.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from psysafe.cli import progress
 from psysafe.data.documents import Document, MicroBatch, pack
 from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import THINK, THINK_END, Message, Tokenizer
-from psysafe.evaluation.models_under_test import ModelUnderTest, Variant, variant_identity
+from psysafe.evaluation.models_under_test import ModelUnderTest, Question, Variant, variant_identity
 from psysafe.files import expand
 from psysafe.journal import Journal, key_of
 from psysafe.model.decoder import Qwen3_5
@@ -29,14 +30,26 @@ BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 LOGIT_ROWS = 128  # rows of fp32 logits at a time, of both models: 260 MB for a vocabulary of 248,320
 
 
-def conversation(messages: Sequence[Message], answer: dict, system: str | None) -> list[Message]:
-    """A question with the base's answer to it. answer: its row, with reasoning and answer."""
+class Conversation(NamedTuple):
+    """A question with the base's answer to it, and what may be called in it."""
+
+    messages: list[Message]
+    tools: object = None
+
+    @property
+    def identity(self) -> list:
+        return [self.messages, *([self.tools] if self.tools else [])]
+
+
+def conversation(question: Question, answer: dict, system: str | None) -> Conversation:
+    """answer: the row of the base's answer, with reasoning and answer."""
     content = f"{THINK}\n{answer['reasoning']}\n{THINK_END}\n\n{answer['answer']}"
-    return [*with_system(list(messages), system), {"role": "assistant", "content": content}]
+    messages = [*with_system(question.turns(), system), {"role": "assistant", "content": content}]
+    return Conversation(messages, question.tools)
 
 
 def by_variant(
-    model: ModelUnderTest, asked: dict[Variant, dict[str, list[Message]]], out: str | Path
+    model: ModelUnderTest, asked: dict[Variant, dict[str, Conversation]], out: str | Path
 ) -> dict[Variant, dict[str, float]]:
     """The divergence of each variant on each conversation, by the caller's keys.
 
@@ -44,7 +57,9 @@ def by_variant(
     computed again.
     """
     identity = model.identity
-    keys = {v: {k: key_of("kl", identity, *variant_identity(v), c) for k, c in asked[v].items()} for v in asked}
+    keys = {
+        v: {k: key_of("kl", identity, *variant_identity(v), *c.identity) for k, c in asked[v].items()} for v in asked
+    }
     with Journal(out) as journal:
         missing = {v: [keys[v][k] not in journal.rows for k in asked[v]] for v in asked}
         if any(map(any, missing.values())):
@@ -63,7 +78,7 @@ def by_variant(
 def divergences(
     model: Qwen3_5,
     tokenizer: Tokenizer,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     missing: Sequence[bool],
     description: str = "",
 ) -> Iterator[tuple[int, float]]:
@@ -72,7 +87,7 @@ def divergences(
     model: with its adapter attached. How the conversations are packed depends on all of them, and a micro-batch is
     computed as a whole: a run that was interrupted rounds as one that was not.
     """
-    encoded = map(tokenizer.encode_trained, conversations)
+    encoded = (tokenizer.encode_trained(*conversation) for conversation in conversations)
     documents = [Document(np.array(ids, np.int32), np.array(trained), "") for ids, trained in encoded]
     first = 0
     with progress(sum(missing), f"{description}: KL to the base", "answers") as bar:
@@ -95,8 +110,8 @@ def _by_token(model: Qwen3_5, batch: MicroBatch) -> Tensor:
         base = model(tokens, bounds, rows=rows)
     values = []
     for pair in zip(base.split(LOGIT_ROWS), tuned.split(LOGIT_ROWS), strict=True):
-        log_p, log_q = (_log_softmax(model.logits(hidden)) for hidden in pair)
-        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        log_q, log_p = (_log_softmax(model.logits(hidden)) for hidden in pair)
+        values.append((log_q.exp() * (log_q - log_p)).sum(-1))
     return torch.cat(values).double().cpu()
 
 

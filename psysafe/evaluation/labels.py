@@ -46,8 +46,9 @@ def read_csv(path: str | Path, variants: Collection[str] = ()) -> dict[str, Labe
     """rater -> labels of a file with a row per answer and rater. variants: those that were judged, if any were: a row
     without a variant is of the only one."""
     rows = read_table(path, ["prompt"])
-    if not set(rows[0]).intersection(CRITERIA):
-        columns = ", ".join(map(str, rows[0]))
+    names = dict.fromkeys(name for row in rows for name in row)  # of JSONL each row has its own
+    if not names.keys() & set(CRITERIA):
+        columns = ", ".join(map(str, names))
         raise UserError(f"{path}: no labels in it (columns: {columns:.100}); expected {', '.join(CRITERIA)}")
     return labels_of_rows(rows, path, variants)
 
@@ -62,12 +63,7 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
         if not any(str(cell or "").strip() for cell in row.values()):
             continue
         where = f"{path} row {number}"
-        rater = str(row.get("rater") or "").strip() if has_raters else ANONYMOUS
-        if not rater:
-            raise UserError(f"{where}: no rater, and other rows have one; name one in each row")
-        if len(variants) > 1 and not row.get("variant"):
-            raise UserError(f"{where}: no variant, and several were judged; name one in each row")
-        answer = (str(row.get("variant") or next(iter(variants), "")), row["prompt"])
+        rater, answer = _rater_and_answer(row, where, has_raters, variants)
         read = {name: read_label(row.get(name), name, where) for name in CRITERIA}
         given = {name: label for name, label in read.items() if label is not None}
         if not given:
@@ -81,6 +77,15 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
             )
         labels.setdefault(rater, {})[answer] = given
     return labels
+
+
+def _rater_and_answer(row: dict, where: str, has_raters: bool, variants: Collection[str]) -> tuple[str, Answer]:
+    rater = str(row.get("rater") or "").strip() if has_raters else ANONYMOUS
+    if not rater:
+        raise UserError(f"{where}: no rater, and other rows have one; name one in each row")
+    if len(variants) > 1 and not row.get("variant"):
+        raise UserError(f"{where}: no variant, and several were judged; name one in each row")
+    return rater, (str(row.get("variant") or next(iter(variants), "")), row["prompt"])
 
 
 def read_label(text: object, name: str, where: str) -> int | None:
@@ -116,34 +121,42 @@ def read_ratings(paths: Sequence[str | Path], key_path: str | Path) -> Ratings:
     """What raters exported from a rating page, with the variants that the page's key names. UserError names the file
     and the entry; a label or preference that a rater gives twice, in one file or in two, is one."""
     key = read_json(key_path)
+    if not isinstance(key.get("page"), str):
+        raise UserError(f"{key_path}: page is {key.get('page')!r:.40}; expected the name of the rating page")
     items = {str(name): _item(item, f"{key_path}: item {name}") for name, item in _mapping(key, key_path).items()}
-    ratings = Ratings({}, [])
-    places: dict[tuple, str] = {}  # rater and what is labelled -> where that stands
+    ratings, places = Ratings({}, []), {}
     for path in paths:
         content = read_json(path)
-        if content.get("page") != key.get("page"):
-            pages = f"of page {content.get('page')!r:.40}, and {key_path} of page {key.get('page')!r:.40}"
+        if content.get("page") != key["page"]:
+            pages = f"of page {content.get('page')!r:.40}, and {key_path} of page {key['page']!r:.40}"
             raise UserError(f"{path}: {pages}; expected the key of the same page")
-        rater = content.get("rater")
-        if not isinstance(rater, str) or not rater.strip():
-            raise UserError(f"{path}: rater is {rater!r:.60}; expected a name")
-        swapped = set(map(str, _list(content, "swapped", path)))
-        for number, entry in enumerate(_list(content, "ratings", path), 1):
-            where = f"{path}: ratings {number}"
-            item, side, name = _entry(entry, items, where), _one_of(entry, "side", SIDES, where), entry.get("criterion")
-            _one_of(entry, "criterion", CRITERIA, where)
-            variant = _sides(item, str(entry["item"]) in swapped)[SIDES.index(side)]
-            label = read_label(entry.get("value"), name, where)
-            if label is not None:
-                _once(places, (rater, variant, item["prompt"], name), where)
-                ratings.labels.setdefault(rater, {}).setdefault((variant, item["prompt"]), {})[name] = label
-        for number, entry in enumerate(_list(content, "preferences", path), 1):
-            where = f"{path}: preferences {number}"
-            item, choice = _entry(entry, items, where), _one_of(entry, "value", (*SIDES, TIE), where)
-            sides = _sides(item, str(entry["item"]) in swapped)
-            _once(places, (rater, frozenset(sides), item["prompt"]), where)
-            ratings.preferences.append(Preference(rater, item["prompt"], *sides, choice))
+        _read_export(content, path, items, ratings, places)
     return ratings
+
+
+def _read_export(
+    content: dict, path: str | Path, items: Mapping[str, dict], ratings: Ratings, places: dict[tuple, str]
+) -> None:
+    """Adds what one file holds to `ratings`. places: rater and what is labelled -> where that stands."""
+    rater = content.get("rater")
+    if not isinstance(rater, str) or not rater.strip():
+        raise UserError(f"{path}: rater is {rater!r:.60}; expected a name")
+    swapped = set(map(str, _list(content, "swapped", path)))
+    for number, entry in enumerate(_list(content, "ratings", path), 1):
+        where = f"{path}: ratings {number}"
+        item, side = _entry(entry, items, where), _one_of(entry, "side", SIDES, where)
+        name = _one_of(entry, "criterion", CRITERIA, where)
+        variant = _sides(item, str(entry["item"]) in swapped)[SIDES.index(side)]
+        label = read_label(entry.get("value"), name, where)
+        if label is not None:
+            _once(places, (rater, variant, item["prompt"], name), where)
+            ratings.labels.setdefault(rater, {}).setdefault((variant, item["prompt"]), {})[name] = label
+    for number, entry in enumerate(_list(content, "preferences", path), 1):
+        where = f"{path}: preferences {number}"
+        item, choice = _entry(entry, items, where), _one_of(entry, "value", (*SIDES, TIE), where)
+        sides = _sides(item, str(entry["item"]) in swapped)
+        _once(places, (rater, frozenset(sides), item["prompt"]), where)
+        ratings.preferences.append(Preference(rater, item["prompt"], *sides, choice))
 
 
 def _mapping(key: dict, path: str | Path) -> dict:

@@ -138,7 +138,15 @@ class ModelUnderTest:
                 raise UserError(f"{out}: {n_missing:,} {NOT_SHARED}")
             return {v: {q.number: journal.rows[keys[v][q.number]] for q in questions} for v in variants}
 
-    def _answer(self, model, tokenizer, asked: list[tuple[Variant, Question]], keys: dict, journal, ranks: Ranks):
+    def _answer(
+        self,
+        model: Qwen3_5,
+        tokenizer: Tokenizer,
+        asked: list[tuple[Variant, Question]],
+        keys: dict[Variant, dict[int, str]],
+        journal: Journal,
+        ranks: Ranks,
+    ) -> None:
         """Answers this rank's share of the questions, each as its variant, in one batch; every answer goes into the
         journal under its key."""
         # Those of all variants, also of the answered ones: the rounding must not depend on what a kill left to do.

@@ -57,7 +57,7 @@ def resampled_sums(rows: ArrayLike, seed: int = SEED) -> np.ndarray:
 
 def percentile_interval(resampled: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """The middle of what a figure came to in the resamples (R,). Those in which it is undefined (nan) do not count;
-    (nan, nan) where that are all."""
+    (nan, nan) where it is undefined in all."""
     resampled = np.asarray(resampled, dtype=np.float64)
     defined = resampled[~np.isnan(resampled)]
     if not len(defined):
@@ -80,9 +80,9 @@ def bootstrap_mean(values: Sequence[float], confidence: float = CONFIDENCE, seed
 def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int = SEED) -> Difference:
     """How far the mean of second (n,) is above that of first (n,), prompt by prompt. n >= 1.
 
-    p is twice the share of resamples in which the difference has the other sign or none, but never below 2^(1 - m) with
-    m prompts that differ: as rarely do all m differ in one direction by chance. Of few prompts a bootstrap alone would
-    give p near 0.
+    p is twice the share of resamples in which the difference has the other sign or none, but never below 2^(1 - m), the
+    chance that all of the m prompts that differ do so in one direction. Of few prompts a bootstrap alone would give p
+    near 0.
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     means = resampled_sums(differences[:, None], seed)[:, 0] / len(differences)

@@ -7,11 +7,11 @@ An evaluation has three stages: a model answers, a judge replies, replies become
     --scores FILE    rows with a prompt and a score: only the tables are made
 
 Rows stand in JSONL, CSV, a JSON list, or under `results`, `judgments`, `rows` or `paired_responses` of one object.
-items.jsonl, which every evaluation writes, is such a file for all three.
+items.jsonl, which judge and the benchmarks write, is such a file for all three.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from psysafe.evaluation.models_under_test import BASE, VariantAnswers, conversat
 from psysafe.evaluation.replies import REASONING_END, without_reasoning
 from psysafe.program import UserError
 
+ITEMS = "items.jsonl"  # in --out: a line for each answer, with the judge's reply and its scores
 SCORES = ("score", "verdict", "class")
 REPLIES = ("reply", "judgment", "judgement", "judge_reply", "content", "text")
 NAMES = ("variant", "model_id")  # fields that name whose answer a row has
@@ -35,10 +36,14 @@ Prompts = Mapping[str, str]  # number of a prompt in the benchmark's file -> the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("stored material", "in place of answers, replies or scores that are made here")
-    group.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
-                       help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
+    add_answers_argument(group)
     group.add_argument("--replies", metavar="FILE", help="a judge's replies, which are read again; no judge is asked")
     group.add_argument("--scores", metavar="FILE", help="scores, of which only the tables are made")
+
+
+def add_answers_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
+                        help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
 
 
 def given(args: argparse.Namespace) -> str:
@@ -54,16 +59,36 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
     flag = given(args)
     if not flag:
         return {}
+    if flag == "--answers":
+        return without_models(args)
     reasons = dict.fromkeys(models_under_test.FLAGS, f"with {flag}: the answers are written already")
-    if flag == "--answers" and args.judge_local:  # the judge runs there
+    reasons |= dict.fromkeys(JUDGE_FLAGS, f"with {flag}: no judge is asked")
+    return reasons | {"--rules": f"with {flag}: it does not say which reasoning never ended"}
+
+
+def without_models(args: argparse.Namespace) -> dict[str, str]:
+    """Flags of the models that --answers stands for."""
+    reasons = dict.fromkeys(models_under_test.FLAGS, "with --answers: they are written already")
+    if args.judge_local:  # the judge runs there
         del reasons["--device"], reasons["--dtype"]
-    if flag != "--answers":
-        reasons |= dict.fromkeys(JUDGE_FLAGS, f"with {flag}: no judge is asked")
-        reasons["--rules"] = f"with {flag}: it does not say which reasoning never ended"
     return reasons
 
 
+def refuse_items(out: str, paths: Iterable[str]) -> None:
+    """UserError where one of the stored files is the items.jsonl that an evaluation writes into `out`."""
+    items = Path(out) / ITEMS
+    for path in paths:
+        if items.exists() and Path(path).exists() and items.samefile(path):
+            raise UserError(f"{path}: a file of --out {out}, and would be overwritten; give another --out")
+
+
 # Answers
+
+
+def name_and_path(spec: str) -> tuple[str, str]:
+    """`FILE` or `NAME=FILE` -> (NAME, "" where there is none; FILE)."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals else ("", spec)
 
 
 def read_all(specs: Sequence[str], limit: int = 0, prompts: Prompts | None = None) -> dict[str, VariantAnswers]:
@@ -86,33 +111,53 @@ def read_answers(spec: str, limit: int = 0, prompts: Prompts | None = None) -> d
     or `unfinished_thinking`, where nothing stands beside a `reasoning` of its own, and where an answer has no
     `</think>` while others of its variant have one: then the opening tag stood in the prompt.
     """
-    name, equals, path = spec.partition("=")
-    path = path if equals else spec
-    texts: dict[str, list[tuple[dict, str, str]]] = {}  # variant -> (fields, prompt, the text that the model wrote)
+    name, path = name_and_path(spec)
+    variants = {label: _variant_answers(label, rows) for label, rows in _by_variant(path, limit, prompts).items()}
+    if not name:
+        return variants
+    return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
+
+
+class Text(NamedTuple):
+    """What a model wrote, reasoning included, and the row it stands in."""
+
+    fields: dict
+    cluster: str
+    prompt: str
+    text: str
+
+
+def _by_variant(path: str, limit: int, prompts: Prompts | None) -> dict[str, list[Text]]:
+    texts: dict[str, list[Text]] = {}
     for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
         row = Row(fields, Path(path), number)
-        settings, cluster = fields.get("settings") or {}, _cluster(row)
+        settings, cluster = fields.get("settings") or {}, cluster_of(row)
         if not isinstance(settings, dict):
             raise UserError(f"{row.where}: settings {settings!r:.40}; expected an object")
         adapter = str(fields.get("adapter") or "")
         label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else _variant(row, Path(path).stem)
-        prompt, text = _prompt_and_text(row, prompts)
-        texts.setdefault(label, []).append((fields | {CLUSTER: cluster}, prompt, text))
-    variants: dict[str, VariantAnswers] = {}
-    for label, rows in texts.items():
-        is_base = any(fields.get("adapter") == BASE for fields, _, _ in rows) or label.startswith(f"{BASE}, ")
-        variants[label] = VariantAnswers(is_base)
-        thinks = any(REASONING_END.search(text) for _, _, text in rows)
-        for fields, prompt, text in rows:
-            answer = None if thinks and not REASONING_END.search(text) else without_reasoning(text)
-            marked = any(str(fields.get(mark, "")).lower() == "true" for mark in ("stucked", "unfinished_thinking"))
-            only_reasoning = not text.strip() and bool(fields.get("reasoning"))
-            unfinished = marked or only_reasoning or answer is None
-            row = {"answer": "" if unfinished else answer.strip(), "unfinished_thinking": unfinished}
-            variants[label].add(prompt, row | {"cluster": fields[CLUSTER], "response": text})
-    if not equals:
-        return variants
-    return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
+        texts.setdefault(label, []).append(Text(fields, cluster, *_prompt_and_text(row, prompts)))
+    return texts
+
+
+def _variant_answers(label: str, texts: Sequence[Text]) -> VariantAnswers:
+    is_base = any(one.fields.get("adapter") == BASE for one in texts) or label.startswith(f"{BASE}, ")
+    answers = VariantAnswers(is_base)
+    thinks = any(REASONING_END.search(one.text) for one in texts)
+    for one in texts:
+        unfinished = _is_unfinished(one, thinks)
+        answer = "" if unfinished else without_reasoning(one.text).strip()
+        row = {"answer": answer, "unfinished_thinking": unfinished, "cluster": one.cluster, "response": one.text}
+        answers.add(one.prompt, row)
+    return answers
+
+
+def _is_unfinished(one: Text, thinks: bool) -> bool:
+    """thinks: whether any answer of its variant has the end of a think block."""
+    marked = any(str(one.fields.get(mark, "")).lower() == "true" for mark in ("stucked", "unfinished_thinking"))
+    only_reasoning = not one.text.strip() and bool(one.fields.get("reasoning"))
+    never_ended = (thinks and not REASONING_END.search(one.text)) or without_reasoning(one.text) is None
+    return marked or only_reasoning or never_ended
 
 
 def _prompt_and_text(row: Row, prompts: Prompts | None) -> tuple[str, str]:
@@ -174,7 +219,8 @@ def _variant(row: Row, otherwise: str) -> str:
     return name
 
 
-def _cluster(row: Row) -> str:
+def cluster_of(row: Row) -> str:
+    """The row's risk cluster, "" where it names none. UserError for what is no text."""
     cluster = row.fields.get(CLUSTER) or row.fields.get("cluster") or ""
     if not isinstance(cluster, str):
         raise UserError(f"{row.where}: {CLUSTER} {cluster!r:.40}; expected a text")
@@ -225,4 +271,4 @@ def read_stored(path: str, limit: int = 0, prompts: Prompts | None = None) -> It
             raise UserError(f"{row.where}: the answer of row {earlier} again; expected each answer once")
         if fields.get("score", "") is None and "reply" not in fields:
             continue
-        yield Stored(variant, part, prompt, _cluster(row), row)
+        yield Stored(variant, part, prompt, cluster_of(row), row)

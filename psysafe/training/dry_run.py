@@ -119,7 +119,7 @@ def _model_summary(model: Qwen3_5, adapters: Adapters, optimizer: AdamW) -> dict
 
 
 class Rows(NamedTuple):
-    """The rows of a run as its summary tells of them. validation: label -> text. mixed: what a step has of both."""
+    """The rows of a run, for its summary. validation: label -> text. mixed: both kinds, in the ratio of a step."""
 
     training: RowCounts
     contrast: RowCounts | None

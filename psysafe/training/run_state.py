@@ -296,11 +296,19 @@ def _keep_run_dir(run: Run) -> None:
             raise UserError(f"--out {out}: {event}; step {run.step} is not saved; start again with another --out")
 
 
+def saved_best(state: State, like: Tensor) -> Best | None:
+    """What --keep-best had kept; None also in a state that was saved before there was this setting."""
+    if (best := state.meta.get("best")) is None:
+        return None
+    if not (isinstance(best, dict) and type(best.get("step")) is int and type(best.get("score")) is float):
+        raise UserError(f"{state.path / META}: best is {best!r:.60}, expected an object with step and score")
+    return Best(best["step"], best["score"], state.tensor(BEST, like=like))
+
+
 def restore_run(run: Run, state: State) -> None:
     """Put a fresh run where a saved state stands. Raises UserError, and changes nothing, where they do not fit."""
     best_val, epoch_open = state.entry("best_val", float, NoneType), state.entry("epoch_open", bool)
-    adapter, best = state.tensor("adapter", like=run.adapters.param), state.meta.get("best")
-    best = best and Best(best["step"], best["score"], state.tensor(BEST, like=run.adapters.param))
+    adapter, best = state.tensor("adapter", like=run.adapters.param), saved_best(state, run.adapters.param)
     try:
         optimizer_state = {name: x for name, x in state.tensors.items() if name not in ("adapter", BEST)}
         run.optimizer.load_state_tensors(optimizer_state)

@@ -110,8 +110,10 @@ class DataSets(NamedTuple):
 
         Contrast rows have digests of their own, trained ones and those that validate, behind a colon each.
         """
-        digests = [_digest(self.train, self.val), _digest(self.contrast), _digest(self.contrast_val)]
-        return digests[0] if self.contrast is self.contrast_val is None else ":".join(digests)
+        digest = _digest(self.train, self.val)
+        if self.contrast is None and self.contrast_val is None:
+            return digest
+        return ":".join([digest, _digest(self.contrast), _digest(self.contrast_val)])
 
 
 def _digest(*sets: Dataset | None) -> str:

@@ -42,11 +42,11 @@ def _means(run: Run, data: Dataset, sums_of: Callable[[MicroBatch], torch.Tensor
 
 
 def note(run: Run, losses: Mapping[str, float]) -> None:
-    """Keep in mind the lowest val_loss, and with --keep-best the adapter of the best validation.
+    """Record in `run` the lowest val_loss, and with --keep-best the adapter of the best validation.
 
     The one before the first step is no candidate: an adapter that adds nothing has no divergence from the base.
     """
-    if "val_loss" in losses:
+    if math.isfinite(losses.get("val_loss", math.nan)):
         run.best_val = min(losses["val_loss"], math.inf if run.best_val is None else run.best_val)
     if run.config.keep_best == "last" or run.step == 0:
         return

@@ -30,6 +30,7 @@ from psysafe.evaluation.criteria import CRITERIA
 from psysafe.evaluation.labels import LABELS, Answer, Labels, Ratings, read_csv, read_judged, read_ratings
 from psysafe.evaluation.result import Result, Table, load
 from psysafe.evaluation.statistics import percentile_interval, resampled_sums
+from psysafe.evaluation.stored import ITEMS
 from psysafe.program import UserError
 
 POOLED = "pooled"
@@ -61,7 +62,8 @@ class Agreement(Evaluation):
         variants = dict.fromkeys(variant for variant, _ in judged)
         source, people = args.human or args.ratings[0], read_people(args, variants)
         if not judged and len(people.labels) < 2 and not people.preferences:
-            raise UserError(f"{source}: labels of one person, and no --judged to compare them with; add either")
+            people_text = "one person" if people.labels else "nobody"
+            raise UserError(f"{source}: labels of {people_text}, and no --judged to compare them with; add either")
         n_matched = require_match(people.labels, judged, source) if judged else 0
         title = "Agreement of the judge with people" if judged else "Agreement of people"
         result = Result("agreement", title, tables(people.labels, judged))
@@ -82,13 +84,14 @@ def read_judge(path: str) -> tuple[str, Labels]:
     """(the judge's name, its labels)."""
     if not Path(path).is_dir():
         by_rater = read_csv(path)
-        if len(by_rater) > 1:
+        if len(by_rater) != 1:
             raise UserError(f"{path}: labels of {len(by_rater)} raters; expected those of one judge")
-        return Path(path).stem, next(iter(by_rater.values()), {})
+        (labels,) = by_rater.values()
+        return Path(path).stem, labels
     judgement, _ = load(path)
     if judgement.kind != "judge":
         raise UserError(f"{path}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
-    return str(judgement.settings.get("judge")), read_judged(Path(path, "items.jsonl"))
+    return str(judgement.settings.get("judge")), read_judged(Path(path, ITEMS))
 
 
 def require_match(people: Mapping[str, Labels], judged: Labels, source: str) -> int:

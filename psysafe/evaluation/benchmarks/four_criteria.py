@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psysafe.data.rows import CLUSTER, Row, read_prompts
+from psysafe.data.rows import Row, read_prompts
 from psysafe.evaluation import (
     comparison,
     criteria,
@@ -74,6 +74,8 @@ class FourCriteria(Evaluation):
         if bool(stored.given(args)) == bool(args.prompts):
             ways = "--prompts FILE (answered here), --answers [NAME=]FILE, --replies FILE and --scores FILE"
             raise UserError(f"expected one of {ways}")
+        paths = [path for _, path in map(stored.name_and_path, args.answers)]
+        stored.refuse_items(args.out, [*paths, *filter(None, (args.replies, args.scores))])
         if args.replies or args.scores:
             result, answers = self._read_again(args)
         else:
@@ -96,7 +98,7 @@ class FourCriteria(Evaluation):
         baseline = baseline_of(args, answers)
         prompts, counts = prompts_to_judge(answers, baseline, unfinished.PAIRED)
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
-        write_items(Path(args.out) / "items.jsonl", answers, prompts, scores, replies)
+        write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
         result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
@@ -146,14 +148,13 @@ def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers],
     model, variants = models_under_test.from_arguments(args)
     unfinished.require_base([variant.adapter for variant in variants], args.rules)
     rows = read_prompts(args.prompts)[: args.limit or None]
-    questions = [question_of(row) for row in rows]
+    questions, clusters = [question_of(row) for row in rows], [stored.cluster_of(row) for row in rows]
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     only_rank_0()
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            cluster = rows[number - 1].fields.get(CLUSTER) or ""
-            answers[variant.name].add(answer["prompt"], answer | {"cluster": cluster})
+            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number - 1]})
     return answers, model.summary() | {"prompts": str(args.prompts)}
 
 
@@ -188,13 +189,10 @@ def compare(
     """Judges all variants on the prompts that they share and puts them side by side. judge: None for the word lists."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
     scores, replies, failed = score(answers, prompts, judge, rubric, out)
-    write_items(out / "items.jsonl", answers, prompts, scores, replies)
+    write_items(out / stored.ITEMS, answers, prompts, scores, replies)
     judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
     first, *more = tables(answers, scores, baseline, judged_by)
-    flags = {
-        name: [prompt in of_variant.unfinished_thinking for prompt in of_variant.rows]
-        for name, of_variant in answers.items()
-    }
+    flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
     shown = [unfinished.with_shares(first, flags), *more]
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}

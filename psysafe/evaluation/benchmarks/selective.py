@@ -25,11 +25,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import CLUSTER, Row, read_prompts
+from psysafe.data.rows import Row, read_prompts
 from psysafe.data.text import normalise
-from psysafe.evaluation import behaviour, divergence, judge_models, models_under_test, unfinished, word_list_judge
+from psysafe.evaluation import (
+    behaviour,
+    divergence,
+    judge_models,
+    models_under_test,
+    stored,
+    unfinished,
+    word_list_judge,
+)
 from psysafe.evaluation.benchmark import Evaluation
-from psysafe.evaluation.benchmarks.four_criteria import answer_prompts, question_of, read_all
+from psysafe.evaluation.benchmarks.four_criteria import answer_prompts, question_of
 from psysafe.evaluation.models_under_test import BASE, Question, Variant, VariantAnswers
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
@@ -85,8 +93,7 @@ class Selective(Evaluation):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with prompt, group, cluster")
-        parser.add_argument("--answers", action="append", metavar="[NAME=]FILE", default=[],
-                            help="answers that are there already (generate.py --out); as often as needed")  # fmt: skip
+        stored.add_answers_argument(parser)
         parser.add_argument("--baseline", metavar="NAME", help="of --answers: the base (where rows say adapter base)")
         add_training_argument(parser)
         unfinished.add_argument(parser)
@@ -97,21 +104,18 @@ class Selective(Evaluation):
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
         if not args.answers:
             return reasons | {"--baseline": "without --answers: the base is the model without an adapter"}
-        reasons |= dict.fromkeys(models_under_test.FLAGS, "with --answers: they are written already")
-        if args.judge_local:  # the judge runs there
-            del reasons["--device"], reasons["--dtype"]
-        return reasons
+        return reasons | stored.without_models(args)
 
     def run(self, args: argparse.Namespace) -> Result:
         judge = judge_models.from_arguments(args, temperature=0.0)
         prompts = read_prompt_groups(args.prompts, args.limit)
-        answers, bases, kl, settings = stored(args.answers, args.baseline) if args.answers else generated(args, prompts)
+        answers, bases, kl, settings = read_stored(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl")
-        write_items(Path(args.out) / "items.jsonl", prompts, judged, kl)
+        write_items(Path(args.out) / stored.ITEMS, prompts, judged, kl)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
         first, *more = tables(prompts, judged, bases, kl)
-        flags = {name: [p in of.unfinished_thinking for p in of.rows] for name, of in answers.items()}
+        flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
         shown = [unfinished.with_shares(first, flags), *more]
         result = Result(self.name, f"Selective support, judged by {judged_by}", shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
@@ -125,18 +129,21 @@ class Selective(Evaluation):
 
 
 def read_prompt_groups(path: str, limit: int = 0) -> dict[str, Prompt]:
-    """The prompts by their text, each with its group. UserError for a row without one."""
+    """The prompts by their text, each with its group. UserError for a row without one, and for a prompt in two."""
     prompts = {}
     for row in read_prompts(path)[: limit or None]:
         group, cluster = group_of(row)
         question = question_of(row)
-        prompts.setdefault(question.prompt, Prompt(question, group, cluster))
+        earlier = prompts.setdefault(question.prompt, Prompt(question, group, cluster))
+        if (earlier.group, earlier.cluster) != (group, cluster):
+            first = earlier.question.number
+            raise UserError(f"{row.where}: the prompt of row {first} again, in another group or cluster")
     return prompts
 
 
 def group_of(row: Row) -> tuple[str, str]:
     fields = row.fields
-    label, cluster = fields.get("label"), fields.get("cluster") or fields.get(CLUSTER) or ""
+    label, cluster = fields.get("label"), stored.cluster_of(row)
     group = fields.get("group") or (OF_LABEL.get(label) if isinstance(label, str) else None)
     if group not in GROUPS:
         raise UserError(f"{row.where}: group is {group!r:.60}, expected one of {', '.join(GROUPS)}, or XSTest's label")
@@ -155,9 +162,11 @@ class Answers(NamedTuple):
     settings: dict  # of the result
 
 
-def stored(specs: Sequence[str], baseline: str | None) -> Answers:
+def read_stored(args: argparse.Namespace) -> Answers:
     """The answers of files. There is no KL: that takes the models."""
-    answers = read_all(specs)
+    specs, baseline = args.answers, args.baseline
+    stored.refuse_items(args.out, (path for _, path in map(stored.name_and_path, specs)))
+    answers = stored.read_all(specs)
     names = [name for name, of_variant in answers.items() if of_variant.is_base]
     if baseline is None and len(names) != 1:
         raise UserError(f"--answers: {len(names)} of {'; '.join(answers)} are the base's; name it with --baseline NAME")
@@ -182,9 +191,10 @@ def generated(args: argparse.Namespace, prompts: Mapping[str, Prompt]) -> Answer
     for variant, base in bases.items():
         rows, system = answers[base.name].rows, system_text(base.system)
         asked[variant] = {
-            prompt: divergence.conversation(prompts[prompt].question.turns(), rows[prompt], system)
-            for prompt in prompts
-            if prompts[prompt].group in OUTSIDE and not rows[prompt]["unfinished_thinking"]
+            p: divergence.conversation(prompt.question, rows[p], system)
+            for p, prompt in prompts.items()
+            # Of an empty answer, as of reasoning without end, no token is trained, and a mean over none is nan.
+            if prompt.group in OUTSIDE and rows[p]["answer"].strip()
         }
     kl = divergence.by_variant(model, asked, Path(args.out) / "divergence.jsonl")
     names = {variant.name: base.name for variant, base in bases.items()}
@@ -199,8 +209,11 @@ def shared_prompts(
     never_ended = {name: of_variant.unfinished_thinking for name, of_variant in answers.items()}
     left_out = unfinished.left_out(never_ended, bases, rules)
     compared = [p for p in answered if p not in left_out]
-    if not compared:
+    if not answered:
         raise UserError(f"no prompt of --prompts is answered by all of {'; '.join(answers)}; expected the same texts")
+    if not compared:
+        reason = unfinished.reason_left_out(rules)
+        raise UserError(f"nothing to compare between {'; '.join(answers)}: {reason}, all {len(answered):,} prompts")
     counts = {"prompts": len(prompts), "not answered by all": len(prompts) - len(answered)}
     counts |= {unfinished.reason_left_out(rules): len(answered) - len(compared), "compared": len(compared)}
     return compared, counts
@@ -275,7 +288,7 @@ def _cell(table: Table, line: tuple[str, str], column: int) -> float | None:
 def detail(
     prompts: Mapping[str, Prompt], judged: Mapping[str, dict], name: str, base: str, kl: Mapping[str, float]
 ) -> Table:
-    """A setting against its base, over the prompts for which both have a clear verdict."""
+    """A setting against its base, over the prompts for which both have a clear verdict. kl: prompt -> nats a token."""
     both = [p for p in judged[base] if p in judged[name]]
     clear = [p for p in both if behaviour.UNKNOWN not in (judged[base][p].label, judged[name][p].label)]
 
@@ -340,6 +353,5 @@ def harm_note(pairs: Pairs) -> str:
     only_this = sum(answer.complies and not base.complies for base, answer in pairs)
     p = mcnemar(only_base, only_this)
     intervals = "Intervals: 95 %, Wilson for shares, bootstrap over prompts for KL (nats a token)."
-    return f"{intervals} Unsafe prompts with which only the base complies: {only_base}, only this: {only_this} " + (
-        f"(McNemar, exact: p = {p:.2g})."
-    )
+    counts = f"Unsafe prompts with which only the base complies: {only_base}, only this: {only_this}"
+    return f"{intervals} {counts} (McNemar, exact: p = {p:.2g})."
