@@ -109,7 +109,7 @@ class Selective(Evaluation):
     def run(self, args: argparse.Namespace) -> Result:
         judge = judge_models.from_arguments(args, temperature=0.0)
         prompts = read_prompt_groups(args.prompts, args.limit)
-        answers, bases, kl, settings = read_stored(args) if args.answers else generated(args, prompts)
+        answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl")
         write_items(Path(args.out) / stored.ITEMS, prompts, judged, kl)
@@ -162,7 +162,7 @@ class Answers(NamedTuple):
     settings: dict  # of the result
 
 
-def read_stored(args: argparse.Namespace) -> Answers:
+def answers_of_files(args: argparse.Namespace) -> Answers:
     """The answers of files. There is no KL: that takes the models."""
     specs, baseline = args.answers, args.baseline
     stored.refuse_items(args.out, (path for _, path in map(stored.name_and_path, specs)))
