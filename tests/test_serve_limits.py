@@ -412,6 +412,11 @@ def test_an_origin(origin):
     assert parse(["--cors", origin], "").origins == (origin,)
 
 
+def test_a_server_takes_one_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("a server has no rows to share with other ranks; start it without torchrun", program.main, [])
+
+
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])
 def test_a_missing_package_is_one_line(package, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from psysafe.cli import refuse_ranks
 from psysafe.program import UserError, exit_on_signals, main_guard
 from psysafe.serve.settings import KEY_VARIABLE, bind, parse
 from psysafe.serve.setup import set_up
@@ -18,6 +19,7 @@ from psysafe.serve.setup import set_up
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(argv, __doc__)
+    refuse_ranks("a server")
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install -r requirements-serve.txt")

@@ -72,6 +72,7 @@ class Choice:
     pending: list[dict] = field(default_factory=list)  # logprobs of tokens whose text is not shown yet
 
     def push(self, update: Update, logprobs: list[dict]) -> Part:
+        """Takes up an update. logprobs: of its token, or empty where none are wanted."""
         self.tokens += update.event.token is not None
         self.reasoning_tokens += update.in_reasoning
         self.finish = update.finish
@@ -118,10 +119,12 @@ class Completion:
         return []
 
     def whole(self) -> dict:
+        """The body of an answer that is not streamed."""
         choices = [self._whole_choice(choice) for choice in self.choices]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
 
     def usage_chunk(self) -> dict:
+        """A stream's last chunk, with the numbers of tokens and no choice."""
         return self._chunk([]) | {"usage": self.usage()}
 
     def usage(self) -> dict:

@@ -235,6 +235,7 @@ class Job:
         self.timer: asyncio.TimerHandle | None = None
 
     def begin(self, completion: Completion, timeout_s: float) -> None:
+        """Submits the request. Raises ApiError 429 or 503 where there is no place for all its answers."""
         asked, self.completion = completion.asked, completion
         self.record.model = asked.model
         self.record.prompt_tokens = sum(map(len, asked.prompts))
@@ -244,7 +245,8 @@ class Job:
         self.timer = asyncio.get_running_loop().call_later(timeout_s, self.generation.fail, timeout)
 
     async def next(self) -> list[dict]:
-        """Chunks of what became known since. Raises ApiError where it comes to no good end."""
+        """Waits for news -> the chunks of all that became known since the last call. Raises ApiError where the request
+        ends with an error."""
         updates = [await self.generation.updates.get()]
         while not self.generation.updates.empty():
             updates.append(self.generation.updates.get_nowait())
@@ -260,6 +262,7 @@ class Job:
         return self.completion.push(update)
 
     async def whole(self) -> dict:
+        """The body of the whole answer, once it has ended. Raises ApiError as `next`."""
         while not self.completion.is_finished:
             await self.next()
         self.close()

@@ -30,7 +30,8 @@ def invalid(param: str, value: object, expected: str) -> ApiError:
 
 class Fields:
     """A JSON object whose fields are taken one by one; `end` refuses those that nobody has taken. A field that is null
-    counts as absent. prefix: where the object stands in the request."""
+    counts as absent. prefix: where the object stands in the request. Every method raises ApiError (400) for a value of
+    another type or out of range."""
 
     def __init__(self, values: object, prefix: str = ""):
         self.prefix = prefix

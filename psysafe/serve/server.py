@@ -39,6 +39,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.worker, self.models, self.grace_s = app.worker, list(app.served.models), grace_s
 
+    # uvicorn calls these two.
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.worker.start(asyncio.get_running_loop())
         await super().startup(sockets)

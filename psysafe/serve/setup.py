@@ -61,6 +61,7 @@ def set_up(settings: Settings) -> tuple[Served, Tokenizer, Worker]:
 def make_engine(
     model: Qwen3_5, tokenizer: Tokenizer, adapters: MixedAdapters | None, limits: Limits, deterministic: bool
 ) -> Engine:
+    """The engine, with as many slots as are asked for, else as fit. Raises UserError where they have no room."""
     positions = check_context(model, limits.context)
     context = limits.context or min(positions, MAX_CONTEXT)
     wanted = limits.slots or MAX_SLOTS[model.embed_tokens.device.type]

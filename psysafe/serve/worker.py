@@ -50,6 +50,7 @@ class Generation:
         self.worker.submit(self, asked)
 
     def take(self, update: Update) -> None:
+        """Passes an update on; a row's last one gives its place back."""
         if update.finish and self.places:
             self._release(1)
         self.updates.put_nowait(update)
@@ -103,6 +104,7 @@ class Worker:
     # On the loop
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts the thread. loop: where everything else of this class is called."""
         self._loop = loop
         self._thread.start()
 
@@ -120,6 +122,7 @@ class Worker:
             raise ApiError(429, f"{reason}; try again", code="queue_full", retry_after=RETRY_AFTER_S)
 
     def submit(self, generation: Generation, asked: Asked) -> None:
+        """Has the engine take the request's rows, n for each prompt. A row that it refuses is an error in `updates`."""
         rows = []
         for index, (prompt, _) in enumerate(itertools.product(asked.prompts, range(asked.n))):
             # Its place in the request names an answer's random numbers: equal requests with equal seeds agree.
@@ -134,6 +137,7 @@ class Worker:
         self._command(lambda: self._submit(rows))
 
     def cancel(self, generation: Generation) -> None:
+        """Has the engine end what of the rows still runs."""
         self._command(lambda: self._cancel(generation.rows))
 
     def drain(self) -> None:
