@@ -7,7 +7,6 @@ busy machine, their seconds do not. The bundled benign rows stand in for contras
 of its own for each. On paper: four rows of 640 tokens, of which 80 are not trained, and one contrast row of 400.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -15,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,11 @@ import torch  # noqa: E402
 
 from psysafe import load_model  # noqa: E402
 from psysafe.checkpoint.base import build  # noqa: E402
+from psysafe.cli import Parser  # noqa: E402
 from psysafe.data.rows import CLUSTER, read_rows, write_rows  # noqa: E402
 from psysafe.files import ASSETS, write_atomic  # noqa: E402
 from psysafe.model.lora import attach  # noqa: E402
+from psysafe.program import main_guard  # noqa: E402
 from psysafe.runtime import start  # noqa: E402
 from psysafe.training.config import TrainConfig, resolve  # noqa: E402
 from psysafe.training.dry_run import read_architecture  # noqa: E402
@@ -116,19 +119,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in (lines[0], " | ".join("---" for _ in rows[0]), *lines[1:]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of contrast rows and of --kl-weight.")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("benchmarks/contrast.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each variant (40)")
     parser.add_argument("--out", type=Path, help="also write the numbers there")
-    parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "ROWS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "ROWS"), help=SUPPRESS)
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.memory:
         run = run_of(VARIANTS[args.memory[0]], args.memory[1])
         for _ in range(20):
             timed_step(run)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "contrast.jsonl")
         rows = read_rows("assets:rows/train.jsonl")
@@ -139,7 +142,8 @@ def main() -> None:
     print(table(cpu), table(paper), sep="\n\n")
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main_guard(main))

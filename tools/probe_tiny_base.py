@@ -9,10 +9,9 @@ about" than a class of other requests), and a logistic probe on the hidden state
 has read. AUC is the share of pairs (risky, other) in which the risky one scores higher.
 """
 
-import argparse
-import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from psysafe import load_model, load_tokenizer  # noqa: E402
+from psysafe.cli import Parser  # noqa: E402
+from psysafe.data.rows import read_prompts  # noqa: E402
 from psysafe.data.tokenizer import THINK_END  # noqa: E402
 from psysafe.evaluation import word_list_judge  # noqa: E402
 from psysafe.generation.engine import Options  # noqa: E402
 from psysafe.generation.generator import Generator  # noqa: E402
+from psysafe.program import UserError, main_guard  # noqa: E402
 
 HELD_OUT = ROOT / "tools" / "tiny_corpus" / "heldout.jsonl"
 GROUPS = ("risky", "out_of_domain", "scary", "plain")
@@ -146,17 +148,19 @@ def probe_auc(base: Base, risky: list[str], others: list[str]) -> float:
     return auc(*scores)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("tools/probe_tiny_base.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="assets:tiny", help="the base (default assets:tiny)")
-    parser.add_argument("--prompts", type=Path, default=HELD_OUT, help="JSON lines with prompt and group")
+    parser.add_argument("--prompts", default=str(HELD_OUT), help="JSON lines with prompt and group")
     parser.add_argument("--show", action="store_true", help="print every prompt with reasoning and answer")
-    arguments = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in arguments.prompts.read_text(encoding="utf-8").splitlines()]
-    report(Base(load_model(arguments.model), load_tokenizer(arguments.model)), rows, arguments.show)
+    rows = [row.fields for row in read_prompts(args.prompts)]
+    if unknown := [row for row in rows if row.get("group") not in GROUPS]:
+        raise UserError(f"{args.prompts}: group is {unknown[0].get('group')!r}, expected one of {', '.join(GROUPS)}")
+    report(Base(load_model(args.model), load_tokenizer(args.model)), rows, args.show)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))

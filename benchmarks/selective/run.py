@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from psysafe.cli import Parser, say
+from psysafe.cli import Parser, refuse_without_effect, say
 from psysafe.evaluation import statistics
 from psysafe.evaluation.benchmarks.selective import HARMLESS, OUTSIDE, UNSAFE, Judged
 from psysafe.evaluation.result import Table
@@ -88,13 +88,14 @@ def main(argv: Sequence[str]) -> int:
         make_rows(work, args.model)
         return 0
     recipes = {recipe.name: recipe for recipe in GRID}
-    wanted = args.recipe or list(recipes)
+    wanted = list(dict.fromkeys(args.recipe or recipes))
     if unknown := [name for name in wanted if name not in recipes]:
         raise UserError(f"--recipe {unknown[0]}: no such recipe; expected one of {', '.join(recipes)}")
     if args.stage == "choose":
         seeds, chosen, prompts = SEEDS[:1], [recipes[name] for name in wanted], HERE / "dev.jsonl"
     else:
-        seeds, chosen, prompts = SEEDS, [PAPER, WIDE, *(recipes[name] for name in wanted)], HERE / args.prompts
+        others = [recipes[name] for name in wanted if name not in (PAPER.name, WIDE.name)]
+        seeds, chosen, prompts = SEEDS, [PAPER, WIDE, *others], HERE / args.prompts
     runs = train_all(work, chosen, seeds, args)
     items = evaluate(work / prompts.stem, prompts, runs, args)
     tables = [compare(items, runs), by_reading(items, readings(work / prompts.stem / chosen[0].name), runs)]
@@ -118,8 +119,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     about = "where the tables go (benchmarks/results/selective-PROMPTS.json)"
     parser.add_argument("--out", metavar="FILE", help=about)
     args = parser.parse_args(argv)
+    unused = {"rows": ("--recipe", "--jobs", "--prompts", "--out"), "choose": ("--prompts",), "final": ()}[args.stage]
+    refuse_without_effect(argv, dict.fromkeys(unused, f"on the stage {args.stage}"))
     if args.stage == "final" and not (args.recipe and args.prompts):
         parser.error("final needs --recipe NAME and --prompts FILE")
+    # Before any training: a set is answered once, and nothing may have been chosen on it.
+    if args.stage == "final" and (args.prompts == "dev.jsonl" or not (HERE / args.prompts).is_file()):
+        sets = ", ".join(sorted(path.name for path in HERE.glob("unseen_*.jsonl")))
+        raise UserError(f"--prompts {args.prompts}: expected a held-out set of {HERE.name}/: {sets}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
     return args
 
 
