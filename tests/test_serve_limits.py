@@ -401,13 +401,14 @@ def test_a_mistake_in_a_flag(words, expected):
     refused(re.escape(expected), parse, words, "")
 
 
-@pytest.mark.parametrize("word", ["http://localhost:3000/x", "http://[", "http://Localhost", "http://me@localhost",
-                                  "http://localhost:80", "https://a:443", "https://a:x", "localhost:3000"])  # fmt: skip
+@pytest.mark.parametrize("word", ["http://localhost:3000/x", "http://[", "http://Localhost", "http:localhost",
+                                  "http://localhost:80", "https://localhost:443", "https://localhost:x",
+                                  "localhost:3000"])  # fmt: skip
 def test_what_is_no_origin(word):
     refused("expected an origin as browsers send it, such as http://localhost:3000", parse, ["--cors", word], "")
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://a.example", "http://[::1]:80080", "https://b:80"])
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://localhost:80", "http://[::1]:8080"])
 def test_an_origin(origin):
     assert parse(["--cors", origin], "").origins == (origin,)
 
