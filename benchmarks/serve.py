@@ -1,6 +1,6 @@
 """The server against its own engine, mixed adapters against one, and both against `transformers serve`.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.serve --only engine --new-tokens 128 --out benchmarks/results/serve-engine.json
+    python -m benchmarks.serve --only engine --new-tokens 128 --out benchmarks/results/serve-engine.json
 
 Three questions, in new tokens a second of CPU time (other processes lengthen wall time, which is shown beside it):
 
