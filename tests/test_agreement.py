@@ -196,6 +196,8 @@ def test_the_key_names_what_stood_on_a_side(files):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"page": "d2"}, r"anna\.json: of page 'd2', and .*key\.json of page 'd1'; expected the key of the same page"),
+    ({"swapped": ["02"]}, r"anna\.json: swapped 1: item is '02', which the key does not have"),
+    ({"swapped": ["1", ["2"]]}, r"swapped 2: item is \['2'\], which the key does not have"),
     ({"rater": ""}, r"anna\.json: rater is ''; expected a name"),
     ({"ratings": 3}, r"anna\.json: ratings is 3; expected a list"),
     ({"ratings": [3]}, r"anna\.json: ratings 1: item is None, which the key does not have"),

@@ -141,7 +141,7 @@ def _read_export(
     rater = content.get("rater")
     if not isinstance(rater, str) or not rater.strip():
         raise UserError(f"{path}: rater is {rater!r:.60}; expected a name")
-    swapped = set(map(str, _list(content, "swapped", path)))
+    swapped = _swapped(content, items, path)
     for number, entry in enumerate(_list(content, "ratings", path), 1):
         where = f"{path}: ratings {number}"
         item, side = _entry(entry, items, where), _one_of(entry, "side", SIDES, where)
@@ -178,6 +178,14 @@ def _list(content: dict, name: str, path: str | Path) -> list:
     if not isinstance(values, list):
         raise UserError(f"{path}: {name} is {values!r:.60}; expected a list")
     return values
+
+
+def _swapped(content: dict, items: Mapping[str, dict], path: str | Path) -> set[str]:
+    """The items that this rater saw exchanged. One misread would give its labels to the other variant."""
+    names = _list(content, "swapped", path)
+    for number, name in enumerate(names, 1):
+        _entry({"item": name}, items, f"{path}: swapped {number}")
+    return set(map(str, names))
 
 
 def _entry(entry: object, items: Mapping[str, dict], where: str) -> dict:
