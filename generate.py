@@ -180,8 +180,11 @@ apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: -
         parser.error("--out is the file of --prompts and would be overwritten")
     if args.compare and (args.adapter or args.chat or args.merge):
         parser.error("--compare names the adapters itself, and goes with no --adapter, --chat or --merge")
-    if args.compare and not all(args.compare.split(",")):
+    names = args.compare.split(",") if args.compare else []
+    if not all(names):
         parser.error(f"--compare {args.compare}: an empty name; expected folders or base, separated by one comma each")
+    if len(set(names)) < len(names):
+        parser.error(f"--compare {args.compare}: a name stands twice; expected each folder, and base, once")
     return args
 
 

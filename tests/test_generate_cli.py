@@ -504,6 +504,7 @@ def assert_one_line(result, message):
         (("a", "--model", "nowhere"), "nowhere: no such model folder"),
         (("a", "--merge"), "--merge: there is no adapter to merge"),
         (("a", "--compare", "base,"), "--compare base,: an empty name"),
+        (("a", "--compare", "base,b,b"), "--compare base,b,b: a name stands twice"),
         (("a", "--compare", "base,b", "--merge"), "--compare names the adapters itself"),
         (("a", "--temperature", "-1"), "temperature is -1.0, expected a number from 0 on"),
         (("a", "--top-k", "many"), "argument --top-k: invalid int value: 'many'"),
