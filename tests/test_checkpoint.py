@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kernels.proof.closeness import relative_error
 from psysafe import load_model, load_tokenizer
-from psysafe.checkpoint.base import fill, matching_tensors, published_tensors
+from psysafe.checkpoint.base import fill, matching_tensors, published_tensors, resolve_model
 from psysafe.checkpoint.peft_format import read_adapter
 from psysafe.checkpoint.tensor_files import all_finite
 from psysafe.hub import GatedError, HubError, did_you_mean
@@ -94,6 +94,11 @@ def test_random_weights_are_the_same_everywhere(tmp_path, monkeypatch):
     first, second = (load_model(f"random:{config}") for config in (tmp_path / "config.json", "config.json"))
     assert torch.equal(logits(first), logits(second))
     assert logits(first).isfinite().all() and logits(first).std() > 0
+
+
+def test_random_weights_of_a_missing_config_are_refused(tmp_path):
+    missing = f"random:{tmp_path}/none.json"
+    refused(f"{missing}: no such file; expected the config.json of an architecture", resolve_model, missing)
 
 
 def broken(case: str, folder):

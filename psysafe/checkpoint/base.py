@@ -90,6 +90,8 @@ def resolve_model(source: str | Path, revision: str | None = None) -> tuple[Path
     source = str(source)
     path = Path(expand(source.removeprefix("random:"))).expanduser()
     if source.startswith("random:"):
+        if not path.is_file():
+            raise UserError(f"{source}: no such file; expected the config.json of an architecture")
         return path.parent, ""
     if path.is_dir():
         return path, ""
