@@ -78,6 +78,13 @@ def test_what_holds_where_nothing_is_said(tokenizer):
     assert chat(tokenizer, **(nulls | question("Hi"))).prompts == chat(tokenizer).prompts
 
 
+def test_what_is_missing_is_called_missing(tokenizer):
+    for name, message in (("model", "model is missing, expected one of base, tuned"),
+                          ("messages", "messages is missing, expected a list of messages")):  # fmt: skip
+        error = fault(chat, tokenizer, **{name: None})
+        assert (error.message, error.param, error.code) == (message, name, "missing")
+
+
 def test_messages(tokenizer):
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert chat(tokenizer, messages=[{"role": "user", "content": parts}]).prompts == chat(tokenizer).prompts

@@ -39,6 +39,11 @@ class Fields:
             raise invalid(prefix.rstrip(".") or "the request", values, "an object")
         self.values = {name: value for name, value in values.items() if value is not None}
 
+    def require(self, name: str, expected: str) -> None:
+        if name not in self.values:
+            param = self.prefix + name
+            raise ApiError(400, f"{param} is missing, expected {expected}", param, "missing")
+
     def take(self, name: str, default: object = None) -> object:
         return self.values.pop(name, default)
 

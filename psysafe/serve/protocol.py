@@ -123,8 +123,7 @@ def _shared(
     fields: Fields, served: Served, logprobs: int | None, thinking: bool, max_new: int, max_think: int
 ) -> Asked:
     """What chat and text completions have in common."""
-    if "model" not in fields.values:
-        raise ApiError(400, f"model is missing, expected one of {', '.join(served.models)}", "model", "missing")
+    fields.require("model", f"one of {', '.join(served.models)}")
     model = fields.text("model")
     if model not in served.models:
         names = ", ".join(served.models)
@@ -210,6 +209,7 @@ def _stop(fields: Fields) -> tuple[str, ...]:
 
 def _messages(fields: Fields) -> list[Message]:
     """The conversation in the template's terms. Who says what in which order, the template itself checks."""
+    fields.require("messages", "a list of messages")
     messages = fields.list("messages", "a list of messages")
     if not messages:
         raise invalid("messages", messages, "a list of messages, one or more")
