@@ -68,6 +68,7 @@ def test_a_judged_models_conversation_is_that_of_generate(tmp_path, monkeypatch)
     tokenizer = load_tokenizer(ASSETS / "tiny")
     generator = Generator(None, tokenizer)
     monkeypatch.setattr(Generator, "complete", complete)
+    monkeypatch.setattr(Generator, "check", lambda self, requests: None)  # of lengths, which asks the model
     monkeypatch.setattr(ModelUnderTest, "load", lambda self, variants: (None, tokenizer))
     for system in ("none", "v1"):
         variant = models_under_test.Variant("base", system)

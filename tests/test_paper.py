@@ -81,8 +81,8 @@ def rows(lengths: list[int]) -> int:
 def test_a_value_that_the_host_wants_is_refused(monkeypatch):
     right = MLP.forward
 
-    def wrong(self, x, u):
-        return right(self, x * x.abs().max().item(), u)
+    def wrong(self, x, *others):
+        return right(self, x * x.abs().max().item(), *others)
 
     monkeypatch.setattr(MLP, "forward", wrong)
     with pytest.raises(PaperError, match=r"tests/test_paper.py:\d+: aten._local_scalar_dense.*host would wait"):
@@ -91,7 +91,7 @@ def test_a_value_that_the_host_wants_is_refused(monkeypatch):
 
 def test_a_tensor_that_lies_on_the_host_is_refused(monkeypatch):
     right = MLP.forward
-    monkeypatch.setattr(MLP, "forward", lambda self, x, u: right(self, x * torch.ones(len(x), 1), u))
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *others: right(self, x * torch.ones(len(x), 1), *others))
     with pytest.raises(PaperError, match=r"tests/test_paper.py:\d+: mul.*shape \(64, 1\) on the host"):
         trace_step(run_of([64]))
 
@@ -155,7 +155,7 @@ def test_no_stray_pass_in_a_block(step):
 )
 def test_an_added_pass_is_seen(monkeypatch, change, name):
     right = MLP.forward
-    monkeypatch.setattr(MLP, "forward", lambda self, x, u: right(self, change(x), u))
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *others: right(self, change(x), *others))
     operations = torch_operations(trace_step(run_of([64] * 2, architecture("qwen3.5-27b-architecture.json", 8))), 2)
     assert operations != DELTA_NET_BLOCK and ("forward", name) in operations
 
