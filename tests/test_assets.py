@@ -442,7 +442,7 @@ def test_prompts_written_afterwards(tmp_path):
         model, tokenizer = load_model("assets:tiny", adapter), load_tokenizer("assets:tiny")
         answers = Generator(model, tokenizer, Options(max_new_tokens=256)).answers(questions)
         by_model.append([a.answer for a in sorted(answers, key=lambda a: a.row)])
-    _, parts, _, benign = miniature.tables(rows, *by_model)
+    _, parts, _, benign, *_ = miniature.tables(rows, *by_model)
     (base, *_, base_has_all), (tuned, *_, tuned_has_all) = parts.rows
     print(parts.rows, benign.rows)
     assert (base, tuned) == ("base", "fine-tuned") and base_has_all == 0 and tuned_has_all >= 90

@@ -136,9 +136,9 @@ def test_near_duplicates_are_those_of_the_definition():
     rows = [Row({"prompt": p, "group": generator.choice("xy")}, Path("f"), i) for i, p in enumerate(prompts)]
     selected: list[Row] = []
     for row in rows:
-        mine = set(row.fields["prompt"].split())
+        words = set(row.fields["prompt"].split())
         others = (set(o.fields["prompt"].split()) for o in selected if o.fields["group"] == row.fields["group"])
-        if not any(len(mine & other) >= 0.8 * len(mine | other) for other in others):
+        if not any(len(words & other) >= 0.8 * len(words | other) for other in others):
             selected.append(row)
     assert contrast.without_near_duplicates(rows) == selected
     assert 100 < len(selected) < 390

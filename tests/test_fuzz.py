@@ -222,7 +222,7 @@ TARGETS = {
             "eval agreement --human {box}/csv/labels.csv --judged {box}/result",
             "eval judge --scores {box}/result/items.jsonl",
         ),
-        instead=("labels.csv",),
+        instead=("labels.csv", "nothing to compare between"),
     ),
     "ratings": Target("ratings/anna.json", JSON, (RATED,)),
     "key of ratings": Target("ratings/key.json", JSON, (RATED,), instead=("anna.json",)),
