@@ -203,7 +203,7 @@ def test_the_criteria_are_the_rubrics():
 def test_every_slot_of_the_template_is_filled():
     """The other way round as well: a part that no slot takes would be lost."""
     slots = re.findall(r"<!-- (\w+) -->", (ASSETS / "form.html").read_text())
-    parts = {name: f"[{name}]" for name in ("title", "notice", "helplines", "instructions")}
+    parts = {name: f"[{name}]" for name in ("title", "notice", "helplines", "instructions", "keys")}
     page = web_page.build("form.html", parts, ["form.css"], ["form.js"], {})
     assert set(slots) == {*parts, "policy", "style", "data", "script"} and "<!--" not in page
     assert all(part in page for part in parts.values())

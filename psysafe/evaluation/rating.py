@@ -30,6 +30,7 @@ from psysafe.program import UserError
 
 TITLE = "Rating answers"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and answers to it."
+KEYS = "By keyboard: y, n and 1 to 5 choose in a question, a, b and n the answer that you prefer."
 ITEMS = 25  # of the publication's study: five prompts of each of five clusters
 Pair = tuple[str, str]  # two variants
 
@@ -38,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_answers_argument(parser)
     parser.add_argument("--settings", metavar="A,B", help="the two variants, where there are more")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--items", type=_count, metavar="N", help=f"prompts, drawn from all (at most {ITEMS})")
+    amount.add_argument("--items", type=_count, metavar="N", help=f"prompts drawn from all ({ITEMS}, or all)")
     amount.add_argument("--per-cluster", type=_count, metavar="N", help="prompts drawn from each risk cluster")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts and sides that are drawn (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="where rate.html and key.json are written")
@@ -194,5 +195,6 @@ def rubric_html(rubric: str) -> str:
 def page(content: dict) -> str:
     """The page as one HTML file."""
     instructions = read_text(ASSETS / "rate.html").replace("<!-- rubric -->", rubric_html(read_text(RUBRIC)))
-    parts = {"title": TITLE, "notice": NOTICE, "helplines": helplines.as_html(), "instructions": instructions}
+    parts = {"title": TITLE, "notice": NOTICE, "instructions": instructions, "keys": KEYS}
+    parts["helplines"] = helplines.as_html()
     return web_page.build("form.html", parts, ["form.css"], ["form.js", "rate.js"], content)
