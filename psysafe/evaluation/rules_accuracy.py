@@ -1,0 +1,40 @@
+"""What the word lists are worth: measured on labelled answers, and said beside every table that they made.
+
+The figures stand in assets/rules_judge.json, which `python -m benchmarks.rules_judge` writes; the answers and how they
+were labelled in benchmarks/rules_judge/.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from psysafe.evaluation import word_list_judge
+from psysafe.evaluation.result import Table
+from psysafe.files import ASSETS, read_json
+
+PATH = ASSETS / "rules_judge.json"
+WORD_LISTS = word_list_judge.NAME
+STRING_MATCHES = ("official string match", "normalised string match")  # XSTest's: how responses begin
+
+MEASURES = {"precision": "precision", "recall": "recall", "within_1": "within 1 of the label"}  # as the note says them
+
+
+@functools.cache
+def accuracy_note(*judges: str) -> str:
+    """One line: precision and recall of these judges on the held-out answers. judges: WORD_LISTS if none is named."""
+    measured = read_json(PATH)
+    said = "; ".join(f"{judge}: {_said(measured['judges'][judge])}" for judge in judges or (WORD_LISTS,))
+    return f"{said[:1].upper()}{said[1:]} (n = {measured['n']} held-out answers, benchmarks/rules_judge)."
+
+
+def _said(figures: dict[str, dict[str, float]]) -> str:
+    parts = []
+    for criterion, values in figures.items():
+        shares = [f"{MEASURES[name]} {100 * value:.0f} %" for name, value in values.items()]
+        parts.append(f"{criterion} {' '.join(shares)}")
+    return ", ".join(parts)
+
+
+def with_accuracy(tables: Sequence[Table], *judges: str) -> list[Table]:
+    """The tables, each with that line below it."""
+    return [replace(table, note=" ".join(filter(None, [table.note, accuracy_note(*judges)]))) for table in tables]
