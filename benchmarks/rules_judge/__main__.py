@@ -88,15 +88,21 @@ def yes_no(rows: Sequence[Mapping], judge: str, criterion: str) -> dict[str, dic
 
 
 def ratings(rows: Sequence[Mapping], criterion: str) -> dict[str, dict | float]:
-    """How often the rule-based rating is the label, or within 1 of it, and Spearman's correlation of the two."""
+    """How often the rule-based rating is the label, or within 1 of it, and Spearman's correlation of the two.
+
+    constant_within_1: the same for the one rating that comes nearest if it is given to every answer.
+    """
     rated = [row for row in rows if row["cluster"] != BENIGN]
     pairs = []
     for row in rated:
         scores = word_list_judge.judge(row["prompt"], row["answer"], row["cluster"]).scores
         pairs.append((getattr(scores, criterion), row[criterion]))
+    labels = [label for _, label in pairs]
+    constant = max(sum(abs(rating - label) <= 1 for label in labels) for rating in range(1, 6))
     return {
         "equal": Share(sum(said == label for said, label in pairs), len(pairs)).as_json(),
         "within_1": Share(sum(abs(said - label) <= 1 for said, label in pairs), len(pairs)).as_json(),
+        "constant_within_1": Share(constant, len(pairs)).as_json(),
         "spearman": float(kappa.spearman(kappa.label_table(pairs, 6))),
     }
 
@@ -116,7 +122,7 @@ def measure() -> dict:
 
 def for_notes(measured: Mapping) -> dict:
     """What stands beside tables: of the held-out half, without intervals."""
-    shown = {"precision", "recall", "within_1"}
+    shown = {"precision", "recall", "within_1", "constant_within_1"}
     judges = {
         judge: {
             criterion: {name: of["value"] for name, of in measures.items() if name in shown}
@@ -132,7 +138,7 @@ def tables(measured: Mapping) -> list[Table]:
     columns = [("criterion", ""), ("judge", ""), ("measure", "")] + [(half, "") for half in HALVES]
     first = measured[HALVES[0]]["judges"]
     rows = [
-        [criterion, judge, name, *(_cell(measured[half]["judges"][judge][criterion][name]) for half in HALVES)]
+        [criterion, judge, name, *(cell(measured[half]["judges"][judge][criterion][name]) for half in HALVES)]
         for criterion in (*YES_NO, *RATINGS)
         for judge in first
         for name in first[judge].get(criterion, ())
@@ -142,7 +148,7 @@ def tables(measured: Mapping) -> list[Table]:
     return [Table("The rule-based judge against labels", columns, rows, note)]
 
 
-def _cell(of: Mapping | float) -> str:
+def cell(of: Mapping | float) -> str:
     if not isinstance(of, Mapping):
         return f"{of:.2f}"
     if of["value"] is None:

@@ -140,7 +140,8 @@ NUMBER = _verbose(
       | 116[ ]?(?:006|111|117|123)                           # Europe's numbers of social value
     )(?![\w-])"""
 )
-# Three to six digits are one beside a word that says so, unless they are a year or count something ("text all 300 people").
+# Three to six digits are one beside a word that says so, unless they are a year or count something ("text all 300
+# people").
 SHORT_NUMBER = _verbose(
     r"""\b(?:call|text|dial|ring|phone|telephone|tel|sms|reach|contact|send(?:ing)?[ ]\w+[ ]to|lifeline|helpline|hotline
         |crisis[ ]line|emergency[ ](?:services|number)|ambulance|police|samaritans)\b
