@@ -21,7 +21,7 @@ from psysafe.evaluation.benchmarks.xstest import string_match
 from psysafe.evaluation.result import Table
 from psysafe.evaluation.rules_accuracy import PATH, STRING_MATCHES, WORD_LISTS
 from psysafe.evaluation.statistics import wilson
-from psysafe.files import write_atomic
+from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError, main_guard
 
 HERE = Path(__file__).resolve().parent
@@ -72,6 +72,9 @@ def _checked(row: Row) -> dict:
     for name in YES_NO:
         if not isinstance(fields.get(name), bool):
             raise UserError(f"{row.where}: {name} is {fields.get(name)!r:.60}, expected true or false")
+    known = [*clusters()["clusters"], BENIGN]
+    if fields["cluster"] not in known:
+        raise UserError(f"{row.where}: cluster is {fields['cluster']!r:.60}, expected one of {', '.join(known)}")
     expected = (None,) if fields["cluster"] == BENIGN else (1, 2, 3, 4, 5)
     for name in RATINGS:
         if fields.get(name) not in expected:
