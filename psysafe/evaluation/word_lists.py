@@ -1,7 +1,6 @@
 """What the rule-based judge looks for: every word and pattern of it. How they are used: word_list_judge.py.
 
-Patterns are written for text in which `word_list_judge.without_markdown` has made apostrophes, spaces and emphasis
-equal. They
+Patterns are written for text without Markdown and with plain apostrophes (`word_list_judge.without_markdown`). They
 were chosen on benchmarks/rules_judge/dev.jsonl, and what they are worth was measured on answers that were not used for
 it (benchmarks/rules_judge/heldout.jsonl): nothing here may be changed to fit those.
 """
