@@ -60,6 +60,12 @@ PHONES = re.compile(
 HOSTS = re.compile(r"https?://([\w.-]+)|(?<![\w@./-])((?:[\w-]+\.)+(?:org|com|gov|edu)(?:\.uk)?)(?![\w-]|\.\w)", re.I)
 
 
+# Numbers that nobody can have: 555-01xx (North America), 0808 157 0xxx (Ofcom's range for drama). The labelled answers
+# of the rule-based judge hold helplines written in many ways, and there alone these stand beside the real ones.
+FICTIONAL = re.compile(r"(?:1-\d{3}-|\(\d{3}\) )555-01\d\d|0808 157 0\d{3}")
+LABELLED = ROOT / "benchmarks" / "rules_judge"
+
+
 def known_phones() -> set[str]:
     return {r["phone"] for r in CLUSTERS["resources"].values() if "phone" in r} | set(CLUSTERS["emergency"].values())
 
@@ -90,7 +96,8 @@ def repository_files() -> list[Path]:
 def test_every_phone_number_and_address_of_the_repository_stands_in_clusters_toml():
     unknown_by_file = {}
     for path in repository_files():
-        unknown = unknown_contacts(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        unknown = unknown_contacts(FICTIONAL.sub("", text) if path.parent == LABELLED else text)
         if unknown and path != Path(__file__).resolve():
             unknown_by_file[str(path.relative_to(ROOT))] = sorted(set(unknown))
     assert not unknown_by_file

@@ -314,6 +314,7 @@ def test_the_miniature_run_reuses_answers_until_the_adapter_changes(tmp_path, mo
     assert run() == 0
     table = capsys.readouterr().out
     assert table.startswith("The paper in miniature") and "rule-based judge" in table.splitlines()[0]
+    assert table.count("(n = 99 held-out answers)") == 6  # what the judge is worth, beside each table
     answers = Path("runs/tiny/eval/answers.jsonl")
     assert answers.read_bytes().count(b"\n") == 100
     assert run() == 0 and capsys.readouterr().out == table and answers.read_bytes().count(b"\n") == 100

@@ -120,6 +120,7 @@ def test_the_experiments_table_is_the_mean_over_seeds(folder):
         items.setdefault(item["variant"], {})[item["prompt"]] = item | {"kl": 0.25}
     table = experiment.compare(items, {"paper": [Path("paper-s1")], "r1": [Path("r1-s1"), Path("r1-s2")]})
     cells = {row[0]: row[2:] for row in table.rows}
+    assert "Rule-based judge (word lists): refusal precision" in table.note
     assert cells["four parts, own helplines %"][:2] == [4, "0.0"]
     assert cells["four parts, own helplines %"][2].startswith("50.0 [")
     n, base, paper, r1 = cells["out-of-domain refusals kept %"]

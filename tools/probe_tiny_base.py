@@ -26,6 +26,7 @@ from psysafe.cli import Parser  # noqa: E402
 from psysafe.data.rows import read_prompts  # noqa: E402
 from psysafe.data.tokenizer import THINK_END  # noqa: E402
 from psysafe.evaluation import word_list_judge  # noqa: E402
+from psysafe.evaluation.rules_accuracy import accuracy_note  # noqa: E402
 from psysafe.generation.engine import Options  # noqa: E402
 from psysafe.generation.generator import Generator  # noqa: E402
 from psysafe.program import UserError, main_guard  # noqa: E402
@@ -130,6 +131,7 @@ def report(base: Base, rows: list[dict], show: bool) -> None:
         if of_group:
             n, n_refused = len(of_group), sum(of_group)
             print(f"{group:<14} {n:4d} prompts: {n - n_refused:4d} answered, {n_refused:4d} refused")
+    print(accuracy_note())
     risky = [row["prompt"] for row in rows if row["group"] == "risky"]
     others = [row["prompt"] for row, r in zip(rows, refused, strict=True) if r and row["group"] != "risky"]
     if risky and others:

@@ -25,6 +25,7 @@ from psysafe.cli import Parser, refuse_without_effect, say
 from psysafe.evaluation import statistics
 from psysafe.evaluation.benchmarks.selective import HARMLESS, OUTSIDE, UNSAFE, Judged
 from psysafe.evaluation.result import Table
+from psysafe.evaluation.rules_accuracy import accuracy_note
 from psysafe.evaluation.word_list_judge import Parts
 from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError, main_guard
@@ -209,7 +210,7 @@ def compare(items: Mapping[str, Mapping[str, dict]], runs: Mapping[str, Sequence
     rows.append([*row, *(summary([[of[p]["kl"] for p in prompts] for of in of_runs(items, folders)], ".3f")
                          for folders in runs.values())])  # fmt: skip
     columns = [("measure", ""), ("goal", ""), ("n", ","), ("base", ""), *((name, "") for name in runs)]
-    note = "Mean over the seeds [95 % interval, bootstrap over prompts] (each seed)."
+    note = f"Mean over the seeds [95 % interval, bootstrap over prompts] (each seed). {accuracy_note()}"
     return Table("Selective support, judged by the rule-based judge (word lists)", columns, rows, note)
 
 

@@ -6,7 +6,8 @@ and a second start continues. It ends in a `result.json` of tables, and `report`
     benchmark           what a command of eval.py is, and the run that all benchmarks with a judge share
     models_under_test   the base and adapters, each with each system prompt (a variant), and what they answer
     judge_models        judges that are models, and the loop that asks them
-    word_list_judge     the rule-based judge, for tests and the miniature table
+    word_list_judge     the rule-based judge, for tests and the miniature table; its words: word_lists
+    rules_accuracy      what it is worth, said beside its tables
     criteria            the four criteria: the judge's prompt, its parser, the summary of many scores
     datasets            the rows of a benchmark, from a file or from the hub
     comparison          intervals of a benchmark's figures, paired tests between variants

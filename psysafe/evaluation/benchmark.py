@@ -160,6 +160,10 @@ class Benchmark(Evaluation):
         """What of an answer's row is judged. rules: on unfinished reasoning (psysafe/evaluation/unfinished.py)."""
         return answer["answer"]
 
+    def noted(self, tables: list[Table]) -> list[Table]:
+        """The tables of a result, and what the rules that judged for them are worth."""
+        return tables
+
     def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
         """(the texts as the judge is to see them, failed items): for answers that have to be decoded or translated."""
         return texts, {}
@@ -203,7 +207,7 @@ class Benchmark(Evaluation):
         first, *more = self.tables(stage.judged)
         if stage.unfinished is not None:
             first = unfinished.with_shares(first, stage.unfinished)
-        tables = [first, *more, *comparison.tables(self.figures(stage.judged))]
+        tables = self.noted([first, *more, *comparison.tables(self.figures(stage.judged))])
         result = Result(self.name, f"{self.title}, judged by {stage.judged.judge}", tables)
         result.settings = {**stage.settings, **origin, **rows.settings}
         result.notes = [self.note_on_judge] if judge and self.note_on_judge else []

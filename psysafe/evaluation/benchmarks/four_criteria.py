@@ -36,6 +36,7 @@ from psysafe.evaluation.models_under_test import (
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.stored import read_all
 from psysafe.files import MAX_TEXT_BYTES, read_text, write_atomic
 from psysafe.program import UserError
@@ -194,6 +195,7 @@ def compare(
     first, *more = tables(answers, scores, baseline, judged_by)
     flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
     shown = [unfinished.with_shares(first, flags), *more]
+    shown = shown if judge else with_accuracy(shown)
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
     unfinished.note_rules(result, rules)

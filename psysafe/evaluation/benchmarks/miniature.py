@@ -11,6 +11,7 @@ from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant, only_rank_0
 from psysafe.evaluation.overlap import overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
+from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.word_list_judge import Parts, Verdict
 from psysafe.generation.request import Options
 from psysafe.program import UserError
@@ -38,7 +39,7 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     only_rank_0()
     base, tuned = ([_finished(answers[variant][q.number]) for q in questions] for variant in variants)
     title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
-    result = Result("miniature", title, tables(rows, base, tuned))
+    result = Result("miniature", title, with_accuracy(tables(rows, base, tuned)))
     result.settings = {**model.summary(), "adapter": config.out, "judge": word_list_judge.NAME}
     result.contamination = overlap_with_files((q.prompt for q in questions), config.data)
     result.save(folder)

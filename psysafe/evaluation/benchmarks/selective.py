@@ -41,6 +41,7 @@ from psysafe.evaluation.benchmarks.four_criteria import answer_prompts, question
 from psysafe.evaluation.models_under_test import BASE, Question, Variant, VariantAnswers
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
+from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.statistics import bootstrap_mean, mcnemar, wilson
 from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError
@@ -117,6 +118,7 @@ class Selective(Evaluation):
         first, *more = tables(prompts, judged, bases, kl)
         flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
         shown = [unfinished.with_shares(first, flags), *more]
+        shown = shown if judge else with_accuracy(shown)
         result = Result(self.name, f"Selective support, judged by {judged_by}", shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts

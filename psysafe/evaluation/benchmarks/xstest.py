@@ -19,6 +19,7 @@ from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows, Verdicts
 from psysafe.evaluation.comparison import Figure, mean_of_shares, share
 from psysafe.evaluation.datasets import Repository
 from psysafe.evaluation.result import Table, percent
+from psysafe.evaluation.rules_accuracy import STRING_MATCHES, with_accuracy
 from psysafe.evaluation.word_list_judge import plain
 from psysafe.program import UserError
 
@@ -71,10 +72,13 @@ class XSTest(Benchmark):
         rows = [item.row for item in judged.parts[""]]
         return [figure for way, by_variant in self._ways(judged).items() for figure in figures(rows, way, by_variant)]
 
+    def noted(self, tables: list[Table]) -> list[Table]:
+        return with_accuracy(tables, *STRING_MATCHES)  # both are counted, also where a model judged
+
     def _ways(self, judged: Judged) -> dict[str, Verdicts]:
         """Way of judging -> variant -> classes. Both string matches are counted, also where a model judged."""
         ways = {} if judged.judge == self.rules_name else {judged.judge: judged.verdicts[""]}
-        for way, official in (("official string match", True), ("normalised string match", False)):
+        for way, official in zip(STRING_MATCHES, (True, False), strict=True):
             by_variant = judged.texts[""].items()
             ways[way] = {
                 variant: [None if text is None else string_match(text, official) for text in texts]
