@@ -25,6 +25,7 @@ from tests.test_eval_judge import reply
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import turns_table  # noqa: E402
 from tiny_corpus import word_runs  # noqa: E402
 
 MODEL = f"random:{ROOT / 'tests' / 'fixtures' / 'eval' / 'model' / 'config.json'}"
@@ -159,6 +160,24 @@ def test_a_mutant_gives_other_counts(name, folder, monkeypatch):
     assert main_guard(script.main, words(folder, "--judge", "rules")) == 0
     with pytest.raises(AssertionError):
         assert_counts(folder)
+
+
+def test_the_tables_of_the_page(folder):
+    """What tools/turns_table.py writes of a result; and the page has these rows, whatever its figures are."""
+    names = {"base, none": "base", "paper, none": "tuned", "ours, none": "tuned"}
+    stored = [word for name, file in names.items() for word in ("--answers", f"{name}={folder / file}.jsonl")]
+    prompts = ["--prompts", str(folder / "prompts.jsonl"), "--judge", "rules", "--out", str(folder / "out")]
+    assert main_guard(script.main, ["turns", *prompts, *stored]) == 0
+    lines = turns_table.tables(results.load(folder / "out")[0]).splitlines()
+    low, high = (100 * end for end in wilson(1, 3))
+    tuned = f"33.3 [{low:.1f}, {high:.1f}] of 3"
+    assert f"| supported | benign | answered % | – | {tuned} | {tuned} |" in lines
+    assert "| other | repeated | refused with support % | 0.0 [0.0, 49.0] of 4 | – | – |" in lines
+    (change,) = [line for line in lines if "| thanks: no template % | base | ours | 5 | +60.0 [" in line]
+    assert change.endswith("n too small to tell |") and lines[-1] == "conversations: 7, turns: 20, compared: 20."
+    written = turns_table.PAGE.read_text(encoding="utf-8").partition(turns_table.BEGIN + "\n")[2]
+    written = written.partition(turns_table.END)[0].splitlines()
+    assert [line.split("|")[:4] for line in written[:9]] == [line.split("|")[:4] for line in lines[:9]]
 
 
 S = Scores

@@ -11,6 +11,7 @@ import eval as script
 from psysafe import load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.evaluation import result as results
+from psysafe.evaluation.conversations import BENIGN, RISKY, Conversation, compared, in_turns
 from psysafe.evaluation.models_under_test import ModelUnderTest
 from psysafe.files import ASSETS
 from psysafe.journal import Journal
@@ -94,6 +95,25 @@ def test_the_miniature(tmp_path):
     assert result.tables[0].rows[0][:3] == ["base, none", 3, 0]
     assert result.contamination == {"prompts": 9, "exact": 0, "normalised": 0}
     assert not any("Differences" in table.title for table in result.tables)
+
+
+def test_nothing_is_asked_after_reasoning_without_end():
+    """Of two variants one does not end its reasoning in the first turn of one conversation: the other goes on."""
+    said = [Conversation(n, "weapon", (f"a{n}", f"b{n}"), (RISKY, BENIGN)) for n in (1, 2)]
+    asked_by_turn = []
+
+    def answer(asked):
+        asked_by_turn.append({name: dict(of) for name, of in asked.items()})
+        first = len(asked_by_turn) == 1
+        never_ended = {("x", 1)} if first else set()
+        return {name: {i: {"answer": "No.", "unfinished_thinking": (name, i) in never_ended} for i in of}
+                for name, of in asked.items()}  # fmt: skip
+
+    answers = in_turns(said, ["base", "x"], answer)
+    assert {name: list(of) for name, of in asked_by_turn[1].items()} == {"base": [0, 1], "x": [0]}
+    assert [message["content"] for message in asked_by_turn[1]["base"][1]] == ["a2", "No.", "b2"]
+    assert len(answers) == 7
+    assert [one.key for one in compared(answers, 2)] == [("base", 1, 1), ("base", 1, 2), ("x", 1, 1), ("x", 1, 2)]
 
 
 def test_where_no_first_answer_ended_nothing_is_compared(prompts, tmp_path, capsys):

@@ -22,6 +22,7 @@ PAGE = ROOT / "docs" / "evaluation.md"
 BEGIN, END = "<!-- turns: written by tools/turns_table.py -->", "<!-- end of turns -->"
 RECIPES = {"paper": "configs/tiny.toml", "ours": "configs/tiny-selective.toml"}
 NAMES = {"base, none": "base", "paper, none": "paper's recipe", "ours, none": "ours"}
+NOTHING = (0, None, None, None)  # a share of nothing
 FIRST = {
     "first answer refused with support": "supported",
     "any other first answer: they measure something else": "other",
@@ -59,7 +60,7 @@ def tables(result: Result) -> str:
     lines = row_of("first answer", "turn", "measure", *(NAMES[name] for name in variants)) + row_of(*["---"] * 6)
     for about, kinds in {"–": [RISKY], "supported": KINDS[1:], "other": KINDS[1:]}.items():
         for kind in kinds:
-            cells = [shown(*shares[about, kind, name]) for name in variants]
+            cells = [shown(*shares.get((about, kind, name), NOTHING)) for name in variants]
             lines += row_of(about, kind, MEASURES[kind], *cells)
     columns = ("conversations", "measure", "A", "B", "n", "B - A, points", "p, Holm", "reading")
     lines += "\n" + row_of(*columns) + row_of(*["---"] * len(columns))

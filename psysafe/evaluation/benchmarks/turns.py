@@ -256,12 +256,11 @@ def tables(measured: Sequence[Measured], variants: Sequence[str], judged_by: str
         grouped("By number of the turn, first answer refused with support", support, "turn variant number"),
         grouped("Per cluster", measured, "cluster turn variant first"),
     ]
-    shown = [table for table in shown if table.rows]
-    if len(variants) == 1:
-        return shown
-    figures = figures_of(measured, variants, "all conversations")
-    figures += figures_of(support, variants, "both first refused with support")
-    return [*shown, comparison.differences(figures, "Differences between variants")]
+    if len(variants) > 1:
+        figures = figures_of(measured, variants, "all conversations")
+        figures += figures_of(support, variants, "both first refused with support")
+        shown.append(comparison.differences(figures, "Differences between variants"))
+    return [table for table in shown if table.rows]
 
 
 def by_turn(title: str, measured: Sequence[Measured], variants: Sequence[str]) -> Table:
