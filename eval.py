@@ -22,12 +22,14 @@ from psysafe.evaluation import rating, report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
 from psysafe.evaluation.benchmarks.selective import Selective
+from psysafe.evaluation.benchmarks.turns import Turns
 from psysafe.evaluation.models_under_test import ShareAnswered
 from psysafe.evaluation.result import check_folder
 from psysafe.program import main_guard
 
-EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), Selective(), xstest.XSTest(),
-                                 sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
+EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), Selective(), Turns(),
+                                 xstest.XSTest(), sorry_bench.SorryBench(), mmlu.MMLU(),
+                                 hellaswag.HellaSwag()]  # fmt: skip
 
 PAGES = {"rate": rating, "report": report}  # commands that make a page, and no tables
 PAGES_HELP = {"rate": "a page on which people rate answers of two variants, blind",

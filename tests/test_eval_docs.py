@@ -30,6 +30,11 @@ def test_the_whole_page(tmp_path, monkeypatch):
     assert base[-1] == 0.0 and tuned[-1] <= 10  # unfinished
     assert [row[1:3] for row in by_folder["judged-by-model"]["tables"][0]["rows"]] == [[40, 100.0]] * 2
     assert by_folder["agreement"]["tables"][0]["rows"][0][1] == 8
+    # Of the bundled conversations none overlaps with training; the base has no first answer with support.
+    turns = by_folder["turns"]
+    assert turns["contamination"] == {"prompts": 180, "exact": 0, "normalised": 0}
+    assert [row[0] for row in turns["tables"][0]["rows"]] == ["base, none", "tuned, none"]
+    assert turns["tables"][0]["rows"][0][2] < 5 < turns["tables"][0]["rows"][1][2]
     # The judge says 1 of all. Prompts on which the tuned model never finished its reasoning are left out of the six.
     (n, compliance), of_tuned = (row[1:3] for row in by_folder["sorry-bench"]["tables"][0]["rows"])
     assert 3 <= n <= 6 and compliance == 100.0 and of_tuned == [n, compliance]

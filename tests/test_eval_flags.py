@@ -39,6 +39,7 @@ BY_RULES = {
     "judge": "judge --prompts PROMPTS --model MODEL --out OUT --judge rules",
     "xstest": "xstest --data DATA --model MODEL --out OUT --judge rules",
     "selective": "selective --prompts GROUPS --model MODEL --adapter ADAPTER --out OUT --judge rules",
+    "turns": "turns --prompts TURNS --model MODEL --out OUT --judge rules",
 }
 BY_MODEL = {command: line.replace("--judge rules", JUDGE) for command, line in BY_RULES.items()}
 BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUDGE}"
@@ -50,6 +51,7 @@ LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
 REREAD = "judge --out OUT"
 RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
 STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --judge rules"
+TRANSCRIBED = "turns --prompts TURNS --answers a=TRANSCRIPTS --judge rules"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
@@ -108,6 +110,11 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--answers": (f"{STORED} --baseline a --out OUT", f"{STORED} --answers c=ANSWERS --baseline a --out OUT"),
         "--baseline": (f"{STORED} --baseline a --out OUT", f"{STORED} --baseline b --out OUT"),
     },
+    "turns": of_answers(BY_RULES["turns"]) | of_judges(BY_MODEL["turns"]) | {
+        "--judge": (BY_MODEL["turns"], BY_RULES["turns"]),
+        "--prompts": "--prompts OTHERTURNS",
+        "--answers": (f"{TRANSCRIBED} --out OUT", f"{TRANSCRIBED} --answers b=TRANSCRIPTS --out OUT"),
+    },
     "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
     } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
@@ -156,6 +163,9 @@ REFUSED = [
     *((f"{STORED} --baseline a", words) for words in (
         "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
     ("selective --prompts GROUPS --adapter ADAPTER --judge rules", "--baseline a"),
+    *((TRANSCRIBED, words) for words in (
+        "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--no-thinking", "--workers 3")),
+    ("turns --prompts TURNS --judge rules", "--seed 3"),
     ("judge --prompts PROMPTS --judge-local MODEL", "--workers 3"),
     (f"judge --prompts PROMPTS {JUDGE} --judge-param max_tokens=9", "--judge-tokens 99"),
     ("xstest --data DATA --judge rules --model MODEL", "--revision abc"),
@@ -206,6 +216,11 @@ def world(tmp_path, monkeypatch):
     groups = [risky, {"prompt": "I drink 1", "group": "plain"}]
     rows("GROUPS", groups)
     rows("OTHERGROUPS", [row | {"prompt": f"{row['prompt']}!"} for row in groups])
+    said = [{"cluster": "weapon", "kinds": ["risky", "benign"], "turns": [f"I drink {i}", "Hi"]} for i in range(2)]
+    rows("TURNS", said)
+    rows("OTHERTURNS", [row | {"kinds": ["risky", "thanks"]} for row in said])
+    rows("TRANSCRIPTS", [{"messages": [{"role": "user", "content": row["turns"][0]},
+                                       {"role": "assistant", "content": "No."}]} for row in said])  # fmt: skip
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
@@ -230,11 +245,11 @@ def world(tmp_path, monkeypatch):
         files[name] = tmp_path / name.lower()
     loaded = tiny_model()
 
-    def answers(self, variants, questions, out):
-        seen.append(["answers", repr(self), list(variants), list(questions)])
+    def answers_of(self, asked_of, out, generator=None):
+        seen.append(["answers", repr(self), {variant: list(questions) for variant, questions in asked_of.items()}])
         row = {"response": "so</think>I can't help.", "answer": "I can't help.", "reasoning": "so"}
         row["unfinished_thinking"] = False
-        return {v: {q.number: {"prompt": q.prompt, **row} for q in questions} for v in variants}
+        return {v: {q.number: {"prompt": q.prompt, **row} for q in asked} for v, asked in asked_of.items()}
 
     def load(self, variants=()):
         seen.append(["load", repr(self)])
@@ -252,7 +267,7 @@ def world(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setenv("OTHER_KEY", "sk-another-key-of-a-test")
-    for name in ("answers", "load"):
+    for name in ("answers_of", "load"):
         monkeypatch.setattr(ModelUnderTest, name, locals()[name])
     monkeypatch.setattr(ModelUnderTest, "summary", lambda self: {"model": self.model})
     monkeypatch.setattr(ModelUnderTest, "weights_summary", lambda self: {"model": self.model})

@@ -69,13 +69,12 @@ def test_a_judged_models_conversation_is_that_of_generate(tmp_path, monkeypatch)
     generator = Generator(None, tokenizer)
     monkeypatch.setattr(Generator, "complete", complete)
     monkeypatch.setattr(Generator, "check", lambda self, requests: None)  # of lengths, which asks the model
-    monkeypatch.setattr(ModelUnderTest, "load", lambda self, variants: (None, tokenizer))
     for system in ("none", "v1"):
         variant = models_under_test.Variant("base", system)
         questions = [four_criteria.question_of(row) for row in read]
         with Journal(tmp_path / f"answers-{system}.jsonl") as journal:
             asked = [(variant, question) for question in questions]
-            ModelUnderTest(MODEL)._answer(None, tokenizer, asked, {}, journal, Ranks(start("cpu")))
+            ModelUnderTest(MODEL)._answer(Generator(None, tokenizer), asked, {}, journal, Ranks(start("cpu")))
         text = system_text(system)
         as_generate = [generator.encode(with_system(prompt_messages(row), text), row.tools) for row in read]
         assert encoded == as_generate

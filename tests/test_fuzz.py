@@ -113,6 +113,7 @@ SELECTIVE = (
     "eval selective --prompts {box}/contrast/prompts.jsonl --judge rules --answers a={box}/contrast/answers.jsonl "
     "--answers b={box}/contrast/answers.jsonl"
 )
+TURNS = "eval turns --prompts {box}/turns/turns.jsonl --answers {box}/turns/answers.jsonl --judge rules"
 RESUME = ("train --out {box}/run --resume auto --max-steps 2",)
 
 RATED = "eval agreement --ratings {box}/ratings/anna.json --key {box}/ratings/key.json --judged {box}/result"
@@ -201,6 +202,10 @@ TARGETS = {
         ),
         instead=("no contrast row is left", "no prompt of --prompts is answered"),
     ),
+    "conversations": Target("turns/turns.jsonl", LINES, (TURNS,), instead=("--answers: no conversation of",)),
+    "answered conversations": Target(
+        "turns/answers.jsonl", LINES, (TURNS,), instead=("--answers: no conversation of", "nothing to compare between")
+    ),
     "benchmark": Target(
         "csv/xstest.csv",
         CSV,
@@ -234,7 +239,8 @@ SIGNED = ("state", "state's entries")
 
 
 def write_good_files(folder: Path) -> None:
-    for name in ("rows", "array", "val", "toml", "system", "answers", "contrast", "csv", "mmlu", "ratings", "out"):
+    folders = "rows array val toml system answers contrast turns csv mmlu ratings out"
+    for name in folders.split():
         (folder / name).mkdir()
     rows = [ROW | {"prompt": f"How do I rest on day {i}?"} for i in range(3)]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\na\n</think>\nb"}]
@@ -254,6 +260,11 @@ def write_good_files(folder: Path) -> None:
     answers = [row | written | {"answer": text} for row, text in zip(groups, texts, strict=True)]
     for name, lines in (("prompts", [*groups, risky]), ("answers", answers)):
         (folder / "contrast" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    said = {"cluster": "substance", "kinds": ["risky", "benign", "thanks"], "turns": ["I drink.", "Hi?", "Thanks."]}
+    answer = {"role": "assistant", "content": "No."}
+    messages = [message for text in said["turns"] for message in ({"role": "user", "content": text}, answer)]
+    (folder / "turns" / "turns.jsonl").write_text(json.dumps(said) + "\n")
+    (folder / "turns" / "answers.jsonl").write_text(json.dumps({"variant": "x", "messages": messages}) + "\n")
     item = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
     (folder / "mmlu" / "mmlu.jsonl").write_text(f"{json.dumps(item)}\n{json.dumps(item)}\n")
     item = {"activity_label": "Resting", "ctx_a": "They sit.", "ctx_b": "then", "endings": ["a", "b"], "label": 1}
@@ -427,7 +438,7 @@ def prepared(folder: Path) -> Path:
 
 sys.addaudithook(_audit)
 
-CASES = 100  # of a target: 2,600 in all
+CASES = 100  # of a target: 3,000 in all
 
 
 @pytest.mark.parametrize("name", TARGETS)

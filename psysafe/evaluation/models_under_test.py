@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +113,17 @@ class ModelUnderTest:
     def answers(
         self, variants: Sequence[Variant], questions: Sequence[Question], out: str | Path
     ) -> dict[Variant, dict[int, dict]]:
-        """What each variant answers to each question: by number, the rows that `out` (JSONL) holds afterwards.
+        """What each variant answers to each question: by number, the rows that `out` (JSONL) holds afterwards."""
+        return self.answers_of(dict.fromkeys(variants, questions), out)
+
+    def answers_of(
+        self,
+        asked_of: Mapping[Variant, Sequence[Question]],
+        out: str | Path,
+        generator: Callable[[], Generator] | None = None,
+    ) -> dict[Variant, dict[int, dict]]:
+        """As `answers`, where each variant has questions of its own. generator: gives what answers, for callers that
+        ask several times; called where anything is left to answer. Without it the model is loaded here.
 
         A row has prompt, answer, reasoning, response, finish_reason, new_tokens and unfinished_thinking. It is written
         as soon as it is there. What `out` has already is not answered again, and if that is everything, no model is
@@ -122,26 +132,34 @@ class ModelUnderTest:
         identity = self.identity
         # "answered": rows under "answer" were written before they said `unfinished_thinking`, and are asked again.
         keys = {}
-        for variant in variants:
+        for variant, questions in asked_of.items():
             parts = "answered", identity, *variant_identity(variant)
             keys[variant] = {q.number: key_of(*parts, *q.identity) for q in questions}
         runtime = start(self.device, self.dtype)
         with Ranks(runtime) as ranks, ranks.in_order(lambda: Journal(out, runtime.rank)) as journal:
-            asked = [(v, q) for v in variants for q in questions if keys[v][q.number] not in journal.rows]
+            asked = [(v, q) for v, questions in asked_of.items() for q in questions]
+            asked = [(v, q) for v, q in asked if keys[v][q.number] not in journal.rows]
             ranks.agree([keys[v][q.number] for v, q in asked])
             if asked:
-                self._answer(*self.load(variants), asked, keys, journal, ranks)
+                self._answer(generator() if generator else self.generator(asked_of), asked, keys, journal, ranks)
             journal.collect(ranks.wait)
             if not runtime.is_main:
                 return {}
             if n_missing := sum(key not in journal.rows for of_variant in keys.values() for key in of_variant.values()):
                 raise UserError(f"{out}: {n_missing:,} {NOT_SHARED}")
-            return {v: {q.number: journal.rows[keys[v][q.number]] for q in questions} for v in variants}
+            return {v: {number: journal.rows[key] for number, key in of.items()} for v, of in keys.items()}
+
+    def generator(self, variants: Iterable[Variant]) -> Generator:
+        """The loaded model, with the adapters of these variants attached."""
+        variants = list(variants)
+        # Those of all variants, also of the answered ones: the rounding must not depend on what a kill left to do.
+        model, tokenizer = self.load(variants)
+        adapters = attach_named(model, [variant.adapter for variant in variants])
+        return Generator(model, tokenizer, self.options, adapters=adapters)
 
     def _answer(
         self,
-        model: Qwen3_5,
-        tokenizer: Tokenizer,
+        generator: Generator,
         asked: list[tuple[Variant, Question]],
         keys: dict[Variant, dict[int, str]],
         journal: Journal,
@@ -149,9 +167,6 @@ class ModelUnderTest:
     ) -> None:
         """Answers this rank's share of the questions, each as its variant, in one batch; every answer goes into the
         journal under its key."""
-        # Those of all variants, also of the answered ones: the rounding must not depend on what a kill left to do.
-        adapters = attach_named(model, [variant.adapter for variant in keys])
-        generator = Generator(model, tokenizer, self.options, adapters=adapters)
         requests, n_typed = [], 0
         systems = {name: system_text(name) for name in {variant.system for variant, _ in asked}}
         for i, (variant, question) in enumerate(asked):
@@ -159,7 +174,7 @@ class ModelUnderTest:
             ids, name = generator.encode(messages, question.tools), f"{variant.name}: prompt {question.number}"
             adapter = generator.adapter_named(variant.adapter)
             requests.append(Request(i, ids, name, choice=question.number, adapter=adapter))
-            n_typed += tokenizer.has_typed_tokens(messages, question.tools)
+            n_typed += generator.tokenizer.has_typed_tokens(messages, question.tools)
         if n_typed:
             say(f"{n_typed:,} of {len(asked):,} prompts hold {TYPED_TOKENS}")
         names = " and ".join(dict.fromkeys(variant.name for variant, _ in asked))

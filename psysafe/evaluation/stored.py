@@ -91,18 +91,23 @@ def name_and_path(spec: str) -> tuple[str, str]:
     return (name, path) if equals else ("", spec)
 
 
-def read_all(specs: Sequence[str], limit: int = 0, prompts: Prompts | None = None) -> dict[str, VariantAnswers]:
-    """The answers of all --answers files by variant; of each file the first `limit` rows, 0 for all."""
+def read_all(
+    specs: Sequence[str], limit: int = 0, prompts: Prompts | None = None, every_turn: bool = False
+) -> dict[str, VariantAnswers]:
+    """The answers of all --answers files by variant; of each file the first `limit` rows, 0 for all. every_turn: of a
+    whole conversation not only the last answer counts, but each, to what stands before it."""
     answers: dict[str, VariantAnswers] = {}
     for spec in specs:
-        for name, of_variant in read_answers(spec, limit, prompts).items():
+        for name, of_variant in read_answers(spec, limit, prompts, every_turn).items():
             if name in answers:
                 raise UserError(f"--answers {spec}: a variant {name!r} is there already; name it: NAME=FILE")
             answers[name] = of_variant
     return answers
 
 
-def read_answers(spec: str, limit: int = 0, prompts: Prompts | None = None) -> dict[str, VariantAnswers]:
+def read_answers(
+    spec: str, limit: int = 0, prompts: Prompts | None = None, every_turn: bool = False
+) -> dict[str, VariantAnswers]:
     """`FILE` or `NAME=FILE`, rows of any shape that have an answer, as of `generate.py --out` -> answers by variant.
     limit: of rows; 0 for all. prompts: of a benchmark, for rows that have only its number.
 
@@ -112,7 +117,8 @@ def read_answers(spec: str, limit: int = 0, prompts: Prompts | None = None) -> d
     `</think>` while others of its variant have one: then the opening tag stood in the prompt.
     """
     name, path = name_and_path(spec)
-    variants = {label: _variant_answers(label, rows) for label, rows in _by_variant(path, limit, prompts).items()}
+    by_variant = _by_variant(path, limit, prompts, every_turn)
+    variants = {label: _variant_answers(label, rows) for label, rows in by_variant.items()}
     if not name:
         return variants
     return {name if len(variants) == 1 else f"{name}: {label}": answers for label, answers in variants.items()}
@@ -127,7 +133,7 @@ class Text(NamedTuple):
     text: str
 
 
-def _by_variant(path: str, limit: int, prompts: Prompts | None) -> dict[str, list[Text]]:
+def _by_variant(path: str, limit: int, prompts: Prompts | None, every_turn: bool) -> dict[str, list[Text]]:
     texts: dict[str, list[Text]] = {}
     for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
         row = Row(fields, Path(path), number)
@@ -136,8 +142,37 @@ def _by_variant(path: str, limit: int, prompts: Prompts | None) -> dict[str, lis
             raise UserError(f"{row.where}: settings {settings!r:.40}; expected an object")
         adapter = str(fields.get("adapter") or "")
         label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else _variant(row, Path(path).stem)
-        texts.setdefault(label, []).append(Text(fields, cluster, *_prompt_and_text(row, prompts)))
+        for one in _rows_of_turns(row) if every_turn else [row]:
+            texts.setdefault(label, []).append(Text(fields, cluster, *_prompt_and_text(one, prompts)))
     return texts
+
+
+def _rows_of_turns(row: Row) -> list[Row]:
+    """A conversation that ends in an answer as a row for each of its answers, with what stands before it; any other row
+    as it is.
+
+    Reasoning is cut off here, turn by turn. Chat templates drop it from earlier turns, so that its absence from one of
+    several says nothing about whether it ended.
+    """
+    row = _standard(row)
+    messages = row.messages
+    has_own_text = {"answer", "response", "content", "choices"}.intersection(row.fields)
+    if has_own_text or not messages or not isinstance(messages, list):
+        return [row]
+    conversation(row)  # checks the turns
+    turns = [message | {"content": _spoken(message)} if message["role"] == "assistant" else message
+             for message in messages]  # fmt: skip
+    places = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+    if not places or places[-1] + 1 < len(turns):
+        return [row]
+    return [replace(row, fields=row.fields | {"messages": turns[: i + 1]}) for i in places]
+
+
+def _spoken(message: dict) -> str:
+    """An assistant's text without reasoning, but whole where its reasoning never ended, so that this can be seen."""
+    text = content_text(message.get("content")) or ""
+    answer = without_reasoning(text)
+    return text if answer is None else answer.strip()
 
 
 def _variant_answers(label: str, texts: Sequence[Text]) -> VariantAnswers:
