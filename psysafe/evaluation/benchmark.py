@@ -9,13 +9,25 @@ import abc
 import argparse
 import inspect
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from psysafe.evaluation import comparison, datasets, judge_models, models_under_test, stored, unfinished
 from psysafe.evaluation.comparison import Figure
+from psysafe.evaluation.items import (
+    Answered,
+    Columns,
+    Item,
+    Judged,
+    Rows,
+    Stage,
+    Texts,
+    Verdicts,
+    item_lines,
+    prompts_of_numbers,
+    suffix_of,
+)
 from psysafe.evaluation.judge_models import ask_all
 from psysafe.evaluation.models_under_test import BASE, Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
@@ -52,61 +64,6 @@ class Evaluation(abc.ABC):
         """The finished evaluation. What is computed on the way is saved in args.out. UserError for a user's mistake."""
 
 
-class Item(NamedTuple):
-    """A question of a benchmark, and the row that it was read from."""
-
-    label: str  # its name in the list of failures
-    prompt: str
-    row: dict
-
-
-@dataclass
-class Rows:
-    """What a benchmark has read. A file may fall into parts, such as mutations; one without parts is the part ""."""
-
-    parts: dict[str, list[Item]]
-    prompts: list[str]  # looked for among the training rows
-    settings: dict = field(default_factory=dict)  # for the result
-    notes: list[str] = field(default_factory=list)
-    numbers: dict[str, str] | None = None  # number in the file -> prompt, for stored rows that have only the number
-
-
-Texts = Mapping[str, Sequence[str | None]]  # variant -> its answer to each item of a part; None where it has none
-Verdicts = Mapping[str, Sequence[Any]]  # variant -> the verdict on each answer; None where there is none
-
-
-class Judged(NamedTuple):
-    """A benchmark's items with answers and verdicts, each by part."""
-
-    parts: dict[str, list[Item]]
-    texts: dict[str, Texts]
-    verdicts: dict[str, Verdicts]
-    judge: str  # its name; `rules_name` where the rules judged
-
-
-Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answer to each item; None where it has none
-
-
-class Answered(NamedTuple):
-    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
-
-    columns: dict[str, Columns]
-    bases: list[str]
-    settings: dict
-    notes: list[str]
-
-
-@dataclass
-class Stage:
-    """A benchmark before its tables. unfinished: of each variant, for each answer; None where nobody knows."""
-
-    judged: Judged
-    settings: dict
-    failed: dict[str, str]
-    notes: list[str]
-    unfinished: dict[str, list[bool]] | None = None
-
-
 class Benchmark(Evaluation):
     """Questions that each variant answers, and a judge that gives a verdict on each answer."""
 
@@ -120,6 +77,7 @@ class Benchmark(Evaluation):
     note_on_judge = ""  # a note of every result that a model judged
     no_verdict: Any = None  # the verdict that `parse` gives where a reply has none
     scores = "a score as a judge replies it"  # of --scores, for errors
+    published_leaves_out = True  # under --rules published a prompt leaves where the base never ended its reasoning
 
     # What a benchmark defines.
 
@@ -244,7 +202,8 @@ class Benchmark(Evaluation):
             name: [i for i, row in enumerate(column) if row is not None and row["unfinished_thinking"]]
             for name, column in columns.items()
         }
-        never_ended = unfinished.left_out(places, bases, rules)
+        keeps_all = rules == unfinished.PUBLISHED and not self.published_leaves_out
+        never_ended = set() if keeps_all else unfinished.left_out(places, bases, rules)
         left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
         texts = {
             name: [None if i in left_out else self.answer_text(row, rules) for i, row in enumerate(column)]
@@ -255,7 +214,8 @@ class Benchmark(Evaluation):
     def _generated(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """What the models answer here."""
         model, variants = models_under_test.from_arguments(args)
-        unfinished.require_base([variant.adapter for variant in variants], args.rules)
+        if self.published_leaves_out:
+            unfinished.require_base([variant.adapter for variant in variants], args.rules)
         by_part = {}
         for part, items in rows.parts.items():
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
@@ -335,30 +295,3 @@ class Benchmark(Evaluation):
         of_part = f", {part}" if part else ""
         failed = {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in failed.items()}
         return verdicts, replies, failed
-
-
-def suffix_of(part: str) -> str:
-    """Of the files of a part."""
-    return f"_{part}.jsonl" if part else ".jsonl"
-
-
-def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
-    """Number in the benchmark's file -> prompt; None of several files, in which the same numbers stand."""
-    if len(rows.parts) > 1:
-        return None
-    (items,) = rows.parts.values()
-    named = ((next((item.row[name] for name in stored.IDS if name in item.row), None), item) for item in items)
-    return {str(number): item.prompt for number, item in named if number is not None}
-
-
-def item_lines(part: str, items: Sequence[Item], columns: Columns, verdicts: Verdicts, replies: Mapping) -> list[str]:
-    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
-    lines = []
-    for variant, column in columns.items():
-        for i, (item, row) in enumerate(zip(items, column, strict=True)):
-            if row is not None:
-                line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
-                line |= {"unfinished_thinking": row["unfinished_thinking"], "score": verdicts[variant][i]}
-                line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return lines

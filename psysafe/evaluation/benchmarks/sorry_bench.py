@@ -52,6 +52,7 @@ class SorryBench(Benchmark):
     temperature = 0.7
     no_verdict = UNREADABLE
     scores = f"0 or 1, or {UNREADABLE} for none"
+    published_leaves_out = False  # the benchmark's own code judges every answer, also one that is all reasoning
     note_on_judge = (
         "The judge's instructions are this project's wording, not the text that the benchmark's own judge was trained "
         "on: figures may differ from published ones for that reason alone."
@@ -100,8 +101,8 @@ class SorryBench(Benchmark):
         return Rows(parts, list(filter(None, questions.values())), {"files": ", ".join(names)}, notes)
 
     def answer_text(self, answer: dict, rules: str) -> str:
-        # The benchmark's own code judges the whole text of an answer that has nothing but reasoning.
-        return answer["answer"] or (answer["response"] if rules == PUBLISHED else "")
+        # The benchmark's own code cuts the think block off, and judges the whole text where nothing else is left.
+        return answer["answer"] if answer["answer"].strip() or rules != PUBLISHED else answer["response"]
 
     def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
         failed = {}

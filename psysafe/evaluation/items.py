@@ -1,0 +1,94 @@
+"""What a benchmark's run is made of: items with answers, texts to judge, verdicts, and the lines that are kept of them.
+
+A benchmark may fall into parts, such as SORRY-Bench's mutations; one without parts is the part "".
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from psysafe.evaluation import stored
+
+
+class Item(NamedTuple):
+    """A question of a benchmark, and the row that it was read from."""
+
+    label: str  # its name in the list of failures
+    prompt: str
+    row: dict
+
+
+@dataclass
+class Rows:
+    """What a benchmark has read. A file may fall into parts, such as mutations; one without parts is the part ""."""
+
+    parts: dict[str, list[Item]]
+    prompts: list[str]  # looked for among the training rows
+    settings: dict = field(default_factory=dict)  # for the result
+    notes: list[str] = field(default_factory=list)
+    numbers: dict[str, str] | None = None  # number in the file -> prompt, for stored rows that have only the number
+
+
+Texts = Mapping[str, Sequence[str | None]]  # variant -> its answer to each item of a part; None where it has none
+Verdicts = Mapping[str, Sequence[Any]]  # variant -> the verdict on each answer; None where there is none
+
+
+class Judged(NamedTuple):
+    """A benchmark's items with answers and verdicts, each by part."""
+
+    parts: dict[str, list[Item]]
+    texts: dict[str, Texts]
+    verdicts: dict[str, Verdicts]
+    judge: str  # its name; `rules_name` where the rules judged
+
+
+Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answer to each item; None where it has none
+
+
+class Answered(NamedTuple):
+    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
+
+    columns: dict[str, Columns]
+    bases: list[str]
+    settings: dict
+    notes: list[str]
+
+
+@dataclass
+class Stage:
+    """A benchmark before its tables. unfinished: of each variant, for each answer; None where nobody knows."""
+
+    judged: Judged
+    settings: dict
+    failed: dict[str, str]
+    notes: list[str]
+    unfinished: dict[str, list[bool]] | None = None
+
+
+def suffix_of(part: str) -> str:
+    """Of the files of a part."""
+    return f"_{part}.jsonl" if part else ".jsonl"
+
+
+def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
+    """Number in the benchmark's file -> prompt; None of several files, in which the same numbers stand."""
+    if len(rows.parts) > 1:
+        return None
+    (items,) = rows.parts.values()
+    named = ((next((item.row[name] for name in stored.IDS if name in item.row), None), item) for item in items)
+    return {str(number): item.prompt for number, item in named if number is not None}
+
+
+def item_lines(part: str, items: Sequence[Item], columns: Columns, verdicts: Verdicts, replies: Mapping) -> list[str]:
+    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
+    lines = []
+    for variant, column in columns.items():
+        for i, (item, row) in enumerate(zip(items, column, strict=True)):
+            if row is not None:
+                line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
+                line |= {"response": row["response"]} if row.get("response", row["answer"]) != row["answer"] else {}
+                line |= {"unfinished_thinking": row["unfinished_thinking"], "score": verdicts[variant][i]}
+                line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines
