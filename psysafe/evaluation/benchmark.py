@@ -8,7 +8,6 @@ of every variant, judging, failures, overlap with training rows, settings and no
 import abc
 import argparse
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
