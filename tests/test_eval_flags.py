@@ -14,7 +14,7 @@ import pytest
 import eval as script
 from psysafe import endpoint
 from psysafe.endpoint import Outcome
-from psysafe.evaluation import judge_models
+from psysafe.evaluation import judge_models, translation
 from psysafe.evaluation.benchmarks import log_likelihood
 from psysafe.evaluation.judge_models import LocalJudge
 from psysafe.evaluation.models_under_test import ModelUnderTest
@@ -115,6 +115,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
         "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
         "--translator-key-env": (TRANSLATED, f"{TRANSLATED} --translator-key-env OTHER_KEY"),
+        "--translator-chars": (TRANSLATED, f"{TRANSLATED} --translator-chars 9"),
     } | of_stored("sorry-bench --data DATA --out OUT", JUDGE),
     "agreement": {
         "--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2",
@@ -156,7 +157,7 @@ REFUSED = [
     ("xstest --data DATA --judge rules", "--data-revision abc"),
     ("sorry-bench --data DATA", "--judge rules"),
     *((f"sorry-bench --data DATA {JUDGE}", words) for words in (
-        "--translator-url URL", "--translator-model t", "--translator-key-env K")),
+        "--translator-url URL", "--translator-model t", "--translator-key-env K", "--translator-chars 9")),
     (f"sorry-bench --data DATA --mutations base,translate-fr {JUDGE}", "--translator-model t"),
     *((f"{command} --data DATA", words) for command in ("mmlu", "hellaswag") for words in (
         "--thinking", "--no-thinking", "--revision abc", "--data-revision abc")),
@@ -254,10 +255,16 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setattr(f"psysafe.evaluation.{module}.load_adapter", lambda *args: None)
     monkeypatch.setattr(LocalJudge, "ask", ask)
     monkeypatch.setattr(endpoint.Endpoint, "__init__", remembers("endpoint", endpoint.Endpoint.__init__))
-    monkeypatch.setattr(judge_models, "run_items", lambda items, call, out, workers, name: seen.append(
-        ["items", workers]) or endpoint.run_items(items, call, out, workers, name))  # fmt: skip
+    for module in (judge_models, translation):
+        monkeypatch.setattr(module, "run_items", lambda items, call, out, workers, name: seen.append(
+            ["items", workers]) or endpoint.run_items(items, call, out, workers, name))  # fmt: skip
     monkeypatch.setattr(log_likelihood, "batches", remembers("batches", log_likelihood.batches))
-    reply_by(monkeypatch, lambda asked: reply(("Yes", "4", "No", "2")) if "<response>" in asked else "0")
+
+    def says(asked):
+        judges = reply(("Yes", "4", "No", "2")) if "<response>" in asked else "0"
+        return "No." if asked.startswith(translation.REQUESTS) else judges
+
+    reply_by(monkeypatch, says)
 
     def fetch(repository, file, revision="", repo_type="model"):
         seen.append(["fetched", repository, file, revision])

@@ -19,11 +19,13 @@ from psysafe.evaluation.items import (
     Columns,
     Item,
     Judged,
+    Prepared,
     Rows,
     Stage,
     Texts,
     Verdicts,
     item_lines,
+    named_items,
     prompts_of_numbers,
     suffix_of,
 )
@@ -117,9 +119,9 @@ class Benchmark(Evaluation):
         """What of an answer's row is judged. rules: on unfinished reasoning (psysafe/evaluation/unfinished.py)."""
         return answer["answer"]
 
-    def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
-        """(the texts as the judge is to see them, failed items): for answers that have to be decoded or translated."""
-        return texts, {}
+    def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> Prepared:
+        """The texts as the judge is to see them: for answers that have to be decoded or translated."""
+        return Prepared(texts)
 
     def notes(self, judged: Judged) -> list[str]:
         """What the tables do not say."""
@@ -181,9 +183,10 @@ class Benchmark(Evaluation):
         for part, items in rows.parts.items():
             columns = answered.columns[part]
             texts, n_never_ended = self._texts_to_judge(columns, answered.bases, args.rules)
-            judged.texts[part], unprepared = self.prepare(part, texts, args)
+            judged.texts[part], unprepared, notes = self.prepare(part, texts, args)
             judged.verdicts[part], replies, unjudged = self._judge(judge, part, items, judged.texts[part], out)
-            stage.failed |= unprepared | unjudged
+            stage.failed |= named_items(part, items, unprepared) | named_items(part, items, unjudged)
+            stage.notes += notes
             n_left_out += n_never_ended
             for name, column in columns.items():
                 stage.unfinished[name] += [row["unfinished_thinking"] for row in column if row is not None]
@@ -275,9 +278,9 @@ class Benchmark(Evaluation):
 
     def _judge(
         self, judge: judge_models.Judge | None, part: str, items: Sequence[Item], texts: Texts, out: Path
-    ) -> tuple[Verdicts, dict[tuple[str, int], str], dict[str, str]]:
-        """(verdict on each text, None where there is no text or no reply; replies by variant and place; failed
-        items)."""
+    ) -> tuple[Verdicts, dict[tuple[str, int], str], dict[tuple[str, int], str]]:
+        """(verdict on each text, None where there is no text or no reply; replies and, of failed items, reasons, both
+        by variant and place)."""
         pairs = {
             (variant, i): (item, text)
             for variant, column in texts.items()
@@ -291,6 +294,4 @@ class Benchmark(Evaluation):
             replies, failed = ask_all(judge, conversations, out / f"replies{suffix_of(part)}")
             by_pair = {key: self.parse(reply) for key, reply in replies.items()}
         verdicts = {variant: [by_pair.get((variant, i)) for i in range(len(items))] for variant in texts}
-        of_part = f", {part}" if part else ""
-        failed = {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in failed.items()}
         return verdicts, replies, failed

@@ -34,6 +34,14 @@ Texts = Mapping[str, Sequence[str | None]]  # variant -> its answer to each item
 Verdicts = Mapping[str, Sequence[Any]]  # variant -> the verdict on each answer; None where there is none
 
 
+class Prepared(NamedTuple):
+    """The texts as the judge is to see them, and by (variant, place) why there is none for some."""
+
+    texts: Texts
+    failed: Mapping[tuple[str, int], str] = {}
+    notes: Sequence[str] = ()
+
+
 class Judged(NamedTuple):
     """A benchmark's items with answers and verdicts, each by part."""
 
@@ -64,6 +72,12 @@ class Stage:
     failed: dict[str, str]
     notes: list[str]
     unfinished: dict[str, list[bool]] | None = None
+
+
+def named_items(part: str, items: Sequence[Item], reasons: Mapping[tuple[str, int], str]) -> dict[str, str]:
+    """Reasons by (variant, place) as they are listed in a result: by variant, part and the item's label."""
+    of_part = f", {part}" if part else ""
+    return {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in reasons.items()}
 
 
 def suffix_of(part: str) -> str:
