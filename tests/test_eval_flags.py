@@ -69,10 +69,21 @@ def of_answers(line: str) -> dict[str, Effect]:
 
 def of_judges(line: str) -> dict[str, Effect]:
     """line: judged by a model behind an endpoint."""
-    flags = ("--judge-url URL2", "--judge-model k", "--judge-key-env OTHER_KEY", "--judge-param top_p=0.5",
-             "--judge-tokens 99", "--workers 3", "--deadline 77")  # fmt: skip
+    flags = ("--judge-key-env OTHER_KEY", "--judge-param top_p=0.5", "--judge-tokens 99", "--workers 3",
+             "--deadline 77")  # fmt: skip
     pairs = {words.split()[0]: (line, f"{line} {words}") for words in flags}
+    pairs |= {"--judge-url": (line, line.replace("URL", "URL2"))}
+    pairs |= {"--judge-model": (line, line.replace("model j", "model k"))}
     return pairs | {"--judge-local": (line, line.replace(JUDGE, "--judge-local MODEL"))}
+
+
+def of_input(line: str) -> dict[str, Effect]:
+    """line: judged by a model behind an endpoint."""
+    flags = ("--rubric TEMPLATE", "--judge-answer-chars 3")
+    by_tokens = f"{line} --judge-tokenizer TOKENIZER --judge-answer-tokens"
+    pairs = {words.split()[0]: (line, f"{line} {words}") for words in flags}
+    pairs["--judge-tokenizer"] = (f"{by_tokens} 2", f"{by_tokens} 2".replace("TOKENIZER", "TOKENIZER2"))
+    return pairs | {"--judge-answer-tokens": (f"{by_tokens} 1", f"{by_tokens} 2")}
 
 
 def of_data(line: str) -> dict[str, Effect]:
@@ -87,7 +98,8 @@ def of_stored(line: str, judge: str) -> dict[str, Effect]:
 
 
 EFFECTS: dict[str, dict[str, Effect]] = {
-    "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"]) | {
+    "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"])
+    | of_input(BY_MODEL["judge"]) | {
         "--judge": (BY_MODEL["judge"], BY_RULES["judge"]),
         "--prompts": "--prompts OTHERPROMPTS",
         "--answers": ("judge --answers ANSWERS --judge rules --out OUT",
@@ -96,7 +108,6 @@ EFFECTS: dict[str, dict[str, Effect]] = {
                     "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
         "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
         "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
-        "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
@@ -106,11 +117,12 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--answers": (f"{STORED} --baseline a --out OUT", f"{STORED} --answers c=ANSWERS --baseline a --out OUT"),
         "--baseline": (f"{STORED} --baseline a --out OUT", f"{STORED} --baseline b --out OUT"),
     },
-    "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
+    "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_input(BY_MODEL["xstest"])
+    | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
     } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
     "sorry-bench": of_answers(BY_MODEL["sorry-bench"]) | of_judges(BY_MODEL["sorry-bench"])
-    | of_data(BY_MODEL["sorry-bench"]) | {
+    | of_input(BY_MODEL["sorry-bench"]) | of_data(BY_MODEL["sorry-bench"]) | {
         "--mutations": "--mutations base,question",
         "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
         "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
@@ -146,6 +158,12 @@ REFUSED = [
       for flag in ("--replies", "--scores") for words in (
         "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
     ("judge --replies REPLIES", "--rubric RUBRIC"),
+    *((f"xstest --data DATA {judge}", words) for judge, flags in {
+        "--judge rules": ("--rubric TEMPLATE", "--judge-answer-chars 3", "--judge-answer-tokens 3"),
+        "--judge-local MODEL": ("--judge-tokenizer TOKENIZER",), JUDGE: ("--judge-tokenizer TOKENIZER",),
+        "--judge-local MODEL --judge-answer-tokens 3": ("--judge-tokenizer TOKENIZER",),
+        f"{JUDGE} --judge-answer-tokens 3 --judge-tokenizer TOKENIZER": ("--judge-answer-chars 3",),
+    }.items() for words in flags),
     ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
     *((f"{STORED} --baseline a", words) for words in (
         "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
@@ -203,6 +221,13 @@ def world(tmp_path, monkeypatch):
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
+    files["TEMPLATE"] = tmp_path / "template.txt"
+    files["TEMPLATE"].write_text("Judge {prompt}: {answer}")
+    files["TOKENIZER"] = FIXTURES / "model"
+    words = json.loads((FIXTURES / "model" / "tokenizer.json").read_text())
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    files["TOKENIZER2"] = tmp_path / "tokenizer.json"
+    files["TOKENIZER2"].write_text(json.dumps(words))
     files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
     files["PEOPLE2"] = tmp_path / "people2.csv"
     files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")

@@ -64,7 +64,7 @@ def test_the_order_and_the_paragraphs_stay():
     (FRENCH, "42", "no words in it"),
     ("1. 2. 3.", "1. 2. 3.", ""),
     ("```\nprint(le, la)\n```", "```\nprint(le, la)\n```", ""),  # code is the same in every language
-    ("https://le.la.les", "https://le.la.les", ""),
+    ("https://le.la.les.invalid", "https://le.la.les.invalid", ""),
     *((text, text, "mostly in another script") for text in OTHERS.values()),
     *((text, ENGLISH, "") for text in OTHERS.values()),
     *((text, f"{ENGLISH} (\u201e{text[:8]}\u201c)", "") for text in OTHERS.values()),  # a word is quoted

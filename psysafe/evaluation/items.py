@@ -6,9 +6,11 @@ A benchmark may fall into parts, such as SORRY-Bench's mutations; one without pa
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from psysafe.evaluation import stored
+from psysafe.files import write_atomic
 
 
 class Item(NamedTuple):
@@ -64,14 +66,28 @@ class Answered(NamedTuple):
 
 
 @dataclass
+class ToJudge:
+    """What every judge is shown. unfinished: of each variant, for each answer; by_part: the texts; failed: items that
+    have no text that could be judged."""
+
+    unfinished: dict[str, list[bool]]
+    by_part: dict[str, Texts] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Stage:
-    """A benchmark before its tables. unfinished: of each variant, for each answer; None where nobody knows."""
+    """What one judge has said, before its tables. unfinished: of each variant, for each answer; None where nobody
+    knows; replies: by part, then by (variant, place); note_on_input: what the judge was shown, for the first table."""
 
     judged: Judged
     settings: dict
     failed: dict[str, str]
     notes: list[str]
     unfinished: dict[str, list[bool]] | None = None
+    replies: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
+    note_on_input: str = ""
 
 
 def named_items(part: str, items: Sequence[Item], reasons: Mapping[tuple[str, int], str]) -> dict[str, str]:
@@ -94,15 +110,20 @@ def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
     return {str(number): item.prompt for number, item in named if number is not None}
 
 
-def item_lines(part: str, items: Sequence[Item], columns: Columns, verdicts: Verdicts, replies: Mapping) -> list[str]:
+def write_items(path: Path, stage: Stage, columns: Mapping[str, Columns]) -> None:
     """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
     lines = []
-    for variant, column in columns.items():
-        for i, (item, row) in enumerate(zip(items, column, strict=True)):
-            if row is not None:
-                line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
-                line |= {"response": row["response"]} if row.get("response", row["answer"]) != row["answer"] else {}
-                line |= {"unfinished_thinking": row["unfinished_thinking"], "score": verdicts[variant][i]}
-                line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return lines
+    for part, items in stage.judged.parts.items():
+        replies = stage.replies.get(part, {})
+        for variant, column in columns[part].items():
+            for i, (item, row) in enumerate(zip(items, column, strict=True)):
+                if row is not None:
+                    line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
+                    has_more = row.get("response", row["answer"]) != row["answer"]
+                    line |= {"response": row["response"]} if has_more else {}
+                    line |= {"unfinished_thinking": row["unfinished_thinking"]}
+                    line |= {"score": stage.judged.verdicts[part][variant][i]}
+                    line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
+                    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(lines))

@@ -7,7 +7,7 @@ stands beside its name.
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from psysafe.files import parse_json, read_json, read_text, write_atomic
@@ -28,6 +28,11 @@ class Table:
     rows: list[list[Cell]]
     note: str = ""
     bars: list[str] = field(default_factory=list)
+
+    def with_note(self, text: str) -> "Table":
+        """The table with one more sentence in its note."""
+        note = f"{self.note.rstrip('.')}. {text}" if self.note and text else self.note or text
+        return replace(self, note=note)
 
     def cells(self) -> list[list[str]]:
         return [[shown(cell, form) for cell, (_, form) in zip(row, self.columns, strict=True)] for row in self.rows]

@@ -30,7 +30,8 @@ REPLIES = ("reply", "judgment", "judgement", "judge_reply", "content", "text")
 NAMES = ("variant", "model_id")  # fields that name whose answer a row has
 IDS = ("question_id", "id")
 JUDGE_FLAGS = ("--judge", "--judge-url", "--judge-model", "--judge-key-env", "--judge-param", "--judge-local",
-               "--judge-tokens", "--workers", "--deadline")  # fmt: skip
+               "--judge-tokens", "--workers", "--deadline", "--rubric", "--judge-answer-chars", "--judge-answer-tokens",
+               "--judge-tokenizer")  # fmt: skip
 Prompts = Mapping[str, str]  # number of a prompt in the benchmark's file -> the prompt
 
 
