@@ -31,6 +31,7 @@ def stub(monkeypatch):
         body, asked = self.request_body()
         model = body["model"]
         self.server.seen.append((model, asked))
+        self.server.keys.add(self.headers["authorization"])
         if model in self.server.down:
             return self.send(401, '{"error": "no such key"}')
         n = zlib.crc32(f"{model}{asked}".encode())
@@ -42,7 +43,7 @@ def stub(monkeypatch):
 
     monkeypatch.setattr(Handler, "do_POST", answer)
     with StubEndpoint() as server:
-        server.down, server.failing = set(), set()
+        server.down, server.failing, server.keys = set(), set(), set()
         yield server
 
 
@@ -182,6 +183,17 @@ def test_an_interrupted_run_of_two_judges_goes_on(answers, stub, tmp_path, monke
     monkeypatch.setattr(Journal, "append", dies)
     assert [run(*words, "--out", str(tmp_path / "killed")) for _ in range(3)] == [130, 130, 0]
     assert result_in(tmp_path / "killed")["tables"] == result_in(tmp_path / "whole")["tables"]
+
+
+def test_two_hosts_get_their_own_keys(answers, stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_A", "sk-of-a")
+    monkeypatch.setenv("KEY_B", "sk-of-b")
+    with StubEndpoint() as other:
+        other.down, other.failing, other.keys = set(), set(), set()
+        words = [*judges(stub, "a"), "--judge-key-env", "KEY_A", *judges(other, "b"), "--judge-key-env", "KEY_B"]
+        assert run(*answers["judge"], *words, "--out", str(tmp_path / "out")) == 0
+        assert (stub.keys, other.keys) == ({"Bearer sk-of-a"}, {"Bearer sk-of-b"})
+        assert {model for model, _ in stub.seen} == {"a"} and {model for model, _ in other.seen} == {"b"}
 
 
 def test_mistakes(answers, stub, tmp_path, monkeypatch, capsys):
