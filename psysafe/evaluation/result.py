@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from psysafe.evaluation import table_files
 from psysafe.files import parse_json, read_json, read_text, write_atomic
 from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.runtime import versions
 
-FILE = "result.json"
+FILE, TABLES = "result.json", "tables"
 Cell = str | int | float | None | list[int | float | None]
 
 
@@ -80,6 +81,7 @@ class Result:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        table_files.write(self.tables, path.parent / TABLES)
         return path
 
 
