@@ -108,6 +108,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
                     "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
         "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
         "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
+        "--sample-per-cluster": "--sample-per-cluster 2",
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
@@ -158,6 +159,7 @@ REFUSED = [
       for flag in ("--replies", "--scores") for words in (
         "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
     ("judge --replies REPLIES", "--rubric RUBRIC"),
+    *((f"judge --{what} REPLIES", "--sample-per-cluster 1") for what in ("replies", "scores")),
     *((f"xstest --data DATA {judge}", words) for judge, flags in {
         "--judge rules": ("--rubric TEMPLATE", "--judge-answer-chars 3", "--judge-answer-tokens 3"),
         "--judge-local MODEL": ("--judge-tokenizer TOKENIZER",), JUDGE: ("--judge-tokenizer TOKENIZER",),
@@ -341,7 +343,9 @@ def test_a_flag_has_an_effect(command, flag, world):
 
 LOCAL = "judge --answers ANSWERS --judge-local MODEL --out OUT"
 TRANSLATED_LOCALLY_JUDGED = TRANSLATED.replace(JUDGE, "--judge-local MODEL")
-ALSO = [(LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"), (LOCAL, "--limit 1"),
+SAMPLED = "judge --answers ANSWERS --judge rules --out OUT --sample-per-cluster 1"
+ALSO = [(SAMPLED, "--seed 4"), (LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"),
+        (LOCAL, "--limit 1"),
         (TRANSLATED_LOCALLY_JUDGED, "--workers 3"), (TRANSLATED_LOCALLY_JUDGED, "--deadline 77")]  # fmt: skip
 
 

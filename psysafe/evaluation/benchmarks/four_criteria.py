@@ -18,6 +18,7 @@ from psysafe.evaluation import (
     judge_input,
     judge_models,
     models_under_test,
+    sample,
     several_judges,
     stored,
     unfinished,
@@ -39,6 +40,7 @@ from psysafe.evaluation.models_under_test import (
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result
+from psysafe.evaluation.sample import Sample
 from psysafe.evaluation.stored import read_all
 from psysafe.files import write_atomic
 from psysafe.program import UserError
@@ -56,6 +58,7 @@ class FourCriteria(Evaluation):
         stored.add_arguments(parser)
         parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
+        sample.add_argument(parser)
         add_training_argument(parser)
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
@@ -67,7 +70,10 @@ class FourCriteria(Evaluation):
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
-        return reasons | judge_input.without_effect(args) | stored.without_effect(args)
+        reasons |= judge_input.without_effect(args) | stored.without_effect(args)
+        if args.replies or args.scores:
+            return reasons | {"--sample-per-cluster": f"with {stored.given(args)}: all of its rows are read"}
+        return {flag: why for flag, why in reasons.items() if flag != "--seed" or not args.sample_per_cluster}
 
     def run(self, args: argparse.Namespace) -> Result:
         if bool(stored.given(args)) == bool(args.prompts):
@@ -86,9 +92,17 @@ class FourCriteria(Evaluation):
         judges = judge_models.every_from_arguments(args, TEMPERATURE)
         own = criteria.own_instructions()
         inputs = [judge and judge_input.from_arguments(args, judge, own, may_be_rubric=True) for judge in judges]
-        answers, settings = (read_all(args.answers, args.limit), {}) if args.answers else answer_prompts(args)
+        drawn = sample.from_arguments(args)
+        if args.answers:
+            answers = read_all(args.answers, args.limit)
+            result = compare(answers, baseline_of(args, answers), judges, inputs, Path(args.out), args.rules, drawn)
+            return result, answers
+        rows = read_prompts(args.prompts)[: args.limit or None]
+        rows, note = sampled(rows, drawn) if drawn else (rows, "")
+        answers, settings = answer_prompts(args, rows)
         result = compare(answers, baseline_of(args, answers), judges, inputs, Path(args.out), args.rules)
         result.settings |= settings
+        result.notes += [note] if note else []
         return result, answers
 
     def _read_again(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
@@ -143,19 +157,31 @@ def stored_scores(row: Row) -> Scores:
     return Scores(**labels | yes_no, strategy=str(row.fields.get("strategy") or ""))
 
 
-def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
-    """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
+def answer_prompts(
+    args: argparse.Namespace, rows: Sequence[Row] | None = None
+) -> tuple[dict[str, VariantAnswers], dict]:
+    """Lets every variant answer every prompt; (answers by variant, settings for the result). rows: whose prompts; without
+    them those of --prompts."""
     model, variants = models_under_test.from_arguments(args)
     unfinished.require_base([variant.adapter for variant in variants], args.rules)
-    rows = read_prompts(args.prompts)[: args.limit or None]
-    questions, clusters = [question_of(row) for row in rows], [stored.cluster_of(row) for row in rows]
+    rows = read_prompts(args.prompts)[: args.limit or None] if rows is None else rows
+    questions, clusters = [question_of(row) for row in rows], {row.number: stored.cluster_of(row) for row in rows}
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     only_rank_0()
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number - 1]})
+            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number]})
     return answers, model.summary() | {"prompts": str(args.prompts)}
+
+
+def sampled(rows: Sequence[Row], drawn: Sample) -> tuple[list[Row], str]:
+    """(the rows of a sample of their prompts, a note). Benign prompts are not judged, and not drawn."""
+    prompts = {row.number: question_of(row).prompt for row in rows}
+    clusters = {row.number: stored.cluster_of(row) for row in rows}
+    of_prompt = {prompts[number]: cluster for number, cluster in clusters.items() if cluster != BENIGN}
+    chosen, note = drawn.draw(of_prompt)
+    return [row for row in rows if prompts[row.number] in chosen and clusters[row.number] != BENIGN], note
 
 
 def question_of(row: Row) -> Question:
@@ -185,10 +211,14 @@ def compare(
     inputs: Sequence[JudgeInput | None],
     out: Path,
     rules: str = unfinished.PAIRED,
+    drawn: Sample | None = None,
 ) -> Result:
     """All variants side by side on the prompts that they share, judged by every judge; None stands for the word lists,
-    which have no input."""
+    which have no input. drawn: of these prompts only those of a sample."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
+    note_on_sample = ""
+    if drawn:
+        prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
     results, labels = {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
         name = judge.name if judge else f"the {word_list_judge.NAME}"
@@ -198,7 +228,7 @@ def compare(
         write_items(folder / stored.ITEMS, answers, prompts, scores, replies)
         result = result_of(answers, scores, baseline, name, note, rules)
         result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
-        result.notes = notes(answers, scores, counts, out / REPLIES)
+        result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
         results[name], labels[name] = result, labels_of(scores)
     if len(judges) == 1:
