@@ -27,6 +27,7 @@ def test_a_draw_depends_on_the_seed_and_the_prompts_alone(prompts, n, seed):
     alone, _ = Sample(n, seed).draw({p: c for p, c in CLUSTERS.items() if c == "weapon"})
     assert alone == [p for p in again if CLUSTERS[p] == "weapon"]
     assert set(again) <= set(Sample(n + 1, seed).draw(CLUSTERS)[0])
+    assert ("fewer" in Sample(n, seed).draw(CLUSTERS)[1]) == (n > 15)
 
 
 def test_every_prompt_is_as_likely():

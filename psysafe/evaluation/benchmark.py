@@ -21,6 +21,7 @@ from psysafe.evaluation import (
     models_under_test,
     several_judges,
     stored,
+    transcript,
     unfinished,
 )
 from psysafe.evaluation.comparison import Figure
@@ -197,6 +198,8 @@ class Benchmark(Evaluation):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
             stages[stage.judged.judge] = stage
             write_items(several_judges.folder_of(judge, judges, out) / stored.ITEMS, stage, answered.columns)
+        entries = transcript.of_benchmark(rows.parts, answered.columns, texts.by_part, stages)
+        transcript.write(out, f"{self.title}, judged by {', '.join(stages)}", entries)
         results = {name: self._result(stage, rows, args.rules) for name, stage in stages.items()}
         if len(judges) == 1:
             return next(iter(results.values()))

@@ -21,6 +21,7 @@ from psysafe.evaluation import (
     sample,
     several_judges,
     stored,
+    transcript,
     unfinished,
     word_list_judge,
 )
@@ -114,6 +115,8 @@ class FourCriteria(Evaluation):
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
         write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
+        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)})
+        transcript.write(Path(args.out), f"Four criteria, judged by {judged_by}", entries)
         result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
         result.notes = notes(answers, scores, counts, path)
@@ -160,8 +163,8 @@ def stored_scores(row: Row) -> Scores:
 def answer_prompts(
     args: argparse.Namespace, rows: Sequence[Row] | None = None
 ) -> tuple[dict[str, VariantAnswers], dict]:
-    """Lets every variant answer every prompt; (answers by variant, settings for the result). rows: whose prompts; without
-    them those of --prompts."""
+    """Lets every variant answer every prompt; (answers by variant, settings for the result). rows: with the prompts;
+    without them those of --prompts."""
     model, variants = models_under_test.from_arguments(args)
     unfinished.require_base([variant.adapter for variant in variants], args.rules)
     rows = read_prompts(args.prompts)[: args.limit or None] if rows is None else rows
@@ -219,7 +222,7 @@ def compare(
     note_on_sample = ""
     if drawn:
         prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
-    results, labels = {}, {}
+    results, labels, by_judge = {}, {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
         name = judge.name if judge else f"the {word_list_judge.NAME}"
         ask = ask_all if len(judges) == 1 else ask_apart
@@ -230,7 +233,9 @@ def compare(
         result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
-        results[name], labels[name] = result, labels_of(scores)
+        results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
+    entries = transcript.of_criteria(answers, prompts, by_judge)
+    transcript.write(out, f"Four criteria, judged by {', '.join(results)}", entries)
     if len(judges) == 1:
         return result
     agreement = judge_agreement.tables(labels, ratings=("grounding", "relevance"))
