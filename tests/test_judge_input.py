@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -102,6 +102,7 @@ def test_our_own_wording_is_what_it_was():
 # The cut
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), st.integers(1, 12))
 def test_a_cut_at_characters(text, limit):
     shown = JudgeInput(OWN, limit).cut(text)
@@ -112,6 +113,7 @@ TOKENIZER = read_tokenizer(FIXTURES / "model")
 ORACLE = AutoTokenizer.from_pretrained(FIXTURES / "model")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab c.\né🙂我मി\u0301", max_size=40), st.integers(1, 12))
 def test_a_cut_at_tokens(text, limit):
     """The longest beginning of which no character stands in a later token, as transformers tells their places."""

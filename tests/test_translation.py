@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
 from psysafe.evaluation.translation import REQUESTS, cut, joined, untranslated
+from tests.mistakes import refused
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_refusals import FIXTURES, answering, arguments  # noqa: F401
 
@@ -24,6 +25,7 @@ OTHERS = {
 TEXT = st.text("ab .!?\n。！é我മി\u0d3f", max_size=80)
 
 
+@settings(deadline=None)
 @given(TEXT, st.integers(1, 30))
 def test_the_pieces_are_the_text(text, size):
     pieces = cut(text, size)
@@ -144,3 +146,9 @@ def test_a_failed_chunk_is_named_by_its_place(answering, tmp_path, monkeypatch):
     result, _, _ = run_bench(tmp_path, monkeypatch, lambda _, text: text, "--translator-chars", "80")
     reasons = {reason.partition(" (")[0] for reason in result.failed.values()}
     assert reasons == {"translation: chunk 2 of 2: it came back untranslated in 2 tries"}
+
+
+def test_a_missing_model_is_found_before_an_answer_is_written(tmp_path):
+    words = ["--data", str(FIXTURES / "sorry"), "--mutations", "translate-fr", "--judge-url", "http://localhost:1",
+             "--judge-model", "j", "--translator-url", "http://localhost:1", "--out", str(tmp_path)]  # fmt: skip
+    refused("--translator-url needs --translator-model NAME", SorryBench().run, arguments(SorryBench(), *words))

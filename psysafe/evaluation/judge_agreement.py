@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,10 +12,7 @@ from psysafe.evaluation.result import Table
 from psysafe.evaluation.statistics import percentile_interval, resampled_sums
 
 Labels = Mapping[str, Mapping[tuple[str, Hashable], Hashable]]  # figure -> (variant, prompt) -> the judge's label
-NOTE = (
-    "n: answers with a verdict of both. from, to: 95 % of Cohen's kappa, percentile bootstrap over prompts. Quadratic: "
-    "4 and 5 disagree less than 1 and 5; only of ratings."
-)
+NOTE = "n: answers with a verdict of both. from, to: 95 % of Cohen's kappa, percentile bootstrap over prompts."
 
 
 def tables(judges: Mapping[str, Labels], ratings: Sequence[str] = ()) -> list[Table]:
@@ -28,13 +26,21 @@ def tables(judges: Mapping[str, Labels], ratings: Sequence[str] = ()) -> list[Ta
     ]
     columns = [("figure", ""), ("A", ""), ("B", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f"),
                ("from", ".3f"), ("to", ".3f"), ("quadratic kappa", ".3f")]  # fmt: skip
-    shown = [Table("Agreement between judges", columns, rows, NOTE, bars=["Cohen's kappa"])]
+    note = f"{NOTE} Quadratic, of ratings: 4 and 5 disagree less than 1 and 5." if ratings else NOTE
+    shown = [Table("Agreement between judges", columns, rows, note, bars=["Cohen's kappa"])]
     if len(judges) > 2:
         rows = [[name, *_of_all(labels[name], name in ratings)] for name in figures]
         columns = [("figure", ""), ("n", ","), ("nominal alpha", ".3f"), ("interval alpha", ".3f")]
-        note = "Krippendorff's alpha. n: answers with a verdict of two judges or more. Interval: only of ratings."
-        shown.append(Table("Agreement of all judges", columns, rows, note))
-    return shown
+        note = "Krippendorff's alpha. n: answers with a verdict of two judges or more."
+        shown.append(
+            Table("Agreement of all judges", columns, rows, f"{note} Interval: of ratings." if ratings else note)
+        )
+    return shown if ratings else [_without_last_column(table) for table in shown]
+
+
+def _without_last_column(table: Table) -> Table:
+    """Without the one that is of ratings."""
+    return replace(table, columns=table.columns[:-1], rows=[row[:-1] for row in table.rows])
 
 
 def _numbered(columns: Sequence[Mapping]) -> list[dict]:

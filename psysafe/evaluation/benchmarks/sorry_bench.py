@@ -107,6 +107,7 @@ class SorryBench(Benchmark):
         notes += [f"left out, for want of a translator: {', '.join(left_out)}"] if left_out else []
         settings = {"files": ", ".join(names)}
         if any(name.startswith("translate-") for name in names):
+            translation.from_arguments(args)  # what is missing is found before an answer is written
             settings |= {"translator": args.translator_model, "translator url": args.translator_url}
         return Rows(parts, list(filter(None, questions.values())), settings, notes)
 
