@@ -18,7 +18,7 @@ from tests.mistakes import refused_by
 from tests.stub_endpoint import Handler, StubEndpoint
 from tests.test_eval_judge import reply
 from tests.test_eval_refusals import FIXTURES
-from tests.test_eval_run import run
+from tests.test_eval_run import MODEL, run
 
 MODELS = ["org/a", "b"]
 
@@ -55,7 +55,8 @@ def answers(tmp_path):
     rows = [{"prompt": p, "variant": v, "answer": f"I can't {v}", "risk cluster": ("substance", "weapon")[i % 2]}
             for v in ("base", "tuned") for i, p in enumerate(prompts)]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stored = ["--answers", str(tmp_path / "a.jsonl")]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": prompts[0], "answer": "x"}) + "\n")
+    stored = ["--answers", str(tmp_path / "a.jsonl"), "--train", str(tmp_path / "train.jsonl")]
     return {"judge": ["judge", *stored], "xstest": ["xstest", "--data", str(FIXTURES / "xstest.csv"), *stored]}
 
 
@@ -93,6 +94,21 @@ def test_each_judge_says_what_it_says_alone(command, answers, stub, tmp_path):
     assert len(stub.seen) == 2 * n_asked and result_in(together) == whole
     assert run("report", str(together), "--out", str(tmp_path / "report")) == 0
     assert "Agreement between judges" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_answers_that_are_made_here_are_judged_alike(stub, tmp_path):
+    """Settings of the models, and the note of a sample, stand in each judge's own result, too."""
+    rows = [{"prompt": f"I drink {i}", "risk cluster": "substance"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["judge", "--prompts", str(tmp_path / "rows.jsonl"), "--model", MODEL, "--max-new-tokens", "3",
+             "--no-thinking", "--device", "cpu", "--sample-per-cluster", "2"]  # fmt: skip
+    assert run(*words, *judges(stub, *MODELS), "--out", str(tmp_path / "both")) == 0
+    assert run(*words, *judges(stub, "b"), "--out", str(tmp_path / "alone")) == 0
+    alone = json.loads(json.dumps(result_in(tmp_path / "alone")).replace("/alone/", "/both/"))
+    assert result_in(tmp_path / "both" / "judges" / "b") == alone
+    assert alone["notes"][-1].startswith("sample of 2 prompts per cluster") and alone["settings"]["model"] == MODEL
+    whole = result_in(tmp_path / "both")
+    assert whole["notes"] == alone["notes"] and whole["settings"]["model"] == MODEL
 
 
 def test_the_agreement_of_four_criteria_is_scikit_learns(answers, stub, tmp_path):

@@ -181,10 +181,9 @@ class Benchmark(Evaluation):
             every = argparse.Namespace(**{**vars(args), "limit": 0})
             rows.numbers = prompts_of_numbers(self.load(every, path))
         rows.settings = {**origin, **rows.settings}
-        if read_again:
-            result = self._result(self._read_again(args, rows), rows)
-        else:
-            result = self._judged_by_all(args, rows, judges, inputs)
+        if not read_again:
+            return self._judged_by_all(args, rows, judges, inputs)
+        result = self._result(self._read_again(args, rows), rows)
         result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
 
@@ -201,10 +200,11 @@ class Benchmark(Evaluation):
         entries = transcript.of_benchmark(rows.parts, answered.columns, texts.by_part, stages)
         transcript.write(out, f"{self.title}, judged by {', '.join(stages)}", entries)
         results = {name: self._result(stage, rows, args.rules) for name, stage in stages.items()}
-        if len(judges) == 1:
-            return next(iter(results.values()))
-        agreement = judge_agreement.tables({name: self._labels(stage.judged) for name, stage in stages.items()})
-        return several_judges.side_by_side(self.title, results, judges, agreement, out)
+        contamination = overlap_with_files(rows.prompts, args.train)
+        for result in results.values():
+            result.contamination = contamination
+        labels = {name: self._labels(stage.judged) for name, stage in stages.items()}
+        return several_judges.one_result(self.title, results, judges, judge_agreement.tables(labels), out)
 
     def _result(self, stage: Stage, rows: Rows, rules: str = "") -> Result:
         """rules: on unfinished reasoning; "" where nobody knows which was unfinished."""

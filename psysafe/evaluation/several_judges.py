@@ -19,13 +19,16 @@ def folder_of(judge: Judge | None, judges: Sequence[Judge | None], out: Path) ->
     return out if len(judges) == 1 else out / "judges" / file_name(judge)
 
 
-def side_by_side(
+def one_result(
     title: str, results: Mapping[str, Result], judges: Sequence[Judge | None], agreement: Sequence[Table], out: Path
 ) -> Result:
-    """The result of all judges, after each one's own has been saved. results: by the judges' names, in their order.
+    """The only judge's result, or that of all judges, after each one's own has been saved.
 
-    UserError where no judge could be asked: there is nothing to show then.
+    results: by the judges' names, in their order, complete. UserError where no judge could be asked: there is nothing
+    to show then.
     """
+    if len(judges) == 1:
+        return next(iter(results.values()))
     if all(judge is not None and judge.unusable for judge in judges):
         raise UserError(judges[0].unusable)
     for judge, result in zip(judges, results.values(), strict=True):

@@ -82,31 +82,30 @@ class FourCriteria(Evaluation):
             raise UserError(f"expected one of {ways}")
         paths = [path for _, path in map(stored.name_and_path, args.answers)]
         stored.refuse_items(args.out, [*paths, *filter(None, (args.replies, args.scores))])
-        if args.replies or args.scores:
-            result, answers = self._read_again(args)
-        else:
-            result, answers = self._judged(args)
-        result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
-        return result
+        return self._read_again(args) if args.replies or args.scores else self._judged(args)
 
-    def _judged(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
+    def _judged(self, args: argparse.Namespace) -> Result:
         judges = judge_models.every_from_arguments(args, TEMPERATURE)
         own = criteria.own_instructions()
         inputs = [judge and judge_input.from_arguments(args, judge, own, may_be_rubric=True) for judge in judges]
-        drawn = sample.from_arguments(args)
+        drawn, note, settings = sample.from_arguments(args), "", {}
         if args.answers:
             answers = read_all(args.answers, args.limit)
-            result = compare(answers, baseline_of(args, answers), judges, inputs, Path(args.out), args.rules, drawn)
-            return result, answers
-        rows = read_prompts(args.prompts)[: args.limit or None]
-        rows, note = sampled(rows, drawn) if drawn else (rows, "")
-        answers, settings = answer_prompts(args, rows)
-        result = compare(answers, baseline_of(args, answers), judges, inputs, Path(args.out), args.rules)
-        result.settings |= settings
-        result.notes += [note] if note else []
-        return result, answers
+        else:
+            rows = read_prompts(args.prompts)[: args.limit or None]
+            rows, note = sampled(rows, drawn) if drawn else (rows, "")
+            answers, settings = answer_prompts(args, rows)
+        baseline, of_compared = baseline_of(args, answers), drawn if args.answers else None
+        results, labels = compare(answers, baseline, judges, inputs, Path(args.out), args.rules, of_compared)
+        contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
+        for result in results.values():
+            result.settings |= settings
+            result.notes += [note] if note else []
+            result.contamination = contamination
+        agreement = judge_agreement.tables(labels, ratings=("grounding", "relevance"))
+        return several_judges.one_result("Four criteria", results, judges, agreement, Path(args.out))
 
-    def _read_again(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
+    def _read_again(self, args: argparse.Namespace) -> Result:
         """From stored replies or scores, without models and judges."""
         path = args.replies or args.scores
         answers, scores, replies = read_scores(path, args.limit, bool(args.replies))
@@ -120,7 +119,8 @@ class FourCriteria(Evaluation):
         result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
         result.notes = notes(answers, scores, counts, path)
-        return result, answers
+        result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
+        return result
 
 
 def baseline_of(args: argparse.Namespace, answers: Mapping[str, VariantAnswers]) -> str:
@@ -215,9 +215,9 @@ def compare(
     out: Path,
     rules: str = unfinished.PAIRED,
     drawn: Sample | None = None,
-) -> Result:
-    """All variants side by side on the prompts that they share, judged by every judge; None stands for the word lists,
-    which have no input. drawn: of these prompts only those of a sample."""
+) -> tuple[dict[str, Result], dict[str, judge_agreement.Labels]]:
+    """All variants side by side on the prompts that they share: (each judge's result, its labels), by its name. None
+    stands for the word lists, which have no input. drawn: of these prompts only those of a sample."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
     note_on_sample = ""
     if drawn:
@@ -236,10 +236,7 @@ def compare(
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
     entries = transcript.of_criteria(answers, prompts, by_judge)
     transcript.write(out, f"Four criteria, judged by {', '.join(results)}", entries)
-    if len(judges) == 1:
-        return result
-    agreement = judge_agreement.tables(labels, ratings=("grounding", "relevance"))
-    return several_judges.side_by_side("Four criteria", results, judges, agreement, out)
+    return results, labels
 
 
 def result_of(
