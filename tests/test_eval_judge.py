@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -126,10 +125,10 @@ def test_no_text_is_too_strange(text):
 
 
 def test_the_judge_is_shown_the_answer_alone_and_told_what_it_is():
-    system, user = replace(criteria.own_instructions(), system="RUBRIC").messages("the request", "the response")
+    system, user = criteria.messages("RUBRIC", "the request", "the response")
     assert system == {"role": "system", "content": "RUBRIC"}
     assert "the request" in user["content"] and "the response" in user["content"]
-    assert criteria.own_instructions().messages("p", "")[1]["content"].count("empty") == 1
+    assert criteria.messages("R", "p", "")[1]["content"].count("empty") == 1
 
 
 # The table

@@ -126,6 +126,19 @@ def test_the_agreement_of_four_criteria_is_scikit_learns(answers, stub, tmp_path
         assert quadratic == (pytest.approx(cohen_kappa_score(*labels, weights="quadratic")) if is_rating else None)
 
 
+def test_people_are_compared_with_one_of_several_judges(answers, stub, tmp_path, capsys):
+    assert run(*answers["judge"], *judges(stub, *MODELS), "--out", str(tmp_path / "out")) == 0
+    prompt = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["prompt"]
+    (tmp_path / "people.jsonl").write_text(json.dumps({"prompt": prompt, "variant": "base", "refusal": "Yes"}))
+    words = ["agreement", "--human", str(tmp_path / "people.jsonl"), "--out", str(tmp_path / "ag"), "--judged"]
+    one = tmp_path / "out" / "judges" / "b"
+    capsys.readouterr()
+    line = refused_by(script.main, [*words, tmp_path / "out"], capsys)
+    assert f"several judges; give one of them, as in --judged {one}" in line
+    assert run(*words, str(one)) == 0
+    assert result_in(tmp_path / "ag")["settings"]["judge"] == "b"
+
+
 LABEL = st.none() | st.integers(1, 5)
 
 
