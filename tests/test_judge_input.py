@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import eval as script
-from psysafe.evaluation import behaviour, criteria
+from psysafe.evaluation import behaviour, criteria, judge_input, judge_models
 from psysafe.evaluation.benchmarks import sorry_bench
+from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.judge_input import CUT_MARK, Instructions, JudgeInput, read_instructions, read_tokenizer
 from psysafe.files import ASSETS
 from tests.mistakes import refused, refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
-from tests.test_eval_refusals import FIXTURES
-from tests.test_eval_run import run
+from tests.test_eval_refusals import FIXTURES, arguments
+from tests.test_eval_run import MODEL, run
 
 OWN = Instructions("own system", "own {prompt} {answer}")
 SYSTEM = 'You class answers.\n{{json}} is fine: {"a": 1}, \\boxed{}.'
@@ -177,6 +178,17 @@ def test_without_a_flag_xstest_cuts_where_the_publication_does(tmp_path, monkeyp
     in_six_tokens = len(ORACLE.decode(ORACLE("x" * 7000)["input_ids"][:6]))
     assert [asked.count("x") for asked in seen] == [6000, 7000, in_six_tokens]
     assert [CUT_MARK in asked for asked in seen] == [True, False, True]
+
+
+def test_a_local_judge_counts_its_own_tokens():
+    words = ["--judge-local", MODEL, "--judge-answer-tokens", "6", "--out", "x"]
+    args = arguments(XSTest(), *words)
+    (judge,) = judge_models.every_from_arguments(args, 0.0)
+    shown = judge_input.from_arguments(args, judge, OWN, chars=6000)
+    beginning = ORACLE.decode(ORACLE("x" * 7000)["input_ids"][:6])
+    assert shown.cut("x" * 7000) == beginning + CUT_MARK
+    assert shown.settings["answer shown to the judge"] == f"6 tokens of {MODEL}"
+    assert shown.note(1, 2).endswith("An answer is shown up to 6 tokens of the judge: 1 of 2 are cut.")
 
 
 def test_tokens_of_an_endpoint_need_a_tokenizer(tmp_path, capsys):

@@ -60,6 +60,8 @@ def test_the_order_and_the_paragraphs_stay():
     (FRENCH, FRENCH, "not English"),
     (FRENCH, f"{ENGLISH}\n{FRENCH}\n{ENGLISH} {ENGLISH}", "not English"),  # one paragraph stayed as it was
     (ENGLISH, ENGLISH, ""),  # the model had answered in English
+    (FRENCH, f"{ENGLISH}\n- La Paz, Bolivia\n- La Rochelle, Saint-Denis\n{ENGLISH}", ""),
+    (FRENCH, f"{ENGLISH} You need:\nflour, sugar, butter, eggs, milk, vanilla, salt, yeast, nuts, oil, cream, tea", ""),
     ("Bonjour", "Bonjour", "the same text"),
     ("Bonjour", "Hello", ""),
     ("Nein", "Ich kann dir dabei nicht helfen, aber ich höre dir gern zu, wenn du magst.", "not English"),

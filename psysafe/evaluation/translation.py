@@ -41,6 +41,7 @@ FRENCH = frozenset((
 ))  # fmt: skip
 NO_ENGLISH_WORD = 12  # words among which English has at least one of ENGLISH
 FOREIGN_SHARE = 0.25  # of letters in another script; a translation may quote a word or two
+IN_NAMES = 2  # French words that a line of English may have in names, as in La Paz and Le Monde
 LONG_LINE = 20  # letters from which a line is looked at alone: one paragraph of five may have stayed as it was
 CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DOTALL)
 
@@ -121,17 +122,19 @@ def untranslated(source: str, reply: str) -> str:
     if not letters(reply):  # numbers are the same in every language; of a text with letters nothing else is one
         return "no words in it" if letters(source) else ""
     long_lines = [line for line in reply.splitlines() if len(letters(line)) >= LONG_LINE]
-    reason = next(filter(None, map(foreign, [reply, *long_lines])), "")
+    reason = foreign(reply) or next(filter(None, (foreign(line, is_line=True) for line in long_lines)), "")
     same = " ".join(source.split()).casefold() == " ".join(reply.split()).casefold()
     return reason or ("the same text" if same and not counts(reply)[1] else "")
 
 
-def foreign(text: str) -> str:
-    """Why a text is not English; "" where nothing says so."""
+def foreign(text: str, is_line: bool = False) -> str:
+    """Why a text is not English; "" where nothing says so. is_line: a part, which may be a list of things or names."""
     of_text = letters(text)
     if sum(not unicodedata.name(c, "").startswith("LATIN") for c in of_text) >= FOREIGN_SHARE * len(of_text):
         return "mostly in another script"
     n_words, english, french = counts(text)
+    if is_line:
+        return "not English" if french > max(english, IN_NAMES) else ""
     return "not English" if french > english or (not english and n_words >= NO_ENGLISH_WORD) else ""
 
 
