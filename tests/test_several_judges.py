@@ -127,6 +127,8 @@ def test_the_agreement_of_four_criteria_is_scikit_learns(answers, stub, tmp_path
 
 
 def test_people_are_compared_with_one_of_several_judges(answers, stub, tmp_path, capsys):
+    """Also where one judge alone was asked there before: its scores are not taken for those of all."""
+    assert run(*answers["judge"], *judges(stub, "b"), "--out", str(tmp_path / "out")) == 0
     assert run(*answers["judge"], *judges(stub, *MODELS), "--out", str(tmp_path / "out")) == 0
     prompt = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["prompt"]
     (tmp_path / "people.jsonl").write_text(json.dumps({"prompt": prompt, "variant": "base", "refusal": "Yes"}))
