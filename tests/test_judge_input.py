@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -15,6 +15,7 @@ from psysafe.evaluation.benchmarks import sorry_bench
 from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.judge_input import CUT_MARK, Instructions, JudgeInput, read_instructions, read_tokenizer
 from psysafe.files import ASSETS
+from psysafe.program import UserError
 from tests.mistakes import refused, refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_refusals import FIXTURES, arguments
@@ -72,11 +73,27 @@ def test_a_text_without_placeholders_is_the_four_criterias_rubric(file):
     ("user = 3", "a.toml", "user is 3; expected a text"),
     (toml() + "usr = 'x'", "a.toml", "key 'usr'; expected system, user, cut_mark"),
     ("user = 'x", "a.toml", "malformed TOML"),
+    ("a = " + "[" * 9000, "a.toml", "malformed TOML"),
     (b"caf\xe9", "a.txt", "not UTF-8 at line 1"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line(content, name, message, file):
     path = file(content, name)
     assert str(path) in refused(message, read_instructions, path, OWN)
+
+
+PIECES = st.sampled_from([b"system = ", b"user = ", b"cut_mark = ", b"'''", b"{prompt}", b"{answer}", b"{{x}}",
+                          b"{y}", b"\n", b"a", b"\xff", b"[", b"=", b'"', b"3"])  # fmt: skip
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(PIECES, max_size=12), st.sampled_from(["f.toml", "f.txt"]), st.booleans())
+def test_any_file_is_read_or_refused_in_one_line(file, pieces, name, may_be_rubric):
+    try:
+        read = read_instructions(file(b"".join(pieces), name), OWN, may_be_rubric)
+    except UserError as error:
+        assert name in str(error) and "\n" not in str(error)
+    else:
+        assert {"\x01", "\x02"} <= set(read.messages("\x01", "\x02")[-1]["content"])
 
 
 def test_a_file_that_cannot_be_read(file, tmp_path):

@@ -85,7 +85,7 @@ def _names(text: str) -> list[str]:
 def _fields(text: str, path: str | Path) -> dict[str, str]:
     try:
         fields = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         remedy = "expected system = '''...''' and user = '''...'''"
         raise UserError(f"--rubric {path}: malformed TOML ({error}); {remedy}") from None
     for key, value in fields.items():
