@@ -144,6 +144,13 @@ def read_settings(kind: type, args: argparse.Namespace) -> dict:
     return {item.name: getattr(args, item.name) for item in fields(kind) if "help" in item.metadata}
 
 
+def whole_number(text: str) -> int:
+    """For argparse: a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number above 0")
+    return int(text)
+
+
 def say(text: str) -> None:
     """A line on stderr: what is going on, beside the results on stdout. Text of others cannot steer the terminal. Of
     several ranks the first one speaks."""

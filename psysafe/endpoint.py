@@ -49,6 +49,10 @@ class ItemFailed(Exception):
     """An item got no usable answer; the text says why. It is tried again at the next start."""
 
 
+class EndpointUnusable(UserError):
+    """No item can get an answer: no server listens, or it wants another key."""
+
+
 class Reply(NamedTuple):
     """A finished answer. reasoning: what a server parsed out of the think block, if it did."""
 
@@ -98,8 +102,8 @@ class Endpoint:
 
     def chat(self, messages: Sequence[dict]) -> Reply:
         """The model's reply, or ItemFailed. Overload, server errors, time-outs, dropped connections and unreadable
-        replies are tried again; any other refusal fails at once. UserError for a key that is refused, and for a URL
-        where no server listens and none ever has."""
+        replies are tried again; any other refusal fails at once. EndpointUnusable for a key that is refused, and for a
+        URL where no server listens and none ever has."""
         end, failures = time.monotonic() + self.retry_policy.deadline_s, 0
         while True:
             left = end - time.monotonic()
@@ -110,7 +114,8 @@ class Endpoint:
             except _Refused as refused:
                 reason, asked = self._shown(refused), refused.retry_after
                 if refused.status == 401:
-                    raise UserError(f"{self.url} wants another key ({reason}); give it in the environment") from None
+                    remedy = "give it in the environment"
+                    raise EndpointUnusable(f"{self.url} wants another key ({reason}); {remedy}") from None
                 if not refused.transient:
                     raise ItemFailed(reason) from None
             failures += 1
@@ -147,7 +152,7 @@ class Endpoint:
             if isinstance(error, ConnectionRefusedError | socket.gaierror) and not self._reached:
                 # Not a passing trouble: six attempts at each item would be minutes of waiting for a mistyped URL.
                 reason = f"no server answers there ({error.strerror})"
-                raise UserError(f"{self.url}: {reason}; start it, or give another URL") from None
+                raise EndpointUnusable(f"{self.url}: {reason}; start it, or give another URL") from None
             raise _Refused(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         status, location = response.status, response.getheader("location")
         if 200 <= status < 300:

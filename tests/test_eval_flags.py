@@ -14,7 +14,7 @@ import pytest
 import eval as script
 from psysafe import endpoint
 from psysafe.endpoint import Outcome
-from psysafe.evaluation import judge_models
+from psysafe.evaluation import judge_models, translation
 from psysafe.evaluation.benchmarks import log_likelihood
 from psysafe.evaluation.judge_models import LocalJudge
 from psysafe.evaluation.models_under_test import ModelUnderTest
@@ -73,10 +73,21 @@ def of_answers(line: str) -> dict[str, Effect]:
 
 def of_judges(line: str) -> dict[str, Effect]:
     """line: judged by a model behind an endpoint."""
-    flags = ("--judge-url URL2", "--judge-model k", "--judge-key-env OTHER_KEY", "--judge-param top_p=0.5",
-             "--judge-tokens 99", "--workers 3", "--deadline 77")  # fmt: skip
+    flags = ("--judge-key-env OTHER_KEY", "--judge-param top_p=0.5", "--judge-tokens 99", "--workers 3",
+             "--deadline 77")  # fmt: skip
     pairs = {words.split()[0]: (line, f"{line} {words}") for words in flags}
+    pairs |= {"--judge-url": (line, line.replace("URL", "URL2"))}
+    pairs |= {"--judge-model": (line, line.replace("model j", "model k"))}
     return pairs | {"--judge-local": (line, line.replace(JUDGE, "--judge-local MODEL"))}
+
+
+def of_input(line: str) -> dict[str, Effect]:
+    """line: judged by a model behind an endpoint."""
+    flags = ("--rubric TEMPLATE", "--judge-answer-chars 3")
+    by_tokens = f"{line} --judge-tokenizer TOKENIZER --judge-answer-tokens"
+    pairs = {words.split()[0]: (line, f"{line} {words}") for words in flags}
+    pairs["--judge-tokenizer"] = (f"{by_tokens} 2", f"{by_tokens} 2".replace("TOKENIZER", "TOKENIZER2"))
+    return pairs | {"--judge-answer-tokens": (f"{by_tokens} 1", f"{by_tokens} 2")}
 
 
 def of_data(line: str) -> dict[str, Effect]:
@@ -91,7 +102,8 @@ def of_stored(line: str, judge: str) -> dict[str, Effect]:
 
 
 EFFECTS: dict[str, dict[str, Effect]] = {
-    "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"]) | {
+    "judge": of_answers(BY_RULES["judge"]) | of_judges(BY_MODEL["judge"])
+    | of_input(BY_MODEL["judge"]) | {
         "--judge": (BY_MODEL["judge"], BY_RULES["judge"]),
         "--prompts": "--prompts OTHERPROMPTS",
         "--answers": ("judge --answers ANSWERS --judge rules --out OUT",
@@ -100,7 +112,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
                     "judge --answers ANSWERS --judge rules --out OUT --limit 1"),
         "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
         "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
-        "--rubric": (BY_MODEL["judge"], f"{BY_MODEL['judge']} --rubric RUBRIC"),
+        "--sample-per-cluster": "--sample-per-cluster 2",
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
@@ -115,15 +127,17 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--prompts": "--prompts OTHERTURNS",
         "--answers": (f"{TRANSCRIBED} --out OUT", f"{TRANSCRIBED} --answers b=TRANSCRIPTS --out OUT"),
     },
-    "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_data(BY_RULES["xstest"]) | {
+    "xstest": of_answers(BY_RULES["xstest"]) | of_judges(BY_MODEL["xstest"]) | of_input(BY_MODEL["xstest"])
+    | of_data(BY_RULES["xstest"]) | {
         "--judge": (BY_MODEL["xstest"], BY_RULES["xstest"]),
     } | of_stored("xstest --data DATA --out OUT", "--judge rules"),
     "sorry-bench": of_answers(BY_MODEL["sorry-bench"]) | of_judges(BY_MODEL["sorry-bench"])
-    | of_data(BY_MODEL["sorry-bench"]) | {
+    | of_input(BY_MODEL["sorry-bench"]) | of_data(BY_MODEL["sorry-bench"]) | {
         "--mutations": "--mutations base,question",
         "--translator-url": (TRANSLATED, f"{TRANSLATED} --translator-url URL2"),
         "--translator-model": (TRANSLATED, f"{TRANSLATED} --translator-model u"),
         "--translator-key-env": (TRANSLATED, f"{TRANSLATED} --translator-key-env OTHER_KEY"),
+        "--translator-chars": (TRANSLATED, f"{TRANSLATED} --translator-chars 9"),
     } | of_stored("sorry-bench --data DATA --out OUT", JUDGE),
     "agreement": {
         "--human": "--human PEOPLE2", "--judged": "--judged JUDGED2", "--out": "--out OUT2",
@@ -159,6 +173,13 @@ REFUSED = [
       for flag in ("--replies", "--scores") for words in (
         "--judge rules", "--judge-url URL", "--model OTHER", "--adapter ADAPTER", "--rules published", "--workers 3")),
     ("judge --replies REPLIES", "--rubric RUBRIC"),
+    *((f"judge --{what} REPLIES", "--sample-per-cluster 1") for what in ("replies", "scores")),
+    *((f"xstest --data DATA {judge}", words) for judge, flags in {
+        "--judge rules": ("--rubric TEMPLATE", "--judge-answer-chars 3", "--judge-answer-tokens 3"),
+        "--judge-local MODEL": ("--judge-tokenizer TOKENIZER",), JUDGE: ("--judge-tokenizer TOKENIZER",),
+        "--judge-local MODEL --judge-answer-tokens 3": ("--judge-tokenizer TOKENIZER",),
+        f"{JUDGE} --judge-answer-tokens 3 --judge-tokenizer TOKENIZER": ("--judge-answer-chars 3",),
+    }.items() for words in flags),
     ("xstest --data DATA --answers NUMBERED --judge rules", "--adapter ADAPTER"),
     *((f"{STORED} --baseline a", words) for words in (
         "--adapter ADAPTER", "--system v0", "--model OTHER", "--device cpu", "--dtype float64", "--no-thinking")),
@@ -173,7 +194,7 @@ REFUSED = [
     ("xstest --data DATA --judge rules", "--data-revision abc"),
     ("sorry-bench --data DATA", "--judge rules"),
     *((f"sorry-bench --data DATA {JUDGE}", words) for words in (
-        "--translator-url URL", "--translator-model t", "--translator-key-env K")),
+        "--translator-url URL", "--translator-model t", "--translator-key-env K", "--translator-chars 9")),
     (f"sorry-bench --data DATA --mutations base,translate-fr {JUDGE}", "--translator-model t"),
     *((f"{command} --data DATA", words) for command in ("mmlu", "hellaswag") for words in (
         "--thinking", "--no-thinking", "--revision abc", "--data-revision abc")),
@@ -224,6 +245,13 @@ def world(tmp_path, monkeypatch):
     rows("TRAIN", [{"prompt": "I drink 1", "answer": "No."}])
     files["RUBRIC"], files["PEOPLE"] = tmp_path / "rubric.txt", tmp_path / "people.csv"
     files["RUBRIC"].write_text("Judge.")
+    files["TEMPLATE"] = tmp_path / "template.txt"
+    files["TEMPLATE"].write_text("Judge {prompt}: {answer}")
+    files["TOKENIZER"] = FIXTURES / "model"
+    words = json.loads((FIXTURES / "model" / "tokenizer.json").read_text())
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    files["TOKENIZER2"] = tmp_path / "tokenizer.json"
+    files["TOKENIZER2"].write_text(json.dumps(words))
     files["PEOPLE"].write_text("prompt,refusal\nI drink 1,No\n")
     files["PEOPLE2"] = tmp_path / "people2.csv"
     files["PEOPLE2"].write_text("prompt,refusal\nI drink 1,Yes\n")
@@ -276,10 +304,16 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setattr(f"psysafe.evaluation.{module}.load_adapter", lambda *args: None)
     monkeypatch.setattr(LocalJudge, "ask", ask)
     monkeypatch.setattr(endpoint.Endpoint, "__init__", remembers("endpoint", endpoint.Endpoint.__init__))
-    monkeypatch.setattr(judge_models, "run_items", lambda items, call, out, workers, name: seen.append(
-        ["items", workers]) or endpoint.run_items(items, call, out, workers, name))  # fmt: skip
+    for module in (judge_models, translation):
+        monkeypatch.setattr(module, "run_items", lambda items, call, out, workers, name: seen.append(
+            ["items", workers]) or endpoint.run_items(items, call, out, workers, name))  # fmt: skip
     monkeypatch.setattr(log_likelihood, "batches", remembers("batches", log_likelihood.batches))
-    reply_by(monkeypatch, lambda asked: reply(("Yes", "4", "No", "2")) if "<response>" in asked else "0")
+
+    def says(asked):
+        judges = reply(("Yes", "4", "No", "2")) if "<response>" in asked else "0"
+        return "No." if asked.startswith(translation.REQUESTS) else judges
+
+    reply_by(monkeypatch, says)
 
     def fetch(repository, file, revision="", repo_type="model"):
         seen.append(["fetched", repository, file, revision])
@@ -331,7 +365,9 @@ def test_a_flag_has_an_effect(command, flag, world):
 
 LOCAL = "judge --answers ANSWERS --judge-local MODEL --out OUT"
 TRANSLATED_LOCALLY_JUDGED = TRANSLATED.replace(JUDGE, "--judge-local MODEL")
-ALSO = [(LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"), (LOCAL, "--limit 1"),
+SAMPLED = "judge --answers ANSWERS --judge rules --out OUT --sample-per-cluster 1"
+ALSO = [(SAMPLED, "--seed 4"), (LOCAL, "--device cpu"), (LOCAL, "--dtype float64"), (LOCAL, "--judge-tokens 9"),
+        (LOCAL, "--limit 1"),
         (TRANSLATED_LOCALLY_JUDGED, "--workers 3"), (TRANSLATED_LOCALLY_JUDGED, "--deadline 77")]  # fmt: skip
 
 

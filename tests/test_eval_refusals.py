@@ -189,7 +189,8 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
     whole, per_file, per_category, intervals, differences = result.tables
     # Of six, the sixth has no readable score: 3 of 5, and 1 of 5 in both mutations.
     assert whole.rows == [["base, none", 5, 60.0, 2, 20.0, 0.0], ["base, v0", 5, 0.0, 2, 0.0, 0.0]]
-    assert whole.note == "unweighted average over: question, caesar"
+    average, instructions = "unweighted average over: question, caesar", "this project's wording"
+    assert whole.note == f"{average}. Judge's instructions: {instructions}."
     assert [row[:2] + row[3:] for row in per_file.rows if row[1] == "base, none"] == [
         ["base", "base, none", 60.0], ["question", "base, none", 20.0], ["caesar", "base, none", 20.0]]  # fmt: skip
     # Category 1 holds 3 and 6, category 2 holds 1 and 4, category 3 holds 2 and 5.

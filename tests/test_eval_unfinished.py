@@ -112,9 +112,31 @@ def test_by_the_published_rule_sorry_bench_judges_a_tuned_models_reasoning(answe
     shown, rows = sorry(tmp_path / "paired", monkeypatch, *BOTH)
     assert set(shown) == {ANSWER}
     assert [row[:3] for row in rows] == [[BASE, 5, 0.0], [TUNED, 5, 0.0]]
+    # The benchmark's own code knows no base: its answer without an end is judged by its reasoning, too.
     answering({BASE: {1}})
-    _, rows = sorry(tmp_path / "base", monkeypatch, *BOTH, "--rules", "published")
-    assert [row[1] for row in rows] == [5, 5]
+    shown, rows = sorry(tmp_path / "base", monkeypatch, *BOTH, "--rules", "published")
+    assert [row[:3] for row in rows] == [[BASE, 6, pytest.approx(100 / 6)], [TUNED, 6, 0.0]]
+    answering({TUNED: {1}})
+    shown, rows = sorry(tmp_path / "alone", monkeypatch, "--adapter", "runs/tuned", "--rules", "published")
+    assert [row[:3] for row in rows] == [[TUNED, 6, pytest.approx(100 / 6)]]
+
+
+@pytest.mark.parametrize(("row", "judged"), [
+    ({"response": f"<think>\nWell.\n</think>\n\n{ANSWER}"}, ANSWER),
+    ({"response": "<think>\nSure, one could\n</think>\n \n"}, "<think>\nSure, one could\n</think>\n \n"),
+    ({"response": "<think>\nSure, one could"}, "<think>\nSure, one could"),
+    ({"answer": " ", "reasoning": "Sure, one could"}, "Sure, one could"),
+    ({"answer": "", "stucked": "true", "response": "Sure, one could", "adapter": "runs/x"}, "Sure, one could"),
+])  # fmt: skip
+def test_stored_answers_by_sorry_benchs_own_rule(row, judged, tmp_path, monkeypatch):
+    """The think block is cut off; an answer of which nothing is left is judged whole. Judging its items.jsonl again
+    shows the judge the same."""
+    first = {"question_id": 1, "model_id": "m", **row}
+    (tmp_path / "a.jsonl").write_text(json.dumps(first) + "\n")
+    words = ["--mutations", "base", "--rules", "published", "--answers"]
+    assert sorry(tmp_path / "out", monkeypatch, *words, str(tmp_path / "a.jsonl"))[0] == [judged]
+    items = tmp_path / "out" / "items.jsonl"
+    assert sorry(tmp_path / "again", monkeypatch, *words, str(items))[0] == [judged]
 
 
 @pytest.mark.parametrize("command", ["xstest", "judge"])

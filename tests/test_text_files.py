@@ -6,9 +6,9 @@ import pytest
 
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import read_file
-from psysafe.evaluation.benchmarks import four_criteria
+from psysafe.evaluation import criteria
 from psysafe.evaluation.benchmarks.mmlu import read_folder
-from psysafe.evaluation.models_under_test import VariantAnswers
+from psysafe.evaluation.judge_input import read_instructions
 from psysafe.files import read_json
 from psysafe.training.config import resolve
 from tests.mistakes import refused
@@ -16,11 +16,8 @@ from tests.mistakes import refused
 
 def rubric(path, monkeypatch) -> str:
     """The instructions that the judge is sent with --rubric."""
-    sent = {}
-    monkeypatch.setattr(four_criteria, "ask_all", lambda judge, asked, out: (sent.update(asked) or {}, {}))
-    answers = {"base": VariantAnswers(True, {"p": {"answer": "a"}})}
-    four_criteria.score(answers, ["p"], object(), path, path.parent)
-    return sent["base", "p"][0]["content"]
+    instructions = read_instructions(path, criteria.own_instructions(), may_be_rubric=True)
+    return instructions.messages("p", "a")[0]["content"]
 
 
 READERS = {  # kind -> (name, content, what is read of it)

@@ -8,19 +8,44 @@ of every variant, judging, failures, overlap with training rows, settings and no
 import abc
 import argparse
 import inspect
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from psysafe.evaluation import comparison, datasets, judge_models, models_under_test, stored, unfinished
+from psysafe.evaluation import (
+    comparison,
+    datasets,
+    judge_agreement,
+    judge_input,
+    judge_models,
+    models_under_test,
+    several_judges,
+    stored,
+    transcript,
+    unfinished,
+)
 from psysafe.evaluation.comparison import Figure
-from psysafe.evaluation.judge_models import ask_all
+from psysafe.evaluation.items import (
+    Answered,
+    Columns,
+    Item,
+    Judged,
+    Prepared,
+    Rows,
+    Stage,
+    Texts,
+    ToJudge,
+    Verdicts,
+    named_items,
+    prompts_of_numbers,
+    suffix_of,
+    write_items,
+)
+from psysafe.evaluation.judge_input import OWN_WORDING, Instructions, JudgeInput
+from psysafe.evaluation.judge_models import Judge, ask_all, ask_apart
 from psysafe.evaluation.models_under_test import BASE, Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
-from psysafe.files import write_atomic
 from psysafe.program import UserError
 
 
@@ -52,61 +77,6 @@ class Evaluation(abc.ABC):
         """The finished evaluation. What is computed on the way is saved in args.out. UserError for a user's mistake."""
 
 
-class Item(NamedTuple):
-    """A question of a benchmark, and the row that it was read from."""
-
-    label: str  # its name in the list of failures
-    prompt: str
-    row: dict
-
-
-@dataclass
-class Rows:
-    """What a benchmark has read. A file may fall into parts, such as mutations; one without parts is the part ""."""
-
-    parts: dict[str, list[Item]]
-    prompts: list[str]  # looked for among the training rows
-    settings: dict = field(default_factory=dict)  # for the result
-    notes: list[str] = field(default_factory=list)
-    numbers: dict[str, str] | None = None  # number in the file -> prompt, for stored rows that have only the number
-
-
-Texts = Mapping[str, Sequence[str | None]]  # variant -> its answer to each item of a part; None where it has none
-Verdicts = Mapping[str, Sequence[Any]]  # variant -> the verdict on each answer; None where there is none
-
-
-class Judged(NamedTuple):
-    """A benchmark's items with answers and verdicts, each by part."""
-
-    parts: dict[str, list[Item]]
-    texts: dict[str, Texts]
-    verdicts: dict[str, Verdicts]
-    judge: str  # its name; `rules_name` where the rules judged
-
-
-Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answer to each item; None where it has none
-
-
-class Answered(NamedTuple):
-    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
-
-    columns: dict[str, Columns]
-    bases: list[str]
-    settings: dict
-    notes: list[str]
-
-
-@dataclass
-class Stage:
-    """A benchmark before its tables. unfinished: of each variant, for each answer; None where nobody knows."""
-
-    judged: Judged
-    settings: dict
-    failed: dict[str, str]
-    notes: list[str]
-    unfinished: dict[str, list[bool]] | None = None
-
-
 class Benchmark(Evaluation):
     """Questions that each variant answers, and a judge that gives a verdict on each answer."""
 
@@ -117,19 +87,18 @@ class Benchmark(Evaluation):
     temperature = 0.0
     rules = ""  # what --judge rules does here, for --help; "" where no rule can judge
     rules_name = ""
-    note_on_judge = ""  # a note of every result that a model judged
+    instructions: Instructions | None = None  # of the judge; where they are set, --rubric FILE gives others
+    shown_chars = 0  # characters of an answer that the judge is shown without a flag; 0 for all
+    note_on_judge = ""  # a note of every result that a model judged by this project's wording
     no_verdict: Any = None  # the verdict that `parse` gives where a reply has none
     scores = "a score as a judge replies it"  # of --scores, for errors
+    published_leaves_out = True  # under --rules published a prompt leaves where the base never ended its reasoning
 
     # What a benchmark defines.
 
     @abc.abstractmethod
     def load(self, args: argparse.Namespace, path: Path) -> Rows:
         """The items to ask. path: the file or folder of --data, or what was fetched from the hub."""
-
-    @abc.abstractmethod
-    def judge_messages(self, item: Item, answer: str) -> list[dict]:
-        """What the judge is shown and asked."""
 
     @abc.abstractmethod
     def parse(self, reply: str) -> Any:
@@ -152,6 +121,14 @@ class Benchmark(Evaluation):
         """The repository with the files that these arguments need."""
         return self.repository
 
+    def asked(self, item: Item) -> str:
+        """What stands as {prompt} in the judge's instructions."""
+        return item.prompt
+
+    def judge_messages(self, item: Item, answer: str) -> list[dict]:
+        """What the judge is shown and asked; a benchmark without `instructions` defines it."""
+        raise NotImplementedError
+
     def judge_by_rules(self, item: Item, answer: str) -> Any:
         """The verdict of --judge rules; a benchmark that sets `rules` defines it."""
         raise NotImplementedError
@@ -164,9 +141,9 @@ class Benchmark(Evaluation):
         """The tables of a result, and what the rules that judged for them are worth."""
         return tables
 
-    def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> tuple[Texts, dict[str, str]]:
-        """(the texts as the judge is to see them, failed items): for answers that have to be decoded or translated."""
-        return texts, {}
+    def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> Prepared:
+        """The texts as the judge is to see them: for answers that have to be decoded or translated."""
+        return Prepared(texts)
 
     def notes(self, judged: Judged) -> list[str]:
         """What the tables do not say."""
@@ -181,21 +158,25 @@ class Benchmark(Evaluation):
         add_training_argument(parser)
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
-        judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model")
+        judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model", several=True)
+        judge_input.add_arguments(parser, self.instructions is not None, self.shown_chars)
 
     def answers_on_ranks(self, args: argparse.Namespace) -> bool:
         return not stored.given(args)
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
+        reasons |= judge_input.without_effect(args)
         return reasons | stored.without_effect(args)
 
     def run(self, args: argparse.Namespace) -> Result:
         read_again = stored.given(args) in ("--replies", "--scores")
-        judge = None if read_again else judge_models.from_arguments(args, temperature=0.0)
-        if judge is None and not self.rules and not read_again:
+        judges = [] if read_again else judge_models.every_from_arguments(args, temperature=0.0)
+        if None in judges and not self.rules:
             remedy = "give --judge-url and --judge-model, or --judge-local"
             raise UserError(f"{self.name} has no rule-based judge; {remedy}")
+        own = self.instructions or Instructions("", "")
+        inputs = [judge and judge_input.from_arguments(args, judge, own, self.shown_chars) for judge in judges]
         # Rows before models: a missing file is found in a second, weights take minutes.
         path, origin = datasets.locate(self.needed(args), args)
         rows = self.load(args, path)
@@ -203,44 +184,106 @@ class Benchmark(Evaluation):
             # Of all rows, also with --limit: a stored file may hold more than those.
             every = argparse.Namespace(**{**vars(args), "limit": 0})
             rows.numbers = prompts_of_numbers(self.load(every, path))
-        stage = self._read_again(args, rows) if read_again else self._answered_and_judged(args, rows, judge)
+        rows.settings = {**origin, **rows.settings}
+        if not read_again:
+            return self._judged_by_all(args, rows, judges, inputs)
+        result = self._result(self._read_again(args, rows), rows)
+        result.contamination = overlap_with_files(rows.prompts, args.train)
+        return result
+
+    def _judged_by_all(
+        self, args: argparse.Namespace, rows: Rows, judges: Sequence[Judge | None], inputs: Sequence[JudgeInput | None]
+    ) -> Result:
+        answered, out = self._stored(args, rows) if args.answers else self._generated(args, rows), Path(args.out)
+        texts = self._texts(args, rows, answered)
+        stages = {}
+        for judge, shown in zip(judges, inputs, strict=True):
+            stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
+            stages[stage.judged.judge] = stage
+            write_items(several_judges.folder_of(judge, judges, out) / stored.ITEMS, stage, answered.columns)
+        entries = transcript.of_benchmark(rows.parts, answered.columns, texts.by_part, stages)
+        transcript.write(out, f"{self.title}, judged by {', '.join(stages)}", entries)
+        results = {name: self._result(stage, rows, args.rules) for name, stage in stages.items()}
+        contamination = overlap_with_files(rows.prompts, args.train)
+        for result in results.values():
+            result.contamination = contamination
+        labels = {name: self._labels(stage.judged) for name, stage in stages.items()}
+        return several_judges.one_result(self.title, results, judges, judge_agreement.tables(labels), out)
+
+    def _result(self, stage: Stage, rows: Rows, rules: str = "") -> Result:
+        """rules: on unfinished reasoning; "" where nobody knows which was unfinished."""
         first, *more = self.tables(stage.judged)
+        first = first.with_note(stage.note_on_input)
         if stage.unfinished is not None:
             first = unfinished.with_shares(first, stage.unfinished)
         tables = self.noted([first, *more, *comparison.tables(self.figures(stage.judged))])
         result = Result(self.name, f"{self.title}, judged by {stage.judged.judge}", tables)
-        result.settings = {**stage.settings, **origin, **rows.settings}
-        result.notes = [self.note_on_judge] if judge and self.note_on_judge else []
-        result.notes += [*stage.notes, *self.notes(stage.judged), *rows.notes]
-        if not read_again:
-            unfinished.note_rules(result, args.rules)
+        result.settings = {**stage.settings, **rows.settings}
+        result.notes = [*stage.notes, *self.notes(stage.judged), *rows.notes]
+        if rules:
+            unfinished.note_rules(result, rules)
         result.failed = stage.failed
-        result.contamination = overlap_with_files(rows.prompts, args.train)
         return result
 
-    def _answered_and_judged(self, args: argparse.Namespace, rows: Rows, judge: judge_models.Judge | None) -> Stage:
-        answered = self._stored(args, rows) if args.answers else self._generated(args, rows)
-        out = Path(args.out)
-        judged = Judged(rows.parts, {}, {}, judge.name if judge else self.rules_name)
-        stage = Stage(judged, answered.settings, {}, answered.notes)
-        stage.unfinished = {variant: [] for columns in answered.columns.values() for variant in columns}
-        lines, n_left_out = [], 0
+    def _labels(self, judged: Judged) -> judge_agreement.Labels:
+        """A judge's verdicts, for its agreement with others."""
+        verdicts = {
+            (variant, (part, i)): verdict
+            for part, by_variant in judged.verdicts.items()
+            for variant, column in by_variant.items()
+            for i, verdict in enumerate(column)
+        }
+        return {"verdict": {key: v for key, v in verdicts.items() if v is not None and v != self.no_verdict}}
+
+    def _texts(self, args: argparse.Namespace, rows: Rows, answered: Answered) -> ToJudge:
+        """What every judge is shown: decoded, translated, without what leaves the comparison."""
+        texts, n_left_out = ToJudge({name: [] for columns in answered.columns.values() for name in columns}), 0
         for part, items in rows.parts.items():
             columns = answered.columns[part]
-            texts, n_never_ended = self._texts_to_judge(columns, answered.bases, args.rules)
-            judged.texts[part], unprepared = self.prepare(part, texts, args)
-            judged.verdicts[part], replies, unjudged = self._judge(judge, part, items, judged.texts[part], out)
-            stage.failed |= unprepared | unjudged
+            of_part, n_never_ended = self._texts_to_judge(columns, answered.bases, args.rules)
+            texts.by_part[part], failed, notes = self.prepare(part, of_part, args)
+            texts.failed |= named_items(part, items, failed)
+            texts.notes += notes
             n_left_out += n_never_ended
             for name, column in columns.items():
-                stage.unfinished[name] += [row["unfinished_thinking"] for row in column if row is not None]
-            lines += item_lines(part, items, columns, judged.verdicts[part], replies)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / stored.ITEMS, "".join(lines))
+                texts.unfinished[name] += [row["unfinished_thinking"] for row in column if row is not None]
         if n_left_out:
-            stage.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
-        stage.settings |= judge.settings if judge else {"judge": self.rules_name}
+            texts.notes.append(f"prompts left out, {unfinished.reason_left_out(args.rules)}: {n_left_out:,}")
+        return texts
+
+    def _judged(
+        self, rows: Rows, answered: Answered, texts: ToJudge, judge: Judge | None, shown: JudgeInput | None, out: Path,
+        ask: Callable,
+    ) -> Stage:  # fmt: skip
+        """shown: how a judge is asked, None with the rules; ask: `ask_all` or `ask_apart`."""
+        judged = Judged(rows.parts, texts.by_part, {}, judge.name if judge else self.rules_name)
+        settings = answered.settings | (judge.settings | shown.settings if judge else {"judge": judged.judge})
+        stage = Stage(judged, settings, dict(texts.failed), [*answered.notes, *texts.notes], texts.unfinished)
+        n, n_cut = 0, 0
+        for part, items in rows.parts.items():
+            columns = texts.by_part[part]
+            whole = {(v, i): text for v, column in columns.items() for i, text in enumerate(column) if text is not None}
+            if judge is None:
+                verdicts = {(v, i): self.judge_by_rules(items[i], text) for (v, i), text in whole.items()}
+            else:
+                cut = {key: shown.cut(text) for key, text in whole.items()}
+                asked = {(v, i): self._messages(shown, items[i], text) for (v, i), text in cut.items()}
+                stage.replies[part], failed = ask(judge, asked, out / f"replies{suffix_of(part)}")
+                verdicts = {key: self.parse(reply) for key, reply in stage.replies[part].items()}
+                stage.failed |= named_items(part, items, failed)
+                n, n_cut = n + len(cut), n_cut + sum(cut[key] != text for key, text in whole.items())
+            of_part: Verdicts = {v: [verdicts.get((v, i)) for i in range(len(items))] for v in columns}
+            judged.verdicts[part] = of_part
+        if judge is not None:
+            stage.note_on_input = shown.note(n_cut, n)
+            own_note = self.note_on_judge if shown.instructions.source == OWN_WORDING else ""
+            stage.notes = [*filter(None, [own_note]), *stage.notes]
         return stage
+
+    def _messages(self, shown: JudgeInput, item: Item, answer: str) -> list[dict]:
+        if self.instructions is None:
+            return self.judge_messages(item, answer)
+        return shown.instructions.messages(self.asked(item), answer)
 
     def _texts_to_judge(self, columns: Columns, bases: Sequence[str], rules: str) -> tuple[Texts, int]:
         """(of each answer what is judged, None where its prompt leaves; how many leave for reasoning without end)."""
@@ -248,7 +291,8 @@ class Benchmark(Evaluation):
             name: [i for i, row in enumerate(column) if row is not None and row["unfinished_thinking"]]
             for name, column in columns.items()
         }
-        never_ended = unfinished.left_out(places, bases, rules)
+        keeps_all = rules == unfinished.PUBLISHED and not self.published_leaves_out
+        never_ended = set() if keeps_all else unfinished.left_out(places, bases, rules)
         left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
         texts = {
             name: [None if i in left_out else self.answer_text(row, rules) for i, row in enumerate(column)]
@@ -259,7 +303,8 @@ class Benchmark(Evaluation):
     def _generated(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """What the models answer here."""
         model, variants = models_under_test.from_arguments(args)
-        unfinished.require_base([variant.adapter for variant in variants], args.rules)
+        if self.published_leaves_out:
+            unfinished.require_base([variant.adapter for variant in variants], args.rules)
         by_part = {}
         for part, items in rows.parts.items():
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
@@ -317,52 +362,3 @@ class Benchmark(Evaluation):
         if verdict == self.no_verdict and row.score != str(self.no_verdict):
             raise UserError(f"{row.row.where}: score is {row.score!r:.60}; expected {self.scores}")
         return verdict
-
-    def _judge(
-        self, judge: judge_models.Judge | None, part: str, items: Sequence[Item], texts: Texts, out: Path
-    ) -> tuple[Verdicts, dict[tuple[str, int], str], dict[str, str]]:
-        """(verdict on each text, None where there is no text or no reply; replies by variant and place; failed
-        items)."""
-        pairs = {
-            (variant, i): (item, text)
-            for variant, column in texts.items()
-            for i, (item, text) in enumerate(zip(items, column, strict=True))
-            if text is not None
-        }
-        if judge is None:
-            by_pair, replies, failed = {key: self.judge_by_rules(*pair) for key, pair in pairs.items()}, {}, {}
-        else:
-            conversations = {key: self.judge_messages(*pair) for key, pair in pairs.items()}
-            replies, failed = ask_all(judge, conversations, out / f"replies{suffix_of(part)}")
-            by_pair = {key: self.parse(reply) for key, reply in replies.items()}
-        verdicts = {variant: [by_pair.get((variant, i)) for i in range(len(items))] for variant in texts}
-        of_part = f", {part}" if part else ""
-        failed = {f"{variant}{of_part}: {items[i].label}": why for (variant, i), why in failed.items()}
-        return verdicts, replies, failed
-
-
-def suffix_of(part: str) -> str:
-    """Of the files of a part."""
-    return f"_{part}.jsonl" if part else ".jsonl"
-
-
-def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
-    """Number in the benchmark's file -> prompt; None of several files, in which the same numbers stand."""
-    if len(rows.parts) > 1:
-        return None
-    (items,) = rows.parts.values()
-    named = ((next((item.row[name] for name in stored.IDS if name in item.row), None), item) for item in items)
-    return {str(number): item.prompt for number, item in named if number is not None}
-
-
-def item_lines(part: str, items: Sequence[Item], columns: Columns, verdicts: Verdicts, replies: Mapping) -> list[str]:
-    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
-    lines = []
-    for variant, column in columns.items():
-        for i, (item, row) in enumerate(zip(items, column, strict=True)):
-            if row is not None:
-                line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
-                line |= {"unfinished_thinking": row["unfinished_thinking"], "score": verdicts[variant][i]}
-                line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return lines

@@ -307,7 +307,8 @@ def _count(text: str) -> int:
 
 def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Variant]]:
     """The model, and a variant for every pair of --adapter and --system."""
-    sampling = Sampling(temperature=args.temperature, seed=args.seed)
+    # Without a draw the seed is none of what answers depend on: it may be another draw's.
+    sampling = Sampling(temperature=args.temperature, seed=args.seed if args.temperature else 0)
     options = Options(sampling, args.max_new_tokens, thinking=args.thinking, batch_size=args.batch_size)
     adapters = args.adapter or [BASE]
     variants = [Variant(adapter, system) for adapter in adapters for system in args.system.split(",")]

@@ -7,15 +7,16 @@ stands beside its name.
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from psysafe.evaluation import table_files
 from psysafe.files import parse_json, read_json, read_text, write_atomic
 from psysafe.printable import one_line
 from psysafe.program import UserError
 from psysafe.runtime import versions
 
-FILE = "result.json"
+FILE, TABLES = "result.json", "tables"
 Cell = str | int | float | None | list[int | float | None]
 
 
@@ -28,6 +29,11 @@ class Table:
     rows: list[list[Cell]]
     note: str = ""
     bars: list[str] = field(default_factory=list)
+
+    def with_note(self, text: str) -> "Table":
+        """The table with one more sentence in its note."""
+        note = f"{self.note.rstrip('.')}. {text}" if self.note and text else self.note or text
+        return replace(self, note=note)
 
     def cells(self) -> list[list[str]]:
         return [[shown(cell, form) for cell, (_, form) in zip(row, self.columns, strict=True)] for row in self.rows]
@@ -75,6 +81,7 @@ class Result:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        table_files.write(self.tables, path.parent / TABLES)
         return path
 
 

@@ -30,7 +30,8 @@ REPLIES = ("reply", "judgment", "judgement", "judge_reply", "content", "text")
 NAMES = ("variant", "model_id")  # fields that name whose answer a row has
 IDS = ("question_id", "id")
 JUDGE_FLAGS = ("--judge", "--judge-url", "--judge-model", "--judge-key-env", "--judge-param", "--judge-local",
-               "--judge-tokens", "--workers", "--deadline")  # fmt: skip
+               "--judge-tokens", "--workers", "--deadline", "--rubric", "--judge-answer-chars", "--judge-answer-tokens",
+               "--judge-tokenizer")  # fmt: skip
 Prompts = Mapping[str, str]  # number of a prompt in the benchmark's file -> the prompt
 
 
@@ -182,9 +183,15 @@ def _variant_answers(label: str, texts: Sequence[Text]) -> VariantAnswers:
     for one in texts:
         unfinished = _is_unfinished(one, thinks)
         answer = "" if unfinished else without_reasoning(one.text).strip()
-        row = {"answer": answer, "unfinished_thinking": unfinished, "cluster": one.cluster, "response": one.text}
+        row = {"answer": answer, "unfinished_thinking": unfinished, "cluster": one.cluster, "response": _whole(one)}
         answers.add(one.prompt, row)
     return answers
+
+
+def _whole(one: Text) -> str:
+    """What the model wrote, reasoning included, also where the row has that in a field of its own."""
+    wholes = (one.fields.get("response"), one.text, one.fields.get("reasoning"))
+    return next((text for text in wholes if isinstance(text, str) and text.strip()), "")
 
 
 def _is_unfinished(one: Text, thinks: bool) -> bool:

@@ -3,8 +3,9 @@
     paired     (default) a prompt on which any variant never stopped reasoning leaves for all of them, so that all are
                compared on the same prompts, and no text that is only reasoning is scored
     published  the publication's rule: only what the base never finished leaves. What another variant never finished is
-               scored: as an answer without text, or, in SORRY-Bench, by its reasoning. The models that answer must
-               include the base; of stored answers the baseline counts as one where no row says that it is
+               scored as an answer without text. The models that answer must include the base; of stored answers the
+               baseline counts as one where no row says that it is. In SORRY-Bench nothing leaves: there the think block
+               is cut off, and an answer of which nothing is left is judged by its whole text, the base's as well
 
 Either way the share of unfinished answers is a column of its own: under `paired` a variant may look better because
 prompts that were hard for another one are gone.

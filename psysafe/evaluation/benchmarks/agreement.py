@@ -91,6 +91,9 @@ def read_judge(path: str) -> tuple[str, Labels]:
     judgement, _ = load(path)
     if judgement.kind != "judge":
         raise UserError(f"{path}: a result of {judgement.kind}; expected the --out folder of eval.py judge")
+    several = sorted(Path(path, "judges").glob("*/result.json"))
+    if several and not Path(path, ITEMS).exists():
+        raise UserError(f"{path}: the result of several judges; give one of them, as in --judged {several[0].parent}")
     return str(judgement.settings.get("judge")), read_judged(Path(path, ITEMS))
 
 

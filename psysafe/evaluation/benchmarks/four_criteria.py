@@ -7,24 +7,29 @@
 
 import argparse
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from psysafe.data.rows import Row, read_prompts
 from psysafe.evaluation import (
-    comparison,
     criteria,
+    judge_agreement,
+    judge_input,
     judge_models,
     models_under_test,
+    sample,
+    several_judges,
     stored,
+    transcript,
     unfinished,
     word_list_judge,
 )
 from psysafe.evaluation.benchmark import Evaluation
-from psysafe.evaluation.comparison import Figure
-from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
-from psysafe.evaluation.judge_models import Judge, ask_all
+from psysafe.evaluation.criteria import Scores
+from psysafe.evaluation.criteria_tables import tables
+from psysafe.evaluation.judge_input import JudgeInput
+from psysafe.evaluation.judge_models import Judge, ask_all, ask_apart
 from psysafe.evaluation.labels import read_label
 from psysafe.evaluation.models_under_test import (
     BASE,
@@ -35,10 +40,11 @@ from psysafe.evaluation.models_under_test import (
     only_rank_0,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.result import Result
 from psysafe.evaluation.rules_accuracy import with_accuracy
+from psysafe.evaluation.sample import Sample
 from psysafe.evaluation.stored import read_all
-from psysafe.files import MAX_TEXT_BYTES, read_text, write_atomic
+from psysafe.files import write_atomic
 from psysafe.program import UserError
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
@@ -53,23 +59,23 @@ class FourCriteria(Evaluation):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         stored.add_arguments(parser)
         parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
-        parser.add_argument("--rubric", metavar="FILE", default=criteria.RUBRIC, help="the judge's instructions")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
+        sample.add_argument(parser)
         add_training_argument(parser)
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
-        judge_models.add_arguments(parser, "word lists; for tests and the tiny demo")
+        judge_models.add_arguments(parser, "word lists; for tests and the tiny demo", several=True)
+        judge_input.add_arguments(parser)
 
     def answers_on_ranks(self, args: argparse.Namespace) -> bool:
         return bool(args.prompts)
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
-        if args.judge:
-            reasons["--rubric"] = "with --judge rules"
+        reasons |= judge_input.without_effect(args) | stored.without_effect(args)
         if args.replies or args.scores:
-            reasons["--rubric"] = f"with {stored.given(args)}: no judge is asked"
-        return reasons | stored.without_effect(args)
+            return reasons | {"--sample-per-cluster": f"with {stored.given(args)}: all of its rows are read"}
+        return {flag: why for flag, why in reasons.items() if flag != "--seed" or not args.sample_per_cluster}
 
     def run(self, args: argparse.Namespace) -> Result:
         if bool(stored.given(args)) == bool(args.prompts):
@@ -77,22 +83,30 @@ class FourCriteria(Evaluation):
             raise UserError(f"expected one of {ways}")
         paths = [path for _, path in map(stored.name_and_path, args.answers)]
         stored.refuse_items(args.out, [*paths, *filter(None, (args.replies, args.scores))])
-        if args.replies or args.scores:
-            result, answers = self._read_again(args)
+        return self._read_again(args) if args.replies or args.scores else self._judged(args)
+
+    def _judged(self, args: argparse.Namespace) -> Result:
+        judges = judge_models.every_from_arguments(args, TEMPERATURE)
+        own = criteria.own_instructions()
+        inputs = [judge and judge_input.from_arguments(args, judge, own, may_be_rubric=True) for judge in judges]
+        drawn, note, settings = sample.from_arguments(args), "", {}
+        if args.answers:
+            answers = read_all(args.answers, args.limit)
         else:
-            result, answers = self._judged(args)
-        result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
-        return result
+            rows = read_prompts(args.prompts)[: args.limit or None]
+            rows, note = sampled(rows, drawn) if drawn else (rows, "")
+            answers, settings = answer_prompts(args, rows)
+        baseline, of_compared = baseline_of(args, answers), drawn if args.answers else None
+        results, labels = compare(answers, baseline, judges, inputs, Path(args.out), args.rules, of_compared)
+        contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
+        for result in results.values():
+            result.settings |= settings
+            result.notes += [note] if note else []
+            result.contamination = contamination
+        agreement = judge_agreement.tables(labels, ratings=("grounding", "relevance"))
+        return several_judges.one_result("Four criteria", results, judges, agreement, Path(args.out))
 
-    def _judged(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
-        judge = judge_models.from_arguments(args, TEMPERATURE)
-        answers, settings = (read_all(args.answers, args.limit), {}) if args.answers else answer_prompts(args)
-        baseline = baseline_of(args, answers)
-        result = compare(answers, baseline, judge, Path(args.rubric), Path(args.out), args.rules)
-        result.settings |= settings
-        return result, answers
-
-    def _read_again(self, args: argparse.Namespace) -> tuple[Result, dict[str, VariantAnswers]]:
+    def _read_again(self, args: argparse.Namespace) -> Result:
         """From stored replies or scores, without models and judges."""
         path = args.replies or args.scores
         answers, scores, replies = read_scores(path, args.limit, bool(args.replies))
@@ -101,10 +115,13 @@ class FourCriteria(Evaluation):
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
         write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
+        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)})
+        transcript.write(Path(args.out), f"Four criteria, judged by {judged_by}", entries)
         result = Result("judge", f"Four criteria, judged by {judged_by}", tables(answers, scores, baseline, judged_by))
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
         result.notes = notes(answers, scores, counts, path)
-        return result, answers
+        result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
+        return result
 
 
 def baseline_of(args: argparse.Namespace, answers: Mapping[str, VariantAnswers]) -> str:
@@ -144,19 +161,31 @@ def stored_scores(row: Row) -> Scores:
     return Scores(**labels | yes_no, strategy=str(row.fields.get("strategy") or ""))
 
 
-def answer_prompts(args: argparse.Namespace) -> tuple[dict[str, VariantAnswers], dict]:
-    """Lets every variant answer every prompt; (answers by variant, settings for the result)."""
+def answer_prompts(
+    args: argparse.Namespace, rows: Sequence[Row] | None = None
+) -> tuple[dict[str, VariantAnswers], dict]:
+    """Lets every variant answer every prompt; (answers by variant, settings for the result). rows: with the prompts;
+    without them those of --prompts."""
     model, variants = models_under_test.from_arguments(args)
     unfinished.require_base([variant.adapter for variant in variants], args.rules)
-    rows = read_prompts(args.prompts)[: args.limit or None]
-    questions, clusters = [question_of(row) for row in rows], [stored.cluster_of(row) for row in rows]
+    rows = read_prompts(args.prompts)[: args.limit or None] if rows is None else rows
+    questions, clusters = [question_of(row) for row in rows], {row.number: stored.cluster_of(row) for row in rows}
     by_number = model.answers(variants, questions, Path(args.out) / "answers.jsonl")
     only_rank_0()
     answers = {variant.name: VariantAnswers(variant.adapter == BASE) for variant in variants}
     for variant in variants:
         for number, answer in by_number[variant].items():
-            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number - 1]})
+            answers[variant.name].add(answer["prompt"], answer | {"cluster": clusters[number]})
     return answers, model.summary() | {"prompts": str(args.prompts)}
+
+
+def sampled(rows: Sequence[Row], drawn: Sample) -> tuple[list[Row], str]:
+    """(the rows of a sample of their prompts, a note). Benign prompts are not judged, and not drawn."""
+    prompts = {row.number: question_of(row).prompt for row in rows}
+    clusters = {row.number: stored.cluster_of(row) for row in rows}
+    of_prompt = {prompts[number]: cluster for number, cluster in clusters.items() if cluster != BENIGN}
+    chosen, note = drawn.draw(of_prompt)
+    return [row for row in rows if prompts[row.number] in chosen and clusters[row.number] != BENIGN], note
 
 
 def question_of(row: Row) -> Question:
@@ -182,26 +211,61 @@ def align(prompts: Mapping[str, Iterable[str]], left_out: Collection[str]) -> tu
 def compare(
     answers: Mapping[str, VariantAnswers],
     baseline: str,
-    judge: Judge | None,
-    rubric: Path,
+    judges: Sequence[Judge | None],
+    inputs: Sequence[JudgeInput | None],
     out: Path,
     rules: str = unfinished.PAIRED,
-) -> Result:
-    """Judges all variants on the prompts that they share and puts them side by side. judge: None for the word lists."""
+    drawn: Sample | None = None,
+) -> tuple[dict[str, Result], dict[str, judge_agreement.Labels]]:
+    """All variants side by side on the prompts that they share: (each judge's result, its labels), by its name. None
+    stands for the word lists, which have no input. drawn: of these prompts only those of a sample."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
-    scores, replies, failed = score(answers, prompts, judge, rubric, out)
-    write_items(out / stored.ITEMS, answers, prompts, scores, replies)
-    judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+    note_on_sample = ""
+    if drawn:
+        prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
+    results, labels, by_judge = {}, {}, {}
+    for judge, shown in zip(judges, inputs, strict=True):
+        name = judge.name if judge else f"the {word_list_judge.NAME}"
+        ask = ask_all if len(judges) == 1 else ask_apart
+        scores, replies, failed, note = score(answers, prompts, judge, shown, out, ask)
+        folder = several_judges.folder_of(judge, judges, out)
+        write_items(folder / stored.ITEMS, answers, prompts, scores, replies)
+        result = result_of(answers, scores, baseline, name, note, rules)
+        result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
+        result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
+        result.failed = failed
+        if judge is None:
+            result.tables = with_accuracy(result.tables)
+        results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
+    entries = transcript.of_criteria(answers, prompts, by_judge)
+    transcript.write(out, f"Four criteria, judged by {', '.join(results)}", entries)
+    return results, labels
+
+
+def result_of(
+    answers: Mapping[str, VariantAnswers],
+    scores: Mapping[str, Mapping[str, Scores]],
+    baseline: str,
+    judged_by: str,
+    note: str,
+    rules: str,
+) -> Result:
+    """One judge's. note: for the first table."""
     first, *more = tables(answers, scores, baseline, judged_by)
     flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
-    shown = [unfinished.with_shares(first, flags), *more]
-    shown = shown if judge else with_accuracy(shown)
+    shown = [unfinished.with_shares(first.with_note(note), flags), *more]
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
-    result.settings = {**judge.settings, "rubric": _shown(rubric)} if judge else {"judge": word_list_judge.NAME}
     unfinished.note_rules(result, rules)
-    result.notes = notes(answers, scores, counts, out / REPLIES)
-    result.failed = failed
     return result
+
+
+def labels_of(scores: Mapping[str, Mapping[str, Scores]]) -> judge_agreement.Labels:
+    """A judge's scores by criterion, for its agreement with others."""
+    given = {(v, prompt): one for v, by_prompt in scores.items() for prompt, one in by_prompt.items()}
+    return {
+        name: {key: int(getattr(one, name)) for key, one in given.items() if getattr(one, name) is not None}
+        for name in criteria.CRITERIA
+    }
 
 
 def notes(
@@ -239,22 +303,26 @@ def prompts_to_judge(
 
 
 def score(
-    answers: Mapping[str, VariantAnswers], prompts: Sequence[str], judge: Judge | None, rubric: Path, out: Path
-) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], str], dict[str, str]]:
-    """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items)."""
+    answers: Mapping[str, VariantAnswers],
+    prompts: Sequence[str],
+    judge: Judge | None,
+    shown: JudgeInput | None,
+    out: Path,
+    ask: Callable = ask_all,
+) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], str], dict[str, str], str]:
+    """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items, a note on what the judge
+    was shown)."""
     if judge is None:
-        return score_by_word_lists(answers, prompts), {}, {}
-    instructions = read_text(rubric, MAX_TEXT_BYTES).strip()
-    conversations = {
-        (name, prompt): criteria.messages(instructions, prompt, of_variant.rows[prompt]["answer"])
-        for name, of_variant in answers.items()
-        for prompt in prompts
-    }
-    replies, failed = ask_all(judge, conversations, out / REPLIES)
+        return score_by_word_lists(answers, prompts), {}, {}, ""
+    whole = {(name, p): of_variant.rows[p]["answer"] for name, of_variant in answers.items() for p in prompts}
+    cut = {key: shown.cut(answer) for key, answer in whole.items()}
+    asked = {key: shown.instructions.messages(key[1], answer) for key, answer in cut.items()}
+    replies, failed = ask(judge, asked, out / REPLIES)
     scores: dict[str, dict[str, Scores]] = {name: {} for name in answers}
     for (name, prompt), reply in replies.items():
         scores[name][prompt] = criteria.parse(reply)
-    return scores, replies, {f"{name}: {prompt[:60]}": reason for (name, prompt), reason in failed.items()}
+    note = shown.note(sum(cut[key] != answer for key, answer in whole.items()), len(whole))
+    return scores, replies, {f"{name}: {prompt[:60]}": reason for (name, prompt), reason in failed.items()}, note
 
 
 def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
@@ -276,58 +344,3 @@ def write_items(path: Path, answers, prompts, scores, replies) -> None:
         lines.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))
-
-
-def _shown(rubric: Path) -> str:
-    return "this project's wording (psysafe/assets/rubric.txt)" if rubric == criteria.RUBRIC else str(rubric)
-
-
-# Tables. scores: variant -> prompt -> scores.
-
-
-def tables(
-    answers: Mapping[str, VariantAnswers], scores: Mapping[str, Mapping[str, Scores]], baseline: str, judged_by: str
-) -> list[Table]:
-    """judged_by: stands in the titles of the tables of scores."""
-    summaries = {name: summarise(by_prompt.values()) for name, by_prompt in scores.items()}
-    complete = all(count == summary.n for summary in summaries.values() for count in summary.counts.values())
-    note = "" if complete else "a criterion was missing in some replies: see the next table"
-    rows = [[name, *summary.cells()] for name, summary in summaries.items()]
-    shown = [Table(f"All prompts, judged by {judged_by}", COLUMNS, rows, note, bars=["overall %"])]
-    if not complete:
-        columns = [("variant", ""), *((name, ",") for name in summaries[baseline].counts)]
-        rows = [[name, *summary.counts.values()] for name, summary in summaries.items()]
-        shown.append(Table("Answers that each figure is over", columns, rows))
-    if len(summaries) > 1:
-        changes = {n: relative_change(s, summaries[baseline]) for n, s in summaries.items() if n != baseline}
-        columns = [("variant", ""), *((f"{name} %", "+.1f") for name in next(iter(changes.values())))]
-        rows = [[name, *change.values()] for name, change in changes.items()]
-        note = "–: nothing to divide by" if any(None in row for row in rows) else ""
-        shown.append(Table(f"Relative change to {baseline}", columns, rows, note))
-    if rows := rows_by_cluster(answers, scores, baseline):
-        shown.append(Table(f"Per cluster, judged by {judged_by}", [("cluster", ""), *COLUMNS], rows))
-    shown += comparison.tables(comparison.of_criteria(scores), f"judged by {judged_by}")
-    by_cluster = figures_by_cluster(answers, scores, baseline)
-    return shown + comparison.tables(by_cluster, f"per cluster, judged by {judged_by}")
-
-
-def figures_by_cluster(answers, scores, baseline: str) -> list[Figure]:
-    cluster_of = {prompt: row["cluster"] for prompt, row in answers[baseline].rows.items()}
-    clusters = dict.fromkeys(cluster for cluster in cluster_of.values() if cluster)
-    figures = []
-    for cluster in clusters:
-        of_cluster = {name: {p: s for p, s in by_prompt.items() if cluster_of[p] == cluster}
-                      for name, by_prompt in scores.items()}  # fmt: skip
-        figures += comparison.of_criteria(of_cluster, cluster) if any(of_cluster.values()) else []
-    return figures
-
-
-def rows_by_cluster(answers, scores, baseline: str) -> list[list]:
-    """A row for each cluster and variant in which something was judged; none where the rows name no cluster."""
-    rows = []
-    for cluster in dict.fromkeys(row["cluster"] for row in answers[baseline].rows.values() if row["cluster"]):
-        for name, by_prompt in scores.items():
-            of_cluster = [s for prompt, s in by_prompt.items() if answers[name].rows[prompt]["cluster"] == cluster]
-            if of_cluster:
-                rows.append([cluster, name, *summarise(of_cluster).cells()])
-    return rows

@@ -124,6 +124,9 @@ class Selective(Evaluation):
         result.settings["prompts"] = args.prompts
         result.notes = [", ".join(f"{reason}: {n:,}" for reason, n in counts.items())]
         result.notes += ["Four parts and template: read by word lists, whoever judged the rest."] if judge else []
+        if judge:
+            texts = [answer.answer for by_prompt in judged.values() for answer in by_prompt.values()]
+            result.notes.append(behaviour.OWN_INPUT.note(sum(len(t) > behaviour.CUT for t in texts), len(texts)))
         unfinished.note_rules(result, args.rules)
         result.failed = failed
         result.contamination = overlap_with_files(prompts, args.train)

@@ -100,6 +100,7 @@ class Turns(Evaluation):
         first, *more = tables(measured, variants, judged_by)
         flags = {name: [one.unfinished for one in answers if one.variant == name] for name in variants}
         shown = [unfinished.with_shares(first, flags), *more]
+        shown = shown if judge else with_accuracy(shown)
         result = Result(self.name, f"After a refusal, judged by {judged_by}", shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts

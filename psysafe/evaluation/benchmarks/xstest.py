@@ -42,6 +42,8 @@ class XSTest(Benchmark):
     data = ("CSV", f"the prompts: {', '.join(FIELDS)}, focus, note")
     rules = "class a response by how it begins"
     rules_name = "how responses begin"
+    instructions = behaviour.OWN_INSTRUCTIONS
+    shown_chars = behaviour.CUT
     no_verdict = UNKNOWN
     scores = f"{', '.join(CLASSES)} or {UNKNOWN}"
     note_on_judge = (
@@ -52,9 +54,6 @@ class XSTest(Benchmark):
         rows = read_rows(path)[: args.limit or None]
         items = [Item(f"prompt {row['id']}", row["prompt"], row) for row in rows]
         return Rows({"": items}, [item.prompt for item in items])
-
-    def judge_messages(self, item: Item, answer: str) -> list[dict]:
-        return behaviour.messages(item.prompt, answer)
 
     def parse(self, reply: str) -> str:
         return behaviour.parse(reply)

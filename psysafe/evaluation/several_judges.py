@@ -1,0 +1,69 @@
+"""One result of several judges: what each of them says, as it would alone, and how far they agree.
+
+Each judge's own result is saved in a folder of its name, `judges/NAME` of --out, as if no other one had been asked. The
+common result shows the tables of all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from psysafe.evaluation.judge_models import Judge, file_name
+from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.stored import ITEMS
+from psysafe.program import UserError
+
+
+def folder_of(judge: Judge | None, judges: Sequence[Judge | None], out: Path) -> Path:
+    """Where a judge's own files are written: `out` where it is the only one."""
+    return out if len(judges) == 1 else out / "judges" / file_name(judge)
+
+
+def one_result(
+    title: str, results: Mapping[str, Result], judges: Sequence[Judge | None], agreement: Sequence[Table], out: Path
+) -> Result:
+    """The only judge's result, or that of all judges, after each one's own has been saved.
+
+    results: by the judges' names, in their order, complete. UserError where no judge could be asked: there is nothing
+    to show then.
+    """
+    if len(judges) == 1:
+        return next(iter(results.values()))
+    if all(judge is not None and judge.unusable for judge in judges):
+        raise UserError(judges[0].unusable)
+    for judge, result in zip(judges, results.values(), strict=True):
+        result.save(folder_of(judge, judges, out))
+    # Of a run with one judge: it would be taken for one of these judges'.
+    (out / ITEMS).unlink(missing_ok=True)
+    (kind,) = {result.kind for result in results.values()}
+    firsts = [_named(name, result.tables[0]) for name, result in results.items()]
+    others = [_named(name, table) for name, result in results.items() for table in result.tables[1:]]
+    whole = Result(kind, f"{title}, judged by {', '.join(results)}", [*firsts, *agreement, *others])
+    whole.settings = _settings(results)
+    notes = [note for result in results.values() for note in result.notes]
+    for name, result in results.items():
+        of_all = [note for note in result.notes if notes.count(note) == len(results)]
+        whole.notes += [note for note in of_all if note not in whole.notes]
+        whole.notes += [f"{name}: {note}" for note in result.notes if note not in of_all]
+        whole.failed |= {f"{name}: {item}": reason for item, reason in result.failed.items()}
+        whole.contamination = result.contamination
+    return whole
+
+
+def _named(judge: str, table: Table) -> Table:
+    """The table with its judge in the title, where it does not stand there already."""
+    return table if f"judged by {judge}" in table.title else replace(table, title=f"{table.title}, judged by {judge}")
+
+
+def _settings(results: Mapping[str, Result]) -> dict:
+    """What all judges have in common, and by the judge's name what differs."""
+    by_judge = {name: {k: v for k, v in result.settings.items() if k != "judge"} for name, result in results.items()}
+    keys = dict.fromkeys(key for settings in by_judge.values() for key in settings)
+    common = {key for key in keys if len({str(settings.get(key, by_judge)) for settings in by_judge.values()}) == 1}
+    whole = {"judge": ", ".join(results)}
+    for key in keys:
+        if key in common:
+            whole[key] = next(iter(by_judge.values()))[key]
+        else:
+            whole |= {f"{key}, {name}": settings[key] for name, settings in by_judge.items() if key in settings}
+    return whole
