@@ -8,7 +8,7 @@ import torch
 from psysafe import load_model
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.evaluation import comparison
-from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS
+from psysafe.evaluation.benchmarks.multiple_choice import COLUMNS, accuracy
 from psysafe.evaluation.comparison import share
 from psysafe.evaluation.result import Result, Table
 from psysafe.model.lora import attach
@@ -42,8 +42,8 @@ def multiple_choice(kind: str, n: int, run: str, base_acc: float, acc: float, **
     accuracies = {"base, none": base_acc, f"{run}, none": acc}
     rows = [[name, n, value, 0.01] for name, value in accuracies.items()]
     rows = [row + ([row[2] + 0.2, 0.01] if kind == "hellaswag" else []) for row in rows]
-    pairs = {name: {i: i < value * 40 for i in range(40)} for name, value in accuracies.items()}
-    tables = [Table("Accuracy", columns, rows), *comparison.tables([share("acc", pairs)])]
+    scores = {name: [{"acc": float(i < value * 40)} for i in range(40)] for name, value in accuracies.items()}
+    tables = [Table("Accuracy", columns, rows), *comparison.tables([accuracy(scores, "acc")])]
     return Result(kind, f"{kind}, 0-shot", tables, {"data": "hub", **settings})
 
 

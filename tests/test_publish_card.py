@@ -161,16 +161,22 @@ def test_every_service_and_emergency_number_stands_on_the_card(bundled):
 
 
 def test_costs_are_the_publications_and_the_measured_ones(small, results):
-    costs = section(card_of(small, "--results", results["xstest"], results["mmlu"]), "Known costs")
+    measured = [results[name] for name in ("hellaswag", "xstest", "mmlu")]  # HellaSwag's acc is not MMLU's
+    costs = section(card_of(small, "--results", *measured), "Known costs")
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in
             (line.split("|") for line in costs.splitlines() if line.startswith("| ")) }  # fmt: skip
     published, own = rows["XSTest: unsafe prompts refused, %"]
-    assert published == "59.0 → 17.0" and own.startswith("70 → 20 (none, n 20; difference -50, 95 % from -")
+    assert published == "59.0 → 17.0" and own.startswith(
+        "70 → 20 (system prompt none, n 20; difference -50, 95 % from -"
+    )
     published, own = rows["MMLU: accuracy"]
-    assert published == "0.8443 → 0.8020" and own.startswith("85 → 80 (none, n 40; difference -5, 95 % from ")
-    assert rows["relevance of an answer, 1 to 5"] == ["3.90 → 3.37 (−13.5 %)", "not measured"]
+    assert published == "0.8443 → 0.8020" and own.startswith(
+        "0.85 → 0.8 (system prompt none, n 40; difference -0.05, 95 %"
+    )
+    assert ";" not in own.partition(")")[2]  # one figure
+    assert rows["relevance of answers, 1 to 5"] == ["3.90 → 3.37 (−13.5 %)", "not measured"]
     judged_by_rules = section(card_of(small, "--results", results["rules"]), "Known costs")
-    assert "70 → 20 (by word lists, none, n 20" in judged_by_rules
+    assert "70 → 20 (by word lists, system prompt none, n 20" in judged_by_rules
     of_another = section(card_of(small, "--results", results["other"]), "Known costs")
     assert of_another.count("not measured") == 3
 
@@ -183,7 +189,8 @@ def test_the_evaluation_says_who_judged_and_what_nobody_measured(small, results)
     missing = re.search(r"^Not evaluated: (.*)$", evaluation, re.MULTILINE)[1]
     assert "SORRY-Bench" in missing and "HellaSwag" in missing and "XSTest" not in missing and "MMLU" not in missing
     overlap = section(card, "Overlap with training rows")
-    assert "of 450 prompts 3 stand there word by word, 5 apart from case" in overlap and "not measured" in overlap
+    assert "of 450 prompts, 3 stand in the training rows word by word, 5 apart from case" in overlap
+    assert "mmlu, 0-shot: not measured." in overlap
     assert "**Judged by word lists,**" in section(card_of(small, "--results", results["rules"]), "Evaluation")
     nothing = card_of(small)
     assert section(nothing, "Evaluation").strip().startswith("Not evaluated: there are no figures")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
 
-from psysafe.evaluation.published_results import TABLES
-from psysafe.evaluation.report import LONG, contamination, markdown_table, tables_of
-from psysafe.evaluation.result import Result
+from psysafe.evaluation.published_results import NOTE, TABLES
+from psysafe.evaluation.report import LONG, markdown_table, tables_of
+from psysafe.evaluation.result import Result, Table
 from psysafe.files import clusters
 from psysafe.printable import counted, in_markdown
 from psysafe.publish import figures, loading, training
@@ -138,7 +138,12 @@ def _use() -> list[str]:
 
 
 def _evaluation(content: Content) -> list[str]:
-    lines: list[str] = []
+    name = in_markdown(content.run.name)
+    lines = [
+        f"In the tables *base* is the base model, and *{name}* this adapter (*fine-tuned* in the miniature's); behind "
+        "the comma stands the system prompt.",
+        "",
+    ]
     for result, rest in content.results:
         lines += [f"### {_shown(result.title)}", "", *_how_judged(result), *_tables(result)]
         lines += [f"{_shown(note)}  " for note in result.notes]
@@ -164,14 +169,24 @@ def _how_judged(result: Result) -> list[str]:
 
 
 def _tables(result: Result) -> list[str]:
-    lines = []
-    for table in tables_of(result):
-        if len(table.rows) > LONG:
-            lines += [f"({_shown(table.title)}: {len(table.rows)} rows, left out here.)", ""]
-            continue
-        note = [_shown(table.note), ""] if table.note else []
-        lines += [f"#### {_shown(table.title)}", "", *map(without_folders, markdown_table(table)), "", *note]
+    """The main table, the publication's beside it, and the intervals; what is more, folded away."""
+    first, *others = tables_of(result)
+    intervals = [table for table in others if figures.is_intervals(table)][:1]  # over all prompts: it comes first
+    shown = [first, *(table for table in others if table.note == NOTE), *intervals]
+    folded = [table for table in others if not any(table is one for one in shown)]
+    lines = [line for table in shown for line in _table(table)]
+    if folded:
+        more = [line for table in folded for line in _table(table)]
+        lines += ["<details>", f"<summary>{counted(len(folded), 'more table')}</summary>", "", *more, "</details>", ""]
     return lines
+
+
+def _table(table: Table) -> list[str]:
+    lines = [f"#### {_shown(table.title)}", ""]
+    if len(table.rows) > LONG:
+        return [*lines, f"{len(table.rows):,} rows, left out here.", ""]
+    note = [_shown(table.note), ""] if table.note else []
+    return [*lines, *map(without_folders, markdown_table(table)), "", *note]
 
 
 def _costs(content: Content) -> list[str]:
@@ -192,9 +207,18 @@ def _costs(content: Content) -> list[str]:
 
 def _overlap(content: Content) -> list[str]:
     """How many of each evaluation's prompts stand among the training rows, as its result says."""
-    stated = [(result.title, contamination(result)) for result, _ in content.results]
-    lines = [f"- {_shown(title)}: {text}" for title, text in stated if text]
+    asked = [result for result, _ in content.results if result.kind != "agreement"]  # which has no prompts of its own
+    lines = [f"- {_shown(result.title)}: {_counted_overlap(result.contamination)}" for result in asked]
     return lines or ["Not measured: no evaluation of this model was compared with its training rows."]
+
+
+def _counted_overlap(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "not measured."
+    return (
+        f"of {counted(counts['prompts'], 'prompt')}, {counts['exact']:,} stand in the training rows word by word, "
+        f"{counts['normalised']:,} apart from case and punctuation."
+    )
 
 
 def _limits(content: Content) -> list[str]:
@@ -203,7 +227,7 @@ def _limits(content: Content) -> list[str]:
         "answer with support where none is wanted.",
         "- The helplines of its answers are those of its training rows, for the United States and the United Kingdom. "
         "They may be out of date, and a model can garble a number.",
-        "- Trained and evaluated in English.",
+        "- The recipe, the helplines and the evaluations are for English.",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]
     kinds = {result.kind for result, _ in content.results}

@@ -22,6 +22,12 @@ def rows_of(table: Table) -> Iterator[dict[str, Cell]]:
     return (dict(zip(names, row, strict=True)) for row in table.rows)
 
 
+def is_intervals(table: Table) -> bool:
+    """Whether the table gives figures their intervals; one of differences has pairs of variants, A and B."""
+    names = {name for name, _ in table.columns}
+    return names >= {"from", "to"} and "A" not in names
+
+
 def judged_by_rules(result: Result) -> bool:
     return result.settings.get("judge") in RULES
 
@@ -30,9 +36,10 @@ def judged_by_rules(result: Result) -> bool:
 
 
 class Cost(NamedTuple):
-    """A figure that the publication reports as falling: of which evaluation, under which name, in which words."""
+    """A figure that the publication reports as falling: under which name, in which words. kinds: of the evaluations
+    that measure it, the publication's first."""
 
-    kind: str
+    kinds: tuple[str, ...]
     figure: str
     meaning: str
     base: str  # the publication's rows
@@ -41,16 +48,23 @@ class Cost(NamedTuple):
 
 
 COSTS = (
-    Cost("xstest", "safety %", "XSTest: unsafe prompts refused, %", "base, default", "fine-tuned, default"),
-    Cost("mmlu", "acc", "MMLU: accuracy", "base", "fine-tuned"),
+    Cost(("xstest",), "safety %", "XSTest: unsafe prompts refused, %", "base, default", "fine-tuned, default"),
+    Cost(("mmlu",), "acc", "MMLU: accuracy", "base", "fine-tuned"),
     # As published: of the means before they were rounded.
-    Cost("judge", "relevance", "relevance of an answer, 1 to 5", "base, v0", "fine-tuned, v0", " (−13.5 %)"),
+    Cost(
+        ("judge", "miniature"),
+        "relevance",
+        "relevance of answers, 1 to 5",
+        "base, v0",
+        "fine-tuned, v0",
+        " (−13.5 %)",
+    ),
 )
 
 
 def published(cost: Cost) -> str:
     """base → fine-tuned, as the paper has it."""
-    table = published_results.TABLES[cost.kind]
+    table = published_results.TABLES[cost.kinds[0]]
     forms = dict(table.columns)
     cells = {row["published"]: row[cost.figure] for row in rows_of(table)}
     first, second = (_mean(cells[name]) for name in (cost.base, cost.tuned))
@@ -64,7 +78,7 @@ def _mean(cell: Cell) -> Cell:
 def measured(cost: Cost, results: Sequence[Result], run_name: str) -> list[str]:
     """The same of this adapter, with its interval, once for each system prompt; [] where nobody measured it."""
     lines = {}
-    for result in results:
+    for result in (result for result in results if result.kind in cost.kinds):
         for row in _differences(result):
             if row["figure"] == cost.figure and _is_pair(row["A"], row["B"], run_name):
                 # The first counts: over all prompts, by the evaluation's own judge.
@@ -88,7 +102,7 @@ def _is_pair(first: Cell, second: Cell, run_name: str) -> bool:
 
 
 def _change(row: Mapping[str, Cell], result: Result) -> str:
-    system = str(row["B"]).rpartition(", ")[2]
+    system = "miniature" if result.kind == "miniature" else f"system prompt {str(row['B']).rpartition(', ')[2]}"
     judge = "by word lists, " if judged_by_rules(result) else ""
     return (
         f"{row['of A']:.3g} → {row['of B']:.3g} ({judge}{system}, n {row['n']:,}; "

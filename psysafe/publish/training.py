@@ -11,7 +11,7 @@ NOT_RECORDED = "not recorded"
 def table(run: Run, base: Base) -> list[str]:
     rows = {"base": _base(base), **_adapter(run), **_rows(run.config), **_steps(run), **_optimiser(run.config)}
     rows |= {**_losses(run), "psysafe": __version__}
-    return ["| | |", "| --- | --- |", *(f"| {name} | {in_markdown(text)} |" for name, text in rows.items())]
+    return ["| | this run |", "| --- | --- |", *(f"| {name} | {in_markdown(text)} |" for name, text in rows.items())]
 
 
 def _base(base: Base) -> str:
