@@ -23,7 +23,7 @@ def write_run(folder: Path, model: str = "assets:tiny", multimodal: bool = False
     adapters = attach(load_model("assets:tiny"), 1, 32.0, ["q_proj", "v_proj"])
     with torch.no_grad():
         for x in adapters.tensors().values():
-            x.copy_(torch.randn_like(x) * 0.1)
+            x.copy_(torch.randn_like(x) * 0.2)
     settings |= {"data": ["assets:rows/train.jsonl"], "lora_targets": ["q_proj", "v_proj"], "dtype": "float32"}
     config = TrainConfig(model=model, out=str(folder), device="cpu", **settings)
     save_adapter(adapters, folder, model, multimodal, revision=config.revision)

@@ -22,6 +22,7 @@ from psysafe.publish.run import Run
 from psysafe.publish.scrub import without_folders
 
 ARXIV = "2606.09697"
+MAX_ROWS = 80  # of a table; MMLU has 57 subjects for each variant
 # Kind of result -> what it measures.
 EVALUATIONS = {
     "judge": "the four criteria",
@@ -173,7 +174,8 @@ def _tables(result: Result) -> list[str]:
     first, *others = tables_of(result)
     intervals = [table for table in others if figures.is_intervals(table)][:1]  # over all prompts: it comes first
     shown = [first, *(table for table in others if table.note == NOTE), *intervals]
-    folded = [table for table in others if not any(table is one for one in shown)]
+    shown = [table for table in shown if len(table.rows) <= LONG]
+    folded = [table for table in (first, *others) if not any(table is one for one in shown)]
     lines = [line for table in shown for line in _table(table)]
     if folded:
         more = [line for table in folded for line in _table(table)]
@@ -183,7 +185,7 @@ def _tables(result: Result) -> list[str]:
 
 def _table(table: Table) -> list[str]:
     lines = [f"#### {_shown(table.title)}", ""]
-    if len(table.rows) > LONG:
+    if len(table.rows) > MAX_ROWS:
         return [*lines, f"{len(table.rows):,} rows, left out here.", ""]
     note = [_shown(table.note), ""] if table.note else []
     return [*lines, *map(without_folders, markdown_table(table)), "", *note]
