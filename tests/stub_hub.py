@@ -146,7 +146,8 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self, card: str) -> None:
         data = yaml.safe_load(card.split("---")[1])
         errors = [{"message": '"license" must be known'}] if data.get("license") == "nonsense" else []
-        self.send(400 if errors else 200, {"errors": errors, "warnings": []})
+        remarks = [{"message": '"license" is rare'}] if data.get("license") == "rare" else []
+        self.send(400 if errors else 200, {"errors": errors, "warnings": remarks})
 
     def on_about(self, name, repository, parts, body) -> None:
         siblings = [{"rfilename": path} for path in repository.files]

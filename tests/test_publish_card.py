@@ -1,6 +1,7 @@
 """The card: what it says, what it never says, and its metadata, read back by huggingface_hub.ModelCard."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -264,16 +265,29 @@ def test_mistakes_are_one_line(bundled, small, results, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [("^.*$", ""), ('"assets:tiny"', '"Qwen/Qwen3.5-0.8B"'), ("lora_rank = 1", "lora_rank = 8")],
+    ids=["empty", "another base", "another rank"],
+)
+def test_settings_of_another_run_are_refused(old, new, bundled, tmp_path):
+    folder = shutil.copytree(bundled, tmp_path / "run")
+    path = folder / "config.toml"
+    path.write_text(re.sub(old, new, path.read_text(), flags=re.MULTILINE))
+    refused("does not belong to the adapter beside it", uploads, folder)
+
+
+@pytest.mark.parametrize(
     ("model", "expected"),
     [("random:configs/micro.json", "random weights"), ("/home/me/models/base", "the folder base of this machine")],
 )
 def test_a_base_that_nobody_else_has_is_refused(model, expected, bundled, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for file in (file for file in bundled.iterdir() if file.is_file()):
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(bundled, tmp_path / "run")
     text = (folder / "config.toml").read_text().replace('model = "assets:tiny"', f'model = "{model}"')
     (folder / "config.toml").write_text(text)
+    adapter = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(
+        re.sub('("base_model_name_or_path": )"[^"]*"', rf'\1"{model}"', adapter)
+    )
     line = refused(expected, uploads, folder)
     assert "/home" not in line
     if "random" not in model:

@@ -13,6 +13,7 @@ from psysafe.program import main_guard
 from psysafe.publish.__main__ import arguments, prepare
 from psysafe.publish.run import read_run
 from tests.published_run import write_run
+from tests.readme_commands import run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "someone/psysafe-small"
@@ -74,6 +75,11 @@ def test_the_code_for_merged_weights_loads_the_tuned_model(run, tmp_path):
     # Once, not twice: the root holds no adapter_config.json that transformers would follow. (The weights are bf16.)
     assert (merged - expected).abs().max() < 0.1 * (expected - bare).abs().max()
     assert len(names["tokenizer"]("help")["input_ids"]) > 0
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(tmp_path):
+    run_page(ROOT / "docs" / "publishing.md", 2, {"runs/publishing": str(tmp_path)})
 
 
 @pytest.mark.slow

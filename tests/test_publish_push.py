@@ -210,6 +210,8 @@ def test_what_an_earlier_push_left_cannot_mislead_a_loader(publish, hub, tmp_pat
 def test_metadata_that_the_hub_refuses(publish, hub):
     line = refusal(publish, "--license", "nonsense")
     assert '"license" must be known' in line and not files_of(hub)
+    code, _, err = publish("--license", "rare")
+    assert (code, err) == (0, 'Warnings while validating metadata in README.md: - "license" is rare\n')
 
 
 def test_ctrl_c_says_what_is_there(hub, environment, finished_run):

@@ -11,6 +11,7 @@ the commit is not there, readers see the repository as it was.
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import huggingface_hub
@@ -74,9 +75,12 @@ class Push:
     def _push(self, uploads: Sequence[Upload]) -> str:
         before = self._repository()
         operations = self._operations(uploads, before)
-        commit = self.api.create_commit(
-            self.repository, operations, commit_message="Publish with psysafe", parent_commit=before.sha
-        )
+        with warnings.catch_warnings(record=True) as remarks:  # Python would print them with a path of this machine
+            commit = self.api.create_commit(
+                self.repository, operations, commit_message="Publish with psysafe", parent_commit=before.sha
+            )
+        for remark in remarks:
+            say(one_line(str(remark.message)))
         self.reached = f"all files are in {self.repository}, which is private"
         if self.public and before.private:
             self.api.update_repo_settings(self.repository, private=False)

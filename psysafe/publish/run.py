@@ -54,14 +54,19 @@ class Base:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Raises UserError where the folder is no run directory, or its adapter is damaged."""
+    """Raises UserError where the folder is no run directory, the adapter is damaged, or config.toml another run's."""
     folder = Path(folder)
     for name in (SETTINGS, CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in it; expected the run directory of a finished train.py")
-    config, _ = resolve(["--config", str(folder / SETTINGS)])
-    metrics = folder / METRICS
-    return Run(folder, config, read_adapter(folder), read_metrics(metrics) if metrics.is_file() else [])
+    config, sources = resolve(["--config", str(folder / SETTINGS)])
+    adapter, metrics = read_adapter(folder), folder / METRICS
+    # The card states the recipe: a file of other settings, or of none, would make it state what was not done.
+    base, rank = adapter.config.get("base_model_name_or_path"), adapter.config["r"]
+    if sources["model"] == "default" or (base and not is_same_base(base, config.model)) or rank != config.lora_rank:
+        what = "does not belong to the adapter beside it (another base or rank)"
+        raise UserError(f"{folder / SETTINGS}: {what}; expected the file that the run wrote")
+    return Run(folder, config, adapter, read_metrics(metrics) if metrics.is_file() else [])
 
 
 def base_of(run: Run, base_model: str) -> Base:

@@ -51,7 +51,7 @@ def described(names: list[str]) -> str:
 def _steps(run: Run) -> dict[str, str]:
     config, steps = run.config, [row for row in run.rows if "loss" in row]
     planned = f"{config.max_steps:,} steps" if config.max_steps else f"{counted(config.epochs, 'epoch')}"
-    made = f"{steps[-1]['step']:,} made" if steps else NOT_RECORDED
+    made = f"{steps[-1]['step']:,} made" if steps else f"how many were made is {NOT_RECORDED}"
     tokens = f", {sum(row.get('tokens', 0) for row in steps):,} tokens" if steps else ""
     return {"steps": f"{planned} of {counted(config.batch_size, 'row')} a step; {made}{tokens}"}
 
