@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,14 +215,20 @@ def test_metadata_that_the_hub_refuses(publish, hub):
     assert (code, err) == (0, 'Warnings while validating metadata in README.md: - "license" is rare\n')
 
 
-def test_ctrl_c_says_what_is_there(hub, environment, finished_run):
+@pytest.mark.parametrize("n_files", [1, 2])  # several are sent by threads, which would finish their files first
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_what_is_there(number, code, n_files, hub, environment, finished_run, tmp_path):
     hub.reset()
     hub.fail("PUT", "/objects", "hang")
     command = [sys.executable, "-m", "psysafe.publish", str(finished_run), "--repo", NAME]
+    if n_files == 2:
+        (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(1000))
+        command += ["--gguf", str(tmp_path / "model.gguf")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     assert hub.putting.wait(30)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
-    assert child.returncode == 130 and "Traceback" not in err
+    began = time.monotonic()
+    child.send_signal(number)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == code and time.monotonic() - began < 10 and f"{NAME}, private:" in out
     assert err == f"stopped; {NAME} is there, private, without these files. The same command continues\n"

@@ -20,7 +20,7 @@ from psysafe.cli import Parser, refuse_ranks, say
 from psysafe.evaluation.result import Result, load
 from psysafe.files import write_atomic
 from psysafe.printable import plain
-from psysafe.program import UserError, exit_on_signals, main_guard
+from psysafe.program import UserError, main_guard
 from psysafe.publish import contents, figures, metadata, scrub
 from psysafe.publish.card import Content, card, is_as_written
 from psysafe.publish.contents import CARD, EXTRAS, Upload
@@ -65,9 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{CARD}:\n\n{plain(uploads[0].content.decode())}", end="")
         say("dry run: nothing was sent or written")
         return 0
-    with exit_on_signals():
-        push = Push(args.repo, args.public, args.edited_card)
-        address = push.run(uploads)
+    address = Push(args.repo, args.public, args.edited_card).run(uploads)
     write_card(run, uploads[0])
     print(f"published: {address}", flush=True)
     return 0

@@ -9,7 +9,9 @@ the commit is not there, readers see the repository as it was.
 """
 
 import contextlib
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,12 +67,8 @@ class Push:
         huggingface_hub.utils.logging.set_verbosity_error()  # its warnings quote signed addresses
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
-        try:
-            with self._one_line_errors():
-                return self._push(uploads)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-            print_error(f"stopped; {self.reached}. The same command continues")
-            raise
+        with self._end_on_signals(), self._one_line_errors():
+            return self._push(uploads)
 
     def _push(self, uploads: Sequence[Upload]) -> str:
         before = self._repository()
@@ -126,6 +124,25 @@ class Push:
             f"{self.repository}: {CARD} was edited on the hub since the last push; nothing was changed. Give "
             f"--edited-card {KEEP} to leave it, or --edited-card {REPLACE} to write this one over it"
         )
+
+    @contextlib.contextmanager
+    def _end_on_signals(self) -> Iterator[None]:
+        """Inside, Ctrl-C, SIGTERM and SIGHUP say what is on the hub, and end the process at once. As an exception they
+        would wait for huggingface_hub's threads, which first finish their files, of 5 GB perhaps."""
+
+        def end(number: int, frame) -> None:
+            print_error(f"stopped; {self.reached}. The same command continues")
+            os._exit(128 + number)  # nothing is being written here that could be left half-done
+
+        sys.stdout.flush()  # that exit loses what still waits
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup asks
+        before = {number: signal.signal(number, end) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
