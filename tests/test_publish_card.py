@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.published_results import TABLES
+from psysafe.evaluation.result import Result
 from psysafe.files import clusters
 from psysafe.publish.__main__ import arguments, main, prepare
 from psysafe.publish.card import is_as_written, signed
@@ -292,3 +293,10 @@ def test_a_base_that_nobody_else_has_is_refused(model, expected, bundled, tmp_pa
     assert "/home" not in line
     if "random" not in model:
         assert b"/home" not in uploads(folder, "--base-model", "org/base")["README.md"]
+
+
+@pytest.mark.parametrize("kind", ["mmlu", "xstest"])
+def test_a_result_without_tables_has_no_figures(kind, bundled, tmp_path):
+    Result(kind, "Nothing", []).save(tmp_path)
+    card = card_of(bundled, "--results", str(tmp_path))
+    assert "### Nothing" in card.text and "model-index" not in card.data.to_dict()

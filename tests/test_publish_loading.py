@@ -1,6 +1,7 @@
 """What the card says about loading, done: its code and commands, with the published files in the repository's place."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_the_code_for_merged_weights_loads_the_tuned_model(run, tmp_path):
     # Once, not twice: the root holds no adapter_config.json that transformers would follow. (The weights are bf16.)
     assert (merged - expected).abs().max() < 0.1 * (expected - bare).abs().max()
     assert len(names["tokenizer"]("help")["input_ids"]) > 0
+    for file in (tmp_path / "hub" / "adapter").iterdir():  # which is what it does
+        shutil.copy(file, tmp_path / "hub")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype="auto")
+    assert (twice(tokens).logits - expected).abs().max() > 0.2 * (expected - bare).abs().max()
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_public_comes_last(publish, hub):
     assert code == 0 and f"{NAME}, public:" in out
     assert hub.visibility == [True] and not hub.repositories[NAME].private
     assert hub.seen[-1].endswith("/settings") and "/commit/" in hub.seen[-2]
+    assert publish("--public", "--license", "mit")[0] == 0 and hub.visibility == [True, False]
     code, _, err = publish()  # what is public already is not written to by a command that says private
     assert code == 2 and "is public on the hub; give --public" in err
 
@@ -206,6 +207,8 @@ def test_what_an_earlier_push_left_cannot_mislead_a_loader(publish, hub, tmp_pat
     assert files_of(hub).keys() == {"README.md", "config.json", "model.safetensors", "adapter/adapter_config.json",
                                     "adapter/adapter_model.safetensors"}  # fmt: skip
     assert "holds a merged model of an earlier push" in refusal(publish)
+    hub.repositories[NAME] = Repository(private=True, files={"old.gguf": b"GGUF"})
+    assert "holds old.gguf of an earlier push; give --gguf" in refusal(publish)
 
 
 def test_metadata_that_the_hub_refuses(publish, hub):

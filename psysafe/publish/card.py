@@ -171,11 +171,12 @@ def _how_judged(result: Result) -> list[str]:
 
 def _tables(result: Result) -> list[str]:
     """The main table, the publication's beside it, and the intervals; what is more, folded away."""
-    first, *others = tables_of(result)
+    tables = tables_of(result)
+    first, others = tables[:1], tables[1:]
     intervals = [table for table in others if figures.is_intervals(table)][:1]  # over all prompts: it comes first
-    shown = [first, *(table for table in others if table.note == NOTE), *intervals]
+    shown = [*first, *(table for table in others if table.note == NOTE), *intervals]
     shown = [table for table in shown if len(table.rows) <= LONG]
-    folded = [table for table in (first, *others) if not any(table is one for one in shown)]
+    folded = [table for table in tables if not any(table is one for one in shown)]
     lines = [line for table in shown for line in _table(table)]
     if folded:
         more = [line for table in folded for line in _table(table)]

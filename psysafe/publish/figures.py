@@ -14,7 +14,8 @@ from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.result import Cell, Result, Table
 
 RULES = (word_list_judge.NAME, XSTest.rules_name)  # judges that are no model
-DIFFERENCE = {"figure", "A", "B", "n", "of A", "of B", "B - A", "from", "to"}  # columns of a table of differences
+NUMBERS = {"n", "of A", "of B", "B - A", "from", "to"}
+DIFFERENCE = {"figure", "A", "B", *NUMBERS}  # columns of a table of differences
 
 
 def rows_of(table: Table) -> Iterator[dict[str, Cell]]:
@@ -80,7 +81,8 @@ def measured(cost: Cost, results: Sequence[Result], run_name: str) -> list[str]:
     lines = {}
     for result in (result for result in results if result.kind in cost.kinds):
         for row in _differences(result):
-            if row["figure"] == cost.figure and _is_pair(row["A"], row["B"], run_name):
+            has_numbers = all(isinstance(row[name], int | float) for name in NUMBERS)
+            if has_numbers and row["figure"] == cost.figure and _is_pair(row["A"], row["B"], run_name):
                 # The first counts: over all prompts, by the evaluation's own judge.
                 lines.setdefault((result.kind, row["B"]), _change(row, result))
     return list(lines.values())
@@ -148,12 +150,13 @@ def scores(results: Sequence[tuple[Result, dict]], run_name: str) -> list[Score]
     found = {}
     for result, rest in results:
         for benchmark in (one for one in BENCHMARKS if one.kind == result.kind):
-            for row in rows_of(result.tables[0]):
-                if row["variant"] == f"{run_name}, none" and row["n"] == benchmark.questions:
+            for row in (row for table in result.tables[:1] for row in rows_of(table)):
+                value, is_whole = row.get(benchmark.metric), row.get("n") == benchmark.questions
+                if row.get("variant") == f"{run_name}, none" and is_whole and isinstance(value, int | float):
                     template = ", chat template" if result.settings.get("chat template") else ""
                     found[benchmark.kind] = Score(
                         benchmark,
-                        round(100 * row[benchmark.metric], 2),
+                        round(100 * value, 2),
                         str(result.settings.get("data revision") or ""),
                         rest["finished"][:10],
                         f"{benchmark.metric}, 0-shot, log-likelihoods as lm-eval 0.4.13{template}",

@@ -79,8 +79,9 @@ class Push:
             )
         for remark in remarks:
             say(one_line(str(remark.message)))
-        self.reached = f"all files are in {self.repository}, which is private"
+        self.reached = f"all files are in {self.repository}"
         if self.public and before.private:
+            self.reached += ", which is private"
             self.api.update_repo_settings(self.repository, private=False)
         if commit.oid == before.sha:
             say(f"{self.repository}: every file was there already")
@@ -93,8 +94,8 @@ class Push:
             self.reached = f"{self.repository} is as it was"
         except RepositoryNotFoundError:
             self.api.create_repo(self.repository, private=True, exist_ok=True)
-            info = self.api.model_info(self.repository)
             self.reached = f"{self.repository} is there, private, without these files"
+            info = self.api.model_info(self.repository)
         if not info.private and not self.public:
             raise UserError(f"{self.repository} is public on the hub; give --public to push to it, or another --repo")
         return info
@@ -191,10 +192,13 @@ class Push:
 def stale_files(there: set[str], new: set[str], repository: str) -> list[str]:
     """Files of an earlier push that would make others load something else than what is pushed now.
 
-    UserError where the repository holds merged weights, and this push has none.
+    UserError where the repository holds merged weights or a GGUF file, of which this push and its card know nothing.
     """
     if "config.json" in there and "config.json" not in new:
         raise UserError(f"{repository} holds a merged model of an earlier push; give --merged, too, or another --repo")
+    gguf = [sorted(name for name in names if name.endswith(".gguf")) for names in (there, new)]
+    if gguf[0] and not gguf[1]:
+        raise UserError(f"{repository} holds {gguf[0][0]} of an earlier push; give --gguf, too, or another --repo")
     old = {prefix + name for prefix in ("", BESIDE) for name in (CONFIG, WEIGHTS)}
     old |= {f".eval_results/{benchmark.kind}.yaml" for benchmark in BENCHMARKS}
     if "config.json" in new:  # a loader would take the shards of the earlier model
