@@ -144,7 +144,9 @@ def test_a_run_on_the_bundled_model(bundled):
     assert "base_model" not in card.data.to_dict() and "assets:" not in card.content
     assert "**The base is a miniature.**" in card.text and "Nobody should ask it for help." in card.text
     assert b'"base_model_name_or_path": null' in files["adapter_config.json"]
-    assert card_of(bundled, "--base-model", "someone/tiny-base").data.base_model == "someone/tiny-base"
+    elsewhere = card_of(bundled, "--base-model", "someone/tiny-base")
+    assert elsewhere.data.base_model == "someone/tiny-base" and "**The base is a miniature.**" in elsewhere.text
+    assert 'AutoModelForCausalLM.from_pretrained("someone/tiny-base"' in elsewhere.text
 
 
 def test_the_adapters_config_names_the_base_as_others_know_it(small):

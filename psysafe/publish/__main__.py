@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
         say("dry run: nothing was sent or written")
         return 0
     address = Push(args.repo, args.public, args.edited_card).run(uploads)
-    write_card(run, uploads[0])
     print(f"published: {address}", flush=True)
+    write_card(run, uploads[0])
     return 0
 
 

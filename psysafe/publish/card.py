@@ -81,9 +81,9 @@ def is_as_written(card: str) -> bool:
 
 def _what_it_is(content: Content) -> list[str]:
     names, rank = content.names, content.run.adapter.config["r"]
-    base = f"[{names.base.hub_id}](https://huggingface.co/{names.base.hub_id})"
+    base = f"[{names.base.hub_id}](https://huggingface.co/{names.base.hub_id})" if names.base.hub_id else ""
     if names.base.is_bundled:
-        base = "the bundled miniature of the psysafe project"
+        base = f"the bundled miniature of the psysafe project {base}".rstrip()
     kind = f"A rank-{rank} LoRA adapter for {base}"
     if names.merged:
         kind = f"Fine-tuned weights: a rank-{rank} LoRA adapter merged into {base}"

@@ -52,7 +52,8 @@ def _peft(names: Names) -> list[str]:
     where = f', subfolder="{names.subfolder}"' if names.subfolder else ""
     revision = f', revision="{names.base.revision}"' if names.base.revision else ""
     loader = IMAGE_TEXT if names.layout == "multimodal" else TEXT
-    bundled = [f"`{BUNDLED}` is the miniature's folder in a clone of the project.", ""] if names.base.is_bundled else []
+    is_here = names.base_name == BUNDLED
+    bundled = [f"`{BUNDLED}` is the miniature's folder in a clone of the project.", ""] if is_here else []
     return [
         "### PEFT",
         "",
@@ -93,7 +94,7 @@ def _classes(layout: str) -> str:
 def _transformers(names: Names) -> list[str]:
     lines = ["### transformers, merged weights", ""]
     if not names.merged:
-        model = f"--model {BUNDLED} " if names.base.is_bundled else ""
+        model = f"--model {BUNDLED} " if names.base_name == BUNDLED else ""  # else the adapter names it
         command = f"python -m psysafe.checkpoint merge {model}--adapter {names.adapter} --out merged"
         return [*lines, f"Not in this repository. In a clone of psysafe `{command}` makes them.", ""]
     return [

@@ -43,14 +43,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that an adapter is for. hub_id: "" for the bundled miniature, which is in no repository."""
+    """The model that an adapter is for. is_bundled: it is the miniature, which is in no repository (hub_id "") unless
+    somebody has put it into one."""
 
     hub_id: str
     revision: str = ""
-
-    @property
-    def is_bundled(self) -> bool:
-        return not self.hub_id
+    is_bundled: bool = False
 
 
 def read_run(folder: str | Path) -> Run:
@@ -74,17 +72,17 @@ def base_of(run: Run, base_model: str) -> Base:
 
     Raises UserError for a base that nobody else could load: a folder of this machine, or random weights.
     """
-    trained_on = run.config.model
+    trained_on, is_bundled = run.config.model, run.config.model == BUNDLED_MODEL
     if trained_on.startswith("random:"):
         raise UserError(f"{run.folder}: trained on random weights, which lie in no file that others could load")
     if base_model:
         if not re.fullmatch(REPOSITORY, base_model):
             raise UserError(f"--base-model {base_model}: expected a repository of the hub, such as Qwen/Qwen3.5-27B")
-        if trained_on != BUNDLED_MODEL and not is_same_base(trained_on, base_model):
+        if not is_bundled and not is_same_base(trained_on, base_model):
             say(f"warning: the adapter was trained on {Path(trained_on).name}, and the card will name {base_model}")
-        return Base(base_model, run.config.revision if base_model == trained_on else "")
-    if trained_on == BUNDLED_MODEL:
-        return Base("")
+        return Base(base_model, run.config.revision if base_model == trained_on else "", is_bundled)
+    if is_bundled:
+        return Base("", is_bundled=True)
     if not is_repository(trained_on):
         what = f"its base is the folder {Path(trained_on).name} of this machine"
         raise UserError(f"{run.folder}: {what}; give --base-model with its name on the hub")

@@ -16,7 +16,8 @@ def table(run: Run, base: Base) -> list[str]:
 
 def _base(base: Base) -> str:
     if base.is_bundled:
-        return "the bundled miniature of the psysafe project, frozen"
+        where = f" ({base.hub_id})" if base.hub_id else ""
+        return f"the bundled miniature of the psysafe project{where}, frozen"
     return f"{base.hub_id}{f' at commit {base.revision}' if base.revision else ''}, frozen"
 
 
