@@ -171,6 +171,8 @@ def finish(run: Run) -> int:
             best += f"; it is that of step {run.best.step}, --keep-best {run.config.keep_best} {run.best.score:.4f}"
         print(f"adapter in {out}{best}; try:")
         print(f"  python generate.py --adapter {out} \"I feel like giving up.\"")
+        if not run.config.model.startswith("random:"):  # a base that nobody else could load
+            print(f"  python -m psysafe.publish {out} --repo YOUR-NAME/YOUR-MODEL --dry-run")
         print(peft_check_command(out, run.config.model))
         if run.config.plot:
             print(f"plot in {plot_loss(out)}")

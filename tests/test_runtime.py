@@ -303,7 +303,7 @@ def test_the_peak_is_known_by_the_exact_name_only(monkeypatch):
 
 
 PROGRAMS = ("train.py", "generate.py", "eval.py", "-m psysafe.data", "-m psysafe.checkpoint", "-m psysafe.corpus",
-            "-m psysafe.serve")  # fmt: skip
+            "-m psysafe.serve", "-m psysafe.publish")  # fmt: skip
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

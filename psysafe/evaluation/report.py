@@ -76,7 +76,7 @@ def markdown(parts: Sequence[Part]) -> str:
         lines += [f"## {in_markdown(result.title)}", ""]
         for table in tables_of(result):
             note = [in_markdown(table.note), ""] if table.note else []
-            lines += [f"### {in_markdown(table.title)}", "", *_markdown_table(table), "", *note]
+            lines += [f"### {in_markdown(table.title)}", "", *markdown_table(table), "", *note]
         lines += [*(f"{in_markdown(note)}  " for note in result.notes), contamination(result), ""]
         if result.failed:
             lines += [f"Failed items: {len(result.failed):,}", ""]
@@ -85,7 +85,7 @@ def markdown(parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     names, *rows = [list(map(in_markdown, row)) for row in ([name for name, _ in table.columns], *table.cells())]
     rules = ["---:" if form else "---" for _, form in table.columns]
     return ["| " + " | ".join(row) + " |" for row in [names, rules, *rows]]

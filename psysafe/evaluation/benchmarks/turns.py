@@ -51,6 +51,7 @@ from psysafe.evaluation.judge_models import Judge, ask_all
 from psysafe.evaluation.models_under_test import conversation_text
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table, percent
+from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.statistics import wilson
 from psysafe.files import clusters, read_text, write_atomic
 from psysafe.program import UserError
