@@ -8,8 +8,10 @@
 What it changes, for the time of the `with`:
 
 - bf16. Triton's own interpreter stores a bf16 number as its 16 bits, cuts where hardware rounds to nearest even, and
-  multiplies, adds and compares the bits as integers. Here they are numbers: dots take 16-bit operands and sum in fp32,
-  other arithmetic computes in fp32 and rounds. So the 16-bit tile sizes, those that train, run on a CPU.
+  multiplies, adds and compares the bits as integers. Here they are numbers: dots take 16-bit operands, other
+  arithmetic computes in fp32 and rounds. So the 16-bit tile sizes, those that train, run on a CPU.
+- Dots sum in fp64 and round once. NumPy's fp32 sums depend on the processor and on the tile's shape: where logits are
+  large, attention's backward would recompute slightly other ones than its forward, on one machine and not on another.
 - tf32. Tensor cores read 19 bits of an fp32 operand; so does a dot with input_precision "tf32".
 - Undefined lanes. A masked load of a tile without `other` leaves its masked lanes undefined on a GPU: here NaN, or the
   largest integer, instead of zero.
@@ -214,7 +216,8 @@ class _Builder(interpreter.InterpreterBuilder):
                 return TensorHandle(_numbers(x), tl.float32)
             return TensorHandle(fp32_to_tf32(x.data), tl.float32) if tf32 and x.dtype.scalar == tl.float32 else x
 
-        return super().create_dot(operand(a), operand(b), d, input_precision, max_num_imprecise_acc)
+        x, y = (operand(z).data.astype(np.float64) for z in (a, b))
+        return TensorHandle((x @ y + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     # Memory: tensor descriptors and plain pointers both end in these two
 
