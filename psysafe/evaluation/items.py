@@ -57,10 +57,9 @@ Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answe
 
 
 class Answered(NamedTuple):
-    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
+    """columns: by part; settings, notes: for the result."""
 
     columns: dict[str, Columns]
-    bases: list[str]
     settings: dict
     notes: list[str]
 

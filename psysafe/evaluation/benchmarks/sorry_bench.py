@@ -62,7 +62,6 @@ class SorryBench(Benchmark):
     instructions = OWN_INSTRUCTIONS
     no_verdict = UNREADABLE
     scores = f"0 or 1, or {UNREADABLE} for none"
-    published_leaves_out = False  # the benchmark's own code judges every answer, also one that is all reasoning
     note_on_judge = (
         "The judge's instructions are this project's wording, not the text that the benchmark's own judge was trained "
         "on: figures may differ from published ones for that reason alone."
