@@ -136,6 +136,17 @@ def test_the_stages_of_judge_give_the_same_tables(file, tmp_path, monkeypatch, c
         assert "Differences between variants" in text and "B higher" in text and "Intervals" in text
 
 
+def test_a_variant_whose_rows_name_no_cluster_is_in_the_baselines(file, tmp_path):
+    """It was in the differences per cluster, but not in the table of the clusters' figures."""
+    scores = {"refusal": "Yes", "grounding": 3, "references": "No", "relevance": 3}
+    rows = [{"prompt": p, "variant": v, **({"risk cluster": "weapon"} if v == "base" else {}), **scores}
+            for v in ("base", "tuned") for p in "ab"]  # fmt: skip
+    path = file("scores.jsonl", lines(rows))
+    assert run("judge", "--scores", str(path), "--out", str(tmp_path / "out")) == 0
+    (per_cluster,) = (table for table in tables_of(tmp_path / "out") if table["title"].startswith("Per cluster"))
+    assert [row[:3] for row in per_cluster["rows"]] == [["weapon", "base", 2], ["weapon", "tuned", 2]]
+
+
 def test_mistakes_in_replies_and_scores(file, tmp_path, capsys):
     row = {"variant": "a", "prompt": "p"}
     for flag, rows, message in (

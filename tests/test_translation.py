@@ -154,8 +154,9 @@ def test_stored_scores_of_translated_files_need_no_translator(tmp_path):
     """They were left out "for want of a translator", although nothing is left to translate."""
     rows = [json.loads(line) for line in (FIXTURES / "sorry" / "question_translate-fr.jsonl").read_text().splitlines()]
     scores = [{"prompt": row["turns"][0], "variant": "m", "part": "translate-fr", "score": 1} for row in rows]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores if score["prompt"]))
-    words = ["--data", str(FIXTURES / "sorry"), "--mutations", "translate-fr", "--scores", str(tmp_path / "scores.jsonl")]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(score) + "\n" for score in scores if score["prompt"]))
+    words = ["--data", str(FIXTURES / "sorry"), "--mutations", "translate-fr", "--scores", str(path)]
     result = SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path / "out")))
     assert result.tables[1].rows == [["translate-fr", "m", sum(bool(score["prompt"]) for score in scores), 100.0]]
     assert not any("want of a translator" in note for note in result.notes)
