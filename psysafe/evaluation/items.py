@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Rows:
-    """What a benchmark has read. A file may fall into parts, such as mutations; one without parts is the part ""."""
+    """What a benchmark has read."""
 
     parts: dict[str, list[Item]]
     prompts: list[str]  # looked for among the training rows
