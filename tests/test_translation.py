@@ -108,8 +108,8 @@ def test_a_long_answer_is_translated_in_order(answering, tmp_path, monkeypatch):
     assert shown == ["\n\n".join(f"Phrase {i} is in the language." for i in range(5))] * 2  # of both questions
     # Both answers are one text, so that each chunk is asked once.
     assert sorted(text for _, text in asked) == ["\n\n".join(paragraphs[i : i + 2]) for i in (0, 2, 4)]
-    assert result.notes[1] == ("translate-fr: 2 answers translated, 3 chunks of at most 60 characters, 0 of them asked "
-                               "for twice")  # fmt: skip
+    assert result.notes[1] == ("translate-fr: 2 answers translated, 3 chunks of at most 60 characters, 0 of them only "
+                               "at the second try")  # fmt: skip
     assert result.settings["translator"] == "t" and not result.failed
 
 
@@ -129,7 +129,7 @@ def test_what_comes_back_untranslated_is_asked_again_and_else_fails(answering, t
     assert result.failed == {"base, none, translate-fr: question 2": reason}
     assert shown == [f"{ENGLISH} 1"]
     assert result.tables[1].rows == [["translate-fr", "base, none", 1, 0.0]]
-    assert "1 of them asked for twice" in result.notes[1]
+    assert "1 of them only at the second try" in result.notes[1]
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert [item["score"] for item in items] == [0, None]
     mends.append(True)

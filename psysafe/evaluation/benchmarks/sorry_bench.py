@@ -192,10 +192,10 @@ def translated(part: str, texts: Texts, args: argparse.Namespace) -> Prepared:
     """The texts in English; None where that failed."""
     asked = {(v, i): text for v, column in texts.items() for i, text in enumerate(column) if text is not None}
     translator, out = translation.from_arguments(args), Path(args.out) / f"translations_{part}.jsonl"
-    english, failed, n_chunks, n_again = translator.translate(asked, out)
+    english, failed, n_chunks, n_second_try = translator.translate(asked, out)
     columns = {v: [english.get((v, i)) for i in range(len(column))] for v, column in texts.items()}
     note = f"{part}: {len(english):,} answers translated, {n_chunks:,} chunks of at most {args.translator_chars:,} "
-    return Prepared(columns, failed, [f"{note}characters, {n_again:,} of them asked for twice"])
+    return Prepared(columns, failed, [f"{note}characters, {n_second_try:,} of them only at the second try"])
 
 
 # Tables. verdicts: file -> variant -> score of each row.
