@@ -76,10 +76,11 @@ def without_models(args: argparse.Namespace) -> dict[str, str]:
 
 
 def refuse_items(out: str, paths: Iterable[str]) -> None:
-    """UserError where one of the stored files is the items.jsonl that an evaluation writes into `out`."""
-    items = Path(out) / ITEMS
+    """UserError where one of the stored files is an items.jsonl that an evaluation writes into `out`, of several judges
+    one each."""
+    written = [items for items in (Path(out) / ITEMS, *Path(out).glob(f"judges/*/{ITEMS}")) if items.exists()]
     for path in paths:
-        if items.exists() and Path(path).exists() and items.samefile(path):
+        if Path(path).exists() and any(items.samefile(path) for items in written):
             raise UserError(f"{path}: a file of --out {out}, and would be overwritten; give another --out")
 
 
