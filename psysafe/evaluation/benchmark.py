@@ -326,8 +326,10 @@ class Benchmark(Evaluation):
                 f"--answers: no prompt of {self.name} is answered by all of {'; '.join(answers)}; expected rows with "
                 "the prompts of --data (or their numbers, of one file)"
             )
-        notes = [f"prompts left out, without a stored answer of every variant: {sum(incomplete):,}"]
-        return Answered(columns, {"answers": ", ".join(args.answers)}, notes if any(incomplete) else [])
+        notes = stored.notes_on_repeated(answers)
+        if any(incomplete):
+            notes.append(f"prompts left out, without a stored answer of every variant: {sum(incomplete):,}")
+        return Answered(columns, {"answers": ", ".join(args.answers)}, notes)
 
     def _read_again(self, args: argparse.Namespace, rows: Rows) -> Stage:
         """Verdicts from stored replies or scores, without models and judges."""

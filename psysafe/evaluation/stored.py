@@ -107,6 +107,12 @@ def read_all(
     return answers
 
 
+def notes_on_repeated(answers: Mapping[str, VariantAnswers]) -> list[str]:
+    """Of each variant's answers to one prompt only the first counts."""
+    repeated = sum(of_variant.repeated for of_variant in answers.values())
+    return [f"{repeated:,} answers to a prompt that stood there before were left out"] if repeated else []
+
+
 def read_answers(
     spec: str, limit: int = 0, prompts: Prompts | None = None, every_turn: bool = False
 ) -> dict[str, VariantAnswers]:

@@ -282,9 +282,7 @@ def notes(
     replies: str | Path,
 ) -> list[str]:
     """What the tables do not say. counts: of prompts, by what became of them; replies: the file of the judge's."""
-    lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
-    if repeated := sum(of_variant.repeated for of_variant in answers.values()):
-        lines.append(f"{repeated:,} answers to a prompt that stood there before were left out")
+    lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items()), *stored.notes_on_repeated(answers)]
     everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
     if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
         lines.append(f"replies of the judge without any score: {empty:,}, in {replies}")
