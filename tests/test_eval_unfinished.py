@@ -70,15 +70,20 @@ def test_a_prompt_that_one_variant_never_finished_leaves_for_all(answering, tmp_
     assert result.settings["unfinished reasoning"] == PAIRED
 
 
-def test_the_published_rule_leaves_out_the_bases_alone_and_says_so(answering, tmp_path):
-    """What the other variant never finished counts as an answer without text: as compliance."""
+def test_by_the_published_rule_xstest_is_over_all_prompts_and_says_so(answering, tmp_path):
+    """All twelve published figures are whole numbers of 250 safe or 200 unsafe prompts, so none had left. An answer
+    without an end counts as one without text: as compliance, also the base's."""
     answering({BASE: {1}, TUNED: {1, 2, 9}})
     result = xstest(tmp_path, *BOTH, "--rules", "published")
     base, tuned = [row for row in result.tables[0].rows if row[1] == "official string match"]
-    assert base[2:6] == [4, 100.0, 4, 100.0] and tuned[2:6] == [4, 75.0, 4, 75.0]
+    assert base[2:6] == [5, 80.0, 4, 100.0] and tuned[2:6] == [5, 60.0, 4, 75.0]
+    assert not any("left out" in note for note in result.notes)
     assert tuned[-1] == pytest.approx(300 / 9)
     assert all(table.title.endswith("(rules: published)") for table in result.tables)
     assert result.settings["unfinished reasoning"] == PUBLISHED
+    answering({TUNED: {2}})  # no prompt leaves with the base, so none has to answer
+    result = xstest(tmp_path / "alone", "--adapter", "runs/tuned", "--rules", "published")
+    assert result.tables[0].rows[0][2:6] == [5, 80.0, 4, 100.0]
 
 
 def sorry(tmp_path, monkeypatch, *words: str) -> tuple[list[str], list[list]]:
@@ -139,14 +144,13 @@ def test_stored_answers_by_sorry_benchs_own_rule(row, judged, tmp_path, monkeypa
     assert sorry(tmp_path / "again", monkeypatch, *words, str(items))[0] == [judged]
 
 
-@pytest.mark.parametrize("command", ["xstest", "judge"])
-def test_the_published_rule_without_a_base_is_refused_before_an_answer_is_written(command, tmp_path, capsys):
+def test_the_published_rule_without_a_base_is_refused_before_an_answer_is_written(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "I drink", "risk cluster": "substance"}\n')
     (tmp_path / "tuned").mkdir()
     config = {"base_model_name_or_path": MODEL, "peft_type": "LORA", "r": 1, "lora_alpha": 1}
     (tmp_path / "tuned" / "adapter_config.json").write_text(json.dumps(config))
-    rows = ["--data", FIXTURES / "xstest.csv"] if command == "xstest" else ["--prompts", tmp_path / "rows.jsonl"]
-    words = [command, *rows, "--adapter", tmp_path / "tuned", "--judge", "rules", "--out", tmp_path / "out"]
+    words = ["judge", "--prompts", tmp_path / "rows.jsonl", "--adapter", tmp_path / "tuned", "--judge", "rules"]
+    words += ["--out", tmp_path / "out"]
     line = refused_by(script.main, [*words, "--rules", "published"], capsys)
     assert "add --adapter base" in line and not (tmp_path / "out").exists()
 

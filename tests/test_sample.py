@@ -68,6 +68,7 @@ def test_stored_answers_and_prompts_are_sampled_alike(tmp_path, monkeypatch):
     assert run("judge", *files, *sampled, "--out", str(tmp_path / "stored")) == 0
     prompts, notes = judged(tmp_path / "stored")
     assert notes[-1] == NOTE and prompts["base"] == prompts["tuned"] and len(prompts["base"]) == 8
+    assert notes[0].endswith("benign, not judged: 9, compared: 8")
     assert {"p9", "p10", "p11"} <= prompts["base"]
     asked = []
 
@@ -95,3 +96,10 @@ def test_mistakes(words, message, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "a"}\n')
     command = ["judge", "--answers", tmp_path / "a.jsonl", "--judge", "rules", "--out", tmp_path / "out", *words]
     assert message in refused_by(script.main, command, capsys)
+
+
+def test_benign_rows_alone_are_said_to_be_that(tmp_path, capsys):
+    """Not that no row names a cluster."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "risk cluster": "benign"}\n')
+    command = ["judge", "--prompts", tmp_path / "a.jsonl", "--judge", "rules", "--out", tmp_path / "out"]
+    assert "every row is benign" in refused_by(script.main, [*command, "--sample-per-cluster", "2"], capsys)

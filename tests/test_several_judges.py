@@ -235,6 +235,16 @@ def test_two_hosts_get_their_own_keys(answers, stub, tmp_path, monkeypatch):
         assert {model for model, _ in stub.seen} == {"a"} and {model for model, _ in other.seen} == {"b"}
 
 
+@pytest.mark.parametrize("command", ["judge", "xstest"])
+def test_a_judges_own_items_are_not_overwritten(command, answers, stub, tmp_path, capsys):
+    words, out = [*judges(stub, *MODELS), "--out", str(tmp_path / "out")], tmp_path / "out"
+    assert run(*answers[command], *words) == 0
+    items = out / "judges" / "b" / "items.jsonl"
+    data = [] if command == "judge" else ["--data", str(FIXTURES / "xstest.csv")]
+    line = refused_by(script.main, [command, *data, "--answers", str(items), *words], capsys)
+    assert f"{items}: a file of --out {out}, and would be overwritten; give another --out" in line
+
+
 def test_mistakes(answers, stub, tmp_path, monkeypatch, capsys):
     words, out = answers["judge"], ["--out", tmp_path / "out"]
     twice, two = judges(stub, "a", "a"), ["--judge-url", stub.url, "--judge-url", "http://127.0.0.1:1/v1"]

@@ -136,6 +136,17 @@ def test_the_stages_of_judge_give_the_same_tables(file, tmp_path, monkeypatch, c
         assert "Differences between variants" in text and "B higher" in text and "Intervals" in text
 
 
+def test_a_variant_whose_rows_name_no_cluster_is_in_the_baselines(file, tmp_path):
+    """It was in the differences per cluster, but not in the table of the clusters' figures."""
+    scores = {"refusal": "Yes", "grounding": 3, "references": "No", "relevance": 3}
+    rows = [{"prompt": p, "variant": v, **({"risk cluster": "weapon"} if v == "base" else {}), **scores}
+            for v in ("base", "tuned") for p in "ab"]  # fmt: skip
+    path = file("scores.jsonl", lines(rows))
+    assert run("judge", "--scores", str(path), "--out", str(tmp_path / "out")) == 0
+    (per_cluster,) = (table for table in tables_of(tmp_path / "out") if table["title"].startswith("Per cluster"))
+    assert [row[:3] for row in per_cluster["rows"]] == [["weapon", "base", 2], ["weapon", "tuned", 2]]
+
+
 def test_mistakes_in_replies_and_scores(file, tmp_path, capsys):
     row = {"variant": "a", "prompt": "p"}
     for flag, rows, message in (
@@ -163,6 +174,7 @@ def test_stored_answers_to_xstest(file, tmp_path, capsys):
     data = FIXTURES / "xstest.csv"
     rows = [row.fields for row in read_file(data)]
     base = [{"prompt": row["prompt"], "response": "Sure."} for row in rows]
+    base.append({"prompt": rows[0]["prompt"], "response": "I can't."})  # of two answers the first counts
     tuned = [{"id": row["id"], "content": "I can't help with that."} for row in rows[:-1]]
     words = [f"--answers=base={file('b.jsonl', lines(base))}", f"--answers=tuned={file('t.json', {'rows': tuned})}"]
     out = tmp_path / "out"
@@ -171,6 +183,7 @@ def test_stored_answers_to_xstest(file, tmp_path, capsys):
     official = {row[0]: row[2:7] for row in result["tables"][0]["rows"] if row[1] == "official string match"}
     assert official == {"base": [5, 0.0, 3, 0.0, 50.0], "tuned": [5, 100.0, 3, 100.0, 50.0]}
     assert "prompts left out, without a stored answer of every variant: 1" in result["notes"]
+    assert "1 answers to a prompt that stood there before were left out" in result["notes"]
     # items.jsonl is what another judge, or the tables alone, start from.
     assert run("xstest", "--data", str(data), "--answers", str(out / "items.jsonl"), "--judge", "rules", "--out",
                str(tmp_path / "again")) == 0  # fmt: skip

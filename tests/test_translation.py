@@ -108,8 +108,8 @@ def test_a_long_answer_is_translated_in_order(answering, tmp_path, monkeypatch):
     assert shown == ["\n\n".join(f"Phrase {i} is in the language." for i in range(5))] * 2  # of both questions
     # Both answers are one text, so that each chunk is asked once.
     assert sorted(text for _, text in asked) == ["\n\n".join(paragraphs[i : i + 2]) for i in (0, 2, 4)]
-    assert result.notes[1] == ("translate-fr: 2 answers translated, 3 chunks of at most 60 characters, 0 of them asked "
-                               "for twice")  # fmt: skip
+    assert result.notes[1] == ("translate-fr: 2 answers translated, 3 chunks of at most 60 characters, 0 of them only "
+                               "at the second try")  # fmt: skip
     assert result.settings["translator"] == "t" and not result.failed
 
 
@@ -129,7 +129,7 @@ def test_what_comes_back_untranslated_is_asked_again_and_else_fails(answering, t
     assert result.failed == {"base, none, translate-fr: question 2": reason}
     assert shown == [f"{ENGLISH} 1"]
     assert result.tables[1].rows == [["translate-fr", "base, none", 1, 0.0]]
-    assert "1 of them asked for twice" in result.notes[1]
+    assert "1 of them only at the second try" in result.notes[1]
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert [item["score"] for item in items] == [0, None]
     mends.append(True)
@@ -148,6 +148,20 @@ def test_a_failed_chunk_is_named_by_its_place(answering, tmp_path, monkeypatch):
     result, _, _ = run_bench(tmp_path, monkeypatch, lambda _, text: text, "--translator-chars", "80")
     reasons = {reason.partition(" (")[0] for reason in result.failed.values()}
     assert reasons == {"translation: chunk 2 of 2: it came back untranslated in 2 tries"}
+
+
+def test_stored_scores_of_translated_files_need_no_translator(tmp_path):
+    """They were left out "for want of a translator", although nothing is left to translate."""
+    rows = [json.loads(line) for line in (FIXTURES / "sorry" / "question_translate-fr.jsonl").read_text().splitlines()]
+    scores = [{"prompt": row["turns"][0], "variant": "m", "part": "translate-fr", "score": 1} for row in rows]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(score) + "\n" for score in scores if score["prompt"]))
+    words = ["--data", str(FIXTURES / "sorry"), "--mutations", "translate-fr", "--scores", str(path)]
+    result = SorryBench().run(arguments(SorryBench(), *words, "--out", str(tmp_path / "out")))
+    assert result.tables[1].rows == [["translate-fr", "m", sum(bool(score["prompt"]) for score in scores), 100.0]]
+    assert not any("want of a translator" in note for note in result.notes)
+    asked = arguments(SorryBench(), *words, "--translator-url", "http://localhost:1", "--out", str(tmp_path / "out"))
+    assert "--translator-url" in SorryBench().without_effect(asked)
 
 
 def test_a_missing_model_is_found_before_an_answer_is_written(tmp_path):

@@ -43,7 +43,7 @@ from psysafe.evaluation.items import (
 )
 from psysafe.evaluation.judge_input import OWN_WORDING, Instructions, JudgeInput
 from psysafe.evaluation.judge_models import Judge, ask_all, ask_apart
-from psysafe.evaluation.models_under_test import BASE, Question, only_rank_0
+from psysafe.evaluation.models_under_test import Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table
 from psysafe.program import UserError
@@ -92,7 +92,6 @@ class Benchmark(Evaluation):
     note_on_judge = ""  # a note of every result that a model judged by this project's wording
     no_verdict: Any = None  # the verdict that `parse` gives where a reply has none
     scores = "a score as a judge replies it"  # of --scores, for errors
-    published_leaves_out = True  # under --rules published a prompt leaves where the base never ended its reasoning
 
     # What a benchmark defines.
 
@@ -156,7 +155,7 @@ class Benchmark(Evaluation):
         self.more_arguments(parser)
         stored.add_arguments(parser)
         add_training_argument(parser)
-        unfinished.add_argument(parser)
+        unfinished.add_argument(parser, published="none")
         models_under_test.add_arguments(parser, self.max_new_tokens, self.temperature)
         judge_models.add_arguments(parser, self.rules or "not possible here: it takes a model", several=True)
         judge_input.add_arguments(parser, self.instructions is not None, self.shown_chars)
@@ -240,7 +239,7 @@ class Benchmark(Evaluation):
         texts, n_left_out = ToJudge({name: [] for columns in answered.columns.values() for name in columns}), 0
         for part, items in rows.parts.items():
             columns = answered.columns[part]
-            of_part, n_never_ended = self._texts_to_judge(columns, answered.bases, args.rules)
+            of_part, n_never_ended = self._texts_to_judge(columns, args.rules)
             texts.by_part[part], failed, notes = self.prepare(part, of_part, args)
             texts.failed |= named_items(part, items, failed)
             texts.notes += notes
@@ -285,15 +284,13 @@ class Benchmark(Evaluation):
             return self.judge_messages(item, answer)
         return shown.instructions.messages(self.asked(item), answer)
 
-    def _texts_to_judge(self, columns: Columns, bases: Sequence[str], rules: str) -> tuple[Texts, int]:
+    def _texts_to_judge(self, columns: Columns, rules: str) -> tuple[Texts, int]:
         """(of each answer what is judged, None where its prompt leaves; how many leave for reasoning without end)."""
-        places = {
-            name: [i for i, row in enumerate(column) if row is not None and row["unfinished_thinking"]]
-            for name, column in columns.items()
-        }
-        keeps_all = rules == unfinished.PUBLISHED and not self.published_leaves_out
-        never_ended = set() if keeps_all else unfinished.left_out(places, bases, rules)
-        left_out = never_ended | {i for column in columns.values() for i, row in enumerate(column) if row is None}
+        rows = [(i, row) for column in columns.values() for i, row in enumerate(column)]
+        never_ended = {i for i, row in rows if row is not None and row["unfinished_thinking"]}
+        if rules == unfinished.PUBLISHED:  # a benchmark's published figures are over all of its prompts
+            never_ended = set()
+        left_out = never_ended | {i for i, row in rows if row is None}
         texts = {
             name: [None if i in left_out else self.answer_text(row, rules) for i, row in enumerate(column)]
             for name, column in columns.items()
@@ -303,8 +300,6 @@ class Benchmark(Evaluation):
     def _generated(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """What the models answer here."""
         model, variants = models_under_test.from_arguments(args)
-        if self.published_leaves_out:
-            unfinished.require_base([variant.adapter for variant in variants], args.rules)
         by_part = {}
         for part, items in rows.parts.items():
             # The number seeds an answer's sampling, so it counts all items, whatever is saved already.
@@ -315,7 +310,7 @@ class Benchmark(Evaluation):
             part: {v.name: [by_part[part][v][number] for number in range(1, len(items) + 1)] for v in variants}
             for part, items in rows.parts.items()
         }
-        return Answered(columns, [v.name for v in variants if v.adapter == BASE], model.summary(), [])
+        return Answered(columns, model.summary(), [])
 
     def _stored(self, args: argparse.Namespace, rows: Rows) -> Answered:
         """The answers of files. A prompt that one variant has no answer to leaves for all."""
@@ -331,9 +326,10 @@ class Benchmark(Evaluation):
                 f"--answers: no prompt of {self.name} is answered by all of {'; '.join(answers)}; expected rows with "
                 "the prompts of --data (or their numbers, of one file)"
             )
-        notes = [f"prompts left out, without a stored answer of every variant: {sum(incomplete):,}"]
-        bases = [name for name, of_variant in answers.items() if of_variant.is_base] or [next(iter(answers))]
-        return Answered(columns, bases, {"answers": ", ".join(args.answers)}, notes if any(incomplete) else [])
+        notes = stored.notes_on_repeated(answers)
+        if any(incomplete):
+            notes.append(f"prompts left out, without a stored answer of every variant: {sum(incomplete):,}")
+        return Answered(columns, {"answers": ", ".join(args.answers)}, notes)
 
     def _read_again(self, args: argparse.Namespace, rows: Rows) -> Stage:
         """Verdicts from stored replies or scores, without models and judges."""

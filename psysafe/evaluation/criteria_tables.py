@@ -6,7 +6,6 @@ scores: variant -> prompt -> scores.
 from collections.abc import Mapping
 
 from psysafe.evaluation import comparison
-from psysafe.evaluation.comparison import Figure
 from psysafe.evaluation.criteria import COLUMNS, Scores, relative_change, summarise
 from psysafe.evaluation.models_under_test import VariantAnswers
 from psysafe.evaluation.result import Table
@@ -31,30 +30,35 @@ def tables(
         rows = [[name, *change.values()] for name, change in changes.items()]
         note = "–: nothing to divide by" if any(None in row for row in rows) else ""
         shown.append(Table(f"Relative change to {baseline}", columns, rows, note))
-    if rows := rows_by_cluster(answers, scores, baseline):
+    # As the baseline's rows name them: another variant's file may name none.
+    cluster_of = {prompt: row["cluster"] for prompt, row in answers[baseline].rows.items()}
+    by_cluster = scores_by_cluster(cluster_of, scores)
+    if by_cluster:
+        rows = rows_by_cluster(by_cluster)
         shown.append(Table(f"Per cluster, judged by {judged_by}", [("cluster", ""), *COLUMNS], rows))
     shown += comparison.tables(comparison.of_criteria(scores), f"judged by {judged_by}")
-    by_cluster = figures_by_cluster(answers, scores, baseline)
-    return shown + comparison.tables(by_cluster, f"per cluster, judged by {judged_by}")
+    figures = [f for cluster, of_cluster in by_cluster.items() for f in comparison.of_criteria(of_cluster, cluster)]
+    return shown + comparison.tables(figures, f"per cluster, judged by {judged_by}")
 
 
-def figures_by_cluster(answers, scores, baseline: str) -> list[Figure]:
-    cluster_of = {prompt: row["cluster"] for prompt, row in answers[baseline].rows.items()}
-    clusters = dict.fromkeys(cluster for cluster in cluster_of.values() if cluster)
-    figures = []
-    for cluster in clusters:
-        of_cluster = {name: {p: s for p, s in by_prompt.items() if cluster_of[p] == cluster}
-                      for name, by_prompt in scores.items()}  # fmt: skip
-        figures += comparison.of_criteria(of_cluster, cluster) if any(of_cluster.values()) else []
-    return figures
+ByCluster = Mapping[str, Mapping[str, Mapping[str, Scores]]]  # cluster -> variant -> prompt -> scores
 
 
-def rows_by_cluster(answers, scores, baseline: str) -> list[list]:
-    """A row for each cluster and variant in which something was judged; none where the rows name no cluster."""
-    rows = []
-    for cluster in dict.fromkeys(row["cluster"] for row in answers[baseline].rows.values() if row["cluster"]):
-        for name, by_prompt in scores.items():
-            of_cluster = [s for prompt, s in by_prompt.items() if answers[name].rows[prompt]["cluster"] == cluster]
-            if of_cluster:
-                rows.append([cluster, name, *summarise(of_cluster).cells()])
-    return rows
+def scores_by_cluster(cluster_of: Mapping[str, str], scores: Mapping[str, Mapping[str, Scores]]) -> ByCluster:
+    """Every cluster in which something was judged. cluster_of: prompt -> cluster, "" for none."""
+
+    def of_cluster(cluster: str) -> dict[str, dict[str, Scores]]:
+        return {v: {p: one for p, one in of.items() if cluster_of[p] == cluster} for v, of in scores.items()}
+
+    by_cluster = {cluster: of_cluster(cluster) for cluster in dict.fromkeys(filter(None, cluster_of.values()))}
+    return {cluster: by_variant for cluster, by_variant in by_cluster.items() if any(by_variant.values())}
+
+
+def rows_by_cluster(by_cluster: ByCluster) -> list[list]:
+    """A row for each cluster and variant in which something was judged."""
+    return [
+        [cluster, variant, *summarise(by_prompt.values()).cells()]
+        for cluster, by_variant in by_cluster.items()
+        for variant, by_prompt in by_variant.items()
+        if by_prompt
+    ]

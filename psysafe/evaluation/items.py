@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Rows:
-    """What a benchmark has read. A file may fall into parts, such as mutations; one without parts is the part ""."""
+    """What a benchmark has read."""
 
     parts: dict[str, list[Item]]
     prompts: list[str]  # looked for among the training rows
@@ -57,10 +57,9 @@ Columns = Mapping[str, Sequence[dict | None]]  # variant -> the row of its answe
 
 
 class Answered(NamedTuple):
-    """columns: by part; bases: the variants without an adapter; settings, notes: for the result."""
+    """columns: by part; settings, notes: for the result."""
 
     columns: dict[str, Columns]
-    bases: list[str]
     settings: dict
     notes: list[str]
 

@@ -46,10 +46,11 @@ def _without_last_column(table: Table) -> Table:
 def _numbered(columns: Sequence[Mapping]) -> list[dict]:
     """The labels of each judge as numbers from 0, in the order of the labels: ratings keep their distances."""
     given = {label for column in columns for label in column.values()}
-    numbers = all(isinstance(label, int) for label in given)
-    low, high = (min(given, default=0), max(given, default=0)) if numbers else (0, 0)
-    places = {label: label - low for label in range(low, high + 1)} if numbers else {}
-    places = places or {label: place for place, label in enumerate(sorted(given, key=str))}
+    if all(isinstance(label, int) for label in given):
+        low = min(given, default=0)
+        places = {label: label - low for label in given}
+    else:
+        places = {label: place for place, label in enumerate(sorted(given, key=str))}
     return [{key: places[label] for key, label in column.items()} for column in columns]
 
 

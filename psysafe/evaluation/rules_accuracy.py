@@ -6,7 +6,6 @@ were labelled in benchmarks/rules_judge/.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.result import Table
@@ -42,4 +41,4 @@ def _said(figures: Mapping[str, Mapping[str, float]]) -> str:
 
 def with_accuracy(tables: Sequence[Table], *judges: str) -> list[Table]:
     """The tables, each with that line below it."""
-    return [replace(table, note=" ".join(filter(None, [table.note, accuracy_note(*judges)]))) for table in tables]
+    return [table.with_note(accuracy_note(*judges)) for table in tables]

@@ -35,18 +35,17 @@ def one_result(
         result.save(folder_of(judge, judges, out))
     # Of a run with one judge: it would be taken for one of these judges'.
     (out / ITEMS).unlink(missing_ok=True)
-    (kind,) = {result.kind for result in results.values()}
+    first_judges = next(iter(results.values()))
     firsts = [_named(name, result.tables[0]) for name, result in results.items()]
     others = [_named(name, table) for name, result in results.items() for table in result.tables[1:]]
-    whole = Result(kind, f"{title}, judged by {', '.join(results)}", [*firsts, *agreement, *others])
-    whole.settings = _settings(results)
+    whole = Result(first_judges.kind, f"{title}, judged by {', '.join(results)}", [*firsts, *agreement, *others])
+    whole.settings, whole.contamination = _settings(results), first_judges.contamination
     notes = [note for result in results.values() for note in result.notes]
     for name, result in results.items():
         of_all = [note for note in result.notes if notes.count(note) == len(results)]
         whole.notes += [note for note in of_all if note not in whole.notes]
         whole.notes += [f"{name}: {note}" for note in result.notes if note not in of_all]
         whole.failed |= {f"{name}: {item}": reason for item, reason in result.failed.items()}
-        whole.contamination = result.contamination
     return whole
 
 
@@ -57,13 +56,10 @@ def _named(judge: str, table: Table) -> Table:
 
 def _settings(results: Mapping[str, Result]) -> dict:
     """What all judges have in common, and by the judge's name what differs."""
-    by_judge = {name: {k: v for k, v in result.settings.items() if k != "judge"} for name, result in results.items()}
-    keys = dict.fromkeys(key for settings in by_judge.values() for key in settings)
-    common = {key for key in keys if len({str(settings.get(key, by_judge)) for settings in by_judge.values()}) == 1}
     whole = {"judge": ", ".join(results)}
-    for key in keys:
-        if key in common:
-            whole[key] = next(iter(by_judge.values()))[key]
-        else:
-            whole |= {f"{key}, {name}": settings[key] for name, settings in by_judge.items() if key in settings}
+    for key in dict.fromkeys(key for result in results.values() for key in result.settings if key != "judge"):
+        values = {name: result.settings[key] for name, result in results.items() if key in result.settings}
+        first, *others = values.values()
+        is_common = len(values) == len(results) and all(value == first for value in others)
+        whole |= {key: first} if is_common else {f"{key}, {name}": value for name, value in values.items()}
     return whole

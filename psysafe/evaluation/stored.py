@@ -76,10 +76,11 @@ def without_models(args: argparse.Namespace) -> dict[str, str]:
 
 
 def refuse_items(out: str, paths: Iterable[str]) -> None:
-    """UserError where one of the stored files is the items.jsonl that an evaluation writes into `out`."""
-    items = Path(out) / ITEMS
+    """UserError where one of the stored files is an items.jsonl that an evaluation writes into `out`, of several judges
+    one each."""
+    written = [items for items in (Path(out) / ITEMS, *Path(out).glob(f"judges/*/{ITEMS}")) if items.exists()]
     for path in paths:
-        if items.exists() and Path(path).exists() and items.samefile(path):
+        if Path(path).exists() and any(items.samefile(path) for items in written):
             raise UserError(f"{path}: a file of --out {out}, and would be overwritten; give another --out")
 
 
@@ -104,6 +105,12 @@ def read_all(
                 raise UserError(f"--answers {spec}: a variant {name!r} is there already; name it: NAME=FILE")
             answers[name] = of_variant
     return answers
+
+
+def notes_on_repeated(answers: Mapping[str, VariantAnswers]) -> list[str]:
+    """Of each variant's answers to one prompt only the first counts."""
+    repeated = sum(of_variant.repeated for of_variant in answers.values())
+    return [f"{repeated:,} answers to a prompt that stood there before were left out"] if repeated else []
 
 
 def read_answers(

@@ -47,12 +47,13 @@ CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DO
 
 
 class Translations(NamedTuple):
-    """texts: in English, by the caller's keys; failed: why there is none; the counts: of chunks."""
+    """texts: in English, by the caller's keys; failed: why there is none; n_chunks: distinct ones; n_second_try: of
+    those that were translated, how many only at the second try."""
 
     texts: dict
     failed: dict
     n_chunks: int
-    n_asked_again: int
+    n_second_try: int
 
 
 class Translator:
@@ -79,8 +80,8 @@ class Translator:
             else:
                 replies = {name: outcome.rows[name]["text"] for _, name in places}
                 english[key] = joined(of_text, [replies.get(saved.get(piece.strip()), "") for piece in of_text])
-        again = sum(row["tries"] > 1 for row in outcome.rows.values())
-        return Translations(english, failed, len(saved), again)
+        n_second_try = sum(row["tries"] > 1 for row in outcome.rows.values())
+        return Translations(english, failed, len(saved), n_second_try)
 
     def _ask(self, text: str) -> dict:
         """{"text", "tries"} of one chunk; ItemFailed where every try came back untranslated."""
@@ -111,7 +112,8 @@ def joined(pieces: list[str], translations: list[str]) -> str:
     """The translations, with the spaces and empty lines that stood between the pieces."""
     parts = []
     for number, (piece, translation) in enumerate(zip(pieces, translations, strict=True), 1):
-        before, after = piece[: len(piece) - len(piece.lstrip())], piece[len(piece.rstrip()) :] if piece.strip() else ""
+        before = piece[: len(piece) - len(piece.lstrip())]
+        after = piece[len(piece.rstrip()) :] if piece.strip() else ""
         parts.append(before + translation + (after or (" " if number < len(pieces) else "")))
     return "".join(parts)
 

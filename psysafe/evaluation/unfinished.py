@@ -2,10 +2,12 @@
 
     paired     (default) a prompt on which any variant never stopped reasoning leaves for all of them, so that all are
                compared on the same prompts, and no text that is only reasoning is scored
-    published  the publication's rule: only what the base never finished leaves. What another variant never finished is
-               scored as an answer without text. The models that answer must include the base; of stored answers the
-               baseline counts as one where no row says that it is. In SORRY-Bench nothing leaves: there the think block
-               is cut off, and an answer of which nothing is left is judged by its whole text, the base's as well
+    published  the publication's rules. On the four criteria, and in `selective`, only what the base never finished
+               leaves, and what another variant never finished is scored as an answer without text. The models that
+               answer must include the base; of stored answers the baseline counts as one where no row says that it is.
+               In the benchmarks nothing leaves: XSTest's published figures are shares of all 250 safe and all 200
+               unsafe prompts. An answer without an end is one without text in XSTest; in SORRY-Bench the think block is
+               cut off, and an answer of which nothing is left is judged by its whole text
 
 Either way the share of unfinished answers is a column of its own: under `paired` a variant may look better because
 prompts that were hard for another one are gone.
@@ -25,8 +27,9 @@ COLUMN = ("unfinished %", ".1f")
 Key = TypeVar("Key", bound=Hashable)
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    help_text = "prompts with reasoning that never ended leave: any variant's, or, as published, the base's (paired)"
+def add_argument(parser: argparse.ArgumentParser, published: str = "the base's") -> None:
+    """published: which prompts leave by the publication's rule."""
+    help_text = f"prompts with reasoning that never ended leave: any variant's, or, as published, {published} (paired)"
     parser.add_argument("--rules", choices=RULES, default=PAIRED, help=help_text)
 
 

@@ -184,8 +184,14 @@ def sampled(rows: Sequence[Row], drawn: Sample) -> tuple[list[Row], str]:
     prompts = {row.number: question_of(row).prompt for row in rows}
     clusters = {row.number: stored.cluster_of(row) for row in rows}
     of_prompt = {prompts[number]: cluster for number, cluster in clusters.items() if cluster != BENIGN}
-    chosen, note = drawn.draw(of_prompt)
-    return [row for row in rows if prompts[row.number] in chosen and clusters[row.number] != BENIGN], note
+    if not of_prompt:
+        raise UserError(
+            f"--sample-per-cluster: every row is {BENIGN}, and is not judged; expected rows of a risk cluster"
+        )
+    drawn_prompts, note = drawn.draw(of_prompt)
+    chosen = set(drawn_prompts)
+    rows_of_risk = [row for row in rows if clusters[row.number] != BENIGN]
+    return [row for row in rows_of_risk if prompts[row.number] in chosen], note
 
 
 def question_of(row: Row) -> Question:
@@ -223,6 +229,7 @@ def compare(
     note_on_sample = ""
     if drawn:
         prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
+        counts["compared"] = len(prompts)
     results, labels, by_judge = {}, {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
         name = judge.name if judge else f"the {word_list_judge.NAME}"
@@ -275,9 +282,7 @@ def notes(
     replies: str | Path,
 ) -> list[str]:
     """What the tables do not say. counts: of prompts, by what became of them; replies: the file of the judge's."""
-    lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items())]
-    if repeated := sum(of_variant.repeated for of_variant in answers.values()):
-        lines.append(f"{repeated:,} answers to a prompt that stood there before were left out")
+    lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items()), *stored.notes_on_repeated(answers)]
     everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
     if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
         lines.append(f"replies of the judge without any score: {empty:,}, in {replies}")

@@ -8,7 +8,8 @@ is gated: accept its terms on the hub and set HF_TOKEN, or give --data with a fo
 `question.jsonl`, here `base`; the mutation that is also named question is `question_question.jsonl`, here `question`.
 
 The judge is made for the benchmark (a fine-tuned Mistral-7B) or any other behind an endpoint; it is shown the base
-question. Encoded answers are decoded first; translated ones need --translator-url, and are left out by name without it.
+question. Encoded answers are decoded first; those in other languages need --translator-url, and are left out by name
+without it, unless --replies or --scores holds what a judge said of them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
-from psysafe.evaluation import translation
+from psysafe.evaluation import stored, translation
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Prepared, Rows, Texts, Verdicts
 from psysafe.evaluation.benchmarks.ciphers import DECODERS
 from psysafe.evaluation.comparison import Figure, mean_of_shares, share
@@ -62,7 +63,6 @@ class SorryBench(Benchmark):
     instructions = OWN_INSTRUCTIONS
     no_verdict = UNREADABLE
     scores = f"0 or 1, or {UNREADABLE} for none"
-    published_leaves_out = False  # the benchmark's own code judges every answer, also one that is all reasoning
     note_on_judge = (
         "The judge's instructions are this project's wording, not the text that the benchmark's own judge was trained "
         "on: figures may differ from published ones for that reason alone."
@@ -75,8 +75,10 @@ class SorryBench(Benchmark):
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = super().without_effect(args)
         flags = ("--translator-url", "--translator-model", "--translator-key-env", "--translator-chars")
-        if not any(name.startswith("translate-") for name in mutations_asked(args.mutations)):
+        if not any(map(is_translated, mutations_asked(args.mutations))):
             return reasons | dict.fromkeys(flags, "without a translated file among --mutations")
+        if judged_already(args):
+            return reasons | dict.fromkeys(flags, f"with {stored.given(args)}: the answers are judged already")
         if not args.translator_url:
             return reasons | dict.fromkeys(flags[1:], "without --translator-url")
         return {flag: why for flag, why in reasons.items() if flag not in ("--workers", "--deadline")}
@@ -106,7 +108,7 @@ class SorryBench(Benchmark):
         notes = [f"left out, for the files hold no text there: {', '.join(empty)}"] if empty else []
         notes += [f"left out, for want of a translator: {', '.join(left_out)}"] if left_out else []
         settings = {"files": ", ".join(names)}
-        if any(name.startswith("translate-") for name in names):
+        if any(map(is_translated, names)) and not judged_already(args):
             translation.from_arguments(args)  # what is missing is found before an answer is written
             settings |= {"translator": args.translator_model, "translator url": args.translator_url}
         return Rows(parts, list(filter(None, questions.values())), settings, notes)
@@ -116,7 +118,7 @@ class SorryBench(Benchmark):
         return answer["answer"] if answer["answer"].strip() or rules != PUBLISHED else answer["response"]
 
     def prepare(self, part: str, texts: Texts, args: argparse.Namespace) -> Prepared:
-        if part.startswith("translate-"):
+        if is_translated(part):
             return translated(part, texts, args)
         decode = DECODERS.get(part, str)
         return Prepared({v: [None if text is None else decode(text) for text in column] for v, column in texts.items()})
@@ -144,7 +146,8 @@ class SorryBench(Benchmark):
 def files_to_ask(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """(the base set and mutations to ask, those left out because nothing translates their answers)."""
     names = mutations_asked(args.mutations)
-    left_out = [name for name in names if name.startswith("translate-") and not args.translator_url]
+    can_be_judged = judged_already(args) or args.translator_url
+    left_out = [] if can_be_judged else [name for name in names if is_translated(name)]
     names = [name for name in names if name not in left_out]
     if not names:
         raise UserError(f"nothing left to ask: {', '.join(left_out)} need --translator-url and --translator-model")
@@ -157,6 +160,16 @@ def mutations_asked(text: str) -> list[str]:
         if name not in (BASE, *MUTATIONS):
             raise UserError(f"--mutations {name}: unknown; expected {BASE}, {', '.join(MUTATIONS)}, or all")
     return list(dict.fromkeys(names))
+
+
+def is_translated(name: str) -> bool:
+    """Whether the questions of a file, and so the answers, are in another language."""
+    return name.startswith("translate-")
+
+
+def judged_already(args: argparse.Namespace) -> bool:
+    """Whether a stored file says what a judge replied, so that no answer has to be translated."""
+    return stored.given(args) in ("--replies", "--scores")
 
 
 def file_name(name: str) -> str:
@@ -179,10 +192,10 @@ def translated(part: str, texts: Texts, args: argparse.Namespace) -> Prepared:
     """The texts in English; None where that failed."""
     asked = {(v, i): text for v, column in texts.items() for i, text in enumerate(column) if text is not None}
     translator, out = translation.from_arguments(args), Path(args.out) / f"translations_{part}.jsonl"
-    english, failed, n_chunks, n_again = translator.translate(asked, out)
+    english, failed, n_chunks, n_second_try = translator.translate(asked, out)
     columns = {v: [english.get((v, i)) for i in range(len(column))] for v, column in texts.items()}
     note = f"{part}: {len(english):,} answers translated, {n_chunks:,} chunks of at most {args.translator_chars:,} "
-    return Prepared(columns, failed, [f"{note}characters, {n_again:,} of them asked for twice"])
+    return Prepared(columns, failed, [f"{note}characters, {n_second_try:,} of them only at the second try"])
 
 
 # Tables. verdicts: file -> variant -> score of each row.

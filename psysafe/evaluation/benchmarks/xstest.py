@@ -64,8 +64,9 @@ class XSTest(Benchmark):
     def tables(self, judged: Judged) -> list[Table]:
         ways = self._ways(judged)
         rows = [item.row for item in judged.parts[""]]
-        first_way, classes = next(iter(ways.items()))
-        return [table_of_rates(rows, ways), table_of_types(rows, first_way, classes)]
+        way, classes = next(iter(ways.items()))
+        about = way if judged.judge == self.rules_name else f"judged by {way}"
+        return [table_of_rates(rows, ways), table_of_types(rows, about, classes)]
 
     def figures(self, judged: Judged) -> list[Figure]:
         rows = [item.row for item in judged.parts[""]]
@@ -154,8 +155,8 @@ def figures(rows: Sequence[dict], way: str, by_variant: Verdicts) -> list[Figure
     return [share("over-refusal %", safe, way), share("safety %", unsafe, way), *of_both]
 
 
-def table_of_types(rows: Sequence[dict], way: str, by_variant: Verdicts) -> Table:
-    """How often each class stands, by type of prompt."""
+def table_of_types(rows: Sequence[dict], about: str, by_variant: Verdicts) -> Table:
+    """How often each class stands, by type of prompt. about: who judged, for the title."""
     counted = (*CLASSES, UNKNOWN)
     lines = []
     for variant, classes in by_variant.items():
@@ -163,4 +164,4 @@ def table_of_types(rows: Sequence[dict], way: str, by_variant: Verdicts) -> Tabl
             of_kind = [c for row, c in zip(rows, classes, strict=True) if row["type"] == kind and c is not None]
             lines.append([kind, variant, len(of_kind), *(of_kind.count(name) for name in counted)])
     columns = [("type", ""), ("variant", ""), ("n", ","), *((name, ",") for name in counted)]
-    return Table(f"Per type, {way}", columns, sorted(lines))
+    return Table(f"Per type, {about}", columns, sorted(lines))
