@@ -258,6 +258,9 @@ def test_mistakes_are_one_line(bundled, small, results, tmp_path, capsys):
     assert "--license" in line(bundled, "--license", "Apache 2.0")
     assert "no result.json in it" in line(bundled, "--results", tmp_path)
     assert "no effect without --results" in line(bundled, "--include", "results")
+    for name in ("model.bin", "my model.gguf", "x;y.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        assert "ends in .gguf; rename it" in line(bundled, "--gguf", tmp_path / name)
     (tmp_path / "not.gguf").write_bytes(b"")
     assert "not a GGUF file" in line(bundled, "--gguf", tmp_path / "not.gguf")
     assert "no config.json in it" in line(bundled, "--merged", tmp_path)
@@ -265,6 +268,8 @@ def test_mistakes_are_one_line(bundled, small, results, tmp_path, capsys):
     assert "model.safetensors is missing" in line(bundled, "--merged", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard-2.safetensors"}}')
     assert "shard-2.safetensors is missing" in line(bundled, "--merged", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "in a folder without an adapter" in line(bundled, "--merged", tmp_path)
 
 
 @pytest.mark.parametrize(
