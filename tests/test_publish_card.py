@@ -136,6 +136,8 @@ def test_what_the_repository_is_to_its_base(flags, relation, library, small, tmp
     assert ("llama-server --hf-repo someone/psysafe-small --hf-file model.gguf" in text) == ("--gguf" in flags)
     assert (f'AutoModelForCausalLM.from_pretrained("{REPOSITORY}"' in text) == ("--merged" in flags)
     assert ('subfolder="adapter"' in text) == bool(flags)
+    for part in text.split("\n### ")[1:]:  # each is read alone
+        assert ("ADAPTER is the folder" in part) == bool(re.search(r"[ =,]ADAPTER ", part.replace("\n", " "))), part
 
 
 def test_a_run_on_the_bundled_model(bundled):
