@@ -136,6 +136,8 @@ def test_what_the_repository_is_to_its_base(flags, relation, library, small, tmp
     assert ("llama-server --hf-repo someone/psysafe-small --hf-file model.gguf" in text) == ("--gguf" in flags)
     assert (f'AutoModelForCausalLM.from_pretrained("{REPOSITORY}"' in text) == ("--merged" in flags)
     assert ('subfolder="adapter"' in text) == bool(flags)
+    for part in text.split("\n### ")[1:]:  # each is read alone
+        assert ("ADAPTER is the folder" in part) == bool(re.search(r"[ =,]ADAPTER ", part.replace("\n", " "))), part
 
 
 def test_a_run_on_the_bundled_model(bundled):
@@ -258,6 +260,9 @@ def test_mistakes_are_one_line(bundled, small, results, tmp_path, capsys):
     assert "--license" in line(bundled, "--license", "Apache 2.0")
     assert "no result.json in it" in line(bundled, "--results", tmp_path)
     assert "no effect without --results" in line(bundled, "--include", "results")
+    for name in ("model.bin", "my model.gguf", "x;y.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        assert "ends in .gguf; rename it" in line(bundled, "--gguf", tmp_path / name)
     (tmp_path / "not.gguf").write_bytes(b"")
     assert "not a GGUF file" in line(bundled, "--gguf", tmp_path / "not.gguf")
     assert "no config.json in it" in line(bundled, "--merged", tmp_path)
@@ -265,6 +270,8 @@ def test_mistakes_are_one_line(bundled, small, results, tmp_path, capsys):
     assert "model.safetensors is missing" in line(bundled, "--merged", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard-2.safetensors"}}')
     assert "shard-2.safetensors is missing" in line(bundled, "--merged", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "in a folder without an adapter" in line(bundled, "--merged", tmp_path)
 
 
 @pytest.mark.parametrize(

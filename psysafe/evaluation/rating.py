@@ -31,7 +31,7 @@ from psysafe.program import UserError
 TITLE = "Rating answers"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and answers to it."
 KEYS = "By keyboard: y, n and 1 to 5 choose in a question, a, b and n the answer that you prefer."
-ITEMS = 25  # of the publication's study: five prompts of each of five clusters
+ITEMS = 25  # as in the publication's study: five prompts of each of five clusters
 Pair = tuple[str, str]  # two variants
 
 
@@ -114,7 +114,7 @@ def draw(
 ) -> list[str]:
     """The prompts of the page, in an order drawn at random. UserError where there are fewer than were asked for."""
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in left_out.items() if count)
-    have = f"{len(rows):,} prompts that both variants answered" + (f" ({reasons})" if reasons else "")
+    have = f"{counted(len(rows), 'prompt')} that both variants answered" + (f" ({reasons})" if reasons else "")
     if not rows:
         raise UserError(f"--answers: no prompts that both variants answered ({reasons}); expected the same prompts")
     if per_cluster is None:

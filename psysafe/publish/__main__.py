@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--gguf", default="", metavar="FILE", help="a GGUF file to publish, too")
     add("--license", default="apache-2.0", metavar="ID", help="the hub's name of the license (apache-2.0)")
     add("--include", nargs="+", action="extend", default=[], choices=EXTRAS,
-        help="files that stay here else: the results' tables as JSON, metrics.jsonl")  # fmt: skip
+        help="files that are otherwise left out: the results' tables as JSON, metrics.jsonl")  # fmt: skip
     add("--edited-card", default="", choices=(KEEP, REPLACE),
         help="what becomes of a card that was edited on the hub (without it the push is refused)")  # fmt: skip
     add("--public", action="store_true", help="make the repository public, once everything is there")

@@ -29,6 +29,7 @@ EVALUATIONS = {
     "xstest": "XSTest",
     "sorry-bench": "SORRY-Bench",
     "selective": "support only where it belongs",
+    "turns": "second turns after a refusal",
     "mmlu": "MMLU",
     "hellaswag": "HellaSwag",
     "agreement": "agreement between judge and people",
@@ -38,7 +39,7 @@ FINGERPRINT = re.compile(r"<!-- psysafe card ([0-9a-f]{64}) -->\n?\Z")
 
 @dataclass(frozen=True)
 class Content:
-    """What the card is made of. results: with the folders' own words on when they were made."""
+    """What the card is made of. results: as `psysafe.evaluation.result.load` gives them."""
 
     run: Run
     names: Names
@@ -141,8 +142,8 @@ def _use() -> list[str]:
 def _evaluation(content: Content) -> list[str]:
     name = in_markdown(content.run.name)
     lines = [
-        f"In the tables *base* is the base model, and *{name}* this adapter (*fine-tuned* in the miniature's); behind "
-        "the comma stands the system prompt.",
+        f"In the tables *base* is the base model, and *{name}* this adapter (*fine-tuned* in the miniature's); the "
+        "word after the comma is the system prompt.",
         "",
     ]
     for result, rest in content.results:
@@ -151,22 +152,36 @@ def _evaluation(content: Content) -> list[str]:
         if result.failed:
             lines.append(f"{counted(len(result.failed), 'item')} failed and are in no figure.")
         lines += [f"Finished {rest['finished'][:10]}.", ""]
-    measured = {result.kind for result, _ in content.results}
+    measured = _measured(content)
     missing = [name for kind, name in EVALUATIONS.items() if kind not in measured]
     if not content.results:
         return [f"Not evaluated: there are no figures of this model on {', '.join(missing)}, or on anything else."]
     return [*lines, f"Not evaluated: {', '.join(missing)}."] if missing else lines
 
 
+def _measured(content: Content) -> set[str]:
+    """The kinds of evaluation that were made."""
+    kinds = {result.kind for result, _ in content.results}
+    if "miniature" in kinds:
+        kinds.add("judge")  # it measures the four criteria
+    # Without --judged people are compared with each other alone.
+    if not any(result.kind == "agreement" and result.settings.get("judge") for result, _ in content.results):
+        kinds.discard("agreement")
+    return kinds
+
+
 def _how_judged(result: Result) -> list[str]:
-    if figures.judged_by_rules(result):
-        return [
-            "**Judged by word lists,** not by people or a language model: a text can hold every word of them and still "
-            "be a bad answer. These figures show that the mechanism works, and say nothing of an answer's quality.",
+    judge, rules = str(result.settings.get("judge") or ""), figures.judges_by_rules(result)
+    lines = [f"Judge: {_shown(judge)}.", ""] if judge and [judge] != rules else []
+    if rules:
+        whose = "" if [judge] == rules else f" in the tables of {_shown(rules[0])}"
+        lines += [
+            f"**Judged by word lists{whose},** not by people or a language model: a text can hold every word of them "
+            "and still be a bad answer. These figures show that the mechanism works, and say nothing of an answer's "
+            "quality.",
             "",
         ]
-    judge = result.settings.get("judge")
-    return [f"Judge: {_shown(str(judge))}.", ""] if judge else []
+    return lines
 
 
 def _tables(result: Result) -> list[str]:
@@ -233,8 +248,7 @@ def _limits(content: Content) -> list[str]:
         "- The recipe, the helplines and the evaluations are for English.",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]
-    kinds = {result.kind for result, _ in content.results}
-    if "agreement" not in kinds:
+    if "agreement" not in _measured(content):
         lines.append(
             "- How far a judge agrees with people was not measured for this model. The publication found "
             f"{_published_agreement()}: a low kappa is a weak basis for comparing models."

@@ -6,6 +6,7 @@ finds beside a config.json, and would add the adapter a second time.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,11 @@ from psysafe.evaluation.result import Result
 from psysafe.files import read_json
 from psysafe.program import UserError
 from psysafe.publish.run import Base, Run
-from psysafe.publish.scrub import without_folders
+from psysafe.publish.scrub import TERMS, without_folders
 from psysafe.training.run_log import METRICS
 
 CARD = "README.md"
 SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")  # of a merged checkpoint
-TERMS = ("LICENSE", "NOTICE")  # how the names of the base's own terms begin
 BESIDE = "adapter/"  # where the adapter lies beside whole weights
 EXTRAS = ("results", "metrics")  # of --include
 
@@ -64,6 +64,8 @@ def merged_files(folder: str) -> list[Upload]:
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     taken = [file for file in files if file.name.endswith(SUFFIXES) or file.name.upper().startswith(TERMS)]
     names = {file.name for file in taken}
+    if CONFIG in names:  # the adapter would be added to weights that hold it already
+        raise UserError(f"--merged {folder}: {CONFIG} in it; expected merged weights in a folder without an adapter")
     shards = {"model.safetensors"} if INDEX not in names else set(_weight_map(path / INDEX).values())
     if missing := sorted(shards - names):
         raise UserError(f"--merged {folder}: {missing[0]} is missing; merge again")
@@ -80,7 +82,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def gguf_file(path: str) -> Upload:
-    """UserError where the file does not begin as GGUF files do."""
+    """UserError where the file does not begin, or its name does not end, as those of GGUF files do."""
+    if not re.fullmatch(r"[\w.-]+\.gguf", Path(path).name):  # the card's command has the name, without quotes
+        raise UserError(f"--gguf {path}: expected a name of letters, digits, . _ and - that ends in .gguf; rename it")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"--gguf {path}: not a GGUF file; expected what llama.cpp loads")

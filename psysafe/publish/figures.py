@@ -14,7 +14,7 @@ from psysafe.evaluation.benchmarks.xstest import XSTest
 from psysafe.evaluation.result import Cell, Result, Table
 
 RULES = (word_list_judge.NAME, XSTest.rules_name)  # judges that are no model
-NUMBERS = {"n", "of A", "of B", "B - A", "from", "to"}
+NUMBERS = ("n", "of A", "of B", "B - A", "from", "to")
 DIFFERENCE = {"figure", "A", "B", *NUMBERS}  # columns of a table of differences
 
 
@@ -29,20 +29,25 @@ def is_intervals(table: Table) -> bool:
     return names >= {"from", "to"} and "A" not in names
 
 
-def judged_by_rules(result: Result) -> bool:
-    return result.settings.get("judge") in RULES
+def judges_by_rules(result: Result) -> list[str]:
+    """Which of the result's judges are no model. A result of several judges names them all, with commas between."""
+    return [name for name in RULES if name in str(result.settings.get("judge", "")).split(", ")]
+
+
+def _judged_by_rules(result: Result, table: Table) -> bool:
+    """Of a result of several judges every table has its judge in its title."""
+    return result.settings.get("judge") in RULES or table.title.endswith(tuple(f"judged by {name}" for name in RULES))
 
 
 # Costs
 
 
 class Cost(NamedTuple):
-    """A figure that the publication reports as falling: under which name, in which words. kinds: of the evaluations
-    that measure it, the publication's first."""
+    """A figure that fell in the publication. kinds: of the evaluations that measure it, the publication's first."""
 
     kinds: tuple[str, ...]
-    figure: str
-    meaning: str
+    figure: str  # its name in the tables
+    meaning: str  # in the card's words
     base: str  # the publication's rows
     tuned: str
     remark: str = ""
@@ -80,18 +85,31 @@ def measured(cost: Cost, results: Sequence[Result], run_name: str) -> list[str]:
     """The same of this adapter, with its interval, once for each system prompt; [] where nobody measured it."""
     lines = {}
     for result in (result for result in results if result.kind in cost.kinds):
-        for row in _differences(result):
+        for row, by_rules in _differences(result):
             has_numbers = all(isinstance(row[name], int | float) for name in NUMBERS)
-            if has_numbers and row["figure"] == cost.figure and _is_pair(row["A"], row["B"], run_name):
+            if not has_numbers or row["figure"] != cost.figure:
+                continue
+            if _is_pair(row["B"], row["A"], run_name):
+                row = _exchanged(row)
+            if _is_pair(row["A"], row["B"], run_name):
                 # The first counts: over all prompts, by the evaluation's own judge.
-                lines.setdefault((result.kind, row["B"]), _change(row, result))
+                lines.setdefault((result.kind, row["B"]), _change(row, result.kind, by_rules))
     return list(lines.values())
 
 
-def _differences(result: Result) -> Iterator[dict[str, Cell]]:
-    for table in result.tables:
-        if {name for name, _ in table.columns} >= DIFFERENCE:
-            yield from rows_of(table)
+def _differences(result: Result) -> Iterator[tuple[dict[str, Cell], bool]]:
+    """The rows of the tables of differences, those of models' judgements first, and whether rules judged."""
+    tables = [table for table in result.tables if {name for name, _ in table.columns} >= DIFFERENCE]
+    for table in sorted(tables, key=lambda table: _judged_by_rules(result, table)):
+        for row in rows_of(table):
+            yield row, _judged_by_rules(result, table)
+
+
+def _exchanged(row: Mapping[str, Cell]) -> dict[str, Cell]:
+    """The same difference with A and B exchanged: an evaluation has its variants in the order of --adapter."""
+    n, of_a, of_b, difference, low, high = (row[name] for name in NUMBERS)
+    numbers = dict(zip(NUMBERS, (n, of_b, of_a, -difference, -high, -low), strict=True))
+    return {**row, "A": row["B"], "B": row["A"], **numbers}
 
 
 def _is_pair(first: Cell, second: Cell, run_name: str) -> bool:
@@ -103,9 +121,9 @@ def _is_pair(first: Cell, second: Cell, run_name: str) -> bool:
     return of_first == BASE and of_second == run_name and system == same_system
 
 
-def _change(row: Mapping[str, Cell], result: Result) -> str:
-    system = "miniature" if result.kind == "miniature" else f"system prompt {str(row['B']).rpartition(', ')[2]}"
-    judge = "by word lists, " if judged_by_rules(result) else ""
+def _change(row: Mapping[str, Cell], kind: str, by_rules: bool) -> str:
+    system = "miniature" if kind == "miniature" else f"system prompt {str(row['B']).rpartition(', ')[2]}"
+    judge = "by word lists, " if by_rules else ""
     return (
         f"{row['of A']:.3g} → {row['of B']:.3g} ({judge}{system}, n {row['n']:,}; "
         f"difference {row['B - A']:+.3g}, 95 % from {row['from']:+.3g} to {row['to']:+.3g})"

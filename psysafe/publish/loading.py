@@ -81,6 +81,11 @@ def _peft(names: Names) -> list[str]:
     ]
 
 
+def _adapter_folder(names: Names) -> list[str]:
+    """What ADAPTER in a command means."""
+    return [f"ADAPTER is the folder `{BESIDE}` of this repository, downloaded.", ""] if names.subfolder else []
+
+
 def _classes(layout: str) -> str:
     if layout == "both":
         return (
@@ -96,7 +101,8 @@ def _transformers(names: Names) -> list[str]:
     if not names.merged:
         model = f"--model {BUNDLED} " if names.base_name == BUNDLED else ""  # else the adapter names it
         command = f"python -m psysafe.checkpoint merge {model}--adapter {names.adapter} --out merged"
-        return [*lines, f"Not in this repository. In a clone of psysafe `{command}` makes them.", ""]
+        made = f"Not in this repository. In a clone of psysafe `{command}` makes them."
+        return [*lines, made, "", *_adapter_folder(names)]
     return [
         *lines,
         *_block(
@@ -119,7 +125,7 @@ def _vllm(names: Names) -> list[str]:
         "### vLLM",
         "",
         *_block("sh", f"vllm serve {names.base_name} --enable-lora --lora-modules tuned={names.adapter}"),
-        *(["ADAPTER is the folder `adapter/` of this repository, downloaded.", ""] if names.subfolder else []),
+        *_adapter_folder(names),
         "Not tried by us. At the time of writing there are open reports that LoRA has no effect in vLLM on this "
         "architecture ([#49354](https://github.com/vllm-project/vllm/issues/49354), "
         "[#48019](https://github.com/vllm-project/vllm/issues/48019)). Ask `tuned` and the base the same question at "
@@ -152,6 +158,7 @@ def _psysafe(names: Names) -> list[str]:
             f"python generate.py --model {names.base_name} --compare base,{names.adapter} {QUESTION}",
             f"python -m psysafe.serve --model {names.base_name} --adapter tuned={names.adapter}",
         ),
+        *_adapter_folder(names),
         "The first answers with and without the adapter: two answers alike, word by word, mean that it is off.",
         "",
     ]

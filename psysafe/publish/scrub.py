@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from psysafe.program import UserError
 
 # Two folders or more, as in /home/me/rows.jsonl. In front of it stands no part of a URL, a word, or a relative path.
-ABSOLUTE = re.compile(r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)~/[\w.@+-]+|\b[A-Za-z]:\\{1,2}\w+\\", re.ASCII)
+ABSOLUTE = re.compile(r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)~/[\w.@+-]+|\b[A-Za-z]:\\{1,2}\w+\\")
 PATTERNS = {
     "a path of this machine": ABSOLUTE,
     "the name of a bundled asset (assets:)": re.compile(r"\bassets:[\w.]"),
@@ -27,7 +27,8 @@ PATTERNS = {
 SECRET = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$")  # names of environment variables
 # Files of the base, with vocabularies in which any of these may stand as a piece of a word.
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
-TEXT = (".md", ".json", ".jsonl", ".yaml", ".txt", ".toml")
+TEXT = (".md", ".json", ".jsonl", ".yaml", ".txt", ".toml", ".jinja")
+TERMS = ("LICENSE", "NOTICE")  # how the names of the base's own terms begin
 HEAD = 4096  # bytes of a GGUF file in which its name and origin stand
 
 
@@ -67,7 +68,7 @@ def _text(path: str, content: bytes | Path) -> str:
     if name.endswith(".gguf"):
         with open(content, "rb") as file:
             return file.read(HEAD).decode("latin-1")
-    if name in VOCABULARY or not name.endswith(TEXT):
+    if name in VOCABULARY or not (name.endswith(TEXT) or name.upper().startswith(TERMS)):
         return ""
     return content.read_text(encoding="utf-8", errors="replace")
 
