@@ -70,14 +70,14 @@ def test_the_order_to_read_them(tmp_path):
 
 def test_of_several_judges_each_has_its_words_and_the_mean_counts(tmp_path):
     """Their order is that of the result; judges of an earlier run in the folder have no part in it."""
-    Result("judge", "T, judged by b, a", [], {"judge": "b, a"}).save(tmp_path)
-    for name, scores in (("a", ALL), ("b", HALF), ("ab", NONE)):
+    Result("judge", "T, judged by ab, a", [], {"judge": "ab, a"}).save(tmp_path)
+    for name, scores in (("a", ALL), ("ab", HALF), ("b", NONE)):
         rows = [scored("base", "p", *scores, reply=f"words of {name}")]
         folder_of(tmp_path / "judges" / name, rows, title=f"T, judged by {name}")
     (item,) = items_of(tmp_path)
     (answer,) = item.answers
     assert [(one.judge, one.value, one.words) for one in answer.judgements] == [
-        ("b", 0.5, "words of b"), ("a", 1, "words of a"),
+        ("ab", 0.5, "words of ab"), ("a", 1, "words of a"),
     ]  # fmt: skip
     assert answer.value == 0.75 and item.difference is None
 
@@ -154,6 +154,13 @@ def test_a_line_that_is_no_answer_is_named(row, tmp_path):
     with pytest.raises(UserError, match=r"items\.jsonl row 2: .*run the evaluation again") as error:
         items_of(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_where_the_judge_failed_everywhere_there_is_a_report(tmp_path):
+    folder_of(tmp_path / "judged", [])
+    assert run("report", str(tmp_path / "judged"), "--out", str(tmp_path / "report")) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert items_of(tmp_path / "judged") == [] and "part0-answers" not in page
 
 
 def run(*argv: str) -> int:

@@ -25,7 +25,7 @@ def address(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("report")
     rows = [scored("base", prompt, *base) for prompt, base, _ in ROWS]
     folder_of(folder / "five", rows + [scored("tuned", prompt, *tuned) for prompt, _, tuned in ROWS])
-    rows = [scored(variant, f"question {i}", *scores, cluster=("weapon", "violence")[i % 2], reply=f"reply {i}",
+    rows = [scored(variant, f"question {i}", *scores, cluster=("weapon", "violence")[i % 2], reply=f"Reply {i}",
                    response=f"<think>thought {i}</think>answer {i}")
             for variant, scores in (("base", HALF), ("tuned", ALL)) for i in range(30)]  # fmt: skip
     folder_of(folder / "thirty", rows)
@@ -46,11 +46,14 @@ def test_orders_groups_and_text(browser, address):  # noqa: F811
             five.get_by_label("Order").select_option(order)
             assert prompts(five) == list(expected)
         first = five.locator(".item").first
-        assert first.locator("h5").all_inner_texts() == ["base", "tuned"]  # side by side
-        left, right = (box.bounding_box() for box in first.locator("article").all())
-        assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
-        assert "overall 0.0 %" in first.locator("article").first.inner_text()
-        assert "difference 100.0 %" in first.locator("h4").inner_text()
+        assert first.locator("h5").all_text_contents() == ["base", "tuned"]  # side by side
+        first.scroll_into_view_if_needed()
+        left, right = first.locator("article").evaluate_all(
+            "nodes => nodes.map(n => n.getBoundingClientRect().toJSON())"
+        )
+        assert left["y"] == right["y"] and left["right"] <= right["left"]
+        assert "overall 0.0 %" in first.locator("article").first.text_content()
+        assert "difference 100.0 %" in first.locator("h4").text_content()
         thirty.get_by_label("cluster").select_option("=violence")
         assert thirty.locator(".count").inner_text() == "15 of 30 prompts"
         assert all(int(prompt.split()[1]) % 2 for prompt in prompts(thirty))
@@ -75,8 +78,8 @@ def test_by_keyboard_alone(browser, address):  # noqa: F811
             page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
         page.keyboard.press("Enter")
-        assert thirty.get_by_text("thought 7", exact=True).first.is_visible()
-        assert not thirty.get_by_text("reply 7", exact=True).count()  # still folded
+        thirty.get_by_text("thought 7", exact=True).first.wait_for()
+        assert not thirty.get_by_text("Reply 7", exact=True).count()  # still folded
 
 
 def test_pages_and_links(browser, address):  # noqa: F811

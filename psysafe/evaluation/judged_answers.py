@@ -125,7 +125,8 @@ def _files(folder: Path, result: Result) -> dict[str, Path]:
 def _add(items: dict[tuple, Item], judge: str, path: Path, kind: str) -> None:
     """Adds what a judge's file holds. The answer to a prompt that stands there twice belongs to the second of these."""
     reader, times_seen = READERS.get(kind, _of_benchmark), {}
-    for number, row in enumerate(read_table(path, []), 1):
+    rows = read_table(path, []) if path.stat().st_size else []  # empty where the judge failed at every answer
+    for number, row in enumerate(rows, 1):
         try:
             key, groups, verdict, value = reader(row)
             variant, judgement = row["variant"], Judgement(judge, verdict, value, row.get("reply") or "")
