@@ -156,6 +156,12 @@ def test_a_line_that_is_no_answer_is_named(row, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_multiple_choice_has_no_answers_to_show(tmp_path):
+    row = {"key": "a1", "variant": "base, none", "item": 1, "subject": "anatomy", "log_likelihoods": [-1.0], "acc": 0.0}
+    for rows in ([row], [row | {"answer": 0}], []):
+        assert items_of(folder_of(tmp_path, rows, "mmlu")) is None
+
+
 def test_where_the_judge_failed_everywhere_there_is_a_report(tmp_path):
     folder_of(tmp_path / "judged", [])
     assert run("report", str(tmp_path / "judged"), "--out", str(tmp_path / "report")) == 0

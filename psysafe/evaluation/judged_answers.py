@@ -108,7 +108,7 @@ def read(folder: str | Path, result: Result) -> list[Item] | None:
 
 def _files(folder: Path, result: Result) -> dict[str, Path]:
     """Judge -> its file; of several judges those of this result, for the folder may hold those of an earlier run."""
-    if result.kind not in READERS and not (folder / ITEMS).exists():
+    if result.kind not in READERS and not _has_answers(folder / ITEMS):
         return {}
     judge = str(result.settings.get("judge") or "judge")
     if (folder / ITEMS).exists():
@@ -120,6 +120,11 @@ def _files(folder: Path, result: Result) -> dict[str, Path]:
     names = f", {result.title.rpartition('judged by ')[2]}, "
     of_result = [name for name in named if f", {name}, " in names]
     return {name: named[name] for name in sorted(of_result, key=lambda name: names.find(f", {name}, "))}
+
+
+def _has_answers(path: Path) -> bool:
+    """Whether a file holds answers of models; that of a benchmark of multiple choice has likelihoods of choices."""
+    return path.exists() and path.stat().st_size > 0 and {"answer", "score"} <= read_table(path, [])[0].keys()
 
 
 def _add(items: dict[tuple, Item], judge: str, path: Path, kind: str) -> None:
