@@ -20,12 +20,15 @@ def test_the_whole_page(tmp_path, monkeypatch):
     reply_by(monkeypatch, lambda asked: "1" if asked.endswith("[Score]") else reply(VALUES))
     with StubEndpoint() as stub:
         here = {"http://localhost:8000/v1": stub.url, "runs/evaluation": str(tmp_path)}
-        run_page(ROOT / "docs" / "evaluation.md", 12, here)
+        run_page(ROOT / "docs" / "evaluation.md", 13, here)
     content = json.loads((tmp_path / "report" / "report.json").read_text())
     by_folder = {Path(part["folder"]).name: part for part in content["evaluations"]}
     # Even one epoch shows: by the words that it looks for, the tuned model supports where the base did not.
     base, tuned = by_folder["judged"]["tables"][0]["rows"]
     assert base[-2] < 40 < tuned[-2]  # overall
+    answers = by_folder["judged"]["items"]
+    assert len(answers) == 40 and [one["variant"] for one in answers[0]["answers"]] == ["base, none", "tuned, none"]
+    assert all("items" in by_folder[name] for name in ("judged-by-model", "xstest", "sorry-bench", "turns"))
     # After one epoch a few benign answers end within their reasoning; no benign prompt is judged.
     assert base[-1] == 0.0 and tuned[-1] <= 10  # unfinished
     assert [row[1:3] for row in by_folder["judged-by-model"]["tables"][0]["rows"]] == [[40, 100.0]] * 2

@@ -192,10 +192,11 @@ def test_every_table_of_the_rule_based_judge_says_what_it_is_worth(answers, tmp_
     assert main_guard(script.main, ["judge", *stored, "--judge", "rules", "--out", str(tmp_path / "judge")]) == 0
     words = ["--prompts", prompts, *stored, "--judge", "rules", "--out", str(tmp_path / "selective")]
     assert main_guard(script.main, ["selective", *words]) == 0
-    parts = [(name, *results.load(tmp_path / name)) for name in ("judge", "selective")]
-    for _, result, _ in parts:
-        assert len(result.tables) >= 2
-        assert all(expected_note() in table.note and "n = 99 held-out" in table.note for table in result.tables)
+    parts = [report.Part(name, *results.load(tmp_path / name)) for name in ("judge", "selective")]
+    for part in parts:
+        tables = part.result.tables
+        assert len(tables) >= 2 and all(expected_note() in table.note for table in tables)
+        assert all("n = 99 held-out" in table.note for table in tables)
     page, text = report.page(parts), report.markdown(parts)
     assert min(page.count(expected_note()), text.count(expected_note())) >= 4
     # Read again as scores, nobody knows who judged.

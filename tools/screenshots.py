@@ -1,5 +1,6 @@
-"""Makes docs/serve-page.png, the server's page with an answer of the bundled base and of the bundled run's adapter, and
-docs/rate-page.png, an item of the page on which people rate these two.
+"""Makes docs/serve-page.png, the server's page with an answer of the bundled base and of the bundled run's adapter,
+docs/rate-page.png, an item of the page on which people rate these two, and docs/report-page.png, what the report of an
+evaluation of these two shows: charts with intervals, and answers side by side.
 
     python train.py && python tools/screenshots.py          # or only one of them: tools/screenshots.py rate
 
@@ -74,9 +75,7 @@ def ask(page: Page, url: str) -> None:
 def picture_rate(page: Page, picture: Path) -> None:
     """The first item, half rated."""
     with tempfile.TemporaryDirectory() as folder:
-        answers = f"{folder}/answers.jsonl"
-        prompts = str(ROOT / "psysafe" / "assets" / "rows" / "val.jsonl")
-        run("generate.py", "--prompts", prompts, "--limit", "4", "--compare", f"base,{ADAPTER}", "--out", answers)
+        answers = answers_in(folder, 4)
         run("eval.py", "rate", "--answers", answers, "--out", folder)
         page.goto(Path(folder, "rate.html").as_uri())
         page.get_by_label("Your name").fill("Anna")
@@ -87,11 +86,41 @@ def picture_rate(page: Page, picture: Path) -> None:
         page.locator("#work").screenshot(path=picture)
 
 
+def picture_report(page: Page, picture: Path) -> None:
+    """The charts of all prompts, and the answers to the prompt on which the two differ most. Tables are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = answers_in(folder, 50)
+        run("eval.py", "judge", "--answers", answers, "--judge", "rules", "--out", f"{folder}/judged")
+        run("eval.py", "report", f"{folder}/judged", "--out", f"{folder}/report")
+        page.goto(Path(folder, "report", "report.html").as_uri())
+        page.evaluate(LEAVE_OUT)
+        page.screenshot(path=picture, full_page=True)
+
+
+# Leaves of the page the heading, the charts of all prompts, the choices and the first prompt.
+LEAVE_OUT = """() => {
+  const shown = [...document.querySelectorAll("#part0 > .chart")].slice(0, 5);
+  const answers = document.querySelector(".answers");
+  for (const child of [...document.querySelector("#part0").children]) {
+    const isHeading = child.tagName === "H2" || child === shown[0].previousElementSibling;
+    if (!isHeading && !shown.includes(child) && child !== answers) child.remove();
+  }
+  [...answers.querySelectorAll(".item")].slice(1).forEach(item => item.remove());
+}"""
+
+
+def answers_in(folder: str, n: int) -> str:
+    """The answers of the bundled base and the bundled run's adapter to the first n held-out prompts, as a file."""
+    answers, prompts = f"{folder}/answers.jsonl", str(ROOT / "psysafe" / "assets" / "rows" / "val.jsonl")
+    run("generate.py", "--prompts", prompts, "--limit", str(n), "--compare", f"base,{ADAPTER}", "--out", answers)
+    return answers
+
+
 def run(*words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-PICTURES = {"serve": picture_server, "rate": picture_rate}
+PICTURES = {"serve": picture_server, "rate": picture_rate, "report": picture_report}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -14,11 +14,15 @@ from psysafe.files import write_atomic
 
 
 class Item(NamedTuple):
-    """A question of a benchmark, and the row that it was read from."""
+    """A question of a benchmark, and the row that it was read from.
+
+    groups: what it belongs to, by kind of group, as in {"label": "safe"}; the report's readers choose by them.
+    """
 
     label: str  # its name in the list of failures
     prompt: str
     row: dict
+    groups: Mapping[str, str] = {}
 
 
 @dataclass
@@ -118,6 +122,7 @@ def write_items(path: Path, stage: Stage, columns: Mapping[str, Columns]) -> Non
             for i, (item, row) in enumerate(zip(items, column, strict=True)):
                 if row is not None:
                     line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
+                    line |= {"groups": dict(item.groups)} if item.groups else {}
                     has_more = row.get("response", row["answer"]) != row["answer"]
                     line |= {"response": row["response"]} if has_more else {}
                     line |= {"unfinished_thinking": row["unfinished_thinking"]}

@@ -1,26 +1,39 @@
-"""eval.py report: the results of several evaluations on one page, with the paper's figures beside them.
+"""eval.py report: several evaluations on one page: tables, charts with intervals, and the answers themselves.
 
     python eval.py report runs/judged runs/xstest runs/mmlu --out runs/report
 
-Writes report.md, report.html (self-contained: no script, nothing is fetched, bars as inline SVG) and report.json.
+Writes report.md, report.html (one file that fetches nothing) and report.json. Of an evaluation that keeps its answers
+(judge, selective, turns, xstest, sorry-bench) the page shows every prompt, the answers of all variants side by side,
+their reasoning, and what judges said; the Markdown quotes the worst answers and the largest differences.
 """
 
 import argparse
-import html
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from psysafe import web_page
 from psysafe.cli import say
-from psysafe.evaluation import published_results
-from psysafe.evaluation.result import Result, Table, load, shown
-from psysafe.files import ASSETS, write_atomic
+from psysafe.evaluation import charts, published_results
+from psysafe.evaluation.judged_answers import READERS, Item, orders, read
+from psysafe.evaluation.report_markdown import answer_lines, list_lines, table_lines
+from psysafe.evaluation.result import Result, Table, load
+from psysafe.files import write_atomic
 from psysafe.printable import counted, in_markdown, plain
 
 NOTICE = "Scores are no proof of safety, and no answer of a model replaces professional care."
-STYLE = (ASSETS / "report.css").read_text(encoding="utf-8")
 LONG = 24  # rows from which a table is folded away in the page
+
+
+class Part(NamedTuple):
+    """An evaluation. rest: versions and time of its result; items: its answers, None where it keeps none."""
+
+    folder: str
+    result: Result
+    rest: dict
+    items: list[Item] | None = None
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +42,33 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    parts = [(folder, *load(folder)) for folder in args.folders]
+    parts = []
+    for folder in args.folders:
+        result, rest = load(folder)
+        parts.append(Part(folder, result, rest, read(folder, result)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.md", markdown(parts))
     write_atomic(out / "report.html", page(parts))
-    content = {"notice": NOTICE, "evaluations": [{"folder": f, **asdict(result), **rest} for f, result, rest in parts]}
+    content = {"notice": NOTICE, "evaluations": [_as_json(part) for part in parts]}
     write_atomic(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     say(f"{counted(len(parts), 'evaluation')} in {out}/report.md, report.html and report.json")
 
 
-Part = tuple[str, Result, dict]
+def _as_json(part: Part) -> dict:
+    content = {"folder": part.folder, **asdict(part.result), **part.rest}
+    if part.items is None:
+        return content
+    # Places in the list of items, from 0.
+    return content | {"items": [_item_as_json(item) for item in part.items], "orders": orders(part.items)}
+
+
+def _item_as_json(item: Item) -> dict:
+    values = [{"value": answer.value} for answer in item.answers]
+    answers = [asdict(answer) | value for answer, value in zip(item.answers, values, strict=True)]
+    for answer in answers:
+        answer["judgements"] = [one._asdict() for one in answer["judgements"]]
+    return asdict(item) | {"heading": item.heading, "difference": item.difference, "answers": answers}
 
 
 def tables_of(result: Result) -> list[Table]:
@@ -48,11 +77,11 @@ def tables_of(result: Result) -> list[Table]:
     return [*result.tables[:1], *published, *result.tables[1:]]
 
 
-def summary(folder: str, result: Result, rest: dict) -> dict[str, str]:
+def summary(part: Part) -> dict[str, str]:
     """How a result came about: folder, date, settings, versions."""
-    lines = {"folder": folder, "finished": rest["finished"]}
-    lines |= {name: str(value) for name, value in result.settings.items() if value not in ("", None)}
-    lines["versions"] = ", ".join(f"{name} {version}" for name, version in rest["versions"].items() if version)
+    lines = {"folder": part.folder, "finished": part.rest["finished"]}
+    lines |= {name: str(value) for name, value in part.result.settings.items() if value not in ("", None)}
+    lines["versions"] = ", ".join(f"{name} {version}" for name, version in part.rest["versions"].items() if version)
     return lines
 
 
@@ -67,74 +96,83 @@ def contamination(result: Result) -> str:
             f"word, {counts['normalised']:,} apart from case and punctuation.")  # fmt: skip
 
 
+def note_on_answers(part: Part) -> str:
+    """Why an evaluation that should have answers shows none; "" for any other."""
+    if part.items is not None or part.result.kind not in READERS:
+        return ""
+    return f"No answers to show: {part.folder} holds no items.jsonl of this result (tables of stored scores have none)."
+
+
 # Markdown
 
 
 def markdown(parts: Sequence[Part]) -> str:
     lines = ["# Evaluation report", "", NOTICE, ""]
-    for folder, result, rest in parts:
+    for part in parts:
+        result = part.result
         lines += [f"## {in_markdown(result.title)}", ""]
         for table in tables_of(result):
             note = [in_markdown(table.note), ""] if table.note else []
-            lines += [f"### {in_markdown(table.title)}", "", *markdown_table(table), "", *note]
-        lines += [*(f"{in_markdown(note)}  " for note in result.notes), contamination(result), ""]
+            lines += [f"### {in_markdown(table.title)}", "", *table_lines(table), "", *note]
+        notes = [*result.notes, contamination(result), note_on_answers(part)]
+        lines += [*(f"{in_markdown(note)}  " for note in notes if note), ""]
         if result.failed:
-            lines += [f"Failed items: {len(result.failed):,}", ""]
-            lines += [*_markdown_list(result.failed), ""]
-        lines += [*_markdown_list(summary(folder, result, rest)), ""]
+            lines += [f"Failed items: {len(result.failed):,}", "", *list_lines(result.failed), ""]
+        lines += [*answer_lines(part.items or []), *list_lines(summary(part)), ""]
     return "\n".join(lines)
-
-
-def markdown_table(table: Table) -> list[str]:
-    names, *rows = [list(map(in_markdown, row)) for row in ([name for name, _ in table.columns], *table.cells())]
-    rules = ["---:" if form else "---" for _, form in table.columns]
-    return ["| " + " | ".join(row) + " |" for row in [names, rules, *rows]]
-
-
-def _markdown_list(items: Mapping[str, str]) -> list[str]:
-    return [f"- {in_markdown(f'{name}: {value}')}" for name, value in items.items()]
 
 
 # HTML
 
 
 def page(parts: Sequence[Part]) -> str:
-    toc = "".join(f'<a href="#part{i}">{_escape(result.title)}</a>' for i, (_, result, _) in enumerate(parts))
-    body = "".join(_section(f"part{i}", *part) for i, part in enumerate(parts))
-    # The policy makes the browser itself refuse every request, should a text ever bring one in.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Evaluation report</title>\n<style>\n{STYLE}</style></head>\n<body>\n"
-        f'<h1>Evaluation report</h1>\n<p class="soft">{_escape(NOTICE)}</p>\n<nav>{toc}</nav>\n'
-        f"{body}</body></html>\n"
-    )
+    contents = "".join(f'<a href="#part{i}">{_escape(part.result.title)}</a>' for i, part in enumerate(parts))
+    sections = "".join(_section(f"part{i}", part) for i, part in enumerate(parts))
+    data = [_data(f"part{i}", part.items) for i, part in enumerate(parts) if part.items]
+    slots = {"notice": _escape(NOTICE), "contents": contents, "sections": sections}
+    return web_page.build("report.html", slots, ["form.css", "report.css"], ["report.js"], data)
 
 
-def _escape(text: str) -> str:
-    return html.escape(plain(text))
+def _data(anchor: str, items: Sequence[Item]) -> dict:
+    """What report.js shows. Without what steers the direction or the screen: a text must not show other words."""
+    shown = [_plain({**_item_as_json(item), "id": f"{anchor}-{item.number}"}) for item in items]
+    return {"element": f"{anchor}-answers", "items": shown, "orders": orders(items)}
 
 
-def _section(anchor: str, folder: str, result: Result, rest: dict) -> str:
-    parts = [f'<section id="{anchor}">\n<h2>{_escape(result.title)}</h2>\n']
-    parts += map(_html_table, tables_of(result))
-    notes = filter(None, [*result.notes, contamination(result)])
-    parts += [f'<p class="note">{_escape(note)}</p>\n' for note in notes]
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {plain(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_plain(member) for member in value]
+    return plain(value) if isinstance(value, str) else value
+
+
+_escape = charts.escape
+
+
+def _section(anchor: str, part: Part) -> str:
+    result, tables = part.result, tables_of(part.result)
+    readings = charts.readings(tables)
+    drawn = {figure for table in tables for figure in charts.bars_with_intervals(table, readings)}
+    texts = [f'<section id="{anchor}">\n<h2>{_escape(result.title)}</h2>\n']
+    texts += [_table(table, readings, drawn, f"{anchor}-{i}") for i, table in enumerate(tables)]
+    notes = filter(None, [*result.notes, contamination(result), note_on_answers(part)])
+    texts += [f'<p class="note">{_escape(note)}</p>\n' for note in notes]
     if result.failed:
         items = "".join(f"<li>{_escape(f'{item}: {why}')}</li>" for item, why in result.failed.items())
         head = f"<summary>failed items: {len(result.failed):,}</summary>"
-        parts.append(f"<details open>{head}<ul>{items}</ul></details>\n")
+        texts.append(f"<details open>{head}<ul>{items}</ul></details>\n")
+    if part.items:
+        texts.append(f'<h3>Answers</h3>\n<div id="{anchor}-answers" class="answers"></div>\n')
     rows = "".join(
-        f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>"
-        for name, value in summary(folder, result, rest).items()
+        f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>" for name, value in summary(part).items()
     )
-    parts.append(f'<details><summary>settings and versions</summary><table class="facts">{rows}</table></details>\n')
-    return "".join(parts) + "</section>\n"
+    texts.append(f'<details><summary>settings and versions</summary><table class="facts">{rows}</table></details>\n')
+    return "".join(texts) + "</section>\n"
 
 
-def _html_table(table: Table) -> str:
+def _table(table: Table, readings: dict, drawn: set[str], anchor: str) -> str:
+    """A table under its charts. drawn: figures that have a chart with intervals somewhere, and need no plain bars."""
     kinds = [' class="n"' if form else "" for _, form in table.columns]
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -145,43 +183,13 @@ def _html_table(table: Table) -> str:
     head = line("th", [name for name, _ in table.columns])
     body = "".join(line("td", cells) for cells in table.cells())
     note = f'<p class="note">{_escape(table.note)}</p>\n' if table.note else ""
-    whole = f'<div class="wide"><table class="result"><thead>{head}</thead><tbody>{body}</tbody></table></div>\n'
+    whole = f'<table class="result"><thead>{head}</thead><tbody>{body}</tbody></table>'
+    # It scrolls on a phone, and by keyboard.
+    whole = f'<div class="wide" tabindex="0" role="group" aria-label="{_escape(table.title)}">{whole}</div>\n'
     if len(table.rows) > LONG:
         whole = f"<details><summary>{len(table.rows):,} rows</summary>{whole}</details>\n"
-    whole = f"<h3>{_escape(table.title)}</h3>\n{bars(table)}{whole}{note}"
-    return f'<div class="published">{whole}</div>\n' if table.note == published_results.NOTE else whole
-
-
-def bars(table: Table) -> str:
-    """The table's chosen columns as charts; "" without one."""
-    return "".join(_chart(table, column) for column in table.bars)
-
-
-def _chart(table: Table, column: str) -> str:
-    """Horizontal bars, one a row, under the column's name and scale. A negative kappa has no bar."""
-    index = [name for name, _ in table.columns].index(column)
-    form = table.columns[index][1]
-    text_columns = [i for i, (_, column_form) in enumerate(table.columns) if column_form == ""]
-    values = [row[index][0] if isinstance(row[index], list) else row[index] for row in table.rows]
-    # A share fills the width at 100; anything else at the largest value, but never at less than 1.
-    scale_end = 100 if column.endswith("%") else max([1, *(value for value in values if value is not None)])
-    left, width, row_height, head = 300, 430, 26, 22  # in SVG units, which are pixels at 100 %
-    bottom = head + row_height * len(values)
-    drawn = [
-        f'<text x="{left - 8}" y="15" text-anchor="end">{_escape(column)}</text>'
-        f'<text class="scale" x="{left}" y="15">0</text>'
-        f'<text class="scale" x="{left + width}" y="15" text-anchor="middle">{scale_end:g}</text>'
-        f'<path class="axis" d="M{left} {head}V{bottom}M{left + width} {head}V{bottom}"/>'
-    ]
-    for number, (row, value) in enumerate(zip(table.rows, values, strict=True)):
-        label = ", ".join(str(row[i]) for i in text_columns)
-        label = label if len(label) <= 44 else label[:43] + "…"
-        y, length = head + number * row_height, width * max(value or 0, 0) / scale_end
-        drawn.append(
-            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{_escape(label)}</text>'
-            f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="18" rx="2"/>'
-            f'<text x="{left + length + 6:.1f}" y="{y + 17}">{_escape(shown(value, form))}</text>'
-        )
-    size = f'viewBox="0 0 {left + width + 70} {bottom}" width="{left + width + 70}"'
-    label = _escape(f"{table.title}: {column}")
-    return f'<svg {size} role="img" aria-label="{label}">{"".join(drawn)}</svg>\n'
+    is_published = table.note == published_results.NOTE
+    plain_bars = table.bars if is_published else [column for column in table.bars if column not in drawn]
+    drawings = charts.interval_charts(table, readings, anchor) + charts.bars(replace(table, bars=plain_bars))
+    whole = f"<h3>{_escape(table.title)}</h3>\n{drawings}{whole}{note}"
+    return f'<div class="published">{whole}</div>\n' if is_published else whole

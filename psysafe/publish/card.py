@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from huggingface_hub import ModelCardData
 
 from psysafe.evaluation.published_results import NOTE, TABLES
-from psysafe.evaluation.report import LONG, markdown_table, tables_of
+from psysafe.evaluation.report import LONG, tables_of
+from psysafe.evaluation.report_markdown import table_lines
 from psysafe.evaluation.result import Result, Table
 from psysafe.files import clusters
 from psysafe.printable import counted, in_markdown
@@ -204,7 +205,7 @@ def _table(table: Table) -> list[str]:
     if len(table.rows) > MAX_ROWS:
         return [*lines, f"{len(table.rows):,} rows, left out here.", ""]
     note = [_shown(table.note), ""] if table.note else []
-    return [*lines, *map(without_folders, markdown_table(table)), "", *note]
+    return [*lines, *map(without_folders, table_lines(table)), "", *note]
 
 
 def _costs(content: Content) -> list[str]:

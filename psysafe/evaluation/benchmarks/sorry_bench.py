@@ -103,7 +103,8 @@ class SorryBench(Benchmark):
                     raise UserError(f"{name}: question_id {number} is not in {file_name(BASE)}")
                 else:
                     row |= {"base question": questions[number]}
-                    parts[name].append(Item(f"question {number}", prompt, row))
+                    groups = {"category": str(row["category"])}
+                    parts[name].append(Item(f"question {number}", prompt, row, groups))
             parts[name] = parts[name][: args.limit or None]
         notes = [f"left out, for the files hold no text there: {', '.join(empty)}"] if empty else []
         notes += [f"left out, for want of a translator: {', '.join(left_out)}"] if left_out else []

@@ -52,7 +52,10 @@ class XSTest(Benchmark):
 
     def load(self, args: argparse.Namespace, path: Path) -> Rows:
         rows = read_rows(path)[: args.limit or None]
-        items = [Item(f"prompt {row['id']}", row["prompt"], row) for row in rows]
+        items = [
+            Item(f"prompt {row['id']}", row["prompt"], row, {"label": row["label"], "type": row["type"]})
+            for row in rows
+        ]
         return Rows({"": items}, [item.prompt for item in items])
 
     def parse(self, reply: str) -> str:
