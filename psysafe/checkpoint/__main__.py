@@ -2,6 +2,7 @@
 
     python -m psysafe.checkpoint merge --adapter DIR --out DIR
     python -m psysafe.checkpoint adapter RUN --layout both|text|multimodal --out DIR
+    python -m psysafe.checkpoint gguf --adapter DIR --out FILE.gguf        # after pip install -r requirements-gguf.txt
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.checkpoint.adapter import LAYOUTS, convert_adapter
+from psysafe.checkpoint.gguf_adapter import write_gguf
 from psysafe.checkpoint.merge import merge
 from psysafe.cli import Parser
 from psysafe.program import exit_on_signals, main_guard
@@ -33,8 +35,15 @@ def main(argv: Sequence[str]) -> int:
     command.add_argument("--layout", required=True, choices=LAYOUTS, help=names)
     command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
 
+    command = commands.add_parser("gguf", help="write an adapter as a GGUF file, for llama.cpp")
+    command.add_argument("--adapter", required=True, metavar="DIR|HUB_ID", help="an adapter of ours or PEFT's")
+    command.add_argument("--out", required=True, metavar="FILE", help="new file, whose name ends in .gguf")
+
     args = parser.parse_args(argv)
-    if args.command == "adapter":
+    if args.command == "gguf":
+        out = write_gguf(args.adapter, args.out)
+        print(f"adapter in {out}; in llama.cpp: llama-server -m BASE.gguf --lora {out}")
+    elif args.command == "adapter":
         out = convert_adapter(args.adapter, args.out, args.layout)
         print(f"adapter in {out}, under the key names of layout {args.layout}")
     else:
