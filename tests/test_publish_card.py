@@ -140,6 +140,16 @@ def test_what_the_repository_is_to_its_base(flags, relation, library, small, tmp
         assert ("ADAPTER is the folder" in part) == bool(re.search(r"[ =,]ADAPTER ", part.replace("\n", " "))), part
 
 
+def test_an_adapter_for_llama_cpp_is_not_taken_for_a_model(small, tmp_path):
+    """The repository stays one of an adapter, at its root, and the command gives llama.cpp the base apart."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF....general.type....adapter.type....lora")
+    files = uploads(small, "--gguf", str(tmp_path / "a.gguf"))
+    data, text = ModelCard(files["README.md"].decode()).data, files["README.md"].decode()
+    assert (data.base_model_relation, data.library_name) == ("adapter", "peft")
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "a.gguf"}
+    assert "llama-server -m BASE.gguf --lora a.gguf" in text and "--hf-file" not in text
+
+
 def test_a_run_on_the_bundled_model(bundled):
     files = uploads(bundled)
     card = ModelCard(files["README.md"].decode())

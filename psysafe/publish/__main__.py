@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--results", nargs="+", action="extend", default=[], metavar="DIR", help="--out folders of eval.py")
     add("--base-model", default="", metavar="HUB_ID", help="the base's name on the hub (the one that the run names)")
     add("--merged", default="", metavar="DIR", help="a merged checkpoint to publish, too")
-    add("--gguf", default="", metavar="FILE", help="a GGUF file to publish, too")
+    add("--gguf", default="", metavar="FILE", help="a GGUF file to publish, too: an adapter for llama.cpp, or a whole model")
     add("--license", default="apache-2.0", metavar="ID", help="the hub's name of the license (apache-2.0)")
     add("--include", nargs="+", action="extend", default=[], choices=EXTRAS,
         help="files that are otherwise left out: the results' tables as JSON, metrics.jsonl")  # fmt: skip
@@ -77,12 +77,14 @@ def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     results = [load(folder) for folder in args.results]
     warn_of_older_results(run, results)
     scores = figures.scores(results, run.name)
-    weights = contents.adapter_files(run, base, contents.adapter_prefix(args.merged, args.gguf))
-    weights += contents.merged_files(args.merged) if args.merged else []
-    weights += [contents.gguf_file(args.gguf)] if args.gguf else []
+    gguf = [contents.gguf_file(args.gguf)] if args.gguf else []
+    model_gguf = args.gguf if args.gguf and not contents.is_gguf_adapter(args.gguf) else ""
+    weights = contents.adapter_files(run, base, contents.adapter_prefix(args.merged, model_gguf))
+    weights += [*(contents.merged_files(args.merged) if args.merged else []), *gguf]
     others = [*metadata.eval_results(scores), *contents.extra_files(run, results, args.include)]
-    names = Names(args.repo, base, bool(args.merged), Path(args.gguf).name if args.gguf else "", run.layout)
-    data = metadata.card_data(run, base, args.repo, args.license, scores, args.merged, args.gguf)
+    name_of_gguf = Path(args.gguf).name if args.gguf else ""
+    names = Names(args.repo, base, bool(args.merged), name_of_gguf, bool(model_gguf), run.layout)
+    data = metadata.card_data(run, base, args.repo, args.license, scores, args.merged, model_gguf)
     files = [*weights, *others]
     text = card(Content(run, names, data, results, [CARD, *(upload.path for upload in files)]))
     uploads = [Upload(CARD, text.encode(), "written here"), *files]

@@ -81,6 +81,12 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def is_gguf_adapter(path: str) -> bool:
+    """Whether a GGUF file is an adapter for llama.cpp: its header, which comes first, names the kind of adapter."""
+    with open(path, "rb") as file:
+        return b"adapter.type" in file.read(4096)
+
+
 def gguf_file(path: str) -> Upload:
     """UserError where the file does not begin, or its name does not end, as those of GGUF files do."""
     if not re.fullmatch(r"[\w.-]+\.gguf", Path(path).name):  # the card's command has the name, without quotes

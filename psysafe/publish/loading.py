@@ -12,12 +12,14 @@ QUESTION = '"I feel like giving up."'
 
 @dataclass(frozen=True)
 class Names:
-    """What the model is called, and which files the repository holds beside the adapter. gguf: the file's name."""
+    """What the model is called, and which files the repository holds beside the adapter. gguf: the file's name, and
+    whether the whole model is in it, or the adapter alone."""
 
     repository: str
     base: Base
     merged: bool
     gguf: str
+    gguf_is_model: bool
     layout: str  # of the adapter's tensors
 
     @property
@@ -36,7 +38,7 @@ class Names:
 
     @property
     def subfolder(self) -> str:
-        return BESIDE.rstrip("/") if self.merged or self.gguf else ""
+        return BESIDE.rstrip("/") if self.merged or self.gguf_is_model else ""
 
 
 def section(names: Names) -> list[str]:
@@ -138,6 +140,9 @@ def _vllm(names: Names) -> list[str]:
 def _llama_cpp(names: Names) -> list[str]:
     if not names.gguf:
         return ["### llama.cpp", "", "There is no GGUF file in this repository.", ""]
+    if not names.gguf_is_model:
+        said = f"`{names.gguf}` is the adapter; BASE.gguf any file of the base, quantised or not, downloaded before:"
+        return ["### llama.cpp", "", said, "", *_block("sh", f"llama-server -m BASE.gguf --lora {names.gguf}")]
     command = f"llama-server --hf-repo {names.repository} --hf-file {names.gguf}"
     return ["### llama.cpp", "", *_block("sh", command), "The adapter is in the weights of that file.", ""]
 
