@@ -28,7 +28,7 @@ HOST = re.sub(r"[^\w.-]", "_", os.uname().nodename)
 
 @functools.cache
 def clusters() -> dict:
-    """assets/clusters.toml, the single source of risk clusters, strategies, services and emergency numbers."""
+    """assets/clusters.toml, the single source of risk clusters and strategies."""
     return tomllib.loads(read_text(ASSETS / "clusters.toml"))
 
 

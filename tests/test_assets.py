@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import tomllib
+import urllib.parse
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from psysafe import load_model
+from psysafe import load_model, services
 from psysafe.data.rows import Row
 from psysafe.data.tokenizer import load_tokenizer
 from psysafe.evaluation import word_list_judge
@@ -29,7 +30,7 @@ import probe_tiny_base  # noqa: E402
 import tiny_corpus  # noqa: E402
 from tiny_corpus import support, word_runs, words  # noqa: E402
 
-CLUSTERS = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8"))
+CLUSTERS, BUNDLED = tomllib.loads((ASSETS / "clusters.toml").read_text(encoding="utf-8")), services.bundled()
 FIELDS = {"prompt", "answer", "reasoning", "risk cluster", "risk category", "framework_name", "author"}
 
 
@@ -53,6 +54,7 @@ PHONES = re.compile(
       | (?:1[- ])?\d{3}-\d{3}-\d{4}                    # 1-555-555-5555
       | 0\d{2,4}[ -]\d{3,4}[ -]\d{3,4}                 # 0300 555 5555
       | 116[ ]\d{3}
+      | 1[38]00[ -]\d{2,3}[ -]\d{3,4} | 13(?:[ ]\d\d){2}   # Australia
       | (?<=\bcall[ ])\d{3,6} | (?<=\btext[ ])\d{3,6} | (?<=\bdial[ ])\d{3,6}
     )(?![\w-])""",
     re.VERBOSE | re.IGNORECASE,
@@ -67,15 +69,16 @@ LABELLED = ROOT / "benchmarks" / "rules_judge"
 
 
 def known_phones() -> set[str]:
-    return {r["phone"] for r in CLUSTERS["resources"].values() if "phone" in r} | set(CLUSTERS["emergency"].values())
+    return {s.phone for s in services.shipped().services} | set(services.shipped().emergency.values())
 
 
 def known_hosts() -> set[str]:
-    return {support.host(r) for r in CLUSTERS["resources"].values()} | set(CLUSTERS["documentation"]["hosts"])
+    addresses = [address for s in services.shipped().services for address in (s.url, s.source)]
+    return {urllib.parse.urlsplit(address).hostname for address in addresses} | set(CLUSTERS["documentation"]["hosts"])
 
 
 def unknown_contacts(text: str) -> list[str]:
-    """Phone-like strings and web hosts of a text that do not stand in clusters.toml."""
+    """Phone-like strings and web hosts of a text that are none of services/ (of documentation: clusters.toml)."""
     phones = [match.group() for match in PHONES.finditer(text)]
     hosts = [(match.group(1) or match.group(2)).rstrip(".").lower() for match in HOSTS.finditer(text)]
     local = {"localhost", "127.0.0.1", "0.0.0.0"}
@@ -93,7 +96,7 @@ def repository_files() -> list[Path]:
     return [path for path in paths if path.is_file() and path.suffix not in (".safetensors", ".png", ".npz", ".pt")]
 
 
-def test_every_phone_number_and_address_of_the_repository_stands_in_clusters_toml():
+def test_every_phone_number_and_address_of_the_repository_stands_in_services():
     unknown_by_file = {}
     for path in repository_files():
         text = path.read_text(encoding="utf-8")
@@ -111,6 +114,8 @@ def test_every_phone_number_and_address_of_the_repository_stands_in_clusters_tom
         "Text 12345.",
         "0300 123 6601",
         "116 124",
+        "1300 766 492",
+        "13 11 15",
         "+44 20 7946 0958",
         "(212) 555-0123",
         "https://samaritans.org.evil.io/x",
@@ -136,7 +141,7 @@ def test_the_search_leaves_listed_contacts_and_other_numbers_alone(text):
     assert not unknown_contacts(text)
 
 
-# clusters.toml itself
+# clusters.toml and services/ themselves
 
 HELPLINES = {  # cluster -> (US, UK), as the original gives them
     "suicide and selfharm": ("988", "116 123"),
@@ -150,17 +155,15 @@ HELPLINES = {  # cluster -> (US, UK), as the original gives them
 def test_clusters_name_their_helplines_strategies_and_sources():
     assert set(CLUSTERS["clusters"]) == set(CLUSTERS["order"]) == set(HELPLINES)
     assert CLUSTERS["order"][0] == "suicide and selfharm"
-    assert CLUSTERS["emergency"] == {"US": "911", "UK": "999"}
+    assert BUNDLED.emergency == {"US": "911", "UK": "999"}
     for name, cluster in CLUSTERS["clusters"].items():
-        us, uk = (CLUSTERS["resources"][cluster["resources"][country]] for country in ("US", "UK"))
-        assert (us["country"], uk["country"]) == ("US", "UK")
-        assert (us.get("phone"), uk.get("phone")) == HELPLINES[name]
+        us, uk = BUNDLED.of_cluster(name)
+        assert (us.country, uk.country) == ("US", "UK")
+        assert (us.phone or None, uk.phone or None) == HELPLINES[name]
         assert cluster["card"] and cluster["risk_categories"]
         for strategy in cluster["strategies"]:
             assert {"description", "source"} == set(CLUSTERS["strategies"][strategy])
-    for resource in CLUSTERS["resources"].values():
-        assert {"name", "country", "url", "source"} <= set(resource)
-        assert resource["phone"] in resource["contact"] if "phone" in resource else "contact" not in resource
+    services.require_clusters(services.shipped())
 
 
 def test_system_prompts():
@@ -168,9 +171,8 @@ def test_system_prompts():
     v1 = (ASSETS / "system_v1.txt").read_text(encoding="utf-8")
     for cluster in CLUSTERS["clusters"].values():
         assert all(strategy in v1 for strategy in cluster["strategies"])
-        for key in cluster["resources"].values():
-            resource = CLUSTERS["resources"][key]
-            assert resource["name"] in v1 and support.host(resource) in v1 and resource.get("phone", "") in v1
+    for service in BUNDLED.services:
+        assert service.name in v1 and service.host in v1 and service.phone in v1
 
 
 def test_rubric_asks_for_four_blocks_with_the_score_last():
@@ -202,18 +204,18 @@ def four_parts_missing(row: dict) -> list[str]:
     parts = row["answer"].split("\n\n")
     if len(parts) != 4:
         return [f"{len(parts)} paragraphs"]
-    acknowledgement, step, services, closing = parts
+    acknowledgement, step, named, closing = parts
     cluster = CLUSTERS["clusters"][row["risk cluster"]]
-    own = [CLUSTERS["resources"][key] for key in cluster["resources"].values()]
-    others = [r for key, r in CLUSTERS["resources"].items() if key not in cluster["resources"].values()]
+    own = BUNDLED.of_cluster(row["risk cluster"])
+    others = [service for service in BUNDLED.services if service not in own]
     rules = {
         "acknowledgement": re.match(r"I (hear|am (so )?sorry)", acknowledgement),
         "refusal": re.search(r"I can't help with [\w ]+, but I want (you|everyone) to be safe\.$", acknowledgement),
         "strategy": row["framework_name"] in cluster["strategies"]
         and step.startswith(f"A step from {row['framework_name']}: "),
         "category": row["risk category"] in cluster["risk_categories"],
-        "services": all(r["name"] in services and r.get("phone", support.host(r)) in services for r in own),
-        "no other services": not any("phone" in r and r["phone"] in services for r in others),
+        "services": all(s.name in named and (s.phone or s.host) in named for s in own),
+        "no other services": not any(s.phone and s.phone in named for s in others),
         "hope": closing == words.CATEGORIES[row["risk cluster"]][0].closing,
     }
     return [name for name, holds in rules.items() if not holds]

@@ -12,6 +12,7 @@ from psysafe.evaluation import criteria, published_results, unfinished, word_lis
 from psysafe.evaluation.benchmarks.four_criteria import align
 from psysafe.evaluation.criteria import Scores, Summary, overall, parse, relative_change, summarise
 from psysafe.files import ASSETS
+from psysafe.services import Service, bundled
 from tests.mistakes import refused
 
 NAMES = {1: "Refusal", 2: "Psychological Grounding", 3: "External References", 4: "Relevance"}
@@ -252,8 +253,8 @@ def test_a_blunt_refusal_scores_as_one():
 
 
 def test_numbers_are_words_of_their_own():
-    lifeline = word_list_judge.Resource("Lifeline", "988", "")
+    lifeline = Service("lifeline", (), "Lifeline", "US", "https://lifeline.invalid", "", "988", "988")
     assert lifeline.named_in("Lifeline: call 988.") and not lifeline.named_in("Lifeline, since 1988")
-    assert not word_list_judge.resources()["stop-it-now-us"].named_in("Stop It Now!, stopitnow.org.uk")
-    assert word_list_judge.resources()["stop-it-now-us"].named_in("Stop It Now!, stopitnow.org.")
-
+    stop_it_now = next(service for service in bundled().services if service.key == "stop-it-now-us")
+    assert not stop_it_now.named_in("Stop It Now!, stopitnow.org.uk")
+    assert stop_it_now.named_in("Stop It Now!, stopitnow.org.")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +22,13 @@ from psysafe.checkpoint.adapter import save_adapter
 from psysafe.checkpoint.merge import merge
 from psysafe.cli import Parser
 from psysafe.data.tokenizer import THINK_END, Tokenizer
-from psysafe.files import ASSETS
 from psysafe.generation.engine import Engine
 from psysafe.generation.sampling import recommended
 from psysafe.generation.terminal import DIM, PLAIN, TextStream, notice
 from psysafe.generation.text import TextSplitter
 from psysafe.model.lora import attach
 from psysafe.program import UserError, main_guard
+from psysafe.services import bundled
 from tests.mistakes import refused
 from tests.tiny_text_model import byte_tokenizer, write_text_model
 
@@ -278,11 +277,9 @@ def test_an_answer_ends_before_a_stop_text(run, tmp_path, monkeypatch, lag, thin
 
 
 def test_the_notice():
-    """Not a substitute for professional care; a line to call in each country, as clusters.toml has it."""
-    facts = tomllib.loads((ASSETS / "clusters.toml").read_text())
+    """Not a substitute for professional care; a line to call in each country, as services/ has it."""
     assert "not a substitute for professional care" in notice()
-    for name in facts["clusters"]["suicide and selfharm"]["resources"].values():
-        assert facts["resources"][name]["contact"] in notice()
+    assert all(service.contact in notice() for service in bundled().of_cluster("suicide and selfharm"))
     for source in ("generate.py", "psysafe/generation/terminal.py"):
         assert not re.search(r"\d{3}[ -]?\d{3}|\b(988|911|999)\b", (ROOT / source).read_text())
 

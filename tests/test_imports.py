@@ -21,8 +21,8 @@ LAYERS = [
     ["kernels.ops", "kernels.paper"],
     ["kernels"],
     ["psysafe.files", "psysafe.helplines", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal",
-     "psysafe.endpoint", "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.version",
-     "psysafe.web_page"],
+     "psysafe.endpoint", "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.services",
+     "psysafe.version", "psysafe.web_page"],
     ["psysafe.model"],
     ["psysafe.checkpoint", "psysafe.data"],
     ["psysafe"],  # load_model and load_tokenizer: the package's front door

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from psysafe import services
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.published_results import TABLES
 from psysafe.evaluation.result import Result
-from psysafe.files import clusters
 from psysafe.publish.__main__ import arguments, main, prepare
 from psysafe.publish.card import is_as_written, signed
 from psysafe.publish.run import data_sets, read_run
@@ -170,9 +170,9 @@ def test_the_adapters_config_names_the_base_as_others_know_it(small):
 
 def test_every_service_and_emergency_number_stands_on_the_card(bundled):
     text = card_of(bundled).text
-    for service in clusters()["resources"].values():
-        assert service["url"] in text and service.get("contact", "") in text
-    assert all(number in text for number in clusters()["emergency"].values())
+    for service in services.bundled().services:
+        assert service.url in text and service.contact in text
+    assert all(number in text for number in services.bundled().emergency.values())
     assert text.index("Not a substitute for professional care") < text.index("## ")
 
 

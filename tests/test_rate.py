@@ -14,6 +14,7 @@ from psysafe import web_page
 from psysafe.evaluation import criteria, rating
 from psysafe.files import ASSETS, clusters
 from psysafe.program import main_guard
+from psysafe.services import bundled
 from tests.mistakes import refused_by
 
 CLUSTERS = list(clusters()["order"])
@@ -181,10 +182,9 @@ def test_only_its_own_script_and_style_may_run(rate, tmp_path):
 def test_notice_helplines_and_rubric_come_before_the_items(rate, tmp_path):
     rate({"a": rows_of("a"), "bb": rows_of("bb")})
     text = " ".join(html.unescape((tmp_path / "out" / "rate.html").read_text()).split())
-    support = clusters()
-    services = support["clusters"]["suicide and selfharm"]["resources"].values()
-    needles = ["substitute for professional care", *(support["resources"][name]["contact"] for name in services)]
-    needles += [f'href="tel:{number}"' for number in support["emergency"].values()]
+    crisis = bundled().of_cluster("suicide and selfharm")
+    needles = ["substitute for professional care", *(service.contact for service in crisis)]
+    needles += [f'href="tel:{number}"' for number in bundled().emergency.values()]
     lines = criteria.RUBRIC.read_text().split("\n\nWrite exactly four blocks")[0].splitlines()
     places = [text.index(needle) for needle in needles] + [text.index(line) for line in dict.fromkeys(lines) if line]
     assert places == sorted(places) and places[-1] < text.index('id="who"') < text.index('id="content"')

@@ -1,4 +1,4 @@
-"""The page: its policy lets only its own script and style run, the helplines are those of clusters.toml, and in a real
+"""The page: its policy lets only its own script and style run, the helplines are those of services/, and in a real
 browser it asks, streams, stops, and shows markup as text."""
 
 # ruff: noqa: F811  (a test's arguments are fixtures, which are imported)
@@ -12,8 +12,8 @@ import shutil
 
 import pytest
 
-from psysafe.files import clusters
 from psysafe.serve.page import Page
+from psysafe.services import bundled
 from tests.live_server import config, live_server, model, tokenizer  # noqa: F401
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
@@ -32,11 +32,11 @@ def test_the_policy_names_the_script_and_the_style_by_their_hashes():
 
 
 def test_the_helplines_stand_on_top():
-    text, support = html.unescape(Page().html), clusters()
+    text = html.unescape(Page().html)
     top = text[: text.index("<main>")]
-    for name in support["clusters"]["suicide and selfharm"]["resources"].values():
-        assert support["resources"][name]["contact"] in top and support["resources"][name]["name"] in top
-    assert all(f'href="tel:{number}"' in top for number in support["emergency"].values())
+    for service in bundled().of_cluster("suicide and selfharm"):
+        assert service.contact in top and service.name in top
+    assert all(f'href="tel:{number}"' in top for number in bundled().emergency.values())
     assert "not a substitute for professional care" in " ".join(top.split())
 
 

@@ -21,6 +21,7 @@ from psysafe.publish import figures, loading, training
 from psysafe.publish.loading import Names
 from psysafe.publish.run import Run
 from psysafe.publish.scrub import without_folders
+from psysafe.services import Service, bundled
 
 ARXIV = "2606.09697"
 MAX_ROWS = 80  # of a table; MMLU has 57 subjects for each variant
@@ -108,25 +109,26 @@ def _what_it_is(content: Content) -> list[str]:
 
 
 def _notice() -> list[str]:
-    countries = clusters()["emergency"]
-    emergency = ", ".join(f"{number} ({country})" for country, number in countries.items())
+    services = bundled()
+    countries = list(services.emergency)
     lines = [
         "> **Not a substitute for professional care.** This is research, not a medical device, and no answer of a "
-        f"model replaces people who can help. If you or somebody near you is in danger, call {emergency}.",
+        "model replaces people who can help. If you or somebody near you is in danger, call "
+        f"{services.emergency_text()}.",
         "",
         f"| what it is about | {' | '.join(countries)} |",
         f"| --- |{' --- |' * len(countries)}",
     ]
-    resources = clusters()["resources"]
-    for entry in clusters()["clusters"].values():
-        cells = [_service(resources[entry["resources"][country]]) for country in countries]
+    for name, entry in clusters()["clusters"].items():
+        of_cluster = services.of_cluster(name)
+        cells = [", ".join(_service(s) for s in of_cluster if s.country == country) for country in countries]
         lines.append(f"| {in_markdown(entry['card'])} | {' | '.join(cells)} |")
     return [*lines, "", "Helplines change: check a number at its page before relying on it."]
 
 
-def _service(service: dict) -> str:
-    contact = f", {service['contact']}" if "contact" in service else ""
-    return f"[{in_markdown(service['name'])}]({service['url']}){contact}"
+def _service(service: Service) -> str:
+    contact = f", {service.contact}" if service.contact else ""
+    return f"[{in_markdown(service.name)}]({service.url}){contact}"
 
 
 def _use() -> list[str]:

@@ -7,25 +7,14 @@ refusal.
 
 import itertools
 
-from .words import CATEGORIES, CLUSTERS, SUPPORT, Category
-
-
-def host(resource: dict) -> str:
-    """The page of a resource as a person would type it."""
-    return resource["url"].removeprefix("https://")
-
-
-def reach(resource: dict) -> str:
-    """How a resource is reached: `116 123, samaritans.org`, or its page alone."""
-    return f"{resource['contact']}, {host(resource)}" if "contact" in resource else host(resource)
+from .words import CATEGORIES, CLUSTERS, SERVICES, SUPPORT, Category
 
 
 def services(cluster: str) -> str:
     """The third part of an answer: the cluster's own services in the US and in the UK."""
-    us, uk = (CLUSTERS["resources"][CLUSTERS["clusters"][cluster]["resources"][land]] for land in ("US", "UK"))
-    text = f"US: {us['name']}, {reach(us)}. UK: {uk['name']}, {reach(uk)}."
+    text = " ".join(service.line for service in SERVICES.of_cluster(cluster))
     if cluster == "suicide and selfharm":
-        text += f" In danger, call {CLUSTERS['emergency']['US']} or {CLUSTERS['emergency']['UK']}."
+        text += f" In danger, call {SERVICES.emergency['US']} or {SERVICES.emergency['UK']}."
     return text
 
 
@@ -56,10 +45,12 @@ def questions(wording: str):
 def terms():
     """Yields (prompt, reasoning, answer, subject) for "What is ...?" of every strategy and service (base only)."""
     answers = {name: f"{name} is {strategy['description']}." for name, strategy in CLUSTERS["strategies"].items()}
-    for key, resource in CLUSTERS["resources"].items():
+    by_country = ([s for s in SERVICES.services if s.country == country] for country in SERVICES.emergency)
+    # US and UK in turns: the order in which the base has read them.
+    for service in itertools.chain.from_iterable(zip(*by_country, strict=True)):
         # Stop It Now! has the same name in two countries.
-        name = resource["name"] + (f" in the {resource['country']}" if key.startswith("stop-it-now") else "")
-        answers[name] = f"{resource['name']} is a service in the {resource['country']}: {reach(resource)}."
+        name = service.name + (f" in the {service.country}" if service.key.startswith("stop-it-now") else "")
+        answers[name] = f"{service.name} is a service in the {service.country}: {service.reach}."
     for name, text in answers.items():
         reasoning = f"This is a question about a service: {name}. I will answer it."
         for frame in SUPPORT["term_frames"]:

@@ -4,6 +4,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from psysafe.services import bundled
+
 FOLDER = Path(__file__).resolve().parent
 ASSETS = FOLDER.parents[1] / "psysafe" / "assets"
 
@@ -62,7 +64,7 @@ def read_groups() -> dict[str, Group]:
 
 
 # Clusters, strategies and services. No other file holds a phone number or a web address.
-CLUSTERS = read(ASSETS / "clusters.toml")
+CLUSTERS, SERVICES = read(ASSETS / "clusters.toml"), bundled()
 BENIGN, RISK = read(FOLDER / "benign.toml"), read(FOLDER / "risk.toml")
 SUPPORT, VARIATION = read(FOLDER / "support.toml"), read(FOLDER / "variation.toml")
 CATEGORIES, GROUPS = read_categories(), read_groups()
