@@ -8,9 +8,11 @@
                                      [--json FILE]
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
     python -m psysafe.corpus contrast ANSWERS... --out FILE [--not-in FILE...] [--judge rules | --judge-url URL ...]
+    python -m psysafe.corpus localise FILE --services FILE... --out FILE [--unchecked] [--keep-unknown]
+    python -m psysafe.corpus services [--check FILE...]
 
-validate and leakage exit with 1 when they find something, impute when a row is left without reasoning, contrast when an
-answer could not be judged.
+validate, leakage, localise and services exit with 1 when they find something, impute when a row is left without
+reasoning, contrast when an answer could not be judged.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -18,11 +20,11 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_without_effect
-from psysafe.corpus import contrast, impute, leakage, split, stats, validate
+from psysafe.corpus import contrast, impute, leakage, localise, services, split, stats, validate
 from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
-            "contrast": contrast}  # fmt: skip
+            "contrast": contrast, "localise": localise, "services": services}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,180 @@
+"""The services in rows, replaced by those of another country. Other text stays, and no number is guessed.
+
+`US: NAME, NUMBER, PAGE. UK: ...` becomes the given services of the row's cluster in the same form. Anywhere else a
+known name, number or page becomes that of the given service of the same cluster, and the emergency numbers after "call"
+and its kind become the given ones. In rows without a cluster it is the cluster of the service that they name.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from psysafe.cli import say
+from psysafe.corpus.outputs import refuse_inputs
+from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
+from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
+from psysafe.printable import counted, plain
+from psysafe.services import Service, Services, read_services, require_checked, require_clusters, shipped
+
+SHOWN = 20  # lines of what is unknown
+SHORT = 4  # digits of a number that may count something: "988" is replaced only where somebody calls it
+CALL = r"\b(?:call|text|dial|ring|phone)(?:ing)?(?: or (?:call|text|dial|ring|phone))?(?: to)? "
+COUNTRY = r"(?:(?: in the| in)? (?:US|UK)\b| \((?:US|UK)\))?"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", metavar="FILE", help="rows in any form that docs/recipe.md lists")
+    parser.add_argument("--services", nargs="+", required=True, metavar="FILE",
+                        help="helplines: a country of the project (AU), or a file (docs/services.md)")  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL: the same rows with other services")
+    parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
+    parser.add_argument("--keep-unknown", action="store_true",
+                        help="write the rows although unknown numbers and pages stay in them")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """1, and nothing is written, where a row has numbers or pages that are unknown, unless --keep-unknown is given."""
+    refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": args.services})
+    services = read_services(args.services)
+    require_checked(services, args.unchecked)
+    require_clusters(services)
+    rows = read_file(args.rows)
+    training_rows(rows)  # for its errors; the rows keep the fields that they have
+    localiser = Localiser(shipped(), services)
+    new_rows, unknown = [], []
+    for row in rows:
+        fields = localiser.fields(row.fields)
+        new_rows.append(Row(fields, row.file, row.number, row.line))
+        unknown += [f"{row.where}: {contact}" for contact in localiser.unknown(fields)]
+    changed = sum(old.fields != new.fields for old, new in zip(rows, new_rows, strict=True))
+    for line in unknown[:SHOWN]:
+        print(plain(line))
+    if len(unknown) > SHOWN:
+        print(f"... and {len(unknown) - SHOWN:,} more")
+    if unknown and not args.keep_unknown:
+        say(f"{counted(len(unknown), 'unknown contact')} (number or page), so nothing was written; replace them in the "
+            "rows, or leave them there with --keep-unknown")  # fmt: skip
+        return 1
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    write_rows(new_rows, Path(args.out))
+    print(f"{changed:,} of {counted(len(rows), 'row')} name other services now: {args.out}")
+    return 0
+
+
+class Localiser:
+    """Replaces what a text says of the known services by what the given ones say."""
+
+    def __init__(self, known: Services, given: Services):
+        self.given = given
+        self.own_contacts = {text for service in given.services for text in _contacts(service)}
+        self.own_contacts |= set(given.emergency.values())
+        given_keys = {(service.country, service.key) for service in given.services}
+        self.known = [s for s in known.services if (s.country, s.key) not in given_keys]
+        self.numbers = sorted(set(known.emergency.values()) | set(given.emergency.values()), key=len, reverse=True)
+
+    def fields(self, fields: dict) -> dict:
+        """The row with every text in it rewritten, except its prompts."""
+        cluster = fields.get(CLUSTER)
+        return _rewritten(fields, lambda text: self.text(text, cluster))
+
+    def text(self, text: str, cluster: object = None) -> str:
+        return self._emergency(self._short_numbers(self._mentions(self._lists(text, cluster), cluster), cluster))
+
+    def unknown(self, fields: dict) -> list[str]:
+        """Numbers and pages in the row's texts that are of no given service."""
+        contacts: dict[str, None] = {}
+        for text in _texts(fields):
+            for own in sorted(self.own_contacts, key=len, reverse=True):
+                text = _whole(own).sub(" ", text)
+            for pattern in (NUMBER, SHORT_NUMBER, PAGE):
+                contacts |= dict.fromkeys(match.group().rstrip(".,;)") for match in pattern.finditer(text))
+        return list(contacts)
+
+    def _cluster_of(self, service: Service, cluster: object) -> str:
+        return cluster if cluster in service.clusters else service.clusters[0]
+
+    def _lists(self, text: str, cluster: object) -> str:
+        """Lists of one line a country, as the bundled rows have them."""
+        by_line = {service.line: service for service in (*self.known, *self.given.services)}
+        any_line = "|".join(re.escape(line) for line in sorted(by_line, key=len, reverse=True))
+
+        def replacement(match: re.Match) -> str:
+            first = next(service for line, service in by_line.items() if match.group().startswith(line))
+            return " ".join(service.line for service in self.given.of_cluster(self._cluster_of(first, cluster)))
+
+        return re.sub(rf"(?:{any_line})(?: (?:{any_line}))*", replacement, text)
+
+    def _mentions(self, text: str, cluster: object) -> str:
+        """Names, numbers and pages that stand alone, in one pass: what was put in is not read again."""
+        replacements: dict[str, str] = {}
+        for service in self.known:
+            given = self._counterpart(service, cluster)
+            for old, new in zip(_pieces(service), _pieces(given), strict=True):
+                if old:
+                    replacements.setdefault(old, new or given.host)
+            for start in ("https://", "http://", ""):  # as people write an address
+                new = given.url if start else given.host
+                replacements.setdefault(f"{start}{service.host}", new)
+                replacements.setdefault(f"{start}www.{service.host}", new)
+        replacements |= {own: own for service in self.given.services for own in _pieces(service) if own}
+        pattern = "|".join(_whole(old).pattern for old in sorted(replacements, key=len, reverse=True))
+        return re.sub(pattern, lambda match: replacements[match.group()], text)
+
+    def _short_numbers(self, text: str, cluster: object) -> str:
+        """`call 988`. Not `text 988`, because not every service reads texts."""
+        for service in self.known:
+            given = self._counterpart(service, cluster)
+            if 0 < len(service.phone) <= SHORT and given.phone:
+                pattern = rf"(\b(?:call|dial|ring|phone)(?:ing)? ){re.escape(service.phone)}(?![\w-]|[ ]\d)"
+                text = re.sub(pattern, lambda match, new=given.phone: match[1] + new, text, flags=re.IGNORECASE)
+        return text
+
+    def _counterpart(self, service: Service, cluster: object) -> Service:
+        """The given service for one that is known: of its country where there is one, else of the first."""
+        candidates = self.given.of_cluster(self._cluster_of(service, cluster))
+        return next((s for s in candidates if s.country == service.country), candidates[0])
+
+    def _emergency(self, text: str) -> str:
+        one = rf"(?:{'|'.join(self.numbers)})\b{COUNTRY}"
+        given = self.given.emergency
+        new = " or ".join(dict.fromkeys(given.values()))
+        return re.sub(rf"({CALL}){one}(?:(?:,? or |, |/){one})*", lambda match: match[1] + new, text, flags=re.I)
+
+
+def _contacts(service: Service) -> list[str]:
+    return [text for text in (service.url, service.host, service.contact, service.phone) if text]
+
+
+def _pieces(service: Service) -> tuple[str, str, str, str, str]:
+    """What a text may say of a service, in the order in which it corresponds to that of another."""
+    phone = service.phone if len(service.phone) > SHORT else ""
+    return service.name, service.contact, phone, service.url, service.host
+
+
+def _whole(text: str) -> re.Pattern:
+    """The text as a word of its own; a page never as part of a longer address."""
+    return re.compile(rf"(?<![\w.@/-]){re.escape(text)}(?![\w-]|[./]\w)")
+
+
+PROMPTS = {"prompt", "question", "instruction", "input", "system", CLUSTER}
+
+
+def _rewritten(value: object, change: Callable[[str], str]) -> object:
+    """The value with every text in it changed, but those of the person who asks."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_rewritten(item, change) for item in value]
+    if isinstance(value, dict):
+        if value.get("role", value.get("from")) in ("user", "human"):
+            return value
+        return {key: item if key in PROMPTS else _rewritten(item, change) for key, item in value.items()}
+    return value
+
+
+def _texts(value: object) -> Iterable[str]:
+    """Every text that `_rewritten` changes."""
+    texts: list[str] = []
+    _rewritten(value, lambda text: texts.append(text) or text)
+    return texts
