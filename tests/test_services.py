@@ -12,6 +12,7 @@ from psysafe import helplines, services
 from psysafe.corpus import __main__ as corpus
 from psysafe.corpus import services as services_command
 from psysafe.corpus.localise import Localiser
+from psysafe.data.prompts import system_text
 from psysafe.evaluation import word_list_judge
 from psysafe.files import ASSETS
 from tests.mistakes import refused, refused_by
@@ -246,3 +247,27 @@ def test_localise_refuses(tmp_path, capsys):
     assert "would be overwritten" in refused_by(corpus.main, same, capsys)
     assert not (tmp_path / "o.jsonl").exists()
     assert corpus.main([str(word) for word in [*command, "AU", "--unchecked"]]) == 0
+
+
+# The system prompt
+
+
+def test_the_system_prompt_of_another_country(tmp_path):
+    out = tmp_path / "system.txt"
+    assert corpus.main(["prompt", "--services", str(ZZ), "--out", str(out)]) == 0
+    v1, text = system_text("v1"), system_text(str(out))
+    for service in services.bundled().services:
+        assert service.name not in text and service.host not in text
+    assert not re.search(r"\b(?:US|UK|911|999|988)\b", text)
+    for name in services.clusters()["clusters"]:
+        assert zz().of_cluster(name)[0].line in text
+    assert "call 000. People who listen: ZZ: Quiet Line, call or text 555-0134, quietline.invalid." in text
+    changed = [old for old, new in zip(v1.split("\n"), text.split("\n"), strict=True) if old != new]
+    assert len(changed) == 8 and all("US" in line for line in changed)  # a line a cluster, and three passages
+
+
+def test_the_prompt_refuses_what_is_unchecked(tmp_path, capsys):
+    command = ["prompt", "--services", "AU", "--out", tmp_path / "system.txt"]
+    assert "not checked" in refused_by(corpus.main, command, capsys)
+    assert not (tmp_path / "system.txt").exists()
+    assert corpus.main([str(word) for word in [*command, "--unchecked"]]) == 0

@@ -9,6 +9,7 @@
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
     python -m psysafe.corpus contrast ANSWERS... --out FILE [--not-in FILE...] [--judge rules | --judge-url URL ...]
     python -m psysafe.corpus localise FILE --services FILE... --out FILE [--unchecked] [--keep-unknown]
+    python -m psysafe.corpus prompt --services FILE... --out FILE [--unchecked]
     python -m psysafe.corpus services [--check FILE...]
 
 validate, leakage, localise and services exit with 1 when they find something, impute when a row is left without
@@ -20,11 +21,11 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_without_effect
-from psysafe.corpus import contrast, impute, leakage, localise, services, split, stats, validate
+from psysafe.corpus import contrast, impute, leakage, localise, prompt, services, split, stats, validate
 from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
-            "contrast": contrast, "localise": localise, "services": services}  # fmt: skip
+            "contrast": contrast, "localise": localise, "prompt": prompt, "services": services}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
