@@ -34,6 +34,7 @@ from psysafe.generation.terminal import COMMANDS, ask, chat, compare
 from psysafe.model.lora import merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
+from psysafe.services import bundled, read_services, require_checked
 from psysafe.training.config import resolve
 
 MAX_PROMPT = 10**6  # characters from stdin
@@ -45,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
         refuse_ranks("a prompt or a chat")
     options = read_options(argv)
     system = system_text(args.system)
+    services = read_services(args.services) if args.services else bundled()
+    if args.services:
+        require_checked(services, args.unchecked)
     rows = read_prompts(args.prompts)[: args.limit] if args.prompts else []
     source, revision, adapters = what_answers(args)
     runtime = start(args.device, args.dtype)
@@ -76,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             merge_adapters(model)
         generator = Generator(model, tokenizer, options, None if args.chat else say, mixed)
         if args.chat:
-            chat(generator, system)
+            chat(generator, system, services)
         elif file:
             answer_rows(generator, file, system, ranks)
             file.finish(ranks.wait)
@@ -155,6 +159,9 @@ apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: -
     add("--merge", action="store_true", help="add the adapter into the weights instead of computing it beside them")
     add("--compare", metavar="base,DIR", help="answer with each of these adapters")
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")
+    add("--services", nargs="+", default=[], metavar="FILE",
+        help="helplines on the notice of --chat: countries of the project, or files (US UK)")  # fmt: skip
+    add("--unchecked", action="store_true", help="also show helplines of --services that nobody has checked")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
     add("--sampling", choices=("model",), help="what the model's generation_config.json says; a flag beside it wins")
@@ -172,6 +179,10 @@ apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: -
         parser.error("the prompt is empty; expected a text")
     if (args.prompts is None) != (args.out is None):
         parser.error("--prompts FILE and --out FILE go together")
+    if args.services and not args.chat:
+        parser.error("--services is for --chat, whose notice names them; for a system prompt see docs/services.md")
+    if args.unchecked and not args.services:
+        parser.error("--unchecked is for --services FILE")
     if args.limit is not None and args.prompts is None:
         parser.error("--limit is for --prompts FILE")
     if args.limit is not None and args.limit < 1:

@@ -11,6 +11,7 @@ from psysafe.generation.request import Request
 from psysafe.generation.text import CLOSE, REASONING, Piece
 from psysafe.printable import plain
 from psysafe.program import UserError
+from psysafe.services import Services
 
 COMMANDS = "/new begins anew, /exit ends"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -46,12 +47,12 @@ def _note_cut(answer: Answer, of: str = "") -> None:
         print(f"({of}cut after {answer.new_tokens:,} tokens; see --max-new-tokens, --context)", file=sys.stderr)
 
 
-def chat(generator: Generator, system: str | None) -> None:
+def chat(generator: Generator, system: str | None, services: Services | None = None) -> None:
     """Answers what is typed until stdin ends; the model sees the whole conversation since /new.
 
     Ctrl-C stops an answer: its question leaves the conversation, which goes on. At the prompt it ends the program.
     """
-    print(f"{notice()}\n\n{COMMANDS} (or Ctrl-D), Ctrl-C stops an answer.")
+    print(f"{notice(services)}\n\n{COMMANDS} (or Ctrl-D), Ctrl-C stops an answer.")
     start = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(start), 0  # the turn names the random numbers of its answer
     for text in _typed():
@@ -78,11 +79,11 @@ def chat(generator: Generator, system: str | None) -> None:
         messages.append({"role": "assistant", "content": answer.answer, "reasoning_content": answer.reasoning})
 
 
-def notice() -> str:
-    """What everybody who chats should know first."""
+def notice(services: Services | None = None) -> str:
+    """What everybody who chats should know first. services: to name, instead of the bundled ones."""
     return (
         "This is a language model. It can be wrong, and it is not a substitute for professional care.\n"
-        f"In a crisis, people are there for you. {helplines.as_text()}"
+        f"In a crisis, people are there for you. {helplines.as_text(services)}"
     )
 
 
