@@ -176,6 +176,17 @@ def test_every_service_and_emergency_number_stands_on_the_card(bundled):
     assert text.index("Not a substitute for professional care") < text.index("## ")
 
 
+def test_the_card_names_the_services_that_are_given(bundled):
+    given = Path(__file__).parent / "fixtures" / "services_zz.toml"  # invented
+    text = card_of(bundled, "--services", str(given)).text
+    assert "| what it is about | ZZ |" in text and "call 000 (ZZ)." in text and "training rows (ZZ)" in text
+    assert "[Quiet Line](https://quietline.invalid), call or text 555-0134" in text
+    assert not any(service.name in text for service in services.bundled().services)
+    refused("not checked on the live page", card_of, bundled, "--services", "AU")
+    assert "Lifeline" in card_of(bundled, "--services", "AU", "--unchecked").text
+    refused("no effect without --services", main, [str(bundled), "--repo", REPOSITORY, "--unchecked", "--dry-run"])
+
+
 def test_costs_are_the_publications_and_the_measured_ones(small, results):
     measured = [results[name] for name in ("hellaswag", "xstest", "mmlu")]  # HellaSwag's acc is not MMLU's
     costs = section(card_of(small, "--results", *measured), "Known costs")

@@ -27,6 +27,7 @@ from psysafe.publish.contents import CARD, EXTRAS, Upload
 from psysafe.publish.loading import Names
 from psysafe.publish.push import KEEP, REPLACE, Push, check_repository
 from psysafe.publish.run import Run, base_of, read_run
+from psysafe.services import bundled, read_services, require_checked, require_clusters
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -44,6 +45,9 @@ def arguments() -> argparse.ArgumentParser:
         help="files that are otherwise left out: the results' tables as JSON, metrics.jsonl")  # fmt: skip
     add("--edited-card", default="", choices=(KEEP, REPLACE),
         help="what becomes of a card that was edited on the hub (without it the push is refused)")  # fmt: skip
+    add("--services", nargs="+", default=[], metavar="FILE",
+        help="helplines on the card: countries of the project, or files (US UK)")  # fmt: skip
+    add("--unchecked", action="store_true", help="also take helplines of --services that nobody has checked")
     add("--public", action="store_true", help="make the repository public, once everything is there")
     add("--dry-run", action="store_true", help="show files and card; nothing is sent or written")
     return parser
@@ -55,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     check_repository(args.repo)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise UserError(f"--license {args.license}: expected the hub's name of one, such as apache-2.0")
+    if args.unchecked and not args.services:
+        raise UserError("--unchecked: has no effect without --services FILE")
     run = read_run(args.run)
     uploads = prepare(args, run)
     visibility = "public" if args.public else "private"
@@ -73,6 +79,10 @@ def main(argv: Sequence[str]) -> int:
 
 def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     """Everything that is to be uploaded, the card first. UserError before anything is sent."""
+    services = read_services(args.services) if args.services else bundled()
+    if args.services:
+        require_checked(services, args.unchecked)
+        require_clusters(services)
     base = base_of(run, args.base_model)
     results = [load(folder) for folder in args.results]
     warn_of_older_results(run, results)
@@ -86,7 +96,7 @@ def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     names = Names(args.repo, base, bool(args.merged), name_of_gguf, bool(model_gguf), run.layout)
     data = metadata.card_data(run, base, args.repo, args.license, scores, args.merged, model_gguf)
     files = [*weights, *others]
-    text = card(Content(run, names, data, results, [CARD, *(upload.path for upload in files)]))
+    text = card(Content(run, names, data, results, [CARD, *(upload.path for upload in files)], services))
     uploads = [Upload(CARD, text.encode(), "written here"), *files]
     scrub.check((upload.path, upload.content) for upload in uploads)
     return uploads

@@ -7,7 +7,7 @@ fingerprint of all lines above it: by it a later push sees whether somebody has 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from huggingface_hub import ModelCardData
 
@@ -21,7 +21,7 @@ from psysafe.publish import figures, loading, training
 from psysafe.publish.loading import Names
 from psysafe.publish.run import Run
 from psysafe.publish.scrub import without_folders
-from psysafe.services import Service, bundled
+from psysafe.services import Service, Services, bundled
 
 ARXIV = "2606.09697"
 MAX_ROWS = 80  # of a table; MMLU has 57 subjects for each variant
@@ -48,11 +48,12 @@ class Content:
     data: ModelCardData
     results: Sequence[tuple[Result, dict]]
     file_names: Sequence[str]
+    services: Services = field(default_factory=bundled)  # that people who read the card may call
 
 
 def card(content: Content) -> str:
     sections = [
-        [f"# {content.names.title}", "", *_what_it_is(content), "", *_notice()],
+        [f"# {content.names.title}", "", *_what_it_is(content), "", *_notice(content.services)],
         ["## Intended use", "", *_use()],
         ["## Training", "", *training.table(content.run, content.names.base)],
         ["## Evaluation", "", *_evaluation(content)],
@@ -108,8 +109,7 @@ def _what_it_is(content: Content) -> list[str]:
     return lines
 
 
-def _notice() -> list[str]:
-    services = bundled()
+def _notice(services: Services) -> list[str]:
     countries = list(services.emergency)
     lines = [
         "> **Not a substitute for professional care.** This is research, not a medical device, and no answer of a "
@@ -246,8 +246,8 @@ def _limits(content: Content) -> list[str]:
     lines = [
         "- A refusal that helps is still a refusal by a machine. It can miss that somebody is in danger, and can "
         "answer with support where none is wanted.",
-        "- The helplines of its answers are those of its training rows, for the United States and the United Kingdom. "
-        "They may be out of date, and a model can garble a number.",
+        f"- The helplines of its answers are those of its training rows ({', '.join(content.services.emergency)}). They "
+        "may be out of date, and a model can garble a number.",
         "- The recipe, the helplines and the evaluations are for English.",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]
