@@ -4,6 +4,8 @@ import argparse
 import datetime
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,12 @@ from psysafe.evaluation.result import load
 from psysafe.files import ASSETS
 from psysafe.generation import terminal
 from psysafe.program import main_guard
+from psysafe.serve import settings
+from psysafe.serve.page import Page
 from tests.mistakes import refused, refused_by
 
-ZZ = Path(__file__).parent / "fixtures" / "services_zz.toml"  # invented: 555-01xx and *.invalid are nobody's
+ROOT = Path(__file__).resolve().parents[1]
+ZZ = ROOT / "tests" / "fixtures" / "services_zz.toml"  # invented: 555-01xx and *.invalid are nobody's
 SUICIDE = "suicide and selfharm"
 BUNDLED_LINES = (
     "US: 988 Suicide & Crisis Lifeline, call or text 988, 988lifeline.org. UK: Samaritans, 116 123, samaritans.org."
@@ -303,6 +308,15 @@ def test_selective_counts_the_services_that_are_given(tmp_path):
     assert "services" not in settings["bundled"] and zz().digest[:16] in settings["given"]["services"]
 
 
+def test_the_servers_page_names_the_services_that_are_given():
+    given = settings.parse(["--services", str(ZZ)], "").services
+    assert "call or text 555-0134" in Page(given).html and "Samaritans" not in Page(given).html
+    assert settings.parse([], "").services is None and "Samaritans" in Page().html
+    refused("not checked", settings.parse, ["--services", "AU"], "")
+    assert settings.parse(["--services", "AU", "--unchecked"], "").services.emergency == {"AU": "000"}
+    refused("--unchecked.*without --services", settings.parse, ["--unchecked"], "")
+
+
 def test_the_notice_of_chat_names_the_services_that_are_given(capsys):
     assert "ZZ: Quiet Line, call or text 555-0134. In immediate danger: 000 (ZZ)." in terminal.notice(zz())
     assert "Samaritans" not in terminal.notice(zz()) and "Samaritans" in terminal.notice()
@@ -310,3 +324,23 @@ def test_the_notice_of_chat_names_the_services_that_are_given(capsys):
     assert "not checked" in refused_by(generate.main, chat, capsys)
     assert "--services is for --chat" in refused_by(generate.main, ["hi", "--services", ZZ], capsys)
     assert "--unchecked is for --services" in refused_by(generate.main, ["--chat", "--unchecked"], capsys)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_localised_rows_names_the_other_countrys_services(tmp_path):
+    """benchmarks/services.py, with two epochs: the tiny base has read none of these names."""
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "services.py",
+        "--services",
+        ZZ,
+        "--epochs",
+        "2",
+        "--out",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    base, tuned = (line.split()[-3:] for line in (tmp_path / "table.txt").read_text().splitlines()[-2:])
+    print(base, tuned)
+    assert base == ["40", "0.0", "0.0"] and tuned[:2] == ["40", "0.0"]
+    assert float(tuned[2]) >= 25

@@ -246,8 +246,8 @@ def _limits(content: Content) -> list[str]:
     lines = [
         "- A refusal that helps is still a refusal by a machine. It can miss that somebody is in danger, and can "
         "answer with support where none is wanted.",
-        f"- The helplines of its answers are those of its training rows ({', '.join(content.services.emergency)}). They "
-        "may be out of date, and a model can garble a number.",
+        "- The helplines of its answers are those of its training rows "
+        f"({', '.join(content.services.emergency)}). They may be out of date, and a model can garble a number.",
         "- The recipe, the helplines and the evaluations are for English.",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]

@@ -6,16 +6,19 @@ from functools import cached_property
 
 from psysafe import helplines
 from psysafe.files import ASSETS, read_text
+from psysafe.services import Services
 from psysafe.web_page import policy_source
 
 
 @dataclass(frozen=True)
 class Page:
-    """The page and its headers."""
+    """The page and its headers. services: that it names, instead of the bundled ones."""
+
+    services: Services | None = None
 
     @cached_property
     def html(self) -> str:
-        return read_text(ASSETS / "page.html").replace("<!-- helplines -->", helplines.as_html())
+        return read_text(ASSETS / "page.html").replace("<!-- helplines -->", helplines.as_html(self.services))
 
     @cached_property
     def headers(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ def serve(
     limits = settings.limits
     hosts = host_names(settings.host, listener)
     policy = Policy(hosts, key, limits.max_body, limits.request_timeout, settings.origins)
-    server = Server(App(served, tokenizer, worker, policy, Page()), limits.grace)
+    server = Server(App(served, tokenizer, worker, policy, Page(settings.services)), limits.grace)
     asyncio.run(server.serve(sockets=[listener]))
 
 

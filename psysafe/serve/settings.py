@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, setting, shown
 from psysafe.program import UserError
+from psysafe.services import Services, read_services, require_checked
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
 NAME = r"[A-Za-z0-9][\w.:@/-]{0,99}"  # of a model
@@ -54,6 +55,7 @@ class Settings:
     device: str
     dtype: str
     deterministic: bool
+    services: Services | None  # on the page; None: the bundled ones
 
 
 def parse(argv: Sequence[str], description: str) -> Settings:
@@ -67,6 +69,9 @@ def parse(argv: Sequence[str], description: str) -> Settings:
     add("--name", default="base", help="under which the base is asked for (base)")
     add("--no-base", action="store_true", help="serve the adapters alone")
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt where a request has none (none)")
+    add("--services", nargs="+", default=[], metavar="FILE",
+        help="helplines on the page: countries of the project, or files (US UK)")  # fmt: skip
+    add("--unchecked", action="store_true", help="also show helplines of --services that nobody has checked")
     add("--host", default="127.0.0.1", help="where to listen (127.0.0.1: for this machine alone)")
     add("--port", type=int, default=8000, metavar="N", help="0 for any that is free (8000)")
     help_text = "web pages that may ask, such as http://localhost:3000"
@@ -76,7 +81,8 @@ def parse(argv: Sequence[str], description: str) -> Settings:
     add("--deterministic", action="store_true", help="read prompts one by one: in bfloat16 others change no answer")
     add_settings(parser, Limits)
     args = parser.parse_args(argv)
-    refuse_without_effect(argv, {"--name": "with --no-base"} if args.no_base else {})
+    reasons = {"--name": "with --no-base"} if args.no_base else {}
+    refuse_without_effect(argv, reasons | ({} if args.services else {"--unchecked": "without --services FILE"}))
     return Settings(
         limits=Limits(**read_settings(Limits, args)),
         model=args.model,
@@ -89,7 +95,16 @@ def parse(argv: Sequence[str], description: str) -> Settings:
         device=args.device,
         dtype=args.dtype,
         deterministic=args.deterministic,
+        services=_services(args.services, args.unchecked),
     )
+
+
+def _services(names: Sequence[str], unchecked: bool) -> Services | None:
+    if not names:
+        return None
+    services = read_services(names)
+    require_checked(services, unchecked)
+    return services
 
 
 def _adapters(words: Sequence[str], base_name: str, no_base: bool) -> dict[str, str]:
