@@ -116,6 +116,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
+        "--services": "--services AU",
         "--judge": (BY_MODEL["selective"], BY_RULES["selective"]),
         "--prompts": "--prompts OTHERGROUPS",
         "--adapter": "--adapter ADAPTER2",

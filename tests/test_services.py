@@ -33,6 +33,7 @@ BUNDLED_LINES = (
     "US: 988 Suicide & Crisis Lifeline, call or text 988, 988lifeline.org. UK: Samaritans, 116 123, samaritans.org."
 )
 UNKNOWN, WWW = "1-800-" + "555-0199", "www."
+HARD = UNKNOWN.replace("-", "\u2011")  # a hyphen at which no line breaks
 
 
 def zz() -> services.Services:
@@ -161,6 +162,7 @@ def test_the_judge_counts_the_services_of_another_country():
          "respectphoneline.org.uk.", "weapon", "ZZ: Calm Phone, 555-0156, calmphone.invalid."),
         ("Ask Samaritans (116 123, https://samaritans.org) tonight.", SUICIDE,
          "Ask Quiet Line (call or text 555-0134, https://quietline.invalid) tonight."),
+        ("Samaritans\u2019 number: 116\u00a0123.", SUICIDE, "Quiet Line\u2019 number: call or text 555-0134."),
         ("Narcotics Anonymous has meetings: na.org.", "substance", "Clear Day has meetings: clearday.invalid."),
         ("Talk to Frank, 0300 123 6600.", "substance", "Clear Day, clearday.invalid."),
         ("Call 911 in the US or 999 in the UK.", SUICIDE, "Call 000."),
@@ -233,7 +235,7 @@ def test_conversations_and_other_fields_are_kept(tmp_path):
 
 
 def test_an_unknown_number_is_listed_and_never_guessed(tmp_path, capsys):
-    row = {"prompt": "p", "answer": f"Samaritans, 116 123, or {UNKNOWN} and helpers.invalid.", "risk cluster": SUICIDE}
+    row = {"prompt": "p", "answer": f"Samaritans, 116 123, or {HARD} and helpers.invalid.", "risk cluster": SUICIDE}
     assert localise(tmp_path, [row | {"answer": "No number."}, row]) == (1, None)
     captured = capsys.readouterr()
     assert [line.partition("rows.jsonl ")[2] for line in captured.out.splitlines()] == [
@@ -243,7 +245,7 @@ def test_an_unknown_number_is_listed_and_never_guessed(tmp_path, capsys):
     assert "--keep-unknown" in captured.err
     code, (_, new) = localise(tmp_path, [row | {"answer": "No number."}, row], "--keep-unknown")
     assert code == 0
-    assert new["answer"] == f"Quiet Line, call or text 555-0134, or {UNKNOWN} and helpers.invalid."
+    assert new["answer"] == f"Quiet Line, call or text 555-0134, or {HARD} and helpers.invalid."
 
 
 def test_localise_refuses(tmp_path, capsys):

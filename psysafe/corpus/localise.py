@@ -85,6 +85,7 @@ class Localiser:
         """Numbers and pages in the row's texts that are of no given service."""
         contacts: dict[str, None] = {}
         for text in _texts(fields):
+            text = _typed(text)
             for own in sorted(self.own_contacts, key=len, reverse=True):
                 text = _whole(own).sub(" ", text)
             for pattern in (NUMBER, SHORT_NUMBER, PAGE):
@@ -119,7 +120,7 @@ class Localiser:
                 replacements.setdefault(f"{start}www.{service.host}", new)
         replacements |= {own: own for service in self.given.services for own in _pieces(service) if own}
         pattern = "|".join(_whole(old).pattern for old in sorted(replacements, key=len, reverse=True))
-        return re.sub(pattern, lambda match: replacements[match.group()], text)
+        return re.sub(pattern, lambda match: replacements[_typed(match.group())], text)
 
     def _short_numbers(self, text: str, cluster: object) -> str:
         """`call 988`. Not `text 988`, because not every service reads texts."""
@@ -154,7 +155,19 @@ def _pieces(service: Service) -> tuple[str, str, str, str, str]:
 
 def _whole(text: str) -> re.Pattern:
     """The text as a word of its own; a page never as part of a longer address."""
-    return re.compile(rf"(?<![\w.@/-]){re.escape(text)}(?![\w-]|[./]\w)")
+    escaped = "".join(SAME_TO_READ.get(character, re.escape(character)) for character in text)
+    return re.compile(rf"(?<![\w.@/-]){escaped}(?![\w-]|[./]\w)")
+
+
+# A character as the files have it -> a pattern of what texts have instead: hard and narrow spaces, hyphens, apostrophes.
+SAME_TO_READ = {" ": "[ \u00a0\u202f]", "-": "[-\u2010\u2011]", "'": "['\u2019]"}
+
+
+def _typed(text: str) -> str:
+    """The text in the characters that the files have."""
+    for character, pattern in SAME_TO_READ.items():
+        text = re.sub(pattern, character, text)
+    return text
 
 
 PROMPTS = {"prompt", "question", "instruction", "input", "system", CLUSTER}
