@@ -159,7 +159,7 @@ def _whole(text: str) -> re.Pattern:
     return re.compile(rf"(?<![\w.@/-]){escaped}(?![\w-]|[./]\w)")
 
 
-# A character as the files have it -> a pattern of what texts have instead: hard and narrow spaces, hyphens, apostrophes.
+# A character of the files -> a pattern of what texts have instead: hard and narrow spaces, hyphens, apostrophes.
 SAME_TO_READ = {" ": "[ \u00a0\u202f]", "-": "[-\u2010\u2011]", "'": "['\u2019]"}
 
 
