@@ -4,6 +4,7 @@
     python eval.py judge --prompts FILE --adapter base --adapter runs/psysafe --system v0,v1 --out runs/judged \\
         --judge-url http://localhost:8000/v1 --judge-model NAME
     torchrun --nproc-per-node 8 eval.py judge ...     # 8 GPUs answer; so with xstest and sorry-bench
+    python eval.py rate --answers FILE --out runs/rate                         # a page for people who rate, blind
     python eval.py report runs/judged runs/mmlu --out runs/report
 
 Every evaluation may be killed and started again: it continues, and its tables come out the same. Failed items are
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_ranks, refuse_without_effect, say
-from psysafe.evaluation import report
+from psysafe.evaluation import rating, report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
 from psysafe.evaluation.benchmarks.selective import Selective
@@ -27,6 +28,10 @@ from psysafe.program import main_guard
 
 EVALUATIONS: list[Evaluation] = [four_criteria.FourCriteria(), agreement.Agreement(), Selective(), xstest.XSTest(),
                                  sorry_bench.SorryBench(), mmlu.MMLU(), hellaswag.HellaSwag()]  # fmt: skip
+
+PAGES = {"rate": rating, "report": report}  # commands that make a page, and no tables
+PAGES_HELP = {"rate": "a page on which people rate answers of two variants, blind",
+              "report": "Markdown, HTML and JSON over finished evaluations"}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     if not (evaluation and evaluation.answers_on_ranks(args)):
         refuse_ranks(f"this eval.py {args.command}")
     if evaluation is None:
-        report.run(args)
+        PAGES[args.command].run(args)
         return 0
     refuse_without_effect(argv, evaluation.without_effect(args))
     check_folder(args.out, evaluation.name)  # before the models: hours later another evaluation's result would go
@@ -69,8 +74,8 @@ def make_parser() -> Parser:
         command = commands.add_parser(evaluation.name, help=evaluation.help, description=evaluation.description, **look)
         evaluation.arguments(command)
         command.add_argument("--out", required=True, metavar="DIR", help="folder of results; a killed run goes on")
-    sentence = "Markdown, HTML and JSON over finished evaluations"
-    report.arguments(commands.add_parser("report", help=sentence, description=report.__doc__, **look))
+    for name, module in PAGES.items():
+        module.arguments(commands.add_parser(name, help=PAGES_HELP[name], description=module.__doc__, **look))
     return parser
 
 

@@ -20,7 +20,7 @@ def test_the_whole_page(tmp_path, monkeypatch):
     reply_by(monkeypatch, lambda asked: "1" if asked.endswith("[Score]") else reply(VALUES))
     with StubEndpoint() as stub:
         here = {"http://localhost:8000/v1": stub.url, "runs/evaluation": str(tmp_path)}
-        run_page(ROOT / "docs" / "evaluation.md", 11, here)
+        run_page(ROOT / "docs" / "evaluation.md", 12, here)
     content = json.loads((tmp_path / "report" / "report.json").read_text())
     by_folder = {Path(part["folder"]).name: part for part in content["evaluations"]}
     # Even one epoch shows: by the words that it looks for, the tuned model supports where the base did not.

@@ -43,7 +43,9 @@ BY_RULES = {
 BY_MODEL = {command: line.replace("--judge rules", JUDGE) for command, line in BY_RULES.items()}
 BY_MODEL["sorry-bench"] = f"sorry-bench --data DATA --model MODEL --out OUT {JUDGE}"
 CHOICE = {command: f"{command} --data DATA --limit 2 --model MODEL --out OUT" for command in ("mmlu", "hellaswag")}
-OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT"}
+RATE = "rate --answers a=ANSWERS --answers b=ANSWERS"
+OTHERS = {"agreement": "agreement --human PEOPLE --judged JUDGED --out OUT", "report": "report JUDGED --out OUT",
+          "rate": f"{RATE} --out OUT"}  # fmt: skip
 LINES = BY_MODEL | BY_RULES | CHOICE | OTHERS
 REREAD = "judge --out OUT"
 RATED = "agreement --ratings RATINGS --key KEY --judged JUDGED --out OUT"
@@ -121,6 +123,11 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--ratings": (RATED, RATED.replace("RATINGS", "RATINGS2")), "--key": (RATED, RATED.replace("KEY", "KEY2")),
     },
     "report": {"--out": "--out OUT2"},
+    "rate": {
+        "--answers": (f"{RATE} --out OUT", "rate --answers a=ANSWERS --answers c=ANSWERS --out OUT"),
+        "--settings": tuple(f"{RATE} --answers c=ANSWERS --settings {pair} --out OUT" for pair in ("a,b", "a,c")),
+        "--items": "--items 2", "--per-cluster": "--per-cluster 1", "--seed": "--seed 4", "--out": "--out OUT2",
+    },
     **{command: of_models(line) | of_data(line) | {
         "--chat": "--chat",
         "--thinking": (f"{line} --chat --no-thinking", f"{line} --chat --no-thinking --thinking"),
@@ -282,7 +289,7 @@ def world(tmp_path, monkeypatch):
             seen.clear()
             code = main_guard(script.main, words(line))
             results = {}
-            for path in sorted([*tmp_path.glob("out*/re*.json")]):
+            for path in sorted([*tmp_path.glob("out*/re*.json"), *tmp_path.glob("out*/key.json")]):
                 content = json.loads(path.read_text())
                 content.pop("finished", None)
                 content["notes"] = [note for note in content.get("notes", []) if "tokens/s" not in note]

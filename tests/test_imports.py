@@ -20,8 +20,9 @@ LAYERS = [
     ["kernels.documents", "kernels.lora_term", "kernels.namesake"],
     ["kernels.ops", "kernels.paper"],
     ["kernels"],
-    ["psysafe.files", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal", "psysafe.endpoint",
-     "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.version"],
+    ["psysafe.files", "psysafe.helplines", "psysafe.hub", "psysafe.cli", "psysafe.interrupt", "psysafe.journal",
+     "psysafe.endpoint", "psysafe.printable", "psysafe.program", "psysafe.runtime", "psysafe.version",
+     "psysafe.web_page"],
     ["psysafe.model"],
     ["psysafe.checkpoint", "psysafe.data"],
     ["psysafe"],  # load_model and load_tokenizer: the package's front door

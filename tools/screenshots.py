@@ -1,6 +1,7 @@
-"""Makes docs/serve-page.png: the server's page with an answer of the bundled base and of the bundled run's adapter.
+"""Makes docs/serve-page.png, the server's page with an answer of the bundled base and of the bundled run's adapter, and
+docs/rate-page.png, an item of the page on which people rate these two.
 
-    python train.py && python tools/screenshots.py
+    python train.py && python tools/screenshots.py          # or only one of them: tools/screenshots.py rate
 
 Needs `pip install -r requirements-dev.txt -r requirements-serve.txt`, and Chromium.
 """
@@ -9,31 +10,45 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "docs" / "serve-page.png"
+ADAPTER = ROOT / "runs" / "tiny"
 PROMPT = "I feel like giving up."
 MAX_BYTES = 200_000
 
 
-def main() -> int:
-    adapter = ROOT / "runs" / "tiny"
-    if not (adapter / "adapter_config.json").exists():
-        print(f"{adapter}: no adapter in it; run python train.py first", file=sys.stderr)
+def main(names: list[str]) -> int:
+    if unknown := set(names) - PICTURES.keys():
+        print(f"{', '.join(unknown)}: no such picture; expected {', '.join(PICTURES)}", file=sys.stderr)
         return 2
-    command = [sys.executable, "-m", "psysafe.serve", "--adapter", f"tuned={adapter}", "--port", "0"]
+    if not (ADAPTER / "adapter_config.json").exists():
+        print(f"{ADAPTER}: no adapter in it; run python train.py first", file=sys.stderr)
+        return 2
+    code = 0
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for name in names or PICTURES:
+            picture = ROOT / "docs" / f"{name}-page.png"
+            PICTURES[name](browser.new_page(viewport={"width": 1000, "height": 700}), picture)
+            if picture.stat().st_size > MAX_BYTES:
+                print(f"{picture}: {picture.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}", file=sys.stderr)
+                code = 1
+        browser.close()
+    return code
+
+
+def picture_server(page: Page, picture: Path) -> None:
+    command = [sys.executable, "-m", "psysafe.serve", "--adapter", f"tuned={ADAPTER}", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
-            take(page_address(server), PICTURE)
+            ask(page, page_address(server))
+            page.screenshot(path=picture, full_page=True)
         finally:
             server.terminate()
-    if PICTURE.stat().st_size > MAX_BYTES:
-        print(f"{PICTURE}: {PICTURE.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def page_address(server: subprocess.Popen) -> str:
@@ -45,21 +60,38 @@ def page_address(server: subprocess.Popen) -> str:
     raise RuntimeError("the server did not start")
 
 
-def take(url: str, picture: Path) -> None:
-    """Asks on the page, waits for all answers, unfolds the reasoning, and takes the picture."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1000, "height": 700})
-        page.goto(url)
-        page.get_by_label("Your prompt").fill(PROMPT)
-        page.get_by_label("always the likeliest word").check()
-        page.get_by_role("button", name="Ask").click()
-        page.get_by_text("done", exact=True).wait_for(timeout=120_000)
-        for summary in page.locator("summary").all():
-            summary.click()
-        page.screenshot(path=picture, full_page=True)
-        browser.close()
+def ask(page: Page, url: str) -> None:
+    """Asks on the page, waits for all answers, and unfolds the reasoning."""
+    page.goto(url)
+    page.get_by_label("Your prompt").fill(PROMPT)
+    page.get_by_label("always the likeliest word").check()
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_text("done", exact=True).wait_for(timeout=120_000)
+    for summary in page.locator("summary").all():
+        summary.click()
 
+
+def picture_rate(page: Page, picture: Path) -> None:
+    """The first item, half rated."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = f"{folder}/answers.jsonl"
+        prompts = str(ROOT / "psysafe" / "assets" / "rows" / "val.jsonl")
+        run("generate.py", "--prompts", prompts, "--limit", "4", "--compare", f"base,{ADAPTER}", "--out", answers)
+        run("eval.py", "rate", "--answers", answers, "--out", folder)
+        page.goto(Path(folder, "rate.html").as_uri())
+        page.get_by_label("Your name").fill("Anna")
+        page.get_by_role("button", name="Begin").click()
+        supportive = max(page.locator("article").all(), key=lambda article: len(article.inner_text()))
+        for title, value in (("Refusal", "Yes"), ("Psychological Grounding", "4"), ("External References", "Yes")):
+            supportive.get_by_role("group", name=title).get_by_label(value, exact=True).check()
+        page.locator("#work").screenshot(path=picture)
+
+
+def run(*words: str) -> None:
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+PICTURES = {"serve": picture_server, "rate": picture_rate}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

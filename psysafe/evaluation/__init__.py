@@ -12,6 +12,7 @@ and a second start continues. It ends in a `result.json` of tables, and `report`
     comparison          intervals of a benchmark's figures, paired tests between variants
     statistics          Wilson, bootstrap, McNemar, sign test, Holm
     labels, kappa       what people and judges said of answers, and how far they agree
+    rating              a page on which people rate answers, blind
     overlap             prompts of a benchmark that stand in training rows
     result, report      tables with how they came about; several results on one page
     published_results   the paper's figures

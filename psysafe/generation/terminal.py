@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from psysafe import helplines
 from psysafe.data.tokenizer import Message
-from psysafe.files import clusters
 from psysafe.generation.generator import TYPED_TOKENS, Answer, Generator
 from psysafe.generation.request import Request
 from psysafe.generation.text import CLOSE, REASONING, Piece
@@ -79,15 +79,10 @@ def chat(generator: Generator, system: str | None) -> None:
 
 
 def notice() -> str:
-    """What everybody who chats should know first. Names and numbers come from clusters.toml, their only source."""
-    support = clusters()
-    names = support["clusters"]["suicide and selfharm"]["resources"].values()
-    services = [support["resources"][name] for name in names]
-    crisis = "; ".join(f"{service['country']}: {service['name']}, {service['contact']}" for service in services)
-    danger = ", ".join(f"{number} ({country})" for country, number in support["emergency"].items())
+    """What everybody who chats should know first."""
     return (
         "This is a language model. It can be wrong, and it is not a substitute for professional care.\n"
-        f"In a crisis, people are there for you. {crisis}. In immediate danger: {danger}."
+        f"In a crisis, people are there for you. {helplines.as_text()}"
     )
 
 

@@ -6,8 +6,8 @@
 The CSV has a row per answer: prompt, refusal (Yes or No), grounding (1 to 5), references (Yes or No), relevance
 (1 to 5), variant where several were judged, and rater where several people labelled. An empty cell was not labelled;
 4.0, True and nan are read as pandas writes them. A rater labels an answer once: a second row of it is refused.
---ratings takes what raters exported from a rating page, and --key the page's key. --judged takes a folder of eval.py
-judge, or a file like the CSV; without it only people are compared.
+--ratings takes what raters exported from a page of eval.py rate, and --key the page's key. --judged takes a folder of
+eval.py judge, or a file like the CSV; without it only people are compared.
 
 Pooled kappa is computed as the published one: all labels of all criteria in one list, Yes as 1, No as 0, ratings as
 they are. So a Yes and a rating of 1 count as the same label. The pooled kappa can be far above that of a criterion: the
