@@ -97,10 +97,14 @@ def ask_all(
     return replies, failed
 
 
-def add_arguments(parser: argparse.ArgumentParser, rules: str) -> None:
-    """rules: what `--judge rules` means here."""
-    group = parser.add_argument_group("judge", "one of --judge-url, --judge-local, --judge rules")
-    group.add_argument("--judge", choices=["rules"], help=rules)
+def add_arguments(parser: argparse.ArgumentParser, rules: str = "") -> None:
+    """rules: what `--judge rules` means here; "" where no rules can judge."""
+    choices = "--judge-url, --judge-local, --judge rules" if rules else "--judge-url, --judge-local"
+    group = parser.add_argument_group("judge", f"one of {choices}")
+    if rules:
+        group.add_argument("--judge", choices=["rules"], help=rules)
+    else:
+        parser.set_defaults(judge=None)
     group.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint")
     group.add_argument("--judge-model", metavar="NAME", help="the model to ask for there")
     group.add_argument("--judge-key-env", metavar="NAME", default=KEY_VARIABLE,
