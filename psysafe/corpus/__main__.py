@@ -8,9 +8,12 @@
                                      [--json FILE]
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
     python -m psysafe.corpus contrast ANSWERS... --out FILE [--not-in FILE...] [--judge rules | --judge-url URL ...]
+    python -m psysafe.corpus write PROMPTS... --out DRAFTS --url URL --model-name NAME [--benign FILE...]
+                                   [--out-of-domain FILE...] [--language CODE] [--candidates 3] [--dry-run]
+    python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--language CODE] [--judge-url URL ...]
 
-validate and leakage exit with 1 when they find something, impute when a row is left without reasoning, contrast when an
-answer could not be judged.
+validate, leakage and check exit with 1 when they find something, impute when a row is left without reasoning, write
+when a prompt is left without a draft, contrast when an answer could not be judged.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -18,11 +21,11 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_without_effect
-from psysafe.corpus import contrast, impute, leakage, split, stats, validate
+from psysafe.corpus import check, contrast, impute, leakage, split, stats, validate, write
 from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
-            "contrast": contrast}  # fmt: skip
+            "contrast": contrast, "write": write, "check": check}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=module.__doc__.split("\n")[0].rstrip("."))
         module.arguments(command)
     args = parser.parse_args(argv)
-    if args.command == "contrast":  # the only one with flags that exclude each other
-        refuse_without_effect(argv, contrast.without_effect(args))
+    if args.command in ("contrast", "write", "check"):  # those with flags that exclude each other
+        refuse_without_effect(argv, COMMANDS[args.command].without_effect(args))
     return COMMANDS[args.command].run(args)
 
 
