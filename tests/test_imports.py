@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "generate", "eval")
 RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "numpy", "huggingface_hub"}
 OPTIONAL = {"tqdm", "matplotlib", "wandb", "trackio", "pyarrow"}  # tqdm comes with huggingface_hub, others if asked for
-OPTIONAL |= {"starlette", "uvicorn"}  # requirements-serve.txt
+OPTIONAL |= {"starlette", "uvicorn", "gguf"}  # requirements-serve.txt, requirements-gguf.txt
 OURS = {"kernels", "psysafe", "tests", "tools", "benchmarks", *SCRIPTS}
 
 # A file may import from its own line and the lines above it. A name stands for the module and all below it; the longest

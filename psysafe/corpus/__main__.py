@@ -11,9 +11,12 @@
     python -m psysafe.corpus localise FILE --services FILE... --out FILE [--unchecked] [--keep-unknown]
     python -m psysafe.corpus prompt --services FILE... --out FILE [--unchecked]
     python -m psysafe.corpus services [--check FILE...]
+    python -m psysafe.corpus write PROMPTS... --out DRAFTS --url URL --model-name NAME [--benign FILE...]
+                                   [--out-of-domain FILE...] [--language CODE] [--services FILE...] [--dry-run]
+    python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--services FILE...] [--judge-url URL ...]
 
-validate, leakage, localise and services exit with 1 when they find something, impute when a row is left without
-reasoning, contrast when an answer could not be judged.
+validate, leakage, localise, services and check exit with 1 when they find something, impute when a row is left without
+reasoning, write when a prompt is left without a draft, contrast when an answer could not be judged.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -21,11 +24,24 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_without_effect
-from psysafe.corpus import contrast, impute, leakage, localise, prompt, services, split, stats, validate
+from psysafe.corpus import (
+    check,
+    contrast,
+    impute,
+    leakage,
+    localise,
+    prompt,
+    services,
+    split,
+    stats,
+    validate,
+    write,
+)
 from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
-            "contrast": contrast, "localise": localise, "prompt": prompt, "services": services}  # fmt: skip
+            "contrast": contrast, "localise": localise, "prompt": prompt, "services": services, "write": write,
+            "check": check}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=module.__doc__.split("\n")[0].rstrip("."))
         module.arguments(command)
     args = parser.parse_args(argv)
-    if args.command == "contrast":  # the only one with flags that exclude each other
-        refuse_without_effect(argv, contrast.without_effect(args))
+    if args.command in ("contrast", "write", "check"):  # those with flags that exclude each other
+        refuse_without_effect(argv, COMMANDS[args.command].without_effect(args))
     return COMMANDS[args.command].run(args)
 
 

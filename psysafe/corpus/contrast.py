@@ -156,26 +156,34 @@ def word_runs(prompts: Iterable[str]) -> set[str]:
 
 
 def without_near_duplicates(rows: Sequence[Row]) -> list[Row]:
-    """The rows whose prompt shares less than SIMILARITY of its words with that of every earlier row of its group.
+    """The rows whose prompt is no near duplicate of an earlier one."""
+    duplicates = near_duplicates(rows)
+    return [row for i, row in enumerate(rows) if i not in duplicates]
+
+
+def near_duplicates(rows: Sequence[Row]) -> dict[int, int]:
+    """Place of each row whose prompt shares SIMILARITY of its words, or more, with that of an earlier row of its group
+    -> the place of that row, which is no near duplicate itself.
 
     Two sets as similar as that share a word among the rarest (1 - SIMILARITY) of each (prefix filtering), so only rows
     with such a word in common are compared.
     """
     sets = [frozenset(normalise(row.fields["prompt"]).split()) for row in rows]
     count = Counter(word for words in sets for word in words)
-    by_word: dict[tuple[str, str], list[frozenset]] = {}
-    distinct = []
-    for row, words in zip(rows, sets, strict=True):
+    by_word: dict[tuple[str, str], list[int]] = {}
+    duplicates = {}
+    for i, (row, words) in enumerate(zip(rows, sets, strict=True)):
         rarest = sorted(words, key=lambda word: (count[word], word))
         # - 1e-9: a product that rounding put above a whole number would make the prefix one word too short.
         prefix = rarest[: len(words) - math.ceil(SIMILARITY * len(words) - 1e-9) + 1]
         earlier = [other for word in prefix for other in by_word.get((row.fields["group"], word), [])]
-        if any(len(words & other) >= SIMILARITY * len(words | other) for other in earlier):
+        same = (other for other in earlier if len(words & sets[other]) >= SIMILARITY * len(words | sets[other]))
+        if (first := next(same, None)) is not None:
+            duplicates[i] = first
             continue
-        distinct.append(row)
         for word in prefix:
-            by_word.setdefault((row.fields["group"], word), []).append(words)
-    return distinct
+            by_word.setdefault((row.fields["group"], word), []).append(i)
+    return duplicates
 
 
 def as_text(rows: Sequence[Row], tokenizer: Tokenizer, n_answers: int, dropped: Counter, out: Path) -> str:

@@ -131,12 +131,16 @@ def ask_apart(
     return replies, {key: judge.unusable for key in keys if key not in replies}
 
 
-def add_arguments(parser: argparse.ArgumentParser, rules: str, several: bool = False) -> None:
-    """rules: what `--judge rules` means here. several: whether more than one judge may be asked."""
+def add_arguments(parser: argparse.ArgumentParser, rules: str = "", several: bool = False) -> None:
+    """rules: what `--judge rules` means here, "" where no rules can judge. several: whether more than one judge may be
+    asked."""
     also = "; as often as there are judges" if several else ""
-    about = "any of --judge-url, --judge-local, --judge rules, side by side" if several else ""
-    group = parser.add_argument_group("judge", about or "one of --judge-url, --judge-local, --judge rules")
-    group.add_argument("--judge", choices=["rules"], help=rules)
+    choices = "--judge-url, --judge-local, --judge rules" if rules else "--judge-url, --judge-local"
+    group = parser.add_argument_group("judge", f"any of {choices}, side by side" if several else f"one of {choices}")
+    if rules:
+        group.add_argument("--judge", choices=["rules"], help=rules)
+    else:
+        parser.set_defaults(judge=None)
     help_text = "an OpenAI-compatible endpoint" + ("; one for all models, or one for each" if several else "")
     group.add_argument("--judge-url", metavar="URL", action="append", default=[], help=help_text)
     help_text = f"the model to ask for there{also}"

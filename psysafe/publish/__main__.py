@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--results", nargs="+", action="extend", default=[], metavar="DIR", help="--out folders of eval.py")
     add("--base-model", default="", metavar="HUB_ID", help="the base's name on the hub (the one that the run names)")
     add("--merged", default="", metavar="DIR", help="a merged checkpoint to publish, too")
-    add("--gguf", default="", metavar="FILE", help="a GGUF file to publish, too: an adapter for llama.cpp, or a whole model")
+    add("--gguf", default="", metavar="FILE", help="a GGUF file to publish, too: llama.cpp's adapter, or a whole model")
     add("--license", default="apache-2.0", metavar="ID", help="the hub's name of the license (apache-2.0)")
     add("--include", nargs="+", action="extend", default=[], choices=EXTRAS,
         help="files that are otherwise left out: the results' tables as JSON, metrics.jsonl")  # fmt: skip

@@ -1,0 +1,215 @@
+"""`corpus write` over an endpoint that answers well, badly or with malice: each prompt gets a draft or a reason."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from psysafe.corpus.__main__ import main
+from psysafe.corpus.contacts import known_services
+from psysafe.corpus.draft_checks import Settings
+from psysafe.corpus.draft_requests import UnusableReply, draft, messages
+from psysafe.data.rows import read_rows
+from psysafe.program import main_guard
+from tests.mistakes import refused_by
+from tests.own_rows import ACKNOWLEDGEMENT, CLOSING, OUT_OF_DOMAIN, PLAIN, REASONING, STEP, services_text, violence_row
+from tests.stub_endpoint import Handler, StubEndpoint
+
+PROMPT = violence_row()["prompt"]
+REPLY = {
+    "cluster": "violence", "strategy": "Motivational Interviewing", "strategy_reason": "It asks for their own reasons.",
+    "reasoning": REASONING, "acknowledgement": ACKNOWLEDGEMENT, "step": STEP, "services": services_text("violence"),
+    "closing": CLOSING,
+}  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Replies to each prompt with the next of its `replies` (the last one again and again); dicts as JSON, texts as
+    they are, `!STEP` as the stub's own trouble of that name."""
+    stub = StubEndpoint()
+    stub.replies, stub.asked, stub.systems, stub.keys = {}, Counter(), [], set()
+
+    def do_POST(self):
+        body, question = self.request_body()
+        prompt = question.split("\n")[1]
+        with stub.lock:
+            stub.asked[prompt] += 1
+            stub.systems.append(body["messages"][0]["content"])
+            stub.keys.add(self.headers["authorization"])
+            replies = stub.replies[prompt]
+            reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        if isinstance(reply, str) and reply.startswith("!"):
+            return getattr(self, "do_" + reply[1:].split(":")[0])(reply[1:])
+        self.answer(reply if isinstance(reply, str) else json.dumps(reply))
+
+    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    with stub:
+        yield stub
+
+
+def command(path, out, endpoint, *more):
+    url = ["--url", endpoint.url, "--model-name", "m", "--workers", "1", "--min-words", "40"]
+    return ["write", *([str(path)] if path else []), "--out", str(out), *url, *map(str, more)]
+
+
+def drafts(out):
+    return [row.fields for row in read_rows(out)]
+
+
+def test_a_text_file_becomes_rows_that_pass_the_check(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(f"\n{PROMPT}\n\n")
+    endpoint.replies[PROMPT] = [REPLY]
+    assert main(command(path, out, endpoint, "--candidates", 2)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 requests of 2 to ask; ") and "clusters that the model assigned: violence 1" in printed
+    (row,) = drafts(out)
+    assert {name: row[name] for name in violence_row()} == violence_row()
+    assert (row["group"], row["cluster_assigned"], row["language"], row["author"]) == ("risky", True, "en", "m")
+    assert row["strategy_reason"] == "It asks for their own reasons."
+    assert main(["check", str(out), "--min-words", "40"]) == 0
+
+
+def test_benign_and_out_of_domain_prompts_get_instructions_of_their_own(tmp_path, endpoint, capsys):
+    benign, other, out = tmp_path / "b.csv", tmp_path / "o.jsonl", tmp_path / "drafts.jsonl"
+    benign.write_text(f"prompt,group\n{PLAIN['prompt']},scary\n")
+    other.write_text(json.dumps({"prompt": OUT_OF_DOMAIN["prompt"], "id": 7}) + "\n")
+    for row in (PLAIN, OUT_OF_DOMAIN):
+        endpoint.replies[row["prompt"]] = [{"reasoning": row["reasoning"], "answer": row["answer"]}]
+    flags = ["--benign", benign, "--out-of-domain", other, "--candidates", 1]
+    assert main(command(None, out, endpoint, *flags)) == 0
+    plain, refused = drafts(out)
+    assert (plain["group"], plain["answer"]) == ("scary", PLAIN["answer"]) and "risk cluster" not in plain
+    assert (refused["group"], refused["answer"], refused["id"]) == ("out_of_domain", OUT_OF_DOMAIN["answer"], 7)
+    assert "plain" in endpoint.systems[0] and "short refusal" in endpoint.systems[1]
+    assert main(["check", str(out)]) == 0
+
+
+def test_the_candidate_with_the_fewest_issues_is_taken(tmp_path, endpoint):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(PROMPT)
+    endpoint.replies[PROMPT] = [REPLY | {"closing": ""}, "no JSON at all", REPLY, REPLY | {"strategy": "SOBER"}]
+    assert main(command(path, out, endpoint, "--candidates", 4)) == 0
+    (row,) = drafts(out)
+    assert row["answer"] == violence_row()["answer"] and row["candidates"] == 3
+
+
+def test_faults_of_the_endpoint_cost_no_prompt_and_are_named(tmp_path, endpoint, capsys, monkeypatch):
+    monkeypatch.setenv("PSYSAFE_API_KEY", "key-of-mine-1234")
+    rows = [{"prompt": f"{PROMPT} {i}", "risk cluster": "violence"} for i in range(6)]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "drafts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    troubles = [["!429", "!500", REPLY], ["!endless"], ["!redirect:302:http://elsewhere.invalid/"], ["!400"], ["!null"],
+                [REPLY | {"closing": "Stay well, key-of-mine-1234."}]]  # fmt: skip
+    endpoint.replies = {row["prompt"]: trouble for row, trouble in zip(rows, troubles, strict=True)}
+    assert main(command(path, out, endpoint, "--candidates", 1)) == 1
+    printed = capsys.readouterr().out
+    assert "row 2 (line 2): no draft: HTTP 200: a reply of more than 4 MB" in printed
+    assert "row 3 (line 3): no draft: HTTP 302: redirects to http://elsewhere.invalid/" in printed
+    assert "row 4 (line 4): no draft: HTTP 400" in printed and "row 5 (line 5): no draft: the reply has no" in printed
+    assert [row["prompt"] for row in drafts(out)] == [rows[0]["prompt"], rows[5]["prompt"]]
+    assert endpoint.keys == {"Bearer key-of-mine-1234"}
+    assert not any(b"key-of-mine-1234" in file.read_bytes() for file in tmp_path.iterdir())
+    # Started again only what failed is asked, and the order is that of the prompts.
+    before = Counter(endpoint.asked)
+    endpoint.replies = {row["prompt"]: [REPLY] for row in rows}
+    assert main(command(path, out, endpoint, "--candidates", 1)) == 0
+    assert [row["prompt"] for row in drafts(out)] == [row["prompt"] for row in rows]
+    assert (endpoint.asked - before) == {rows[i]["prompt"]: 1 for i in (1, 2, 3, 4)}
+
+
+def test_a_change_of_what_a_draft_depends_on_asks_again(tmp_path, endpoint):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(PROMPT)
+    endpoint.replies[PROMPT] = [REPLY]
+    for flags, total in [([], 1), ([], 1), (["--language", "de"], 2), (["--temperature", "0.1"], 3),
+                         (["--candidates", "3"], 5)]:  # fmt: skip
+        main(command(path, out, endpoint, *(["--candidates", 1] if "--candidates" not in flags else []), *flags))
+        assert endpoint.asked[PROMPT] == total
+
+
+def test_a_dry_run_asks_nothing_and_counts(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(f"{PROMPT}\n{PROMPT} Now.\n")
+    prices = ["--price-in", 1e6, "--price-out", 2e6, "--max-tokens", 10]
+    assert main(command(path, out, endpoint, "--dry-run", *prices)) == 0
+    printed = capsys.readouterr().out
+    assert not endpoint.asked and list(tmp_path.iterdir()) == [path]
+    tokens = printed.split("; ")[1].split(" tokens")[0]
+    assert (
+        printed
+        == f"6 requests of 6 to ask; {tokens} tokens sent, at most 60 in replies; cost {tokens}.00 + at most 120.00\n"
+    )
+    assert int(tokens.replace(",", "")) > 6 * 300
+
+
+def test_the_instruction_names_the_cluster_its_strategies_and_its_services_alone():
+    services = known_services()
+    system, question = (
+        m["content"] for m in messages({"prompt": "p", "risk cluster": "substance"}, services, Settings("de"))
+    )
+    assert "in German" in system and "Talk to Frank, 0300 123 6600, talktofrank.com" in system and "SOBER" in system
+    assert "Samaritans" not in system and "$" not in system and "<prompt>\np\n</prompt>" in question
+    every, _ = (m["content"] for m in messages({"prompt": "p"}, services, Settings("xx")))
+    assert all(f"Cluster: {name} (" in every for name in services.by_cluster) and "with the code xx" in every
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("Sorry, no.", "no JSON object with a reasoning"),
+        ('{"reasoning": "r", "acknowledgement": "a', "no JSON object"),
+        ("<think>" + json.dumps(REPLY), "never ended its reasoning"),
+        (json.dumps({"reasoning": "r", "cluster": "violence"}), "none of acknowledgement"),
+        (json.dumps(REPLY | {"cluster": "rage"}), "cluster is 'rage'"),
+        (json.dumps(REPLY | {"cluster": ["violence"]}), "cluster is"),
+        (json.dumps(REPLY | {"step": {"a": 1}}), "step is"),
+        (json.dumps(REPLY | {"reasoning": " "}), "reasoning is"),
+        (json.dumps(REPLY | {"closing": "x" * 30_000}), "30,000 characters"),
+        (json.dumps(REPLY | {"closing": "a < b"}).replace("<", "\\u003c/think>"), "closing holds"),
+        ("{" * 100_000, "no JSON object"),
+    ],
+)
+def test_a_reply_without_a_draft_is_refused_with_the_reason(reply, reason):
+    with pytest.raises(UnusableReply, match=reason):
+        draft({"prompt": "p"}, reply, "m", "en")
+
+
+@pytest.mark.parametrize("around", ["{}", "Here you are:\n```json\n{}\n```\nAnything else?", "<think>{{no}}</think>{}"])
+def test_prose_around_the_json_does_no_harm(around):
+    assert draft({"prompt": "p"}, around.format(json.dumps(REPLY)), "m", "en")["answer"] == violence_row()["answer"]
+
+
+def test_mistakes_are_refused(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(PROMPT)
+    empty, bad = tmp_path / "empty.txt", tmp_path / "bad.jsonl"
+    empty.write_text("\n\n")
+    bad.write_text('{"prompt": "p", "risk cluster": "rage"}\n')
+    url = ["--url", endpoint.url, "--model-name", "m"]
+    for words, flags in [
+        ("expected one model", [path, "--out", out]),
+        ("expected one model", [path, "--out", out, *url, "--local", "assets:tiny"]),
+        ("--url needs --model-name", [path, "--out", out, "--url", endpoint.url]),
+        ("no prompts", ["--out", out, *url]),
+        ("no rows in it", [empty, "--out", out, *url]),
+        ("cannot be read", [tmp_path / "none.txt", "--out", out, *url]),
+        ("'rage', expected one of", [bad, "--out", out, *url]),
+        ("belong together", [path, "--out", out, *url, "--price-in", 1]),
+        ("would be overwritten", [path, "--out", path, *url]),
+        ("--candidates is 0", [path, "--out", out, *url, "--candidates", 0]),
+        ("--device has no effect", [path, "--out", out, *url, "--device", "cpu"]),
+        ("--workers has no effect", [path, "--out", out, "--local", "assets:tiny", "--workers", 2]),
+    ]:
+        assert words in refused_by(main, ["write", *flags], capsys), words
+    assert not endpoint.asked and not out.exists()
+
+
+def test_a_model_here_writes_too_and_says_what_its_replies_lack(tmp_path, capsys):
+    """The bundled model writes no JSON: the way there and the reason are what is tested."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("I want to give up.")
+    local = ["--local", "assets:tiny", "--max-tokens", "60", "--candidates", "1"]
+    assert main_guard(main, ["write", str(path), "--out", str(tmp_path / "d.jsonl"), *local]) == 2
+    assert "no reply gave a draft: the reply" in capsys.readouterr().err
