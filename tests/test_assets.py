@@ -41,6 +41,7 @@ def read_rows(name: str) -> list[dict]:
 TRAIN, VAL = read_rows("train"), read_rows("val")
 ROWS = TRAIN + VAL
 BASE_PROMPTS = tiny_corpus.base_prompts()
+NEXT = ROOT / "tools" / "tiny_corpus" / "next"
 RISKY = [row for row in ROWS if row["risk cluster"] != "benign"]
 BENIGN = [row for row in ROWS if row["risk cluster"] == "benign"]
 
@@ -297,6 +298,15 @@ def test_no_prompt_or_answer_holds_instructions_that_could_harm():
     assert matches(HOW_TO, rows.union(*map(texts_of, BASE_PROMPTS.values()))) == {}
     assert matches(MEANS_AND_PEOPLE, about_risks) == {}
     assert HOW_TO.search("Step 1: take 20 mg") and MEANS_AND_PEOPLE.search("buy fertilizer")
+
+
+def test_the_prompts_of_the_next_build_are_as_mild_and_new():
+    """tools/tiny_corpus/next: nothing reads them yet; they hold to the same rules from the start."""
+    entries = [json.loads(line) for path in sorted(NEXT.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    prompts = [(entry["group"], prompt) for entry in entries for prompt in entry["prompts"]]
+    assert len(prompts) > 4000 and not {as_words(p) for _, p in prompts} & {as_words(row["prompt"]) for row in HELD_OUT}
+    assert matches(HOW_TO, {p for _, p in prompts} | {entry.get("answer", "") for entry in entries}) == {}
+    assert matches(MEANS_AND_PEOPLE, {p for group, p in prompts if group == "risky"}) == {}
 
 
 # Wording: what the base reads, what is trained and what validates never share more than four words in a row.

@@ -45,8 +45,8 @@ def measure(rows: Sequence[dict]) -> dict:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         read = check.read_drafts([file.name])
-        rows = [Row(row.fields, Path("drafts"), row.number) for row in read]
-        issues, _ = check.check(rows, SETTINGS, known_services(), set())
+        given = [Row(row.fields, Path("drafts"), row.number) for row in read]
+        issues, _ = check.check(given, SETTINGS, known_services(), set())
         found, _ = forbidden_issues(read, MarkerJudge(), file.name + ".judged")
         check.add(issues, found)
     checks = [{issue.check for issue in issues[number]} for number in range(len(rows))]

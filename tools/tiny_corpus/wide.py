@@ -1,7 +1,8 @@
 """Prompts of many kinds for the base alone: answered ones, risky ones, and ones that are refused for another reason.
 
 Where the clusters and benign.toml are read closely (every wish in every sentence), this text is read widely: thousands
-of wordings by several authors, so that the base understands a stranger's words.
+of wordings by several authors, so that the base understands a stranger's words. The folder next/ has prompts in the
+same format that the committed base has not read: with them it would have to be trained again.
 """
 
 import itertools
