@@ -8,9 +8,12 @@
                                      [--json FILE]
     python -m psysafe.corpus impute FILE... --out FILE --url URL --model-name NAME [--key-variable VARIABLE]
     python -m psysafe.corpus contrast ANSWERS... --out FILE [--not-in FILE...] [--judge rules | --judge-url URL ...]
+    python -m psysafe.corpus review DRAFTS --out DIR [--reviewers N [--double SHARE] [--seed N]] [--rows N,N]
+                                     [--warnings FILE]
+    python -m psysafe.corpus review --collect FILE... --drafts DRAFTS --out FILE [--settled-by NAME] [--unreviewed]
 
 validate and leakage exit with 1 when they find something, impute when a row is left without reasoning, contrast when an
-answer could not be judged.
+answer could not be judged, review --collect when reviewers differ on a row.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -18,11 +21,12 @@ import sys
 from collections.abc import Sequence
 
 from psysafe.cli import Parser, refuse_without_effect
-from psysafe.corpus import contrast, impute, leakage, split, stats, validate
+from psysafe.corpus import contrast, impute, leakage, review, split, stats, validate
 from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
-            "contrast": contrast}  # fmt: skip
+            "contrast": contrast, "review": review}  # fmt: skip
+WITHOUT_EFFECT = {"contrast": contrast.without_effect, "review": review.without_effect}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=module.__doc__.split("\n")[0].rstrip("."))
         module.arguments(command)
     args = parser.parse_args(argv)
-    if args.command == "contrast":  # the only one with flags that exclude each other
-        refuse_without_effect(argv, contrast.without_effect(args))
+    if args.command in WITHOUT_EFFECT:  # the others have no flags that exclude each other
+        refuse_without_effect(argv, WITHOUT_EFFECT[args.command](args))
     return COMMANDS[args.command].run(args)
 
 
