@@ -21,7 +21,7 @@ WINDOWS_LINES = "First.\r\n\r\nSecond\u00a0line, \u00e4."  # a text field has no
 @pytest.fixture
 def drafts(tmp_path):
     rows = [json.loads(line) for line in (ASSETS / "rows" / "val.jsonl").read_text().splitlines()[:N_ROWS]]
-    rows[0] |= {"extra": {"kept": [1.5, None]}, "reasoning": WINDOWS_LINES}
+    rows = [row | {"extra": {"kept": [1.5, None]}, "reasoning": WINDOWS_LINES} for row in rows]
     path = tmp_path / "drafts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -116,6 +116,8 @@ def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser
             answer(page).blur()
             assert answer(page).input_value() == "Another text."
         answer(page).fill(draft)  # taken back: the row counts as untouched
+        page.get_by_label("Reasoning").press("x")
+        page.get_by_label("Reasoning").press("Backspace")
         page.get_by_role("radio", name="Approve").check()
         exports = [tmp_path / "anna.json", tmp_path / "ben.json"]
         export(page, exports[0])
