@@ -1,12 +1,13 @@
 """Makes docs/serve-page.png, the server's page with an answer of the bundled base and of the bundled run's adapter,
-docs/rate-page.png, an item of the page on which people rate these two, and docs/report-page.png, what the report of an
-evaluation of these two shows: charts with intervals, and answers side by side.
+docs/rate-page.png, an item of the page on which people rate these two, docs/report-page.png, what the report of an
+evaluation of these two shows, and docs/review-page.png, a bundled row on the page on which people review drafts.
 
     python train.py && python tools/screenshots.py          # or only one of them: tools/screenshots.py rate
 
 Needs `pip install -r requirements-dev.txt -r requirements-serve.txt`, and Chromium.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ def main(names: list[str]) -> int:
     if unknown := set(names) - PICTURES.keys():
         print(f"{', '.join(unknown)}: no such picture; expected {', '.join(PICTURES)}", file=sys.stderr)
         return 2
-    if not (ADAPTER / "adapter_config.json").exists():
+    if names != ["review"] and not (ADAPTER / "adapter_config.json").exists():
         print(f"{ADAPTER}: no adapter in it; run python train.py first", file=sys.stderr)
         return 2
     code = 0
@@ -116,11 +117,27 @@ def answers_in(folder: str, n: int) -> str:
     return answers
 
 
+def picture_review(page: Page, picture: Path) -> None:
+    """A risky row with a warning, approved. No adapter is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        drafts, issues = Path(folder, "drafts.jsonl"), Path(folder, "issues.jsonl")
+        row = (ROOT / "psysafe" / "assets" / "rows" / "val.jsonl").read_text().splitlines()[0]
+        drafts.write_text(f"{row}\n")
+        warning = {"part": "step", "text": "the step is short"}
+        issues.write_text(json.dumps({"row": 1, "prompt": json.loads(row)["prompt"], "issues": [warning]}) + "\n")
+        run("-m", "psysafe.corpus", "review", str(drafts), "--warnings", str(issues), "--out", folder)
+        page.goto(Path(folder, "review.html").as_uri())
+        page.get_by_label("Your name").fill("Anna")
+        page.get_by_role("button", name="Begin").click()
+        page.get_by_role("radio", name="Approve").check()
+        page.locator("#work").screenshot(path=picture)
+
+
 def run(*words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-PICTURES = {"serve": picture_server, "rate": picture_rate, "report": picture_report}
+PICTURES = {"serve": picture_server, "rate": picture_rate, "report": picture_report, "review": picture_review}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -14,9 +14,13 @@
     python -m psysafe.corpus write PROMPTS... --out DRAFTS --url URL --model-name NAME [--benign FILE...]
                                    [--out-of-domain FILE...] [--language CODE] [--services FILE...] [--dry-run]
     python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--services FILE...] [--judge-url URL ...]
+    python -m psysafe.corpus review DRAFTS --out DIR [--reviewers N [--double SHARE] [--seed N]] [--rows N,N]
+                                     [--warnings FILE]
+    python -m psysafe.corpus review --collect FILE... --drafts DRAFTS --out FILE [--settled-by NAME] [--unreviewed]
 
 validate, leakage, localise, services and check exit with 1 when they find something, impute when a row is left without
-reasoning, write when a prompt is left without a draft, contrast when an answer could not be judged.
+reasoning, write when a prompt is left without a draft, contrast when an answer could not be judged, review --collect
+when reviewers differ on a row.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -31,6 +35,7 @@ from psysafe.corpus import (
     leakage,
     localise,
     prompt,
+    review,
     services,
     split,
     stats,
@@ -41,7 +46,8 @@ from psysafe.program import main_guard
 
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
             "contrast": contrast, "localise": localise, "prompt": prompt, "services": services, "write": write,
-            "check": check}  # fmt: skip
+            "check": check, "review": review}  # fmt: skip
+WITHOUT_EFFECT = {name: COMMANDS[name].without_effect for name in ("contrast", "write", "check", "review")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=module.__doc__.split("\n")[0].rstrip("."))
         module.arguments(command)
     args = parser.parse_args(argv)
-    if args.command in ("contrast", "write", "check"):  # those with flags that exclude each other
-        refuse_without_effect(argv, COMMANDS[args.command].without_effect(args))
+    if args.command in WITHOUT_EFFECT:  # the others have no flags that exclude each other
+        refuse_without_effect(argv, WITHOUT_EFFECT[args.command](args))
     return COMMANDS[args.command].run(args)
 
 
