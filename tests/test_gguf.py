@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,8 @@ def of_ours(adapter: Path | None) -> list[str]:
     model, tokenizer = load_model("assets:tiny", adapter, dtype=torch.float32), load_tokenizer("assets:tiny")
     questions = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     answers = Generator(model, tokenizer, Options(max_new_tokens=48)).answers(questions)
-    return [answer.response for answer in sorted(answers, key=lambda answer: answer.row)]
+    # llama.cpp leaves control tokens out of its texts.
+    return [re.sub(r"<\|\w+\|>", "", a.response) for a in sorted(answers, key=lambda answer: answer.row)]
 
 
 def of_llama_cpp(base: Path, *adapters: Path) -> list[str]:

@@ -14,6 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_whole_road(tmp_path, endpoint):  # noqa: F811
     """Only the endpoint's address and the folder of the results are this machine's own."""
     here = {"http://localhost:8000/v1": endpoint.url, "runs/recipe": str(tmp_path)}
-    run_page(ROOT / "docs" / "recipe.md", 12, here)
+    run_page(ROOT / "docs" / "recipe.md", 13, here)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert (tmp_path / "report").is_dir()

@@ -1,8 +1,11 @@
 """The word lists of the tiny corpus, read from the TOML files beside this module. Each file explains its lists."""
 
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tools are run by their path
 
 from psysafe.services import bundled
 
