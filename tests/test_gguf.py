@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -96,11 +97,14 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "delta", "old.gguf"]
 
 
-def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_file(tmp_path):
+    """A limit on the size of files stands for the disk: the system refuses what goes beyond it, in the same way."""
     random_adapter(tmp_path / "adapter")
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
+    command = [sys.executable, "-m", "psysafe.checkpoint", "gguf", "--adapter", tmp_path / "adapter", "--out"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
+    done = subprocess.run([*command, tmp_path / "a.gguf"], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: \S+a\.gguf: File too large\n", done.stderr), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

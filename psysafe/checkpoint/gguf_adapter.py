@@ -76,9 +76,16 @@ def _write(gguf: ModuleType, path: Path, tensors: Mapping[str, Tensor], alpha: f
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, x in tensors.items():
-        writer.add_tensor(name, x.float().contiguous().numpy())
+    arrays = {name: x.float().contiguous().numpy() for name, x in tensors.items()}
+    for name, x in arrays.items():
+        writer.add_tensor_info(name, x.shape, x.dtype, x.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    # Not write_tensors_to_file: its numpy.tofile reports no error where a full disk takes only a part.
+    for x in arrays.values():
+        file.write(x.tobytes())
+        writer.write_padding(file, x.nbytes)
     writer.close()
