@@ -24,7 +24,7 @@ class Service:
     name: str
     country: str
     url: str
-    source: str  # the page on which number and address were read
+    source: str  # the page on which number and address were read, or are to be checked
     phone: str = ""  # "" for a service that is reached over its page
     contact: str = ""  # how a text introduces the number: "call or text 988"
     hours: str = ""  # "" where they are not certain
@@ -35,7 +35,7 @@ class Service:
     @property
     def host(self) -> str:
         """The page as a person would type it."""
-        return self.url.removeprefix("https://")
+        return self.url.removeprefix("https://").removesuffix("/")
 
     @property
     def reach(self) -> str:
@@ -132,13 +132,15 @@ def require_clusters(services: Services) -> None:
 
 
 def to_check(services: Services, today: datetime.date) -> list[str]:
-    """A line for each entry that nobody has checked, or not within MAX_AGE."""
+    """A line for each entry that nobody has checked, or not within MAX_AGE, or only on a day yet to come."""
     lines = []
     for service in services.services:
         name = f"{service.country}: {service.name}, {service.reach}"
         if not service.checked:
-            read_on = f", which is dated {service.page_date}" if service.page_date else ""
-            lines.append(f"{name}: not checked; read on {service.source}{read_on}")
+            dated = f", which is dated {service.page_date}" if service.page_date else ""
+            lines.append(f"{name}: not checked; look at {service.source}{dated}")
+        elif service.checked_on > today:
+            lines.append(f"{name}: checked on {service.checked_on}, which is yet to come; look at {service.source}")
         elif today - service.checked_on > MAX_AGE:
             lines.append(f"{name}: checked on {service.checked_on}, more than a year ago; look at {service.source}")
     return lines

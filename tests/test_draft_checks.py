@@ -9,7 +9,7 @@ from tests.own_rows import GERMAN, OUT_OF_DOMAIN, PLAIN, services_text, violence
 
 SETTINGS = Settings(min_words=40)
 SERVICES = known_services()
-WWW = "www."  # apart from the host: tests/test_assets.py wants every address of the repository in clusters.toml
+WWW = "www."  # apart from the host: tests/test_assets.py wants every address of the repository in services/
 
 
 def issues(fields: dict) -> set[tuple[str, str]]:

@@ -65,6 +65,13 @@ def test_a_file_is_read():
     assert [s.name for s in both.of_cluster("violence")] == ["Respect Phoneline", "Calm Phone"]
 
 
+def test_a_slash_at_the_end_of_a_page_is_not_part_of_its_name(tmp_path):
+    given = services.read_services([edited(tmp_path, '"https://clearday.invalid"', '"https://clearday.invalid/"')])
+    (service,) = given.of_cluster("substance")
+    assert service.line == "ZZ: Clear Day, clearday.invalid."
+    assert service.named_in("Clear Day, clearday.invalid.")
+
+
 def test_the_digest_is_of_the_content(tmp_path):
     (tmp_path / "same.toml").write_text(ZZ.read_text())
     assert services.read_services([str(tmp_path / "same.toml")]).digest == zz().digest
@@ -129,7 +136,9 @@ def test_what_is_to_be_looked_up(tmp_path, capsys):
         " Calm Phone, 555-0156, calmphone.invalid",
     ]
     (line,) = services.to_check(unchecked, a_year_later)
-    assert "not checked; read on https://quietline.invalid/contact, which is dated 2026-01-31" in line
+    assert "not checked; look at https://quietline.invalid/contact, which is dated 2026-01-31" in line
+    early = datetime.date(2026, 1, 31)  # before checked_on
+    assert all("is yet to come" in line for line in services.to_check(zz(), early)) and services.to_check(zz(), early)
     args = argparse.Namespace(check=[str(ZZ)])
     assert (services_command.run(args, a_year_later), services_command.run(args, one_more)) == (0, 1)
     assert "3 of 3 services to look up" in capsys.readouterr().out
@@ -246,6 +255,15 @@ def test_an_unknown_number_is_listed_and_never_guessed(tmp_path, capsys):
     code, (_, new) = localise(tmp_path, [row | {"answer": "No number."}, row], "--keep-unknown")
     assert code == 0
     assert new["answer"] == f"Quiet Line, call or text 555-0134, or {HARD} and helpers.invalid."
+
+
+def test_a_corrected_copy_of_a_shipped_file_replaces_the_old_number(tmp_path):
+    copy = tmp_path / "UK.toml"
+    copy.write_text((ASSETS / "services" / "UK.toml").read_text().replace("116 123", "555-0134"))
+    row = {"prompt": "p", "answer": f"{BUNDLED_LINES} Or call 116 123.", "risk cluster": SUICIDE}
+    code, rows = localise(tmp_path, [row], "--unchecked", given=str(copy))
+    assert code == 0
+    assert rows[0]["answer"] == "UK: Samaritans, 555-0134, samaritans.org. Or call 555-0134."
 
 
 def test_localise_refuses(tmp_path, capsys):

@@ -69,8 +69,8 @@ class Localiser:
         self.given = given
         self.own_contacts = {text for service in given.services for text in _contacts(service)}
         self.own_contacts |= set(given.emergency.values())
-        given_keys = {(service.country, service.key) for service in given.services}
-        self.known = [s for s in known.services if (s.country, s.key) not in given_keys]
+        same = {_pieces(service) for service in given.services}  # not by key: a file of one's own may correct a number
+        self.known = [service for service in known.services if _pieces(service) not in same]
         self.numbers = sorted(set(known.emergency.values()) | set(given.emergency.values()), key=len, reverse=True)
 
     def fields(self, fields: dict) -> dict:
@@ -132,9 +132,9 @@ class Localiser:
         return text
 
     def _counterpart(self, service: Service, cluster: object) -> Service:
-        """The given service for one that is known: of its country where there is one, else of the first."""
+        """The given service for one that is known: of its country and key, else of its country, else the first."""
         candidates = self.given.of_cluster(self._cluster_of(service, cluster))
-        return next((s for s in candidates if s.country == service.country), candidates[0])
+        return min(candidates, key=lambda s: (s.country != service.country, s.key != service.key))
 
     def _emergency(self, text: str) -> str:
         one = rf"(?:{'|'.join(self.numbers)})\b{COUNTRY}"
