@@ -208,3 +208,11 @@ def test_every_slot_of_the_template_is_filled():
     page = web_page.build("form.html", parts, ["form.css"], ["form.js"], {})
     assert set(slots) == {*parts, "policy", "style", "data", "script"} and "<!--" not in page
     assert all(part in page for part in parts.values())
+
+
+def test_no_evaluation_writes_its_result_beside_the_page(rate, tmp_path, capsys):
+    """The result names the variants, and the folder of the page may be handed to raters."""
+    rate({"one": rows_of("one"), "two": rows_of("second")})
+    (folder,) = {path.parent for path in tmp_path.rglob("rate.html")}
+    line = refused_by(script.main, ["mmlu", "--data", "x", "--out", folder], capsys)
+    assert "a page for blind raters" in line and "--out" in line

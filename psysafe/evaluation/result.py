@@ -106,8 +106,11 @@ def load(folder: str | Path) -> tuple[Result, dict]:
 def check_folder(folder: str | Path, kind: str) -> None:
     """Raises UserError where the folder holds the result of another evaluation than `kind`, which `save` would replace.
 
-    A damaged file is no obstacle: `load` asks to run the evaluation again, and the new result takes its place.
+    A damaged file is no obstacle: `load` asks to run the evaluation again, and the new result takes its place. Beside a
+    page for raters no result is written: it names the variants, and the folder may be handed on.
     """
+    if (page := Path(folder) / "rate.html").exists():
+        raise UserError(f"{page}: a page for blind raters, and the result would name the variants; give another --out")
     path = Path(folder) / FILE
     try:
         content = read_json(path)
