@@ -12,6 +12,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
 from psysafe import load_model, load_tokenizer
 from psysafe.checkpoint import gguf_adapter
@@ -95,6 +96,20 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"requirements-gguf\.txt"):
         write_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "delta", "old.gguf"]
+
+
+def test_an_adapted_lm_head_is_one_line(tmp_path):
+    """PEFT's target_modules may name it; no layer's number stands in its name."""
+    random_adapter(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    head = {f"base_model.model.lm_head.lora_{letter}.weight": torch.ones(1, 1) for letter in "AB"}
+    save_file(load_file(weights) | head, weights)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    content["target_modules"] = [*content["target_modules"], "lm_head"]
+    config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="adapts lm_head; expected projections"):
+        write_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
 
 
 def test_a_full_disk_leaves_no_file(tmp_path):

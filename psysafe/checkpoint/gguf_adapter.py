@@ -15,7 +15,7 @@ from torch import Tensor
 
 from psysafe.checkpoint.peft_format import VISION, PeftAdapter, read_adapter
 from psysafe.files import write_atomic
-from psysafe.model.lora import lora_scale
+from psysafe.model.lora import ALL_LINEAR, is_target, lora_scale
 from psysafe.program import UserError
 
 ARCHITECTURE = "qwen35"  # llama.cpp's name of Qwen3.5's dense text models
@@ -50,6 +50,8 @@ def _package() -> ModuleType:
 def _check(adapter: PeftAdapter) -> None:
     if vision := [name for name in adapter.modules if name.startswith(VISION)]:
         raise UserError(f"{adapter.source}: adapts {vision[0]}; llama.cpp keeps the vision tower in another file")
+    if others := [name for name in adapter.modules if not is_target(name, ALL_LINEAR)]:
+        raise UserError(f"{adapter.source}: adapts {others[0]}; expected projections of the layers alone: {ALL_LINEAR}")
     if delta_net := [name for name in adapter.modules if ".linear_attn." in name]:
         raise UserError(
             f"{adapter.source}: adapts {delta_net[0]}; llama.cpp's files hold the delta net's value heads in another "
