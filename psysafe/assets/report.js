@@ -96,7 +96,7 @@ function startAnswers(parent, { items, orders }) {
     for (const item of items) counts.set(item.groups[kind], (counts.get(item.groups[kind]) || 0) + 1);
     counts.delete(undefined);
     const select = element("select", element("label", one(".groups"), `${kind} `));
-    option(select, `all (${counts.size})`, "");
+    option(select, `all (${items.length})`, "");
     // A value begins with "=", so that no name of a group is taken for "all".
     for (const [group, count] of counts) option(select, `${group} (${count})`, `=${group}`);
     groups.set(kind, select);
