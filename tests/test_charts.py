@@ -103,7 +103,7 @@ def test_numbers_that_are_none_and_texts_that_would_be_markup():
 
 def test_plain_bars_name_their_column_and_scale():
     columns = [("variant", ""), ("refused %", ".1f"), ("safe %", ".1f"), ("kappa", ".2f")]
-    rows = [["a", 25.0, 50.0, 0.5], ["b", 100.0, None, -0.2]]
+    rows = [["a", 25.0, 50.0, 0.5], ["b", 100.0, float("nan"), -0.2]]
     text = charts.bars(Table("T", columns, rows, bars=["refused %", "safe %", "kappa"]))
     refused, safe, kappa = text.split("</svg>")[:3]
     assert 'aria-label="T: refused %"' in refused and ">refused %</text>" in refused and ">100</text>" in refused

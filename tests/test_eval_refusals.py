@@ -203,6 +203,8 @@ def test_sorry_bench_by_hand(answering, tmp_path, monkeypatch):
     assert next(row[1:8] + row[-1:] for row in differences.rows) == [
         "base", "base, none", "base, v0", 5, 60.0, 0.0, -60.0, "n too small to tell"]  # fmt: skip
     assert any("translate-fr" in note for note in result.notes)
+    lines = (tmp_path / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["place"] for line in lines} == set(range(1, 19))  # six in each of three files
     assert all("Please help me with unkind plan" in asked for asked in seen)
 
 

@@ -21,6 +21,7 @@ from psysafe.evaluation.result import Result
 from psysafe.files import ASSETS
 from psysafe.program import UserError, main_guard
 from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_eval_judge import VALUES, reply
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "eval"
 BLUNT, OPEN = "I can't help with that.", "Sure, here is how it goes."
@@ -65,7 +66,29 @@ def test_the_order_to_read_them(tmp_path):
     assert [item.prompt for item in largest_differences(items, 1)] == ["a"]
     worst = [(item.prompt, answer.variant) for item, answer in worst_answers(items, 4)]
     assert worst == [("a", "base"), ("e", "tuned"), ("b", "base"), ("b", "tuned")]
-    assert len(worst_answers(items, 99)) == 9  # the one without a value is nobody's worst
+    assert len(worst_answers(items, 99)) == 6  # not the one without a value, nor the three that could not be better
+
+
+def test_an_answer_that_is_missing_moves_no_prompt(tmp_path):
+    """The first variant has no score of the second prompt: it stays the second, between the others."""
+    rows = [scored("base", prompt, *ALL, place=place) for place, prompt in ((1, "a"), (3, "c"))]
+    rows += [scored("tuned", prompt, *ALL, place=place) for place, prompt in ((1, "a"), (2, "b"), (3, "c"))]
+    items = items_of(folder_of(tmp_path, rows))
+    assert [(item.number, item.prompt, len(item.answers)) for item in items] == [(1, "a", 2), (2, "b", 1), (3, "c", 2)]
+
+
+def test_answers_to_equal_prompts_stay_apart(tmp_path):
+    """The same text stands at two places, and one variant has an answer at the second of them alone."""
+    given = [("base", 1, "first"), ("base", 2, "second"), ("tuned", 2, "its second")]
+    rows = [{**benchmark(0), "variant": name, "place": place, "answer": text} for name, place, text in given]
+    items = items_of(folder_of(tmp_path, rows, "sorry-bench"))
+    assert [[answer.text for answer in item.answers] for item in items] == [["first"], ["second", "its second"]]
+
+
+@pytest.mark.parametrize("place", ["2", None, 1.5])
+def test_a_place_that_is_no_number_is_named(tmp_path, place):
+    with pytest.raises(UserError, match=r"items\.jsonl row 1: no answer of eval\.py judge .* run the evaluation again"):
+        items_of(folder_of(tmp_path, [scored("base", "a", *ALL, place=place)]))
 
 
 def test_of_several_judges_each_has_its_words_and_the_mean_counts(tmp_path):
@@ -167,6 +190,8 @@ def test_where_the_judge_failed_everywhere_there_is_a_report(tmp_path):
     assert run("report", str(tmp_path / "judged"), "--out", str(tmp_path / "report")) == 0
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert items_of(tmp_path / "judged") == [] and "part0-answers" not in page
+    for name in ("report.html", "report.md"):
+        assert "holds none that was judged" in (tmp_path / "report" / name).read_text(encoding="utf-8")
 
 
 def run(*argv: str) -> int:
@@ -182,6 +207,17 @@ def stored(folder: Path, prompts: list[str]) -> list[str]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words += ["--answers", f"{name}={folder / name}.jsonl"]
     return words
+
+
+def test_a_judge_that_fails_once_moves_no_prompt(tmp_path, monkeypatch):
+    """Through eval.py judge: the first variant's second answer gets no reply."""
+    reply_by(monkeypatch, lambda text: None if "two?" in text and BLUNT in text else reply(VALUES))
+    with StubEndpoint() as stub:
+        judge = ["--judge-url", stub.url, "--judge-model", "stub"]
+        assert run("judge", *judge, *stored(tmp_path, ["one?", "two?", "three?"]), "--out", str(tmp_path / "out")) == 1
+    items = items_of(tmp_path / "out")
+    assert [(item.number, item.prompt) for item in items] == [(1, "one?"), (2, "two?"), (3, "three?")]
+    assert [answer.variant for answer in items[1].answers] == ["tuned"] and len(items[2].answers) == 2
 
 
 def test_what_each_evaluation_writes_is_read(tmp_path, monkeypatch):
@@ -217,6 +253,9 @@ def test_what_each_evaluation_writes_is_read(tmp_path, monkeypatch):
     assert items["judge"][0].groups == {"cluster": "weapon"} and items["sorry-bench"][0].groups["category"] == "2"
     assert items["sorry-bench"][0].answers[1].judgements[0].words == "1"
     assert [item.groups["turn"] for item in items["turns"]] == chat["kinds"]
+    for kind, n in (("selective", 1), ("xstest", len(asked)), ("sorry-bench", len(sorry))):
+        lines = (tmp_path / kind / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["place"] for line in lines] == [*range(1, n + 1)] * 2, kind
     assert run("report", *(str(tmp_path / kind) for kind in commands), "--out", str(tmp_path / "report")) == 0
     written = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["evaluations"]
     assert [len(part["items"]) for part in written] == [len(of_kind) for of_kind in items.values()]

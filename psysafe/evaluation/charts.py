@@ -188,7 +188,7 @@ def _chart(table: Table, column: str) -> str:
     index = [name for name, _ in table.columns].index(column)
     form = table.columns[index][1]
     text_columns = [i for i, (_, column_form) in enumerate(table.columns) if column_form == ""]
-    values = [row[index][0] if isinstance(row[index], list) else row[index] for row in table.rows]
+    values = [_number(row[index]) for row in table.rows]
     # A share fills the width at 100; anything else at the largest value, but never at less than 1.
     scale_end = 100 if column.endswith("%") else max([1, *(value for value in values if value is not None)])
     left, width, row_height, head = 300, 430, 26, 22  # in SVG units, which are pixels at 100 %

@@ -114,14 +114,18 @@ def prompts_of_numbers(rows: Rows) -> dict[str, str] | None:
 
 
 def write_items(path: Path, stage: Stage, columns: Mapping[str, Columns]) -> None:
-    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from."""
-    lines = []
+    """One line of JSON for each answer, with the judge's reply and the verdict: what a later stage can start from.
+
+    place: that of the prompt among all parts, from 1; a prompt may stand twice, and an answer may be missing.
+    """
+    lines, n_before = [], 0
     for part, items in stage.judged.parts.items():
         replies = stage.replies.get(part, {})
         for variant, column in columns[part].items():
             for i, (item, row) in enumerate(zip(items, column, strict=True)):
                 if row is not None:
-                    line = {"variant": variant, "part": part, "prompt": item.prompt, "answer": row["answer"]}
+                    line = {"variant": variant, "part": part, "place": n_before + i + 1}
+                    line |= {"prompt": item.prompt, "answer": row["answer"]}
                     line |= {"groups": dict(item.groups)} if item.groups else {}
                     has_more = row.get("response", row["answer"]) != row["answer"]
                     line |= {"response": row["response"]} if has_more else {}
@@ -129,5 +133,6 @@ def write_items(path: Path, stage: Stage, columns: Mapping[str, Columns]) -> Non
                     line |= {"score": stage.judged.verdicts[part][variant][i]}
                     line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
                     lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        n_before += len(items)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))

@@ -14,7 +14,7 @@ worth by its benchmark, from 0 to 1, the mean over the judges:
 None where the judge did not plainly say it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class Answer:
 class Item:
     """A prompt with the answers to it.
 
-    number: its place in the evaluation, from 1; prompt: "" where every answer has its own; groups: kind -> group.
+    number: its place among these items, from 1; prompt: "" where every answer has its own; groups: kind -> group.
     """
 
     number: int
@@ -97,13 +97,15 @@ def read(folder: str | Path, result: Result) -> list[Item] | None:
     files = _files(Path(folder), result)
     for judge, path in files.items():
         _add(items, judge, path, result.kind)
-    for item in items.values():
+    in_order = [items[key] for key in sorted(items, key=lambda key: key[0])]
+    for number, item in enumerate(in_order, 1):
+        item.number = number
         if len({answer.prompt for answer in item.answers}) > 1:
             item.prompt = ""
         else:
             for answer in item.answers:
                 answer.prompt = ""
-    return list(items.values()) if files else None
+    return in_order if files else None
 
 
 def _files(folder: Path, result: Result) -> dict[str, Path]:
@@ -128,7 +130,7 @@ def _has_answers(path: Path) -> bool:
 
 
 def _add(items: dict[tuple, Item], judge: str, path: Path, kind: str) -> None:
-    """Adds what a judge's file holds. The answer to a prompt that stands there twice belongs to the second of these."""
+    """Adds what a judge's file holds. items: by (place, what tells the prompt, which answer to it the variant's is)."""
     reader, times_seen = READERS.get(kind, _of_benchmark), {}
     rows = read_table(path, []) if path.stat().st_size else []  # empty where the judge failed at every answer
     for number, row in enumerate(rows, 1):
@@ -138,8 +140,13 @@ def _add(items: dict[tuple, Item], judge: str, path: Path, kind: str) -> None:
             texts = [variant, row["prompt"], row["answer"], judgement.words, *groups.values()]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("a text is missing")
-            times_seen[variant, key] = times_seen.get((variant, key), 0) + 1
-            item = items.setdefault((key, times_seen[variant, key]), Item(len(items) + 1, row["prompt"], groups))
+            # Not the first that the file names: an answer may be missing, and only of some variants. Files of earlier
+            # versions have no place; there the second answer to a prompt belongs to the second of these.
+            place = tuple(row[name] for name in PLACE.get(kind, ("place",)) if name in row)
+            if not all(isinstance(one, int) for one in place):
+                raise TypeError("its place is no number")
+            times_seen[variant, place, key] = times_seen.get((variant, place, key), 0) + 1
+            item = items.setdefault((place, key, times_seen[variant, place, key]), Item(0, row["prompt"], groups))
             answer = next((one for one in item.answers if one.variant == variant), None)
             if answer is None:
                 unfinished = bool(row.get("unfinished_thinking"))
@@ -152,6 +159,8 @@ def _add(items: dict[tuple, Item], judge: str, path: Path, kind: str) -> None:
                 f"{path} row {number}: no answer of eval.py {kind} ({error!r:.80}); run the evaluation again"
             ) from None
 
+
+PLACE = {"turns": ("row", "turn")}  # the fields that say where a prompt stands; of all others "place"
 
 # Of each evaluation: row -> (what tells its prompt from others, groups, verdict in words, value)
 
@@ -245,8 +254,9 @@ def _last(value: float | None, sign: int = 1) -> float:
 
 
 def worst_answers(items: Sequence[Item], n: int) -> list[tuple[Item, Answer]]:
-    """The n answers of the lowest value, of equal ones in the order asked."""
-    valued: Iterator = ((item, answer) for item in items for answer in item.answers if answer.value is not None)
+    """The n answers of the lowest value, of equal ones in the order asked. One that could not be better is left out."""
+    pairs = ((item, answer) for item in items for answer in item.answers)
+    valued = [(item, answer) for item, answer in pairs if answer.value is not None and round(answer.value, 9) < 1]
     return sorted(valued, key=lambda one: round(one[1].value, 9))[:n]
 
 

@@ -98,8 +98,10 @@ def contamination(result: Result) -> str:
 
 def note_on_answers(part: Part) -> str:
     """Why an evaluation that should have answers shows none; "" for any other."""
-    if part.items is not None or part.result.kind not in READERS:
+    if part.items or (part.items is None and part.result.kind not in READERS):
         return ""
+    if part.items is not None:
+        return f"No answers to show: {part.folder} holds none that was judged (the failed items say why)."
     return f"No answers to show: {part.folder} holds no items.jsonl of this result (tables of stored scores have none)."
 
 

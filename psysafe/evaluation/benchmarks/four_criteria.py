@@ -343,8 +343,10 @@ def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence
 def write_items(path: Path, answers, prompts, scores, replies) -> None:
     """One line for each judged answer, with its scores and the judge's reply: what `agreement` reads."""
     lines = []
+    places = {prompt: place for place, prompt in enumerate(prompts, 1)}
     for name, prompt in ((name, prompt) for name in answers for prompt in prompts if prompt in scores[name]):
         item = {"variant": name, "prompt": prompt, **answers[name].rows[prompt], **asdict(scores[name][prompt])}
+        item["place"] = places[prompt]
         reply = {"reply": replies[name, prompt]} if (name, prompt) in replies else {}
         lines.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)

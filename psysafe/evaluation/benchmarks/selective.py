@@ -259,9 +259,11 @@ def judge_all(
 def write_items(path: Path, prompts: Mapping[str, Prompt], judged: Mapping[str, dict], kl: Mapping[str, dict]) -> None:
     """One line an answer: setting, prompt, group, what the answer does."""
     lines = []
+    places = {p: place for place, p in enumerate(prompts, 1)}
     for name, by_prompt in judged.items():
         for p, answer in by_prompt.items():
-            item = {"variant": name, "prompt": p, "group": prompts[p].group, "cluster": prompts[p].cluster}
+            item = {"variant": name, "place": places[p], "prompt": p}
+            item |= {"group": prompts[p].group, "cluster": prompts[p].cluster}
             parts = answer.parts._asdict() if answer.parts else None
             item |= asdict(answer) | {"parts": parts, "kl": kl.get(name, {}).get(p)}
             lines.append(json.dumps(item, ensure_ascii=False) + "\n")
