@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
     parser.add_argument("--bundled", default="", metavar="DIR", help="an adapter of the bundled rows, to compare with")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="rows, run and table; what is there is not made again"
+        "--out", required=True, metavar="DIR", help="rows, run and table; what is there already is kept"
     )
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="of the new adapter (4)")
     return parser

@@ -6,44 +6,27 @@ import socket
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.stub_server import StubHandler, StubServer
 
 
-class StubEndpoint(ThreadingHTTPServer):
+class StubEndpoint(StubServer):
     """The last message says what to do, as words: `429 500 ok:TEXT` fails twice and then answers. Requests' headers,
     bodies and times are kept."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.seen: list[tuple[dict, dict, float]] = []
         self.tries: Counter = Counter()
         self.sent = 0
         self.lock = threading.Lock()
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        """A client that hung up is no error here."""
-
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{super().url}/v1"
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class Handler(StubHandler):
     def do_POST(self):
         body, prompt = self.request_body()
         with self.server.lock:

@@ -11,9 +11,10 @@ import json
 import socket
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
+
+from tests.stub_server import StubHandler, StubServer
 
 TOKEN = "hf_StubStubStubStubStubStub"
 
@@ -36,13 +37,11 @@ class Repository:
         return self.sha
 
 
-class StubHub(ThreadingHTTPServer):
+class StubHub(StubServer):
     """faults: (method, part of the path) -> (what to do, how often). seen: method and path of every request."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.reset()
 
     def reset(self) -> None:
@@ -53,31 +52,11 @@ class StubHub(ThreadingHTTPServer):
         self.visibility: list[bool] = []  # whether the repository was private, at each change of its files
         self.putting = threading.Event()
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        """A client that hung up is no error here."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
     def fail(self, method: str, part: str, what: str | int, times: int = 99) -> None:
         self.faults[method, part] = [what, times]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class Handler(StubHandler):
     def answer(self) -> None:
         path = self.path.partition("?")[0]
         self.server.seen.append(f"{self.command} {path}")

@@ -230,7 +230,7 @@ def test_the_training_table_is_the_runs(small):
     table = section(card_of(small), "Training")
     cells = dict(re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE))
     assert cells["base"] == f"{QWEN} at commit {COMMIT}, frozen"
-    assert cells["steps"] == "5 epochs of 4 rows a step; 2 made, 160 tokens"
+    assert cells["steps"] == "5 epochs of 4 rows a step; 2 taken, 160 tokens"
     assert cells["training loss"] == "1.5000 at first, 0.2500 at last"
     assert cells["validation loss"] == "0.9000 after step 0, 0.5000 after step 2"
     assert cells["training rows"] == "org/more; org/rows; 1 file not published here" and "mine" not in table

@@ -5,9 +5,7 @@ texts that would break it, on a phone and in the dark; and what raters export is
 import base64
 import contextlib
 import json
-import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,18 +21,6 @@ PREFERENCES = {"left": "Answer A", "right": "Answer B", "tie": "No preference"}
 LETTERS = {"left": "A", "right": "B"}
 N_ITEMS = 4
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from psysafe.evaluation.result import Result, Table
 from psysafe.printable import plain
 from psysafe.program import main_guard
 from tests.test_judged_answers import ALL, HALF, ROWS, folder_of, scored
-from tests.test_rate_page import EVIL, browser, opened, violations  # noqa: F401
+from tests.test_rate_page import EVIL, opened, violations
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def prompts(answers) -> list[str]:
     return answers.locator(".item > .text").all_text_contents()  # inner text is only that of items on the screen
 
 
-def test_orders_groups_and_text(browser, address):  # noqa: F811
+def test_orders_groups_and_text(browser, address):
     with opened(browser, address) as page:
         five, thirty = page.locator("#part0-answers"), page.locator("#part1-answers")
         assert prompts(five) == list("aedbc")
@@ -64,7 +64,7 @@ def test_orders_groups_and_text(browser, address):  # noqa: F811
         assert thirty.locator(".count").inner_text() == "30 of 30 prompts, 1 to 25 shown"
 
 
-def test_by_keyboard_alone(browser, address):  # noqa: F811
+def test_by_keyboard_alone(browser, address):
     with opened(browser, address) as page:
         thirty = page.locator("#part1-answers")
         thirty.get_by_label("Order").focus()
@@ -82,7 +82,7 @@ def test_by_keyboard_alone(browser, address):  # noqa: F811
         assert not thirty.get_by_text("Reply 7", exact=True).count()  # still folded
 
 
-def test_pages_and_links(browser, address):  # noqa: F811
+def test_pages_and_links(browser, address):
     with opened(browser, f"{address}#part1-29") as page:
         thirty = page.locator("#part1-answers")
         assert prompts(thirty)[-1] == "question 29" and len(prompts(thirty)) == 5  # the second page, of 25 each
@@ -121,7 +121,7 @@ def evil_report(folder: Path) -> str:
 
 @pytest.mark.parametrize(("scheme", "width", "background"), [("dark", 360, "rgb(20, 26, 32)"),
                                                              ("light", 1200, "rgb(255, 255, 255)")])  # fmt: skip
-def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, scheme, width, background):  # noqa: F811
+def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, scheme, width, background):
     look = {"color_scheme": scheme, "viewport": {"width": width, "height": 740}}
     with opened(browser, evil_report(tmp_path), **look) as page:
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
@@ -142,13 +142,13 @@ def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, schem
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 360), ("light", 1200)])
-def test_a_usual_report_on_a_phone_and_in_the_dark(browser, address, scheme, width):  # noqa: F811
+def test_a_usual_report_on_a_phone_and_in_the_dark(browser, address, scheme, width):
     with opened(browser, address, color_scheme=scheme, viewport={"width": width, "height": 740}) as page:
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_long_text_is_cut_between_characters(browser, tmp_path):  # noqa: F811
+def test_a_long_text_is_cut_between_characters(browser, tmp_path):
     with opened(browser, evil_report(tmp_path)) as page:
         item = page.locator(f"#part0-{len(EVIL) + 1}")
         cut = item.locator("article .text").text_content()
@@ -157,7 +157,7 @@ def test_a_long_text_is_cut_between_characters(browser, tmp_path):  # noqa: F811
         assert item.locator("article .text").evaluate("node => node === document.activeElement")
 
 
-def test_printed_and_without_scripts(browser, address):  # noqa: F811
+def test_printed_and_without_scripts(browser, address):
     with opened(browser, address) as page:
         page.emulate_media(media="print")
         assert page.locator("#part1-answers .choices").is_hidden() and page.get_by_role("button").count() == 0

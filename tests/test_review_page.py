@@ -11,7 +11,7 @@ from psysafe.corpus import review
 from psysafe.data.rows import read_file
 from psysafe.files import ASSETS
 from psysafe.program import main_guard
-from tests.test_rate_page import MARKUP, RIGHT_TO_LEFT, browser, export, opened, start_as, violations  # noqa: F401
+from tests.test_rate_page import MARKUP, RIGHT_TO_LEFT, export, opened, start_as, violations
 
 pytestmark = pytest.mark.slow
 N_ROWS = 4
@@ -52,7 +52,7 @@ def press(page, *keys: str) -> None:
         page.keyboard.press(key)
 
 
-def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):  # noqa: F811
+def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):
     by_prompt = {row.fields["prompt"]: row.fields for row in read_file(drafts)}
     with opened(browser, page_of(drafts)) as page:
         while page.evaluate("document.activeElement.id") != "name":
@@ -95,7 +95,7 @@ def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):
     assert "Änna: reject, because too cold" in report
 
 
-def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser, drafts, tmp_path):  # noqa: F811
+def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser, drafts, tmp_path):
     by_prompt = {row.fields["prompt"]: row.fields for row in read_file(drafts)}
     with opened(browser, page_of(drafts)) as page:
         start_as(page, "Anna")
@@ -152,7 +152,7 @@ def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 360), ("light", 1200)])
-def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, scheme, width):  # noqa: F811
+def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, scheme, width):
     bundled = json.loads((ASSETS / "rows" / "val.jsonl").read_text().splitlines()[0])
     evil = bundled | {"prompt": MARKUP, "answer": MARKUP, "reasoning": RIGHT_TO_LEFT, "framework_name": MARKUP}
     drafts, issues = tmp_path / "drafts.jsonl", tmp_path / "issues.jsonl"

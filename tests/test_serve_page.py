@@ -6,9 +6,7 @@ browser it asks, streams, stops, and shows markup as text."""
 import base64
 import hashlib
 import html
-import os
 import re
-import shutil
 
 import pytest
 
@@ -38,18 +36,6 @@ def test_the_helplines_stand_on_top():
         assert service.contact in top and service.name in top
     assert all(f'href="tel:{number}"' in top for number in bundled().emergency.values())
     assert "not a substitute for professional care" in " ".join(top.split())
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.mark.slow

@@ -1,4 +1,3 @@
-"use strict";
 // What all pages for raters share: who rates, a rater's order of the items, storage, moving between items, files.
 //
 // An answer is an entry, name -> { value, time }; its name begins with its item's id and a space. time: milliseconds
@@ -13,14 +12,6 @@ const MAX_FILE_BYTES = 2e7;
 let page;  // what this page's own script gives to startForm
 let rater = "", entries = {}, order = [], place = 0;
 let isStored = true, isExported = true;
-
-function element(name, parent, text = "", properties = {}) {
-  const node = document.createElement(name);
-  node.textContent = text;
-  Object.assign(node, properties);
-  parent.append(node);
-  return node;
-}
 
 // A function that gives numbers from 0 up to 1, the same for the same text on every machine: mulberry32, seeded with
 // the 32-bit FNV-1a hash of the text's UTF-8 bytes.

@@ -1,18 +1,9 @@
-"use strict";
 // The answers of eval.py report: in a chosen order, of chosen groups, with a text in them; a page of them at once.
 // Every text of a model comes into the page as textContent.
 
 const RESULTS = JSON.parse(document.getElementById("data").textContent);
 const CUT = 4000;  // characters of a text that are shown at first: a model may repeat itself 50,000 characters long
 const WAIT_MS = 150;  // after a key, before the list is searched
-
-function element(name, parent, text = "", properties = {}) {
-  const node = document.createElement(name);
-  node.textContent = text;
-  Object.assign(node, properties);
-  parent.append(node);
-  return node;
-}
 
 function option(select, text, value) {
   element("option", select, text, { value });

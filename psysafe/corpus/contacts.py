@@ -52,8 +52,8 @@ def known_services(names: Sequence[str] = (), unchecked: bool = False) -> Servic
 def numbers_in(text: str) -> list[str]:
     """What may be a phone number, as it is written, with ordinary digits."""
     text = ROUND_THE_CLOCK.sub(" ", HOST.sub(" ", unicodedata.normalize("NFKC", text)))
-    found = [match[0] for match in NUMBER.finditer(text)]
-    return [number for number in found if len(re.sub(r"\D", "", number)) >= MIN_DIGITS and not YEAR.fullmatch(number)]
+    numbers = [match[0] for match in NUMBER.finditer(text)]
+    return [number for number in numbers if len(re.sub(r"\D", "", number)) >= MIN_DIGITS and not YEAR.fullmatch(number)]
 
 
 def hosts_in(text: str) -> list[str]:

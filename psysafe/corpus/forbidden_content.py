@@ -26,9 +26,9 @@ def forbidden_issues(rows: Sequence[Row], judge: Judge, out: str | Path) -> tupl
     issues: dict[int, list[Issue]] = {}
     for (row, check), reply in replies.items():
         _, (bad, good), text = QUESTIONS[check]
-        found = verdict(reply, Scale({bad: True, good: False}, distinctive=True))
-        if found is not False:
-            issue = Issue(check, "answer", text if found else "the judge's reply holds no clear verdict")
+        is_bad = verdict(reply, Scale({bad: True, good: False}, distinctive=True))
+        if is_bad is not False:
+            issue = Issue(check, "answer", text if is_bad else "the judge's reply holds no clear verdict")
             issues.setdefault(row, []).append(issue)
     for row, check in failed:
         issues.setdefault(row, []).append(Issue(check, "answer", "not judged"))

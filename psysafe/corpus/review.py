@@ -246,4 +246,5 @@ def page(name: str, items: Sequence[dict]) -> str:
     }
     parts = {"title": html.escape(TITLE), "notice": NOTICE, "keys": KEYS, "helplines": helplines.as_html()}
     parts["instructions"] = read_text(ASSETS / "review.html")
-    return web_page.build("form.html", parts, ["form.css", "review.css"], ["form.js", "review.js"], content)
+    scripts = ["element.js", "form.js", "review.js"]
+    return web_page.build("form.html", parts, ["form.css", "review.css"], scripts, content)

@@ -84,8 +84,8 @@ def read_exports(paths: Sequence[str | Path], digest: str, drafts: Sequence[Draf
 def _read(path: str | Path, digest: str, n_rows: int) -> tuple[str, Entries]:
     content = read_json(Path(path))
     if content.get("page") != digest:
-        found = f"of the drafts {content.get('page')!r:.40}, and --drafts are {digest!r}"
-        raise UserError(f"{path}: {found}; expected an export of a page of these drafts, unchanged since")
+        whose = f"of the drafts {content.get('page')!r:.40}, and --drafts are {digest!r}"
+        raise UserError(f"{path}: {whose}; expected an export of a page of these drafts, unchanged since")
     name = content.get("rater")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{path}: rater is {name!r:.60}; expected the name of who reviewed")

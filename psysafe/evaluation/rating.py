@@ -197,4 +197,4 @@ def page(content: dict) -> str:
     instructions = read_text(ASSETS / "rate.html").replace("<!-- rubric -->", rubric_html(read_text(RUBRIC)))
     parts = {"title": TITLE, "notice": NOTICE, "instructions": instructions, "keys": KEYS}
     parts["helplines"] = helplines.as_html()
-    return web_page.build("form.html", parts, ["form.css"], ["form.js", "rate.js"], content)
+    return web_page.build("form.html", parts, ["form.css"], ["element.js", "form.js", "rate.js"], content)

@@ -132,7 +132,7 @@ def page(parts: Sequence[Part]) -> str:
     sections = "".join(_section(f"part{i}", part) for i, part in enumerate(parts))
     data = [_data(f"part{i}", part.items) for i, part in enumerate(parts) if part.items]
     slots = {"notice": _escape(NOTICE), "contents": contents, "sections": sections}
-    return web_page.build("report.html", slots, ["form.css", "report.css"], ["report.js"], data)
+    return web_page.build("report.html", slots, ["form.css", "report.css"], ["element.js", "report.js"], data)
 
 
 def _data(anchor: str, items: Sequence[Item]) -> dict:

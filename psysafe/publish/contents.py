@@ -116,6 +116,6 @@ def extra_files(run: Run, results: Sequence[tuple[Result, dict]], wanted: Sequen
 
 def tables_only(result: Result) -> dict:
     """A result without its settings, which hold folders and addresses of judges."""
-    kept = {key: value for key, value in asdict(result).items() if key in ("kind", "title", "tables", "notes")}
-    kept["contamination"] = result.contamination
-    return json.loads(without_folders(json.dumps(kept, ensure_ascii=False)))
+    published = {key: value for key, value in asdict(result).items() if key in ("kind", "title", "tables", "notes")}
+    published["contamination"] = result.contamination
+    return json.loads(without_folders(json.dumps(published, ensure_ascii=False)))

@@ -165,18 +165,18 @@ class Score(NamedTuple):
 def scores(results: Sequence[tuple[Result, dict]], run_name: str) -> list[Score]:
     """MMLU and HellaSwag of this adapter without a system prompt, over all questions; other figures need a judge, and
     stand in the card alone."""
-    found = {}
+    scores = {}
     for result, rest in results:
         for benchmark in (one for one in BENCHMARKS if one.kind == result.kind):
             for row in (row for table in result.tables[:1] for row in rows_of(table)):
                 value, is_whole = row.get(benchmark.metric), row.get("n") == benchmark.questions
                 if row.get("variant") == f"{run_name}, none" and is_whole and isinstance(value, int | float):
                     template = ", chat template" if result.settings.get("chat template") else ""
-                    found[benchmark.kind] = Score(
+                    scores[benchmark.kind] = Score(
                         benchmark,
                         round(100 * value, 2),
                         str(result.settings.get("data revision") or ""),
                         rest["finished"][:10],
                         f"{benchmark.metric}, 0-shot, log-likelihoods as lm-eval 0.4.13{template}",
                     )
-    return list(found.values())
+    return list(scores.values())

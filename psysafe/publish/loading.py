@@ -103,8 +103,8 @@ def _transformers(names: Names) -> list[str]:
     if not names.merged:
         model = f"--model {BUNDLED} " if names.base_name == BUNDLED else ""  # else the adapter names it
         command = f"python -m psysafe.checkpoint merge {model}--adapter {names.adapter} --out merged"
-        made = f"Not in this repository. In a clone of psysafe `{command}` makes them."
-        return [*lines, made, "", *_adapter_folder(names)]
+        where = f"Not in this repository. In a clone of psysafe `{command}` makes them."
+        return [*lines, where, "", *_adapter_folder(names)]
     return [
         *lines,
         *_block(

@@ -37,12 +37,12 @@ def check(files: Iterable[tuple[str, bytes | Path]]) -> None:
     secrets = _secrets()
     for path, content in files:
         for number, line in enumerate(_text(path, content).splitlines(), 1):
-            found = next((what for what, pattern in PATTERNS.items() if pattern.search(line)), "")
+            what = next((kind for kind, pattern in PATTERNS.items() if pattern.search(line)), "")
             if any(secret in line for secret in secrets):
-                found = "a token"
-            if found:
+                what = "a token"
+            if what:
                 raise UserError(
-                    f"{path} line {number}: holds {found}, which must not be published; nothing was sent. Take it out "
+                    f"{path} line {number}: holds {what}, which must not be published; nothing was sent. Take it out "
                     "of what the file is made from (the results, the merged folder), or leave that out"
                 )
 

@@ -52,9 +52,9 @@ def described(names: list[str]) -> str:
 def _steps(run: Run) -> dict[str, str]:
     config, steps = run.config, [row for row in run.rows if "loss" in row]
     planned = f"{config.max_steps:,} steps" if config.max_steps else f"{counted(config.epochs, 'epoch')}"
-    made = f"{steps[-1]['step']:,} made" if steps else f"how many were made is {NOT_RECORDED}"
+    taken = f"{steps[-1]['step']:,} taken" if steps else f"how many were taken is {NOT_RECORDED}"
     tokens = f", {sum(row.get('tokens', 0) for row in steps):,} tokens" if steps else ""
-    return {"steps": f"{planned} of {counted(config.batch_size, 'row')} a step; {made}{tokens}"}
+    return {"steps": f"{planned} of {counted(config.batch_size, 'row')} a step; {taken}{tokens}"}
 
 
 def _optimiser(config: TrainConfig) -> dict[str, str]:
@@ -76,5 +76,5 @@ def _losses(run: Run) -> dict[str, str]:
     if validations:
         texts = [f"{loss:.4f} after step {step:,}" for step, loss in (validations[0], validations[-1])]
         rows["validation loss"] = ", ".join(dict.fromkeys(texts))
-    kept = "the last" if run.config.keep_best == "last" else f"that of the best validation ({run.config.keep_best})"
-    return rows | {"adapter of these files": kept}
+    which = "the last" if run.config.keep_best == "last" else f"that of the best validation ({run.config.keep_best})"
+    return rows | {"adapter of these files": which}
