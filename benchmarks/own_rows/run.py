@@ -45,6 +45,7 @@ def measure(rows: Sequence[dict]) -> dict:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         read = check.read_drafts([file.name])
+        # Under a name of its own: the temporary file's would stand in the committed issues, another one each time.
         given = [Row(row.fields, Path("drafts"), row.number) for row in read]
         issues, _ = check.check(given, SETTINGS, known_services(), set())
         found, _ = forbidden_issues(read, MarkerJudge(), file.name + ".judged")
