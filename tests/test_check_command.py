@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.own_rows.drafts import drafts
-from benchmarks.own_rows.run import measure
+from benchmarks.own_rows.run import measure, sets
 from psysafe.corpus.__main__ import main
 from psysafe.corpus.common_text import COMMON, shared_text
 from psysafe.corpus.contacts import known_services
@@ -123,7 +122,7 @@ def test_shared_text_is_that_of_the_most_similar_row_and_of_everybody():
 
 def test_planted_faults_are_found():
     """benchmarks/own_rows, its 200 drafts. What sound drafts are blamed for stands in the committed table."""
-    result = measure(drafts("texts.toml"))
+    result = measure(*sets()["texts.toml"])
     assert (result["drafts"], result["faulty"]) == (200, 60)
     assert {name: row["recall"] for name, row in result["checks"].items()} == dict.fromkeys(result["checks"], 1.0)
     assert result["sound rows with an issue"] <= 5

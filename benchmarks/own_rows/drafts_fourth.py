@@ -6,7 +6,6 @@ docs/own-rows.md and psysafe/assets/write_risky.txt alone. Neither may change wh
 
 import random
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 from psysafe.services import bundled
@@ -31,11 +30,16 @@ REASONING = (
 )
 
 
-@dataclass
-class Draft:
-    row: dict  # as a drafts file holds it
-    fault: str = ""  # the planted one, "" for a sound draft
-    copied: bool = False  # whether a template or duplicate of the set was made from it: the two cannot be told apart
+# A fault -> the check that has to find it.
+CHECKS = {
+    "unknown number": "services",
+    "missing part": "parts",
+    "wrong strategy": "strategy",
+    "template": "template",
+    "other language": "language",
+    "harmful detail": "harm",
+    "duplicate": "duplicate",
+}
 
 
 def texts() -> dict:
@@ -101,8 +105,9 @@ def risky_copy(kind: str, draft: dict[str, str], changes: dict, data: dict) -> d
     return risky_row(draft | changed | {"strategy": strategy, "step": step, "closing": closing})
 
 
-def drafts(seed: int = 0) -> list[Draft]:
-    """All 200, in an order drawn by the seed."""
+def drafts(seed: int = 0) -> list[dict]:
+    """All 200 rows, in an order drawn by the seed. `fault`: the check that has to find the row, "" for a sound one.
+    `copy_of`: in a template and a duplicate, the prompt of the row it was made from."""
     data = texts()
     faults = {}
     for group in data["faults"]:
@@ -110,22 +115,22 @@ def drafts(seed: int = 0) -> list[Draft]:
             cluster, place = changes["at"]
             assert (cluster, place) not in faults, f"two faults at {cluster} {place}"
             faults[cluster, place] = (group["kind"], changes)
-    result = []
+    rows = []
     for cluster, cluster_data in data["clusters"].items():
         for place in range(len(cluster_data["situations"])):
             draft = fields(cluster, place, cluster_data)
             kind, changes = faults.pop((cluster, place), ("", {}))
             if kind in COPIES:
-                result.append(Draft(risky_row(draft), copied=True))
-                result.append(Draft(risky_copy(kind, draft, changes, cluster_data), kind))
+                copy = risky_copy(kind, draft, changes, cluster_data)
+                rows += [risky_row(draft) | {"fault": ""}, copy | {"fault": CHECKS[kind], "copy_of": draft["prompt"]}]
             else:
                 changed = {key: value for key, value in changes.items() if key != "at"}
-                result.append(Draft(risky_row(draft | changed), kind))
+                rows.append(risky_row(draft | changed) | {"fault": CHECKS.get(kind, "")})
     for place, row in enumerate(data["harmless"]["rows"]):
         kind, changes = faults.pop(("harmless", place), ("", {}))
-        result.append(Draft(harmless_row(row, changes), kind))
+        rows.append(harmless_row(row, changes) | {"fault": CHECKS.get(kind, "")})
     for prompt, answer in data["out_of_domain"]["rows"]:
-        result.append(Draft({"prompt": prompt, "answer": answer, "group": "out_of_domain"}))
+        rows.append({"prompt": prompt, "answer": answer, "group": "out_of_domain", "fault": ""})
     assert not faults, f"no draft for {list(faults)}"
-    random.Random(seed).shuffle(result)
-    return result
+    random.Random(seed).shuffle(rows)
+    return rows

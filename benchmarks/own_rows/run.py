@@ -1,9 +1,10 @@
-"""Which planted faults `corpus check` finds: precision and recall of each, over drafts of two files of texts.
+"""Which planted faults `corpus check` finds: precision and recall of each, over four sets of drafts.
 
     python -m benchmarks.own_rows.run [--json FILE] [--drafts FOLDER]
 
-A stub stands in for the judge: it finds the marker that stands for a harmful detail. So the line `harm` shows that what
-a judge says arrives, and nothing of how well a real one judges.
+In the first three sets a stub stands in for the judge: it finds the marker that stands for a harmful detail. So their
+line `harm` shows that what a judge says arrives, and nothing of how well a real one judges. The fourth, held-out set is
+checked as `corpus check` does it without a judge, with its own settings.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.own_rows import drafts_fourth
 from benchmarks.own_rows.drafts import FAULTS, MARKER, PLANTED, drafts
 from psysafe.corpus import check
 from psysafe.corpus.contacts import known_services
@@ -39,19 +41,36 @@ class MarkerJudge:
         return "no_claim"
 
 
-def measure(rows: Sequence[dict]) -> dict:
-    """Counts by check: planted, found, found where nothing of the kind was planted. Other issues of sound rows."""
+def sets() -> dict[str, tuple[list[dict], Settings, MarkerJudge | None]]:
+    """The file of a set's texts -> its rows, and what they are checked with."""
+    developed = {name: (drafts(name), SETTINGS, MarkerJudge()) for name in PLANTED}
+    return developed | {drafts_fourth.TEXTS.name: (drafts_fourth.drafts(), Settings(), None)}
+
+
+def measure(rows: Sequence[dict], settings: Settings, judge: MarkerJudge | None) -> dict:
+    """Counts by check: planted, found, found where nothing of the kind was planted. Other issues of sound rows.
+
+    A row with `copy_of` and the row with that prompt count as one find of the copy: which of the two is blamed depends
+    on their order alone.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         read = check.read_drafts([file.name])
         # Under a name of its own: the temporary file's would stand in the committed issues, another one each time.
         given = [Row(row.fields, Path("drafts"), row.number) for row in read]
-        issues, _ = check.check(given, SETTINGS, known_services(), set())
-        found, _ = forbidden_issues(read, MarkerJudge(), file.name + ".judged")
-        check.add(issues, found)
+        issues, _ = check.check(given, settings, known_services(), set())
+        if judge:
+            found, _ = forbidden_issues(read, judge, file.name + ".judged")
+            check.add(issues, found)
     checks = [{issue.check for issue in issues[number]} for number in range(len(rows))]
     faults = [row["fault"] for row in rows]
+    places = {row["prompt"]: place for place, row in enumerate(rows)}
+    for copy, row in enumerate(rows):
+        original = checks[places[row["copy_of"]]] if "copy_of" in row else set()
+        if row["fault"] in original:
+            original.remove(row["fault"])
+            checks[copy].add(row["fault"])
     table = {}
     for name in [*FAULTS, "duplicate"]:
         planted = [fault == name for fault in faults]
@@ -98,9 +117,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--drafts", help="a folder for the drafts, to look at")
     args = parser.parse_args(argv)
     results = {}
-    for name in PLANTED:
-        rows = drafts(name)
-        results[name] = measure(rows)
+    for name, (rows, settings, judge) in sets().items():
+        results[name] = measure(rows, settings, judge)
         print(f"{name}\n\n{as_text(results[name])}\n")
         if args.drafts:
             Path(args.drafts).mkdir(parents=True, exist_ok=True)
