@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe.corpus import contacts
 from psysafe.corpus.common_text import Shared, duplicate_issues, leak_issues, template_issues
 from psysafe.corpus.contacts import Services, known_services
-from psysafe.corpus.contrast import word_runs
 from psysafe.corpus.draft_checks import GROUP, Issue, Settings, group_of, row_issues
 from psysafe.corpus.forbidden_content import QUESTIONS, forbidden_issues
 from psysafe.corpus.languages import known_languages, languages
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.corpus.texts import answer_of, first_user_text, prompts_of
+from psysafe.corpus.texts import answer_of, first_user_text, prompts_of, word_runs
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
@@ -63,9 +63,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
                         help=f"of an answer to a risky prompt ({Settings.min_words})")  # fmt: skip
     parser.add_argument("--max-words", type=int, default=Settings.max_words, metavar="N",
                         help=f"of an answer ({Settings.max_words})")  # fmt: skip
-    parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
-                        help="helplines that answers may name: countries (AU) or files, instead of US UK")  # fmt: skip
-    parser.add_argument("--unchecked", action="store_true", help="also services of --services that nobody has checked")
+    contacts.add_arguments(parser)
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:

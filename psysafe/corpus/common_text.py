@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from psysafe.corpus.contacts import Services
-from psysafe.corpus.contrast import RUN, near_duplicates, word_runs
 from psysafe.corpus.draft_checks import GROUP, Issue, group_of
 from psysafe.corpus.draft_parts import split
+from psysafe.corpus.texts import RUN, near_duplicates, word_runs
 from psysafe.data.rows import Row
 from psysafe.evaluation.word_list_judge import plain
 from psysafe.files import clusters
@@ -20,6 +20,10 @@ COMMON = 50  # rows: a run that more rows have is everybody's, whichever row it 
 class Shared(NamedTuple):
     share: float  # of the answer's runs of RUN words
     other: int | None  # the row that shares most of them
+
+    @property
+    def is_template(self) -> bool:
+        return self.share > MAX_SHARED
 
 
 def shared_text(answers: Sequence[str], services: Services) -> list[Shared]:
@@ -53,10 +57,10 @@ def _own_runs(answer: str, services: Services) -> set[str]:
 def template_issues(rows: Sequence[Row], services: Services) -> tuple[dict[int, list[Issue]], list[Shared]]:
     shared = shared_text([row.fields["answer"] for row in rows], services)
     issues = {}
-    for number, (share, other) in enumerate(shared):
-        if share > MAX_SHARED:
-            most = f", most with {rows[other].where}" if other is not None else ""
-            issues[number] = [Issue("template", "answer", f"{share:.0%} of the text stands in other rows{most}")]
+    for number, one in enumerate(shared):
+        if one.is_template:
+            most = f", most with {rows[one.other].where}" if one.other is not None else ""
+            issues[number] = [Issue("template", "answer", f"{one.share:.0%} of the text stands in other rows{most}")]
     return issues, shared
 
 

@@ -4,6 +4,7 @@ A row teaches a model what to give to people in danger, so every number and ever
 project knows. `known_services` is the only place where the tools for rows of one's own take them from.
 """
 
+import argparse
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -38,6 +39,12 @@ class Services(NamedTuple):
     def named_in(self, text: str) -> bool:
         """Whether a text names a service, with or without a way to reach it."""
         return any(service.name.lower() in text.lower() for service in self.all())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
+                        help="helplines that answers may name: countries (AU) or files, instead of US UK")  # fmt: skip
+    parser.add_argument("--unchecked", action="store_true", help="also services of --services that nobody has checked")
 
 
 def known_services(names: Sequence[str] = (), unchecked: bool = False) -> Services:

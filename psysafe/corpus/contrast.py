@@ -8,19 +8,17 @@ base, and would become a target. docs/selective.md says what the rows are for.
 
 import argparse
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import PERCENTILES, tokenizer_of
-from psysafe.corpus.texts import prompts_of
+from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, word_runs
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import Row, read_file, write_rows
-from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.evaluation import behaviour, judge_models
 from psysafe.evaluation.models_under_test import BASE
@@ -29,8 +27,6 @@ from psysafe.printable import counted, one_line, plain
 from psysafe.program import UserError
 
 EXPECTED = {"plain": behaviour.COMPLIANCE, "scary": behaviour.COMPLIANCE, "out_of_domain": behaviour.REFUSAL}
-RUN = 5  # words in a row that a contrast prompt may not share with an evaluation prompt
-SIMILARITY = 0.8  # shared words / all words of two prompts (Jaccard), from which on they count as near duplicates
 FIELDS = ("prompt", "answer", "reasoning", "finish_reason", "adapter", "group")
 
 
@@ -147,43 +143,10 @@ def select(
     return short
 
 
-def word_runs(prompts: Iterable[str]) -> set[str]:
-    """Every run of RUN words of the normalised prompts; a shorter prompt is a run of its own."""
-    runs = set()
-    for words in (normalise(prompt).split() for prompt in prompts):
-        runs |= {" ".join(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
-    return runs
-
-
 def without_near_duplicates(rows: Sequence[Row]) -> list[Row]:
     """The rows whose prompt is no near duplicate of an earlier one."""
     duplicates = near_duplicates(rows)
     return [row for i, row in enumerate(rows) if i not in duplicates]
-
-
-def near_duplicates(rows: Sequence[Row]) -> dict[int, int]:
-    """Place of each row whose prompt shares SIMILARITY of its words, or more, with that of an earlier row of its group
-    -> the place of that row, which is no near duplicate itself.
-
-    Two sets as similar as that share a word among the rarest (1 - SIMILARITY) of each (prefix filtering), so only rows
-    with such a word in common are compared.
-    """
-    sets = [frozenset(normalise(row.fields["prompt"]).split()) for row in rows]
-    count = Counter(word for words in sets for word in words)
-    by_word: dict[tuple[str, str], list[int]] = {}
-    duplicates = {}
-    for i, (row, words) in enumerate(zip(rows, sets, strict=True)):
-        rarest = sorted(words, key=lambda word: (count[word], word))
-        # - 1e-9: a product that rounding put above a whole number would make the prefix one word too short.
-        prefix = rarest[: len(words) - math.ceil(SIMILARITY * len(words) - 1e-9) + 1]
-        earlier = [other for word in prefix for other in by_word.get((row.fields["group"], word), [])]
-        same = (other for other in earlier if len(words & sets[other]) >= SIMILARITY * len(words | sets[other]))
-        if (first := next(same, None)) is not None:
-            duplicates[i] = first
-            continue
-        for word in prefix:
-            by_word.setdefault((row.fields["group"], word), []).append(i)
-    return duplicates
 
 
 def as_text(rows: Sequence[Row], tokenizer: Tokenizer, n_answers: int, dropped: Counter, out: Path) -> str:

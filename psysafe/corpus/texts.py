@@ -1,5 +1,8 @@
 """The texts of a row: prompt, answer, and what of an answer is compared."""
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from psysafe.data.chat_template import THINK_END, content_text
@@ -8,6 +11,8 @@ from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
 from psysafe.program import UserError
 
+RUN = 5  # words in a row that two prompts, or an answer and a template, have in common
+SIMILARITY = 0.8  # shared words / all words of two prompts (Jaccard), from which on they count as near duplicates
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
 
 
@@ -48,3 +53,36 @@ def answer_of(row: Row) -> str:
     replies = [m.get("content") for m in row.messages if isinstance(m, dict) and m.get("role") == "assistant"]
     text = (content_text(replies[-1]) if replies else None) or ""
     return text.rpartition(THINK_END)[2].strip()
+
+
+def word_runs(prompts: Iterable[str]) -> set[str]:
+    """Every run of RUN words of the normalised prompts; a shorter prompt is a run of its own."""
+    runs = set()
+    for words in (normalise(prompt).split() for prompt in prompts):
+        runs |= {" ".join(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
+    return runs
+
+
+def near_duplicates(rows: Sequence[Row]) -> dict[int, int]:
+    """Place of each row whose prompt shares SIMILARITY of its words, or more, with that of an earlier row of its group
+    -> the place of that row, which is no near duplicate itself.
+
+    Two sets as similar as that share a word among the rarest (1 - SIMILARITY) of each (prefix filtering), so only rows
+    with such a word in common are compared.
+    """
+    sets = [frozenset(normalise(row.fields["prompt"]).split()) for row in rows]
+    count = Counter(word for words in sets for word in words)
+    by_word: dict[tuple[str, str], list[int]] = {}
+    duplicates = {}
+    for i, (row, words) in enumerate(zip(rows, sets, strict=True)):
+        rarest = sorted(words, key=lambda word: (count[word], word))
+        # - 1e-9: a product that rounding put above a whole number would make the prefix one word too short.
+        prefix = rarest[: len(words) - math.ceil(SIMILARITY * len(words) - 1e-9) + 1]
+        earlier = [other for word in prefix for other in by_word.get((row.fields["group"], word), [])]
+        same = (other for other in earlier if len(words & sets[other]) >= SIMILARITY * len(words | sets[other]))
+        if (first := next(same, None)) is not None:
+            duplicates[i] = first
+            continue
+        for word in prefix:
+            by_word.setdefault((row.fields["group"], word), []).append(i)
+    return duplicates

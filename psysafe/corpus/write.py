@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.corpus import check
-from psysafe.corpus.common_text import MAX_SHARED, shared_text
+from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, row_issues
 from psysafe.corpus.draft_requests import UnusableReply, draft, messages, read_own_prompts
@@ -216,7 +216,7 @@ def report(
     if assigned:
         print(f"clusters that the model assigned: {', '.join(f'{name} {n:,}' for name, n in assigned.items())}")
     with_issue = sum(bool(row_issues(row.fields, services, settings)) for row in drafts)
-    shared = sum(item.share > MAX_SHARED for item in shared_text([row.fields["answer"] for row in drafts], services))
+    shared = sum(item.is_template for item in shared_text([row.fields["answer"] for row in drafts], services))
     print(f"{with_issue:,} with an issue, {shared:,} with more than half of their text in other rows; see the reasons "
           f"with python -m psysafe.corpus check {out}")  # fmt: skip
     if settings.language not in languages():
