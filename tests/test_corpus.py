@@ -84,7 +84,7 @@ def test_stats_counts(tmp_path, capsys):
     assert main(["stats", path, "--max-tokens", "10", "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "s.json").read_text())
     assert numbers["rows"] == 4 and numbers["clusters"] == {"violence": 2, "weapon": 2}
-    assert numbers["duplicate prompts"] == 2 and numbers["answers that share a template"] == 3
+    assert numbers["duplicate prompts"] == 2 and numbers["answers with more than half of their text in other rows"] == 3
     assert numbers["without reasoning"] == 3 and numbers["rows over the limit"] == 4
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

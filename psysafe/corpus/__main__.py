@@ -1,6 +1,7 @@
 """Tools for the rows before training.
 
-    python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--plot DIR] [--json FILE]
+    python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--services FILE...] [--plot DIR]
+                                  [--json FILE]
     python -m psysafe.corpus validate FILE... [--config FILE] [--model DIR] [--max-tokens N] [--system SYSTEM]
                                      [--train-turns last|all] [--long-rows cut|drop|error]
     python -m psysafe.corpus split FILE... --out DIR [--val 100] [--test 100] [--seed 42] [--quoted-in SYSTEM ...]
@@ -47,7 +48,7 @@ from psysafe.program import main_guard
 COMMANDS = {"stats": stats, "validate": validate, "split": split, "leakage": leakage, "impute": impute,
             "contrast": contrast, "localise": localise, "prompt": prompt, "services": services, "write": write,
             "check": check, "review": review}  # fmt: skip
-WITHOUT_EFFECT = {name: COMMANDS[name].without_effect for name in ("contrast", "write", "check", "review")}
+WITHOUT_EFFECT = {name: COMMANDS[name].without_effect for name in ("stats", "contrast", "write", "check", "review")}
 
 
 def main(argv: Sequence[str]) -> int:

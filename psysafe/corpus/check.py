@@ -67,7 +67,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    reasons = judge_models.without_effect(args)
+    reasons = judge_models.without_effect(args) | contacts.without_effect(args)
     if not args.judge_local:
         reasons |= dict.fromkeys(("--device", "--dtype"), "without --judge-local")
     if not has_judge(args):

@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unchecked", action="store_true", help="also services of --services that nobody has checked")
 
 
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    return {} if args.services else {"--unchecked": "without --services"}
+
+
 def known_services(names: Sequence[str] = (), unchecked: bool = False) -> Services:
     """The services that rows may name: of these country codes and files, or, without any, of the bundled rows."""
     services = read_services(names) if names else bundled()

@@ -1,4 +1,7 @@
-"""Rows, clusters, categories, duplicates, token lengths."""
+"""Rows, what they have too few of, duplicates, templates, token lengths.
+
+python -m psysafe.corpus stats drafts.jsonl [--services AU] [--json stats.json]
+"""
 
 import argparse
 from collections import Counter
@@ -8,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.checkpoint.base import resolve_model
+from psysafe.corpus import balance, contacts
+from psysafe.corpus.contacts import known_services
 from psysafe.corpus.outputs import refuse_inputs, write_json
-from psysafe.corpus.texts import answer_of, first_user_text, template
+from psysafe.corpus.texts import answer_of, first_user_text
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
@@ -20,14 +25,20 @@ from psysafe.printable import counted, plain
 from psysafe.program import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+TEMPLATES = "answers with more than half of their text in other rows"  # as `check` blames them
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
+    contacts.add_arguments(parser)
     parser.add_argument("--plot", metavar="DIR", help="write lengths.png there")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    return contacts.without_effect(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, tokenizer_of(args.model), args.max_tokens)
     numbers["tokenizer"] = args.model
-    print(plain(as_text(numbers)))
+    balanced = balance.balance(rows, known_services(args.services, args.unchecked))
+    numbers[TEMPLATES] = balanced.templates
+    numbers["balance"] = balance.as_json(balanced)
+    print(plain(f"{as_text(numbers)}\n\n{balance.as_text(balanced, len(rows))}"))
     if args.json:
         write_json(args.json, numbers)
     if args.plot:
@@ -63,7 +77,6 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
         "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
         "duplicate prompts": shared(normalise(first_user_text(row.fields)) for row in rows),
         "duplicate answers": shared(normalise(answer) for answer in answers),
-        "answers that share a template": shared(template(answer) for answer in answers),
         "tokens": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES},
         "tokens in all": sum(lengths),
         "rows over the limit": sum(length > max_tokens for length in lengths),
@@ -89,11 +102,10 @@ def as_text(numbers: dict) -> str:
     # Its vocabulary is a fraction of the real one: it cuts a text into more tokens.
     if numbers["tokenizer"] == BUNDLED_MODEL:
         lines.append("that is the bundled tiny tokenizer; --model names the model that will be trained")
-    for group in ("clusters", "categories"):
-        lines.append(f"\n{group}")
-        lines += [f"  {count:>7,}  {count / n:>6.1%}  {name}" for name, count in numbers[group].items()]
+    lines.append("\ncategories")
+    lines += [f"  {count:>7,}  {count / n:>6.1%}  {name}" for name, count in numbers["categories"].items()]
     lines.append("\nrows")
-    for key in ("without reasoning", "duplicate prompts", "duplicate answers", "answers that share a template"):
+    for key in ("without reasoning", "duplicate prompts", "duplicate answers", TEMPLATES):
         lines.append(f"  {numbers[key]:>7,}  {numbers[key] / n:>6.1%}  {key}")
     over = numbers["rows over the limit"]
     lines.append(f"  {over:>7,}  {over / n:>6.1%}  over {numbers['max_tokens']:,} tokens")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from psysafe.corpus import check
+from psysafe.corpus import check, contacts
 from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, row_issues
@@ -79,6 +79,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     reasons = dict.fromkeys(("--device", "--dtype"), "without --local") if not args.local else {}
+    reasons |= contacts.without_effect(args)
     return reasons | (dict.fromkeys(OF_ENDPOINT, "without --url") if not args.url else {})
 
 
