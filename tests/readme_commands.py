@@ -21,13 +21,22 @@ def run_page(page: Path, count: int, replaced: dict[str, str]) -> None:
     listed = commands(page.read_text(encoding="utf-8"))
     assert len(listed) == count
     for command in listed:
-        here = command
-        for old, new in replaced.items():
-            here = here.replace(old, new)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        shell = ["bash", "-euo", "pipefail", "-c", here]
-        done = subprocess.run(shell, cwd=page.parents[1], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        run_command(command, page.parents[1], replaced)
+
+
+def run_command(command: str, folder: Path, replaced: dict[str, str]) -> str:
+    """Runs one command in the folder; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shell = ["bash", "-euo", "pipefail", "-c", with_replaced(command, replaced)]
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def with_replaced(command: str, replaced: dict[str, str]) -> str:
+    for old, new in replaced.items():
+        command = command.replace(old, new)
+    return command
 
 
 if __name__ == "__main__":
