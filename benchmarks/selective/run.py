@@ -176,19 +176,29 @@ def evaluate(
     """
 
     def answers(name: str) -> dict[str, dict[str, dict]]:
-        adapters = [word for folder in runs[name] for word in ("--adapter", folder)]
-        flags = ["--model", args.model, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", "64", "--judge", "rules"]
-        run("eval.py", "selective", "--prompts", prompts, *adapters, *flags, "--out", out / name)
-        by_variant: dict[str, dict[str, dict]] = {}
-        for line in (out / name / "items.jsonl").read_text(encoding="utf-8").splitlines():
-            item = json.loads(line)
-            by_variant.setdefault(item["variant"], {})[item["prompt"]] = item
-        return by_variant
+        answer(out / name, prompts, runs[name], args.model)
+        return read_items(out / name)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         items = {name: item for by_variant in pool.map(answers, runs) for name, item in by_variant.items()}
     everywhere = set.intersection(*(set(by_prompt) for by_prompt in items.values()))
     return {name: {p: x for p, x in by_prompt.items() if p in everywhere} for name, by_prompt in items.items()}
+
+
+def answer(out: Path, prompts: Path, folders: Sequence[Path], model: str) -> None:
+    """eval.py selective of the base and these runs."""
+    adapters = [word for folder in folders for word in ("--adapter", folder)]
+    flags = ["--model", model, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", "64", "--judge", "rules"]
+    run("eval.py", "selective", "--prompts", prompts, *adapters, *flags, "--out", out)
+
+
+def read_items(out: Path) -> dict[str, dict[str, dict]]:
+    """variant -> prompt -> what eval.py selective says of the answer."""
+    by_variant: dict[str, dict[str, dict]] = {}
+    for line in (out / "items.jsonl").read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        by_variant.setdefault(item["variant"], {})[item["prompt"]] = item
+    return by_variant
 
 
 def compare(items: Mapping[str, Mapping[str, dict]], runs: Mapping[str, Sequence[Path]]) -> Table:
