@@ -1,5 +1,6 @@
 """benchmarks/own_rows/curve.py: which rows are trained for how long, and what its table counts."""
 
+import itertools
 import json
 import tomllib
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.own_rows import curve
+from benchmarks.selective import run as experiment
 from psysafe.data.rows import read_rows
 from psysafe.evaluation.behaviour import COMPLIANCE, REFUSAL
 from psysafe.evaluation.statistics import bootstrap_mean
@@ -52,16 +54,20 @@ def test_a_line_for_each_size_and_length_and_the_largest_is_trained_once(tmp_pat
     assert flags <= {*KEYS, "config"}
 
 
-def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(curve, "train", lambda work, subset, seed, model: work / f"{subset.name}-s{seed}")
-    monkeypatch.setattr(curve, "answer", lambda out, *words: done.append(out))
+def test_what_is_there_is_not_done_again_and_what_was_killed_goes_on(tmp_path, monkeypatch):
+    """An adapter alone says nothing: train.py writes one after every epoch."""
+    commands = []
+    monkeypatch.setattr(experiment, "run", lambda script, *words: commands.append((script, words)))
     subset = curve.Subset("epochs-10", tmp_path / "rows.jsonl")
+    (tmp_path / "epochs-10-s1").mkdir()
+    (tmp_path / "epochs-10-s1" / "adapter_config.json").touch()
     curve.measure_run(tmp_path, subset, 1, "assets:tiny")
-    (tmp_path / "answers" / "epochs-10-s2").mkdir(parents=True)
-    (tmp_path / "answers" / "epochs-10-s2" / "items.jsonl").touch()
-    curve.measure_run(tmp_path, subset, 2, "assets:tiny")
-    assert done == [tmp_path / "answers" / "epochs-10-s1"]
+    assert [script for script, _ in commands] == ["train.py", "eval.py"]
+    assert ("--resume", "auto") in itertools.pairwise(commands[0][1])
+    (tmp_path / "answers" / "epochs-10-s1").mkdir(parents=True)
+    (tmp_path / "answers" / "epochs-10-s1" / "items.jsonl").touch()
+    curve.measure_run(tmp_path, subset, 1, "assets:tiny")
+    assert len(commands) == 2
 
 
 def test_runs_of_another_base_are_refused(tmp_path, capsys):

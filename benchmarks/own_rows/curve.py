@@ -162,10 +162,9 @@ def subset(pool: Sequence[Row], n_rows: int, seed: int) -> list[Row]:
 
 def measure_run(work: Path, subset: Subset, seed: int, model: str) -> None:
     """Trains, and answers the prompts; what is there already stays."""
-    folder = train(work, subset, seed, model)
-    out = work / "answers" / folder.name
-    if not (out / "items.jsonl").exists():
-        answer(out, PROMPTS, [folder], model)
+    out = work / "answers" / f"{subset.name}-s{seed}"
+    if not (out / "items.jsonl").exists():  # written whole, when all is judged
+        answer(out, PROMPTS, [train(work, subset, seed, model)], model)
 
 
 def as_table(work: Path, lines: Sequence[Line]) -> Table:

@@ -161,9 +161,9 @@ def train_all(
 
 def train(work: Path, recipe: Recipe, seed: int, model: str) -> Path:
     out = work / f"{recipe.name}-s{seed}"
-    if not (out / "adapter_config.json").exists():
-        flags = ["--model", model, "--out", out, "--seed", str(seed), "--resume", "auto"]
-        run("train.py", *flags, *recipe.flags(work / "contrast.jsonl"))
+    # Also where an adapter is: it may be that of an epoch after which the run was killed. A finished run ends at once.
+    flags = ["--model", model, "--out", out, "--seed", str(seed), "--resume", "auto"]
+    run("train.py", *flags, *recipe.flags(work / "contrast.jsonl"))
     return out
 
 
