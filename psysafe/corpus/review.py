@@ -19,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, web_page
+from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
 from psysafe.corpus.review_report import as_markdown, summary
+from psysafe.data.languages import language_of, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
@@ -33,6 +35,7 @@ TITLE = "Reviewing drafts"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and drafts of answers."
 KEYS = "By keyboard: where no text is being typed, a approves, r rejects, e edits the answer."
 DOUBLE = 0.1
+ENGLISH = "en"
 OF_THE_PAGE = ("--reviewers", "--double", "--seed", "--warnings", "--rows")
 OF_COLLECT = ("--drafts", "--unreviewed", "--settled-by")
 
@@ -209,29 +212,47 @@ def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
         "id": str(number),
         "prompt": row.fields["prompt"],
         "draft": {name: draft.text(name) for name in EDITABLE},
-        "parts": parts_of(row.fields["answer"]),
+        "parts": parts_of(row.fields["answer"], language_of_row(row)),
         "warnings": list(warnings),
     }
 
 
-def parts_of(answer: str) -> list[str]:
-    """The part that each paragraph is, in order."""
+def language_of_row(row: Row) -> str:
+    """What the row says, else what its answer shows, else English."""
+    named = row.fields.get("language")
+    code = named if isinstance(named, str) and named else language_of(row.fields["answer"])
+    return ENGLISH if code is None else code
+
+
+def parts_of(answer: str, language: str = ENGLISH) -> list[str]:
+    """The part that each paragraph is, in order. language: its code; in one without word lists only services and steps
+    are found."""
     texts = re.sub("\r\n?", "\n", answer).split("\n\n")
-    return [part_of(text, i == len(texts) - 1) for i, text in enumerate(texts)]
+    return [part_of(text, i == len(texts) - 1, language) for i, text in enumerate(texts)]
 
 
-def part_of(paragraph: str, is_last: bool) -> str:
+def part_of(paragraph: str, is_last: bool, language: str = ENGLISH) -> str:
     """Which part of a supportive refusal a paragraph is, as far as word lists show it; "" for none."""
     text = word_list_judge.plain(paragraph)
-    if word_list_judge.gives_contact(text):
+    if word_list_judge.gives_contact(text) or (language != ENGLISH and (numbers_in(text) or hosts_in(text))):
         return "services"
     if word_list_judge.names_support(text):  # a strategy, since no service is named
         return "step"
-    if is_last and lists.HOPE.search(text):
+    if is_last and _gives_hope(text, language):
         return "closing"
-    if lists.ACKNOWLEDGEMENT.search(text) or word_list_judge.refuses(text):
-        return "acknowledgement"
-    return ""
+    return "acknowledgement" if _acknowledges(text, language) else ""
+
+
+def _gives_hope(text: str, language: str) -> bool:
+    if language == ENGLISH:
+        return bool(lists.HOPE.search(text))
+    return language in languages() and bool(languages()[language].hope.search(text))
+
+
+def _acknowledges(text: str, language: str) -> bool:
+    if language == ENGLISH:
+        return bool(lists.ACKNOWLEDGEMENT.search(text)) or word_list_judge.refuses(text)
+    return language in languages() and languages()[language].refuses(text)
 
 
 def page(name: str, items: Sequence[dict]) -> str:
