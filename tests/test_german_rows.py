@@ -243,9 +243,10 @@ def test_word_lists_refuse_german_and_say_what_to_do(tmp_path, capsys):
 def test_a_model_is_trained_on_these_rows_and_asked_in_german(folder, tmp_path):
     """What it says depends on the bundled base, so the share is compared with a count over its own answers."""
     rows, out, asked = folder / "rows.jsonl", tmp_path / "run", tmp_path / "asked.jsonl"
-    flags = ["--data", rows, "--val-data", rows, "--max-steps", 6, "--warmup-steps", 1, "--batch-size", 4, "--max-tokens", 1024]
     config = Path(__file__).resolve().parents[1] / "configs" / "tiny.toml"
-    assert run(train.main, "--config", config, *flags, "--out", out, "--device", "cpu") == 0
+    flags = ["--data", rows, "--val-data", rows, "--max-steps", 6, "--warmup-steps", 1, "--batch-size", 4]
+    flags += ["--max-tokens", 1024, "--device", "cpu", "--out", out]
+    assert run(train.main, "--config", config, *flags) == 0
     metrics = read_metrics(out / "metrics.jsonl")
     assert sum("loss" in row for row in metrics) == 6
     first, last = (next(row["val_loss"] for row in way if "val_loss" in row) for way in (metrics, metrics[::-1]))
