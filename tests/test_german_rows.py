@@ -186,7 +186,7 @@ def test_the_review_page_labels_the_parts(folder, tmp_path):
     assert [parts[:3] for parts in labels] == [["acknowledgement", "step", "services"]] * len(RISKY)
     # The list of words of hope is short: a closing without one has no label, and is not called something else.
     assert {parts[3] for parts in labels} == {"closing", ""} and sum(parts[3] == "closing" for parts in labels) >= 5
-    assert items[0]["draft"]["answer"] == answer_of(RISKY[0])
+    assert items[0]["draft"]["answer"] == answer_of(RISKY[0]) and {item["language"] for item in items} == {"de"}
 
 
 # Evaluation

@@ -207,12 +207,13 @@ def deal(items: Sequence[dict], n_reviewers: int, double: float, generator: rand
 
 def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
     """What the page shows of a draft. `draft`: the texts that may be edited, "" for one that the row lacks."""
-    draft = Draft(row.fields, row.reasoning)
+    draft, language = Draft(row.fields, row.reasoning), language_of_row(row)
     return {
         "id": str(number),
+        "language": language,  # in which a screen reader is to read the texts aloud
         "prompt": row.fields["prompt"],
         "draft": {name: draft.text(name) for name in EDITABLE},
-        "parts": parts_of(row.fields["answer"], language_of_row(row)),
+        "parts": parts_of(row.fields["answer"], language),
         "warnings": list(warnings),
     }
 
