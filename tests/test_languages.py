@@ -43,6 +43,7 @@ FR = "tout cela peut encore changer et vous pouvez trouver un autre chemin"
         (" ".join(DE.split()[:7]), None),
         # Not guessed: "so" and "in" are words of both.
         ("so in so in so in so in", None),
+        ("Wat was het in die tijd en hoe was het dan met hem in de stad", None),  # Dutch, five words of it German ones
         # Code, addresses and numbers have no language.
         (f"```\n{DE}\n```", None),
         (f"`{DE}` {EN}", "en"),

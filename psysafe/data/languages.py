@@ -4,7 +4,7 @@
                                       ones, and more than any other's
                          ""           in none of these: words enough, and few of them are frequent ones of any; or
                                       letters of another script
-                         None         unknown: fewer than eight words, or as much of one language as of another
+                         None         unknown: fewer than eight words, or nearly as much of one language as of another
 
 The one definition of the whole project: the checks of drafts, the judges by word lists and the share of answers in the
 prompt's language all ask here. It cannot tell languages without a table from each other, nor a list of names from such
@@ -24,6 +24,9 @@ from psysafe.files import ASSETS, read_text
 
 # Of frequent words: English paragraphs of benchmarks/own_rows have 0.24 to 0.79, those in other languages 0.17 at most.
 MIN_SHARE = 0.2
+# Of the best language's share: neighbours share words, so that Dutch may look half English and half German. English and
+# German texts of the project have 0.67 at most.
+MAX_SECOND = 0.75
 MIN_WORDS = 8  # fewer words do not show a language
 MIN_LETTERS = 8  # of another script, which shows without words that no known language is meant
 CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DOTALL)  # in no language
@@ -88,9 +91,11 @@ def language_of(text: str) -> str | None:
         code: sum(word in language.function_words for word in words) / len(words)
         for code, language in languages().items()
     }
-    best = max(shares.values())
-    codes = [code for code, share in shares.items() if share == best]
-    return "" if best < MIN_SHARE else codes[0] if len(codes) == 1 else None
+    code = max(shares, key=shares.get)
+    second = max(share for other, share in shares.items() if other != code)
+    if shares[code] < MIN_SHARE:
+        return ""
+    return code if second <= MAX_SECOND * shares[code] else None
 
 
 def _is_in_other_script(words: Iterable[str]) -> bool:
