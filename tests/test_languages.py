@@ -210,6 +210,24 @@ def test_every_evaluation_by_word_lists_refuses_another_language(tmp_path, capsy
     assert main_guard(evaluation.main, [*commands(tmp_path, "Hilf mir!", "Nein.")[command], *RULES, *out]) == 0
 
 
+@pytest.mark.parametrize("command", ["judge", "selective", "turns", "xstest"])
+def test_prompts_are_looked_at_before_a_model_answers_them(tmp_path, capsys, command):
+    """The model is in no folder, which would be the mistake of a later stage."""
+    file = commands(tmp_path, DE, DE)[command][2]
+    flag = "--data" if command == "xstest" else "--prompts"
+    file = file.partition("=")[2] or file
+    words = [command, flag, file, *RULES, "--adapter", "no/such/folder", "--out", tmp_path / "out"]
+    assert "--judge rules: the word lists know English" in refused_by(evaluation.main, words, capsys)
+
+
+def test_of_several_judges_the_share_stands_once(tmp_path):
+    words = commands(tmp_path, EN, EN)["judge"]
+    assert with_judge(tmp_path / "out", [*words, *RULES], "Refusal: Yes") == 0
+    whole, _ = load(tmp_path / "out")
+    assert [table.title for table in whole.tables].count(answer_language.TITLE) == 1
+    assert not [t for t in whole.tables if t.title.startswith(answer_language.TITLE) and t.title != answer_language.TITLE]
+
+
 def with_judge(folder, words: list[str], reply: str) -> int:
     with pytest.MonkeyPatch.context() as patch, StubEndpoint() as stub:
         reply_by(patch, lambda question: reply)

@@ -99,7 +99,7 @@ def test_the_card_names_the_languages_of_the_rows(tmp_path):
     for content, language, limit in [
         (english * 10 + german * 10, ["en", "de"], "The training rows are in English and German."),
         (english * 30 + german, "en", "evaluations are for English.\n"),
-        (german, "de", "The training rows are in German."),
+        ('{"prompt": "p", "answer": "short"}\n' * 30 + german, "de", "The training rows are in German."),
         ('{"prompt": "p", "answer": "short"}\n', None, "evaluations are for English.\n"),
     ]:
         (tmp_path / "rows.jsonl").write_text(content)

@@ -92,7 +92,7 @@ def language_of(text: str) -> str | None:
         for code, language in languages().items()
     }
     code = max(shares, key=shares.get)
-    second = max(share for other, share in shares.items() if other != code)
+    second = max((share for other, share in shares.items() if other != code), default=0.0)
     if shares[code] < MIN_SHARE:
         return ""
     return code if second <= MAX_SECOND * shares[code] else None
