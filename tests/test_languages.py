@@ -13,7 +13,7 @@ from psysafe.corpus import localise, review
 from psysafe.corpus.contacts import hosts_in, known_services
 from psysafe.corpus.contrast import word_runs
 from psysafe.corpus.draft_checks import Settings, row_issues
-from psysafe.data.languages import language_of, languages, sentences
+from psysafe.data.languages import language_of, language_of_row, languages, sentences
 from psysafe.data.rows import read_file
 from psysafe.data.text import normalise
 from psysafe.evaluation import answer_language
@@ -225,7 +225,7 @@ def test_of_several_judges_the_share_stands_once(tmp_path):
     assert with_judge(tmp_path / "out", [*words, *RULES], "Refusal: Yes") == 0
     whole, _ = load(tmp_path / "out")
     assert [table.title for table in whole.tables].count(answer_language.TITLE) == 1
-    assert not [t for t in whole.tables if t.title.startswith(answer_language.TITLE) and t.title != answer_language.TITLE]
+    assert sum(table.title.startswith(answer_language.TITLE) for table in whole.tables) == 1
 
 
 def with_judge(folder, words: list[str], reply: str) -> int:
@@ -278,10 +278,9 @@ def test_the_parts_on_the_review_page_are_read_in_the_rows_language():
         "", "step", "services", "",
     ]  # fmt: skip
     assert review.part_of("555-0134", False, "en") == ""
-    for fields, expected in [({"language": "de"}, "de"), ({}, "en"), ({"answer": DE}, "de"), ({"answer": FR}, ""),
-                             ({"language": 3, "answer": EN}, "en")]:  # fmt: skip
-        row = next(iter(read_file(ASSETS / "rows" / "val.jsonl")))
-        assert review.language_of_row(type(row)({"answer": "Ja."} | fields, row.file, 1)) == expected
+    for named, text, expected in [("de", EN, "de"), (None, "Ja.", "en"), ("", DE, "de"), (None, FR, ""), (3, EN, "en"),
+                                  ("en-GB", DE, "en"), ("PT_br", EN, "pt")]:  # fmt: skip
+        assert language_of_row({"language": named}, text) == expected
 
 
 def test_localise_leaves_no_short_number_unseen_in_another_language():

@@ -16,7 +16,7 @@ from pathlib import Path
 from psysafe.cli import say
 from psysafe.corpus.contacts import numbers_in
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.data.languages import language_of
+from psysafe.data.languages import ENGLISH, language_of_row
 from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
 from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
 from psysafe.printable import counted, plain
@@ -91,7 +91,7 @@ class Localiser:
         contacts: dict[str, None] = {}
         texts = _texts(fields)
         # A short number stands beside English words ("call 988"), which no other language has.
-        is_english = (fields.get("language") or language_of("\n".join(texts)) or "en") == "en"
+        is_english = language_of_row(fields, "\n".join(texts)) == ENGLISH
         for text in texts:
             text = _typed(text)
             for own in sorted(self.own_contacts, key=len, reverse=True):

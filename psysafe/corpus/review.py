@@ -23,7 +23,7 @@ from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
 from psysafe.corpus.review_report import as_markdown, summary
-from psysafe.data.languages import language_of, languages
+from psysafe.data.languages import ENGLISH, language_of_row, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
@@ -35,7 +35,6 @@ TITLE = "Reviewing drafts"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and drafts of answers."
 KEYS = "By keyboard: where no text is being typed, a approves, r rejects, e edits the answer."
 DOUBLE = 0.1
-ENGLISH = "en"
 OF_THE_PAGE = ("--reviewers", "--double", "--seed", "--warnings", "--rows")
 OF_COLLECT = ("--drafts", "--unreviewed", "--settled-by")
 
@@ -207,7 +206,7 @@ def deal(items: Sequence[dict], n_reviewers: int, double: float, generator: rand
 
 def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
     """What the page shows of a draft. `draft`: the texts that may be edited, "" for one that the row lacks."""
-    draft, language = Draft(row.fields, row.reasoning), language_of_row(row)
+    draft, language = Draft(row.fields, row.reasoning), language_of_row(row.fields, row.fields["answer"])
     return {
         "id": str(number),
         "language": language,  # in which a screen reader is to read the texts aloud
@@ -216,13 +215,6 @@ def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
         "parts": parts_of(row.fields["answer"], language),
         "warnings": list(warnings),
     }
-
-
-def language_of_row(row: Row) -> str:
-    """What the row says, else what its answer shows, else English."""
-    named = row.fields.get("language")
-    code = named if isinstance(named, str) and named else language_of(row.fields["answer"])
-    return ENGLISH if code is None else code
 
 
 def parts_of(answer: str, language: str = ENGLISH) -> list[str]:

@@ -16,7 +16,7 @@ import functools
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from psysafe.data.text import normalise
@@ -33,6 +33,7 @@ CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DO
 # Where a sentence may end; Devanagari, Arabic and Urdu have marks of their own.
 SENTENCE_END = re.compile(r"(?<=[.!?\u0964\u0965\u061f\u06d4])\s+")
 OPENING = "\"'\u201e\u00ab\u00bf\u00a1"  # what may stand before the first letter of a sentence
+ENGLISH = "en"  # what word lists of psysafe/evaluation read, and what a row is in that says and shows nothing
 PATTERNS = ("address", "first_person", "negation", "hope")
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts, as Unicode names them
 
@@ -96,6 +97,15 @@ def language_of(text: str) -> str | None:
     if shares[code] < MIN_SHARE:
         return ""
     return code if second <= MAX_SECOND * shares[code] else None
+
+
+def language_of_row(fields: Mapping, text: str) -> str:
+    """The code that a row's field `language` says ("en" of "en-GB"), else what its text shows, else English."""
+    named = fields.get("language")
+    if isinstance(named, str) and named:
+        return re.split("[-_]", named)[0].lower()
+    code = language_of(text)
+    return ENGLISH if code is None else code
 
 
 def _is_in_other_script(words: Iterable[str]) -> bool:

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from psysafe.data.languages import language_of, languages, name_of
+from psysafe.data.languages import ENGLISH, language_of, languages, name_of
 from psysafe.evaluation.result import Table, percent
 from psysafe.evaluation.statistics import wilson
 from psysafe.program import UserError
 
 TITLE = "Answers in the prompt's language"
-OF_WORD_LISTS = "en"  # the language of word_lists.py and of XSTest's string match
 COLUMNS = [("variant", ""), ("n", ","), ("in the prompt's %", ".1f"), ("from", ".1f"), ("to", ".1f"),
            ("in no known one", ","), ("unknown", ",")]  # fmt: skip
 Pairs = Iterable[tuple[str, str]]  # (prompt, answer)
@@ -63,7 +62,7 @@ def others(texts: Iterable[str]) -> Others:
     codes = Counter(map(language_of, texts))
     del codes[None]
     n_known = codes.total()
-    del codes[OF_WORD_LISTS]
+    del codes[ENGLISH]
     return Others(codes.total(), n_known, name_of(codes.most_common(1)[0][0]) if codes else "")
 
 
