@@ -231,6 +231,21 @@ def test_the_share_of_answers_in_the_prompts_language_by_value(tmp_path):
     assert rows["note"].startswith("Prompts: 10 German, 1 unknown. Known languages: English, German.")
 
 
+def test_the_table_stays_when_scores_are_read_again_and_stands_in_the_report(tmp_path):
+    rows = judged(tmp_path, *answers_of_two(tmp_path))
+    again, page = tmp_path / "again", tmp_path / "report"
+    assert run(evaluation.main, "judge", "--scores", tmp_path / "judged" / "items.jsonl", "--out", again) == 0
+    (table,) = [one for one in load(again)[0].tables if one.title == answer_language.TITLE]
+    assert {row[0]: row[1:] for row in table.rows} == {name: rows[name] for name in ("base", "tuned")}
+    assert run(evaluation.main, "report", again, "--out", page) == 0
+    assert answer_language.TITLE in (page / "report.md").read_text("utf-8")
+    # Scores alone: there is no answer, and no table of answers.
+    scores = [{"prompt": row["prompt"], "refusal": "Yes", "variant": "x"} for row in RISKY]
+    (tmp_path / "scores.jsonl").write_text(lines_of(scores), "utf-8")
+    assert run(evaluation.main, "judge", "--scores", tmp_path / "scores.jsonl", "--out", tmp_path / "none") == 0
+    assert not [one for one in load(tmp_path / "none")[0].tables if one.title == answer_language.TITLE]
+
+
 def test_word_lists_refuse_german_and_say_what_to_do(tmp_path, capsys):
     _, tuned = answers_of_two(tmp_path)
     line = refused_by(
