@@ -278,6 +278,7 @@ def test_the_parts_on_the_review_page_are_read_in_the_rows_language():
         "", "step", "services", "",
     ]  # fmt: skip
     assert review.part_of("555-0134", False, "en") == ""
+    assert review.part_of("SOBER: zähl bis 100 und atme.", False, "de") == "step"
     for named, text, expected in [("de", EN, "de"), (None, "Ja.", "en"), ("", DE, "de"), (None, FR, ""), (3, EN, "en"),
                                   ("en-GB", DE, "en"), ("PT_br", EN, "pt")]:  # fmt: skip
         assert language_of_row({"language": named}, text) == expected

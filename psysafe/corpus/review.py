@@ -227,10 +227,12 @@ def parts_of(answer: str, language: str = ENGLISH) -> list[str]:
 def part_of(paragraph: str, is_last: bool, language: str = ENGLISH) -> str:
     """Which part of a supportive refusal a paragraph is, as far as word lists show it; "" for none."""
     text = word_list_judge.plain(paragraph)
-    if word_list_judge.gives_contact(text) or (language != ENGLISH and (numbers_in(text) or hosts_in(text))):
+    if word_list_judge.gives_contact(text):
         return "services"
     if word_list_judge.names_support(text):  # a strategy, since no service is named
         return "step"
+    if language != ENGLISH and (numbers_in(text) or hosts_in(text)):  # what stands beside numbers was English
+        return "services"
     if is_last and _gives_hope(text, language):
         return "closing"
     return "acknowledgement" if _acknowledges(text, language) else ""
