@@ -26,6 +26,7 @@ from psysafe.program import main_guard
 from psysafe.training.run_log import read_metrics
 from tests.mistakes import refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
+from tests.test_rate_page import opened, start_as
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SERVICES = FIXTURES / "services_de.toml"
@@ -190,6 +191,37 @@ def test_the_review_page_labels_the_parts(folder, tmp_path):
 
 
 # Evaluation
+
+
+@pytest.mark.slow
+def test_pages_say_which_language_a_text_is_in(browser, tmp_path):
+    """For screen readers: German texts on the report's and the raters' page have `lang`, English ones the page's."""
+    english = "I can hear how hard this is for you, and I will not help you to hurt anybody."
+    texts = [(row["prompt"], answer_of(row), english) for row in RISKY[1:4]]
+    files = [stored(tmp_path / "german.jsonl", {p: text for p, text, _ in texts}),
+             stored(tmp_path / "english.jsonl", {p: text for p, _, text in texts})]  # fmt: skip
+    judged(tmp_path, *files)
+    assert run(evaluation.main, "report", tmp_path / "judged", "--out", tmp_path / "report") == 0
+    answers = [word for one in files for word in ("--answers", one)]
+    assert run(evaluation.main, "rate", *answers, "--out", tmp_path / "rate") == 0
+    expected = {text: "de" for row in texts for text in row[:2]} | {english: "en"}
+    seen = {}
+    with opened(browser, (tmp_path / "report" / "report.html").as_uri()) as page:
+        page.locator(".item .text").first.wait_for()
+        seen["report"] = read_aloud(page)
+    with opened(browser, (tmp_path / "rate" / "rate.html").as_uri()) as page:
+        start_as(page, "Jörg")
+        seen["rate"] = {}
+        for _ in texts:
+            seen["rate"] |= read_aloud(page)
+            page.get_by_role("button", name="Next").click()
+    assert seen == {"report": expected, "rate": expected}
+
+
+def read_aloud(page) -> dict[str, str]:
+    """Each text of others on a page, and its language as the browser has it."""
+    found = "nodes => nodes.map(one => [one.textContent, one.closest('[lang]').lang])"
+    return dict(page.locator(".text").evaluate_all(found))
 
 
 def stored(path: Path, answers: dict[str, str]) -> str:

@@ -99,6 +99,12 @@ def language_of(text: str) -> str | None:
     return code if second <= MAX_SECOND * shares[code] else None
 
 
+def lang_of(text: str) -> str:
+    """For HTML's attribute `lang`: a known language other than English, in which our pages are; "" for none."""
+    code = language_of(text)
+    return code if code and code != ENGLISH else ""
+
+
 def language_of_row(fields: Mapping, text: str) -> str:
     """The code that a row's field `language` says ("en" of "en-GB"), else what its text shows, else English."""
     named = fields.get("language")
