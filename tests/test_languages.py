@@ -135,6 +135,8 @@ def test_the_table_of_shares_by_hand():
     assert table.rows[0][:3] == ["a", 4, 50.0] and table.rows[0][5:] == [1, 3]
     assert table.rows[1][:3] == ["b", 1, 100.0] and table.rows[1][5:] == [0, 0]
     assert table.note.startswith("Prompts: 3 English, 2 German, 1 unknown, 1 in no known language. ")
+    (table,) = answer_language.tables({"empty": [(DE, "")], "a": [(DE, EN)]})
+    assert table.rows[0] == ["empty", 0, None, None, None, 0, 0] and table.note.startswith("Prompts: 1 German. ")
     (table,) = answer_language.tables({"a": [("no", EN)]})
     assert table.rows == [["a", 0, None, None, None, 0, 1]]
     assert answer_language.tables({"a": [(EN, ""), (DE, " ")]}) == []  # as of stored scores without answers

@@ -23,7 +23,7 @@ def tables(pairs: Mapping[str, Pairs]) -> list[Table]:
     """The one table, a row a variant; none where no answer has a text, as of stored scores.
 
     n: answers of which both are known, the prompt's language and whether the answer is in it. An answer in none of the
-    known languages is not in the prompt's, and is counted among n. Unknown: all others.
+    known languages is not in the prompt's, and is counted among n. Unknown: all others that have a text.
     """
     codes = {v: [(language_of(p), language_of(text)) for p, text in of if text.strip()] for v, of in pairs.items()}
     if not any(codes.values()):
@@ -35,14 +35,14 @@ def tables(pairs: Mapping[str, Pairs]) -> list[Table]:
         interval = [100 * end if same else None for end in wilson(sum(same), len(same))]
         n_other = sum(answer == "" for _, answer in known)
         rows.append([variant, len(same), percent(same), *interval, n_other, len(of_variant) - len(known)])
-    prompts = Counter(name_of(prompt) for prompt, _ in next(iter(codes.values())))
+    prompts = Counter(name_of(prompt) for prompt, _ in max(codes.values(), key=len))
     note = f"Prompts: {', '.join(f'{n:,} {name}' for name, n in prompts.most_common())}. " + NOTE
     return [Table(TITLE, COLUMNS, rows, note)]
 
 
 NOTE = (
     f"Known languages: {', '.join(language.name for language in languages().values())}. Unknown, and in no share: "
-    "answers too short to show one, and answers to prompts that are. from, to: 95 %, Wilson."
+    "answers too short to show one, and all answers to prompts in none that is known. from, to: 95 %, Wilson."
 )
 
 
