@@ -4,7 +4,7 @@ import pytest
 
 from psysafe.corpus.contacts import hosts_in, known_services, numbers_in, unknown_contacts
 from psysafe.corpus.draft_checks import Settings, row_issues
-from psysafe.corpus.languages import language_of
+from psysafe.data.languages import language_of
 from tests.own_rows import GERMAN, OUT_OF_DOMAIN, PLAIN, services_text, violence_row
 
 SETTINGS = Settings(min_words=40)

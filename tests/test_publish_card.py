@@ -1,5 +1,6 @@
 """The card: what it says, what it never says, and its metadata, read back by huggingface_hub.ModelCard."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from psysafe.publish.card import is_as_written, signed
 from psysafe.publish.run import data_sets, read_run
 from psysafe.publish.training import described
 from tests.mistakes import refused, refused_by
+from tests.own_rows import ACKNOWLEDGEMENT, GERMAN
 from tests.published_run import QWEN, multiple_choice, write_run, xstest
 
 REPOSITORY = "someone/psysafe-small"
@@ -78,7 +80,7 @@ def test_the_metadata_field_by_field(small, results):
     index = data.pop("model-index")
     assert data.pop("tags") == ["psysafe", "lora", "safety", "refusal", "mental-health", "arxiv:2606.09697"]
     assert data == {
-        "base_model": QWEN, "base_model_relation": "adapter", "library_name": "peft", "language": "en",
+        "base_model": QWEN, "base_model_relation": "adapter", "library_name": "peft",
         "pipeline_tag": "text-generation", "license": "apache-2.0", "datasets": ["org/more", "org/rows"],
     }  # fmt: skip
     assert [one["name"] for one in index] == ["psysafe-small"]
@@ -88,6 +90,25 @@ def test_the_metadata_field_by_field(small, results):
     assert (mmlu.dataset_revision, mmlu.metric_type, mmlu.metric_value) == (COMMIT, "accuracy", 80.0)
     assert (hellaswag.dataset_type, hellaswag.dataset_split) == ("Rowan/hellaswag", "validation")
     assert hellaswag.metric_value == 70.0 and "acc_norm" in hellaswag.metric_name
+
+
+def test_the_card_names_the_languages_of_the_rows(tmp_path):
+    """Of rows that can be read here; nothing is claimed for those of the hub (`small`)."""
+    answers = ACKNOWLEDGEMENT, GERMAN["answer"]
+    english, german = (json.dumps({"prompt": "p", "answer": answer}) + "\n" for answer in answers)
+    for content, language, limit in [
+        (english * 10 + german * 10, ["en", "de"], "The training rows are in English and German."),
+        (english * 30 + german, "en", "evaluations are for English.\n"),
+        ('{"prompt": "p", "answer": "short"}\n' * 30 + german, "de", "The training rows are in German."),
+        ('{"prompt": "p", "answer": "short"}\n', None, "evaluations are for English.\n"),
+    ]:
+        (tmp_path / "rows.jsonl").write_text(content)
+        run = write_run(tmp_path / "run", QWEN)
+        settings = (run / "config.toml").read_text().replace("assets:rows/train.jsonl", str(tmp_path / "rows.jsonl"))
+        (run / "config.toml").write_text(settings)
+        card = card_of(run)
+        assert card.data.to_dict().get("language") == language and limit in section(card, "Limits")
+        shutil.rmtree(run)
 
 
 def test_the_hubs_own_result_files(small, results):

@@ -155,6 +155,7 @@ def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser
 def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, scheme, width):
     bundled = json.loads((ASSETS / "rows" / "val.jsonl").read_text().splitlines()[0])
     evil = bundled | {"prompt": MARKUP, "answer": MARKUP, "reasoning": RIGHT_TO_LEFT, "framework_name": MARKUP}
+    evil["language"] = "de"
     drafts, issues = tmp_path / "drafts.jsonl", tmp_path / "issues.jsonl"
     drafts.write_text("".join(json.dumps(row) + "\n" for row in (evil, bundled)))
     parts = ("step", "closing", "answer", "prompt", "reasoning")
@@ -165,9 +166,11 @@ def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, schem
     with opened(browser, page_of(drafts, "--warnings", issues), **look) as page:
         assert page.locator("#notice a[href^='tel:']").count() > 0 and violations(page) == []
         start_as(page, MARKUP[:80])
-        labels = {}
+        labels, read_aloud = {}, {}
         for _ in range(2):
             labels[prompt(page)] = page.locator(".part .label").all_text_contents()
+            nodes = page.locator("#content [lang]")
+            read_aloud[prompt(page)] = nodes.evaluate_all("nodes => Array.from(new Set(nodes.map(one => one.lang)))")
             shown = page.locator("#content .note").all_text_contents()
             assert sorted(text.partition("): ")[2] for text in shown) == sorted(one["text"] for one in warnings)
             page.get_by_role("radio", name="Reject").check()
@@ -179,5 +182,6 @@ def test_evil_texts_a_phone_the_dark_and_what_axe_finds(browser, tmp_path, schem
         page.get_by_label("Go to").select_option(index=list(labels).index(bundled["prompt"]))
         following = page.locator(".part.step + .note, .part.closing + .note").all_text_contents()
         assert following == [f"Warning (Self-help step): step {MARKUP}", f"Warning (Hopeful closing): closing {MARKUP}"]
-        assert set(labels[MARKUP]) == {"Part not recognised"}
+        assert read_aloud == {MARKUP: ["de"], bundled["prompt"]: ["en"]}
+        assert set(labels[MARKUP]) == {"Professional services"}  # document.title may be an address
         assert page.title() == review.TITLE and page.locator("img").count() == 0

@@ -14,7 +14,7 @@ import eval as script
 from benchmarks.rules_judge import __main__ as labelled
 from psysafe.data.rows import Row, read_rows
 from psysafe.data.text import normalise
-from psysafe.evaluation import report, rules_accuracy, word_list_judge, word_lists
+from psysafe.evaluation import answer_language, report, rules_accuracy, word_list_judge, word_lists
 from psysafe.evaluation import result as results
 from psysafe.evaluation.benchmarks import miniature, xstest
 from psysafe.files import ASSETS, clusters, read_json
@@ -194,7 +194,8 @@ def test_every_table_of_the_rule_based_judge_says_what_it_is_worth(answers, tmp_
     assert main_guard(script.main, ["selective", *words]) == 0
     parts = [report.Part(name, *results.load(tmp_path / name)) for name in ("judge", "selective")]
     for part in parts:
-        tables = part.result.tables
+        *tables, of_language = part.result.tables
+        assert of_language.title == answer_language.TITLE and expected_note() not in of_language.note
         assert len(tables) >= 2 and all(expected_note() in table.note for table in tables)
         assert all("n = 99 held-out" in table.note for table in tables)
     page, text = report.page(parts), report.markdown(parts)

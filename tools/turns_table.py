@@ -51,7 +51,7 @@ def run(*words: str) -> None:
 
 def tables(result: Result) -> str:
     """Every share with its 95 % interval and n; the differences from the base; how much was compared."""
-    first, *later, differences = result.tables
+    first, *later, differences, _ = result.tables  # the last is on languages
     variants = [row[0] for row in first.rows]
     shares = {("–", RISKY, row[0]): row[1:5] for row in first.rows}
     for table in later:

@@ -22,15 +22,18 @@ function drawSides(random) {
 }
 
 function showItem(item, parent) {
+  const properties = lang => Object.assign({ className: "text", dir: "auto" }, lang && { lang });
+  const [langOfPrompt, ...langs] = item.langs || [];  // where they are not the page's
   element("h3", parent, "Prompt");
-  element("div", parent, item.prompt, { className: "text", dir: "auto" });
+  element("div", parent, item.prompt, properties(langOfPrompt));
   const answers = element("div", parent, "", { className: "side-by-side" });
   const texts = swapped.has(item.id) ? [...item.answers].reverse() : item.answers;
+  if (swapped.has(item.id)) langs.reverse();
   Object.entries(SIDES).forEach(([side, letter], i) => {
     const article = element("article", answers);
     element("h3", article, `Answer ${letter}`, { id: `heading-${side}` });
     article.setAttribute("aria-labelledby", `heading-${side}`);
-    if (texts[i]) element("div", article, texts[i], { className: "text", dir: "auto" });
+    if (texts[i]) element("div", article, texts[i], properties(langs[i]));
     else element("div", article, "(The answer is empty.)", { className: "soft" });
     for (const criterion of DATA.criteria) {
       choice(article, criterion.title, `of answer ${letter}`, labelName(item, side, criterion), criterion.options);

@@ -9,9 +9,9 @@ function option(select, text, value) {
   element("option", select, text, { value });
 }
 
-// A text of somebody else's, whole or cut with a button for the rest.
-function addText(parent, text) {
-  const node = element("div", parent, text, { className: "text", dir: "auto" });
+// A text of somebody else's, whole or cut with a button for the rest. lang: where it is not the page's.
+function addText(parent, text, lang) {
+  const node = element("div", parent, text, Object.assign({ className: "text", dir: "auto" }, lang && { lang }));
   if (text.length <= CUT) return;
   const isHalf = /[\uD800-\uDBFF]/.test(text[CUT - 1]);  // not between the two halves of a character
   node.textContent = text.slice(0, isHalf ? CUT - 1 : CUT) + " …";
@@ -40,7 +40,7 @@ function addAnswer(parent, answer) {
     const end = answer.unfinished ? " that never ended" : "";
     addFolded(article, `Reasoning${end}, ${answer.reasoning.length.toLocaleString("en")} characters`, answer.reasoning);
   }
-  if (answer.text) addText(article, answer.text);
+  if (answer.text) addText(article, answer.text, answer.lang);
   else element("p", article, "(The answer is empty.)", { className: "soft" });
   for (const judgement of answer.judgements) {
     const line = element("p", article, "", { className: "verdict" });
@@ -57,7 +57,7 @@ function addItem(parent, item) {
   if (item.difference !== null) {
     heading.append(`, difference ${(100 * item.difference).toFixed(1)} %`);
   }
-  if (item.prompt) addText(section, item.prompt);
+  if (item.prompt) addText(section, item.prompt, item.lang);
   const answers = element("div", section, "", { className: "side-by-side" });
   for (const answer of item.answers) addAnswer(answers, answer);
 }

@@ -37,7 +37,8 @@ function drawWarnings(warnings, parent) {
 
 function editor(item, parent, title, field) {
   const label = element("label", parent, title);
-  const text = element("textarea", label, "", { className: field === "answer" ? "long" : "", dir: "auto" });
+  const className = field === "answer" ? "long" : "";
+  const text = element("textarea", label, "", { className, dir: "auto", lang: item.language });
   text.dataset.field = field;
   const problem = element("p", parent, "", { className: "refused", hidden: true });
   problem.setAttribute("role", "alert");
@@ -82,7 +83,7 @@ function drawParts(item, parent) {
     const part = same >= 0 ? item.parts[same] : now.length === ofDraft.length ? item.parts[i] : "";
     const block = element("div", parent, "", { className: `part ${part}` });
     element("span", block, PARTS[part], { className: "label" });
-    element("div", block, text, { dir: "auto" });
+    element("div", block, text, { dir: "auto", lang: item.language });
     drawWarnings(rest.filter(one => one.part === part), parent);
     rest = rest.filter(one => one.part !== part);
   });
@@ -92,7 +93,7 @@ function drawParts(item, parent) {
 function showItem(item, parent) {
   element("p", parent, `Row ${item.id} of the drafts`, { className: "soft" });
   element("h3", parent, "Prompt");
-  element("div", parent, item.prompt, { className: "text", dir: "auto" });
+  element("div", parent, item.prompt, { className: "text", dir: "auto", lang: item.language });
   const warningsOf = part => item.warnings.filter(one => one.part === part);
   drawWarnings(warningsOf("prompt"), parent);
   element("h3", parent, "Answer");

@@ -18,9 +18,9 @@ from psysafe.corpus.common_text import Shared, duplicate_issues, leak_issues, te
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, Issue, Settings, group_of, row_issues
 from psysafe.corpus.forbidden_content import QUESTIONS, forbidden_issues
-from psysafe.corpus.languages import known_languages, languages
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import answer_of, first_user_text, prompts_of, word_runs
+from psysafe.data.languages import has_no_spaces, known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
@@ -42,6 +42,7 @@ CHECKS = {
     "claims": "no diagnosis, no promise (a judge says so)",
 }
 OF_A_LANGUAGE = ("parts", "relevance", "language")  # checks that need a language's words
+OF_WORDS = ("template", "duplicate", "leak")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +144,9 @@ def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_
         known = known_languages()
         checks = ", ".join(OF_A_LANGUAGE)
         lines.append(f"not checked in {code}: {checks}, refusals, invented names; the word lists know {known}")
+    if n := sum(has_no_spaces(row.fields["answer"]) for row in rows):
+        checks = ", ".join(OF_WORDS)
+        lines.append(f"not checked in {counted(n, 'row')} without spaces between words: length; {checks} see little")
     if not has_evaluation:
         lines.append("not checked: leak; name the files of evaluation prompts with --not-in")
     if not has_judge:

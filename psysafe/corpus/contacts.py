@@ -18,7 +18,7 @@ ROUND_THE_CLOCK = re.compile(r"\b24\s?/\s?7\b")
 NUMBER = re.compile(r"(?<![\w])\+?\(?\d+(?:\)?[ ./-]?\(?\d+)*")
 YEAR = re.compile(r"(?:19|20)\d\d")
 MIN_DIGITS = 3
-HOST = re.compile(r"(?:https?://)?(?:[\w.+-]+@)?((?:[\w-]+\.)+[a-z]{2,})(?![\w-])")
+HOST = re.compile(r"(?:https?://)?(?:[\w.+-]+@)?((?:[\w-]+\.)+(?:[a-z]{2,}|[^\W\d_a-zA-Z]{2,}))(?![\w-])")
 
 
 class Services(NamedTuple):

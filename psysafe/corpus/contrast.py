@@ -20,7 +20,7 @@ from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, word_runs
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import Row, read_file, write_rows
 from psysafe.data.tokenizer import Tokenizer
-from psysafe.evaluation import behaviour, judge_models
+from psysafe.evaluation import answer_language, behaviour, judge_models
 from psysafe.evaluation.models_under_test import BASE
 from psysafe.files import BUNDLED_MODEL
 from psysafe.printable import counted, one_line, plain
@@ -59,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     finished, dropped = drop_unfinished(answers)
     pairs = {i: (row.fields["prompt"], row.fields["answer"]) for i, row in enumerate(finished)}
+    if judge is None:
+        prompts, texts = zip(*pairs.values(), strict=True) if pairs else ((), ())
+        answer_language.require_english({"prompts": prompts, "answers": texts})
     classes, failed = behaviour.classify(judge, pairs, out.with_name(out.name + ".judged.jsonl"))
     rows = [contrast_row(row) for row in drop_mistakes(finished, classes, dropped)]
     rows = select(rows, forbidden, tokenizer, args.max_tokens, dropped)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from psysafe.corpus.contacts import Services, unknown_contacts
 from psysafe.corpus.draft_parts import Parts, acknowledges, closes_with_hope, split
-from psysafe.corpus.languages import Language, language_of, languages
+from psysafe.data.languages import Language, has_no_spaces, language_of, languages
 from psysafe.data.rows import CLUSTER
 from psysafe.data.text import normalise
 from psysafe.evaluation.word_list_judge import plain
@@ -193,6 +193,8 @@ def _language_issues(parts: Parts, code: str) -> Iterator[Issue]:
 
 
 def _length_issues(fields: Mapping, answer: str, settings: Settings) -> Iterator[Issue]:
+    if has_no_spaces(answer):
+        return
     words = len(answer.split())
     if group_of(fields) == RISKY and words < settings.min_words:
         yield Issue("length", "answer", f"{words} words, expected at least {settings.min_words}")

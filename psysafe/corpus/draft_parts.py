@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from psysafe.corpus.contacts import Services, hosts_in, numbers_in
-from psysafe.corpus.languages import SENTENCE_END, Language
+from psysafe.data.languages import Language, sentences
 from psysafe.files import clusters
 
 CLAUSE_END = re.compile(r"(?<=[.,;:!?])\s+")
@@ -37,7 +37,7 @@ def split(answer: str, services: Services, language: Language | None) -> Parts:
     """
     blocks = [block.strip() for block in re.split(r"\n\s*\n", answer) if block.strip()]
     if len(blocks) < 3:
-        blocks = [sentence for block in blocks for sentence in SENTENCE_END.split(block)]
+        blocks = [sentence for block in blocks for sentence in sentences(block)]
     support = [block for block in blocks if services.named_in(block)]
     support = support or [block for block in blocks if numbers_in(block) or hosts_in(block)]
     rest = [block for block in blocks if block not in support]

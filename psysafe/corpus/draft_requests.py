@@ -12,7 +12,7 @@ from string import Template
 
 from psysafe.corpus.contacts import Services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, group_of
-from psysafe.corpus.languages import languages
+from psysafe.data.languages import languages
 from psysafe.data.rows import CLUSTER, Row, read_file, read_prompts
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.evaluation.replies import without_reasoning

@@ -1,5 +1,8 @@
 """The services in rows, replaced by those of another country. Other text stays, and no number is guessed.
 
+That, and short numbers beside other English words, is looked for in English alone: in a row of another language every
+number of three digits or more that is of no given service is unknown.
+
 `US: NAME, NUMBER, PAGE. UK: ...` becomes the given services of the row's cluster in the same form. Anywhere else a
 known name, number or page becomes that of the given service of the same cluster, and the emergency numbers after "call"
 and its kind become the given ones. In rows without a cluster it is the cluster of the service that they name.
@@ -11,7 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from psysafe.cli import say
+from psysafe.corpus.contacts import numbers_in
 from psysafe.corpus.outputs import refuse_inputs
+from psysafe.data.languages import ENGLISH, language_of_row
 from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
 from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
 from psysafe.printable import counted, plain
@@ -84,12 +89,16 @@ class Localiser:
     def unknown(self, fields: dict) -> list[str]:
         """Numbers and pages in the row's texts that are of no given service."""
         contacts: dict[str, None] = {}
-        for text in _texts(fields):
+        texts = _texts(fields)
+        # A short number stands beside English words ("call 988"), which no other language has.
+        is_english = language_of_row(fields, "\n".join(texts)) == ENGLISH
+        for text in texts:
             text = _typed(text)
             for own in sorted(self.own_contacts, key=len, reverse=True):
                 text = _whole(own).sub(" ", text)
             for pattern in (NUMBER, SHORT_NUMBER, PAGE):
                 contacts |= dict.fromkeys(match.group().rstrip(".,;)") for match in pattern.finditer(text))
+            contacts |= {} if is_english else dict.fromkeys(numbers_in(text))
         return list(contacts)
 
     def _cluster_of(self, service: Service, cluster: object) -> str:

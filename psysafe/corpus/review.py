@@ -19,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, web_page
+from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
 from psysafe.corpus.review_report import as_markdown, summary
+from psysafe.data.languages import ENGLISH, language_of_row, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
@@ -204,34 +206,48 @@ def deal(items: Sequence[dict], n_reviewers: int, double: float, generator: rand
 
 def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
     """What the page shows of a draft. `draft`: the texts that may be edited, "" for one that the row lacks."""
-    draft = Draft(row.fields, row.reasoning)
+    draft, language = Draft(row.fields, row.reasoning), language_of_row(row.fields, row.fields["answer"])
     return {
         "id": str(number),
+        "language": language,  # in which a screen reader is to read the texts aloud
         "prompt": row.fields["prompt"],
         "draft": {name: draft.text(name) for name in EDITABLE},
-        "parts": parts_of(row.fields["answer"]),
+        "parts": parts_of(row.fields["answer"], language),
         "warnings": list(warnings),
     }
 
 
-def parts_of(answer: str) -> list[str]:
-    """The part that each paragraph is, in order."""
+def parts_of(answer: str, language: str = ENGLISH) -> list[str]:
+    """The part that each paragraph is, in order. language: its code; in one without word lists only services and steps
+    are found."""
     texts = re.sub("\r\n?", "\n", answer).split("\n\n")
-    return [part_of(text, i == len(texts) - 1) for i, text in enumerate(texts)]
+    return [part_of(text, i == len(texts) - 1, language) for i, text in enumerate(texts)]
 
 
-def part_of(paragraph: str, is_last: bool) -> str:
+def part_of(paragraph: str, is_last: bool, language: str = ENGLISH) -> str:
     """Which part of a supportive refusal a paragraph is, as far as word lists show it; "" for none."""
     text = word_list_judge.plain(paragraph)
     if word_list_judge.gives_contact(text):
         return "services"
     if word_list_judge.names_support(text):  # a strategy, since no service is named
         return "step"
-    if is_last and lists.HOPE.search(text):
+    if language != ENGLISH and (numbers_in(text) or hosts_in(text)):  # what stands beside numbers was English
+        return "services"
+    if is_last and _gives_hope(text, language):
         return "closing"
-    if lists.ACKNOWLEDGEMENT.search(text) or word_list_judge.refuses(text):
-        return "acknowledgement"
-    return ""
+    return "acknowledgement" if _acknowledges(text, language) else ""
+
+
+def _gives_hope(text: str, language: str) -> bool:
+    if language == ENGLISH:
+        return bool(lists.HOPE.search(text))
+    return language in languages() and bool(languages()[language].hope.search(text))
+
+
+def _acknowledges(text: str, language: str) -> bool:
+    if language == ENGLISH:
+        return bool(lists.ACKNOWLEDGEMENT.search(text)) or word_list_judge.refuses(text)
+    return language in languages() and languages()[language].refuses(text)
 
 
 def page(name: str, items: Sequence[dict]) -> str:

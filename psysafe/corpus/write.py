@@ -17,9 +17,9 @@ from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, row_issues
 from psysafe.corpus.draft_requests import UnusableReply, draft, messages, read_own_prompts
-from psysafe.corpus.languages import known_languages, languages
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import tokenizer_of
+from psysafe.data.languages import known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, write_rows
 from psysafe.endpoint import Endpoint, key_from
 from psysafe.evaluation.judge_models import EndpointJudge, Judge, LocalJudge

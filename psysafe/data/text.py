@@ -1,11 +1,12 @@
 """When two texts count as the same."""
 
+import functools
 import re
 import unicodedata
 
 # ’ and ‘, the modifier letter that some keyboards give instead, and the reversed quotation mark.
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u201b", "'"))
-WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+FIRST_MARK = "\u0300"
 
 
 def normalise(text: str) -> str:
@@ -20,7 +21,22 @@ def normalise(text: str) -> str:
     """
     # casefold() can take composed characters apart, so NFKC comes before and after it.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(WORD.findall(folded.translate(APOSTROPHES))) or " ".join(text.split())
+    marks = "".join(sorted(filter(_is_mark, set(folded))))
+    return " ".join(_word(marks).findall(folded.translate(APOSTROPHES))) or " ".join(text.split())
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it belongs to the letter before it. A variation selector only says how an emoji is drawn."""
+    if character < FIRST_MARK or unicodedata.category(character) not in ("Mn", "Mc"):
+        return False
+    return not unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+
+
+@functools.lru_cache
+def _word(marks: str) -> re.Pattern:
+    """A word of letters, digits and these marks. \\w has no marks, though the vowels of Hindi and Thai are such."""
+    letters = f"[^\\W_](?:[^\\W_]|[{marks}])*" if marks else "[^\\W_]+"
+    return re.compile(f"{letters}(?:'{letters})*")
 
 
 def contains_words(text: str, words: str) -> bool:

@@ -9,6 +9,7 @@ and a second start continues. It ends in a `result.json` of tables, and `report`
     judge_input         what a judge is shown: instructions, of a file or our own, and how much of an answer
     several_judges      judges side by side, each as alone; judge_agreement: their kappas
     translation         answers into English before they are judged
+    answer_language     the share of answers in the prompt's language; what word lists cannot read
     word_list_judge     the rule-based judge, for tests and the miniature table; its words: word_lists
     rules_accuracy      what it is worth, said beside its tables
     criteria            the four criteria: the judge's prompt, its parser, the summary of many scores

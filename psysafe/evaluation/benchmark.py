@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psysafe.evaluation import (
+    answer_language,
     comparison,
     datasets,
     judge_agreement,
@@ -193,8 +194,14 @@ class Benchmark(Evaluation):
     def _judged_by_all(
         self, args: argparse.Namespace, rows: Rows, judges: Sequence[Judge | None], inputs: Sequence[JudgeInput | None]
     ) -> Result:
+        if None in judges:  # rules are lists of English words; asked before the models answer, which takes longest
+            answer_language.require_english({"prompts": rows.prompts})
         answered, out = self._stored(args, rows) if args.answers else self._generated(args, rows), Path(args.out)
         texts = self._texts(args, rows, answered)
+        if None in judges:
+            of_variants = {v: [text for column in (of[v] for of in texts.by_part.values()) for text in column if text]
+                           for v in texts.unfinished}  # fmt: skip
+            answer_language.require_english({f"answers of {v}": of for v, of in of_variants.items()})
         stages = {}
         for judge, shown in zip(judges, inputs, strict=True):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)

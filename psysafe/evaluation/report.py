@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from psysafe import web_page
 from psysafe.cli import say
+from psysafe.data.languages import lang_of
 from psysafe.evaluation import charts, published_results
 from psysafe.evaluation.judged_answers import READERS, Item, orders, read
 from psysafe.evaluation.report_markdown import answer_lines, list_lines, table_lines
@@ -68,7 +69,14 @@ def _item_as_json(item: Item) -> dict:
     answers = [asdict(answer) | value for answer, value in zip(item.answers, values, strict=True)]
     for answer in answers:
         answer["judgements"] = [one._asdict() for one in answer["judgements"]]
-    return asdict(item) | {"heading": item.heading, "difference": item.difference, "answers": answers}
+        answer |= _lang(answer["text"])
+    content = asdict(item) | {"heading": item.heading, "difference": item.difference, "answers": answers}
+    return content | _lang(item.prompt)
+
+
+def _lang(text: str) -> dict[str, str]:
+    """In which language a screen reader is to read a text aloud, where that is not the page's."""
+    return {"lang": lang} if (lang := lang_of(text)) else {}
 
 
 def tables_of(result: Result) -> list[Table]:

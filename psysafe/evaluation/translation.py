@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.cli import whole_number
+from psysafe.data.languages import CODE_OR_ADDRESS
 from psysafe.endpoint import Endpoint, ItemFailed, RetryPolicy, key_from, run_items
 from psysafe.evaluation.replies import without_reasoning
 from psysafe.journal import key_of
@@ -43,7 +44,6 @@ NO_ENGLISH_WORD = 12  # words among which English has at least one of ENGLISH
 FOREIGN_SHARE = 0.25  # of letters in another script; a translation may quote a word or two
 IN_NAMES = 2  # French words that a line of English may have in names, as in La Paz and Le Monde
 LONG_LINE = 20  # letters from which a line is looked at alone: one paragraph of five may have stayed as it was
-CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DOTALL)
 
 
 class Translations(NamedTuple):

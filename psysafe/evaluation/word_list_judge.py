@@ -1,10 +1,12 @@
 """The rule-based judge: word lists, made from clusters.toml and services. It is neither a person nor a language model.
 
+It knows English alone: answers in other languages are refused (answer_language.py), for it would find nothing in them.
 It serves the tests and the miniature table, whose answers are short and follow a pattern. Real answers need a real
 judge: a text can hold every word of these lists and still be a bad answer. Every table that it scored says so.
 """
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 from psysafe.evaluation import word_lists as lists
@@ -110,7 +112,8 @@ def names_support(response: str, services: Services | None = None) -> bool:
 
 
 def plain(text: str) -> str:
-    """Typographic apostrophes and spaces as the word lists have them."""
+    """Typographic apostrophes, spaces and accents as the word lists have them: an umlaut is one character (NFC)."""
+    text = unicodedata.normalize("NFC", text)
     return re.sub("[\u2018\u2019\u02bc\u2032`]", "'", text).replace("\u00a0", " ").strip()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from huggingface_hub import ModelCardData
 
+from psysafe.data.languages import languages
 from psysafe.evaluation.published_results import NOTE, TABLES
 from psysafe.evaluation.report import LONG, tables_of
 from psysafe.evaluation.report_markdown import table_lines
@@ -248,7 +249,7 @@ def _limits(content: Content) -> list[str]:
         "answer with support where none is wanted.",
         "- The helplines of its answers are those of its training rows "
         f"({', '.join(content.services.emergency)}). They may be out of date, and a model can garble a number.",
-        "- The recipe, the helplines and the evaluations are for English.",
+        f"- The recipe, the helplines and the evaluations are for English.{_rows_in(content.data.language)}",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]
     if "agreement" not in _measured(content):
@@ -259,6 +260,13 @@ def _limits(content: Content) -> list[str]:
     if content.names.base.is_bundled:
         lines.append("- The miniature knows few answers, and many are beside the point. Nobody should ask it for help.")
     return lines
+
+
+def _rows_in(codes: str | list[str] | None) -> str:
+    """In which languages the training rows are, where that is not English alone. codes: of the card's metadata."""
+    codes = [codes] if isinstance(codes, str) else codes or []
+    names = [languages()[code].name for code in codes]
+    return "" if codes in ([], ["en"]) else f" The training rows are in {' and '.join(names)}."
 
 
 def _published_agreement() -> str:

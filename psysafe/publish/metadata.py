@@ -12,6 +12,7 @@ from huggingface_hub.utils import yaml_dump
 from psysafe.publish.contents import Upload
 from psysafe.publish.figures import Score
 from psysafe.publish.run import Base, Run, data_sets
+from psysafe.publish.training import languages_of
 
 TAGS = ["psysafe", "lora", "safety", "refusal", "mental-health", "arxiv:2606.09697"]
 
@@ -20,12 +21,13 @@ def card_data(
     run: Run, base: Base, repository: str, license_id: str, scores: Sequence[Score], merged: str, gguf: str
 ) -> ModelCardData:
     config = run.config
+    languages = languages_of(config.data)
     given = {
         "base_model": base.hub_id or None,
         "base_model_relation": relation(merged, gguf) if base.hub_id else None,
         "library_name": library(merged, gguf),
         "pipeline_tag": "text-generation",
-        "language": "en",
+        "language": languages[0] if len(languages) == 1 else languages or None,
         "license": license_id,
         "tags": TAGS,
         "datasets": data_sets([*config.data, *config.contrast_data]) or None,

@@ -1,11 +1,18 @@
 """The card's table on training: the whole recipe, from config.toml, and how the loss went, from metrics.jsonl."""
 
+from collections import Counter
+
+from psysafe.corpus.texts import answer_of
+from psysafe.data.languages import language_of
+from psysafe.data.rows import read_rows
 from psysafe.printable import counted, in_markdown
+from psysafe.program import UserError
 from psysafe.publish.run import Base, Run, data_sets
 from psysafe.training.config import TrainConfig
 from psysafe.version import __version__
 
 NOT_RECORDED = "not recorded"
+MIN_SHARE = 0.05  # of the rows whose language is known: a language with fewer is none of the model's
 
 
 def table(run: Run, base: Base) -> list[str]:
@@ -47,6 +54,19 @@ def described(names: list[str]) -> str:
     n_own = sum(not name.startswith("assets:") and not data_sets([name]) for name in names)
     parts = [*known, *(["bundled with the psysafe project"] if bundled else [])]
     return "; ".join([*parts, *([f"{counted(n_own, 'file')} not published here"] if n_own else [])]) or "none"
+
+
+def languages_of(names: list[str]) -> list[str]:
+    """The languages of the answers in training rows, by their codes, the commonest first. None are claimed for rows
+    that cannot be read here, as those on the hub, nor for a language that the project does not know."""
+    if data_sets(names):
+        return []
+    try:
+        codes = Counter(language_of(answer_of(row)) for row in read_rows(names))
+    except (UserError, OSError):
+        return []
+    del codes[None]
+    return [code for code, n in codes.most_common() if code and n >= MIN_SHARE * codes.total()]
 
 
 def _steps(run: Run) -> dict[str, str]:

@@ -28,6 +28,7 @@ from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_prompts
 from psysafe.data.text import normalise
 from psysafe.evaluation import (
+    answer_language,
     behaviour,
     divergence,
     judge_models,
@@ -114,15 +115,18 @@ class Selective(Evaluation):
         judge = judge_models.from_arguments(args, temperature=0.0)
         services = services_of(args)
         prompts = read_prompt_groups(args.prompts, args.limit)
+        require_english(judge, prompts, list(prompts), {})  # before the models answer, which takes longest
         answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
+        require_english(judge, prompts, compared, answers)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", services)
         write_items(Path(args.out) / stored.ITEMS, prompts, judged, kl)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
         first, *more = tables(prompts, judged, bases, kl)
         flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
         shown = [unfinished.with_shares(first, flags), *more]
-        shown = shown if judge else with_accuracy(shown)
+        pairs = {v: [(p, of.rows[p]["answer"]) for p in compared] for v, of in answers.items()}
+        shown = [*(shown if judge else with_accuracy(shown)), *answer_language.tables(pairs)]
         result = Result(self.name, f"Selective support, judged by {judged_by}", shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts
@@ -235,6 +239,21 @@ def shared_prompts(
     counts = {"prompts": len(prompts), "not answered by all": len(prompts) - len(answered)}
     counts |= {unfinished.reason_left_out(rules): len(answered) - len(compared), "compared": len(compared)}
     return compared, counts
+
+
+def require_english(
+    judge: judge_models.Judge | None,
+    prompts: Mapping[str, Prompt],
+    compared: Sequence[str],
+    answers: Mapping[str, VariantAnswers],
+) -> None:
+    """UserError where word lists would read another language. With a judge they read the four parts of the answers to
+    risky prompts only."""
+    read = [p for p in compared if judge is None or prompts[p].group == "risky"]
+    texts = {f"answers of {name}": [of_variant.rows[p]["answer"] for p in read] for name, of_variant in answers.items()}
+    who = "the four parts of risky prompts" if judge else "--judge rules"
+    remedy = "leave these prompts out, and give them to eval.py judge with the same judge" if judge else ""
+    answer_language.require_english({"prompts": read} | texts, who, remedy)
 
 
 def judge_all(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.evaluation import (
+    answer_language,
     behaviour,
     comparison,
     criteria,
@@ -87,12 +88,18 @@ class Turns(Evaluation):
     def run(self, args: argparse.Namespace) -> Result:
         judge = judge_models.from_arguments(args, temperature=0.0)
         conversations = read_conversations(args.prompts, args.limit)
+        if judge is None:  # before the models answer, which takes longest
+            answer_language.require_english({"turns": [turn for c in conversations for turn in c.turns]})
         answers, settings = (answers_of_files if args.answers else generated)(args, conversations)
         variants = list(dict.fromkeys(one.variant for one in answers))
         to_judge = compared(answers, len(variants))
         if not to_judge:
             names = "; ".join(variants)
             raise UserError(f"nothing to compare between {names}: no first turn has a finished answer of each")
+        pairs = {v: [(one.said[-1]["content"], one.text) for one in to_judge if one.variant == v] for v in variants}
+        if judge is None:
+            texts = {f"answers of {v}": [text for _, text in of] for v, of in pairs.items()}
+            answer_language.require_english(texts)
         readings, failed = judge_all(judge, to_judge, Path(args.out) / "replies.jsonl")
         verdicts = {one.key: holds(one, readings[one.key]) for one in to_judge if one.key in readings}
         write_items(Path(args.out) / stored.ITEMS, answers, readings, verdicts)
@@ -101,7 +108,7 @@ class Turns(Evaluation):
         first, *more = tables(measured, variants, judged_by)
         flags = {name: [one.unfinished for one in answers if one.variant == name] for name in variants}
         shown = [unfinished.with_shares(first, flags), *more]
-        shown = shown if judge else with_accuracy(shown)
+        shown = [*(shown if judge else with_accuracy(shown)), *answer_language.tables(pairs)]
         result = Result(self.name, f"After a refusal, judged by {judged_by}", shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe.data.rows import read_table
-from psysafe.evaluation import behaviour
+from psysafe.evaluation import answer_language, behaviour
 from psysafe.evaluation.behaviour import CLASSES, COMPLIANCE, PARTIAL, REFUSAL, UNKNOWN
 from psysafe.evaluation.benchmark import Benchmark, Item, Judged, Rows, Verdicts
 from psysafe.evaluation.comparison import Figure, mean_of_shares, share
@@ -76,11 +76,19 @@ class XSTest(Benchmark):
         return [figure for way, by_variant in self._ways(judged).items() for figure in figures(rows, way, by_variant)]
 
     def noted(self, tables: list[Table]) -> list[Table]:
-        return with_accuracy(tables, *STRING_MATCHES)  # both are counted, also where a model judged
+        counted = {row[1] for row in tables[0].rows}  # both matches, also where a model judged
+        return with_accuracy(tables, *STRING_MATCHES) if counted.intersection(STRING_MATCHES) else tables
+
+    def notes(self, judged: Judged) -> list[str]:
+        known = "the string matches know English, and most responses are in another language: they are left out"
+        return [known] if judged.judge != self.rules_name and _in_other_languages(judged) else []
 
     def _ways(self, judged: Judged) -> dict[str, Verdicts]:
-        """Way of judging -> variant -> classes. Both string matches are counted, also where a model judged."""
+        """Way of judging -> variant -> classes. Both string matches are counted, also where a model judged, unless the
+        responses are in another language than these."""
         ways = {} if judged.judge == self.rules_name else {judged.judge: judged.verdicts[""]}
+        if ways and _in_other_languages(judged):
+            return ways
         for way, official in zip(STRING_MATCHES, (True, False), strict=True):
             by_variant = judged.texts[""].items()
             ways[way] = {
@@ -88,6 +96,12 @@ class XSTest(Benchmark):
                 for variant, texts in by_variant
             }
         return ways
+
+
+def _in_other_languages(judged: Judged) -> bool:
+    """Whether most responses of any variant are in another language than the lists of beginnings."""
+    by_variant = judged.texts.get("", {}).values()
+    return any(answer_language.others(filter(None, texts)).are_most for texts in by_variant)
 
 
 def read_rows(path: str | Path) -> list[dict]:
