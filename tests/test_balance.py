@@ -70,12 +70,15 @@ def test_a_field_that_names_no_strategy_gives_way_to_the_answer(tmp_path):
 
 def test_groups_and_languages(tmp_path):
     short = PLAIN | {"answer": "Four."}
-    rows = [violence_row(), GERMAN, {**GERMAN, "language": None}, PLAIN, short, OUT_OF_DOMAIN]
+    french = PLAIN | {"answer": "Je comprends que la nuit soit longue et que personne ne soit là."}
+    rows = [violence_row(language="en-GB"), GERMAN, {**GERMAN, "language": None}, PLAIN, short, french, OUT_OF_DOMAIN]
     found = balanced(tmp_path / "rows.jsonl", rows)
-    assert {c.name: c.rows for c in found.tables["groups"]} == {"risky": 3, "plain": 2, "scary": 0, "out_of_domain": 1}
-    assert {c.name: c.rows for c in found.tables["languages"]} == {"en": 3, "de": 2, "unknown": 1}
-    assert "unknown" not in thin(found, "languages")
-    assert found.refused == pytest.approx(1 / 3)
+    assert {c.name: c.rows for c in found.tables["groups"]} == {"risky": 3, "plain": 3, "scary": 0, "out_of_domain": 1}
+    assert {c.name: c.rows for c in found.tables["languages"]} == {
+        "en": 3, "de": 2, "unknown": 1, "in no known language": 1,
+    }  # fmt: skip
+    assert thin(found, "languages") == {"en": 10, "de": 10}
+    assert found.refused == pytest.approx(1 / 4)
 
 
 def test_what_the_recipes_want_is_read_from_their_files(tmp_path):

@@ -60,6 +60,9 @@ def test_a_language_without_word_lists_is_named(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["check", path, *LENGTH, "--language", "de"]) == 0
     assert "not checked in" not in capsys.readouterr().out
+    regional = write(tmp_path / "regional.jsonl", [row | {"language": "de_CH"} for row in rows])
+    assert main(["check", regional, *LENGTH]) == 0
+    assert "not checked in" not in capsys.readouterr().out
     assert main(["check", path, *LENGTH, "--language", "nl"]) == 0
     printed = capsys.readouterr().out
     assert "not checked in nl: parts, relevance, language" in printed and "en (English), de (German)" in printed

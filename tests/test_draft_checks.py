@@ -71,6 +71,7 @@ def test_the_row_says_its_language_and_the_settings_otherwise():
     german = {name: value for name, value in GERMAN.items() if name != "language"}
     assert ("language", "acknowledgement") in issues(german)
     assert row_issues(german, SERVICES, Settings("de", 40)) == []
+    assert row_issues(german | {"language": "de-AT"}, SERVICES, Settings("en", 40)) == []
     # In a language without word lists nothing that needs them is said; numbers are still checked.
     assert row_issues(german, SERVICES, Settings("fr", 40)) == []
     wrong = german | {"answer": german["answer"] + "\n\nOder 555-0100."}

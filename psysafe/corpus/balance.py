@@ -12,15 +12,15 @@ from typing import NamedTuple
 from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services
 from psysafe.corpus.draft_checks import GROUP, GROUPS, OUT_OF_DOMAIN, RISKY, group_of, strategies_in
-from psysafe.corpus.languages import language_of
 from psysafe.corpus.texts import answer_of
+from psysafe.data.languages import language_of, name_of, named_language
 from psysafe.data.rows import CLUSTER, Row, read_file
 from psysafe.files import clusters
 from psysafe.training.config import DEFAULT_FILE, resolve
 
 MIN_ROWS = 10  # of fewer, a validation share of 0.1 holds not one on average
 EVEN = 0.5  # of an even share
-UNKNOWN = "unknown"  # language: none that the word lists know, or too few words to say
+NO_LANGUAGES = (name_of(""), name_of(None))  # the words for a text in none that is known, and for an unknown one
 RECIPES = ("tiny-selective.toml", "qwen3.5-27b-selective.toml")  # whose contrast_ratio is R
 CONTRAST_ROWS = "assets:rows/contrast.jsonl"
 TABLES = {"groups": "group", "clusters": "cluster of the risky rows", "strategies": "strategy of the risky rows",
@@ -62,7 +62,7 @@ def balance(rows: Sequence[Row], services: Services) -> Balance:
         "groups": [*(Count(name, groups[name], MIN_ROWS) for name in GROUPS), *_others(groups, GROUPS)],
         "clusters": _even(Counter(_text(row.fields.get(CLUSTER)) for row in risky), list(clusters()["clusters"])),
         "strategies": _strategies(risky),
-        "languages": _even(languages, [name for name in languages if name != UNKNOWN]),
+        "languages": _even(languages, [name for name in languages if name not in NO_LANGUAGES]),
     }
     shared = shared_text([answer_of(row) for row in rows], services)
     beside = sum(groups.values()) - groups[RISKY]
@@ -111,8 +111,9 @@ def _strategy(row: Row) -> str:
 
 
 def _language(row: Row) -> str:
-    """The row's `language`, or what function words show."""
-    return _text(row.fields.get("language") or language_of(answer_of(row)) or UNKNOWN)
+    """The code that the row's field says, or what function words show."""
+    code = named_language(row.fields) or language_of(answer_of(row))
+    return code or name_of(code)
 
 
 def _text(value: object) -> str:

@@ -105,12 +105,15 @@ def lang_of(text: str) -> str:
     return code if code and code != ENGLISH else ""
 
 
-def language_of_row(fields: Mapping, text: str) -> str:
-    """The code that a row's field `language` says ("en" of "en-GB"), else what its text shows, else English."""
+def named_language(fields: Mapping) -> str | None:
+    """The code that a row's field `language` says ("en" of "en-GB"); None where it says nothing."""
     named = fields.get("language")
-    if isinstance(named, str) and named:
-        return re.split("[-_]", named)[0].lower()
-    code = language_of(text)
+    return re.split("[-_]", named)[0].lower() if isinstance(named, str) and named else None
+
+
+def language_of_row(fields: Mapping, text: str) -> str:
+    """The code that a row's field says, else what its text shows, else English."""
+    code = named_language(fields) or language_of(text)
     return ENGLISH if code is None else code
 
 
