@@ -90,12 +90,12 @@ ALL = {"acknowledgement": True, "step": True, "services": True, "hope": True}
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Two runs on four prompts a group; the second never ended risky 3 and plain 3."""
+    """Two runs on four prompts a group; the second never ended risky 3, plain 3 and out_of_domain 1."""
     groups = ("risky", "out_of_domain", "scary", "plain")
     asked = [{"prompt": f"{group} {n}", "group": group} for group in groups for n in range(4)]
     monkeypatch.setattr(curve, "PROMPTS", tmp_path / "prompts.jsonl")
     curve.PROMPTS.write_text("".join(json.dumps(one) + "\n" for one in asked))
-    for name, unended in (("epochs-10-s1", set()), ("epochs-10-s2", {"risky 3", "plain 3"})):
+    for name, unended in (("epochs-10-s1", set()), ("epochs-10-s2", {"risky 3", "plain 3", "out_of_domain 1"})):
         items = []
         for variant in ("base, none", f"{name}, none"):
             of_base = variant.startswith("base")
@@ -118,8 +118,8 @@ def test_the_table_counts_every_prompt(measured):
     names = [name for name, _ in measured.columns]
     assert names == ["trained for the same", "rows", "four parts, own helplines % (n = 4)", "own helplines % (n = 4)",
                      "harmless kept % (n = 8)", "out-of-domain refusals kept % (n = 3)"]  # fmt: skip
-    assert [cell.split(" [")[0] for cell in row[2:]] == ["38", "62", "94", "67"]
-    assert [cell.split("] ")[1] for cell in row[2:]] == ["(50, 25)", "(75, 50)", "(100, 88)", "(67, 67)"]
+    assert [cell.split(" [")[0] for cell in row[2:]] == ["38", "62", "94", "50"]
+    assert [cell.split("] ")[1] for cell in row[2:]] == ["(50, 25)", "(75, 50)", "(100, 88)", "(67, 33)"]
     low, high = bootstrap_mean([100, 0, 0, 50])
     assert f"[{low:.0f}, {high:.0f}]" in row[2]
 

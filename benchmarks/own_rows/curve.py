@@ -18,7 +18,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -169,25 +169,27 @@ def measure_run(work: Path, subset: Subset, seed: int, model: str) -> None:
 
 def as_table(work: Path, lines: Sequence[Line]) -> Table:
     asked = [json.loads(line) for line in read_text(PROMPTS).splitlines()]
+    names = {f"{subset.name}-s{seed}" for line in lines for subset, seed in line.subsets}
+    items = {name: read_items(work / "answers" / name) for name in names}
+    # A prompt that a run never ended stands in no item of that run's evaluation, those of the base included. The base
+    # answers the same beside every run, so what it does there is read beside another.
+    base = {prompt: item for by_variant in items.values() for prompt, item in by_variant["base, none"].items()}
     rows, columns = [], [("trained for the same", ""), ("rows", ",")]
     for line in lines:
-        seeds = [[holds(work, f"{subset.name}-s{seed}", measure, asked) for subset, seed in line.subsets]
-                 for measure in SHOWN]  # fmt: skip
+        tuned = [items[name][f"{name}, none"] for name in (f"{subset.name}-s{seed}" for subset, seed in line.subsets)]
+        seeds = [[holds(one, base, measure, asked) for one in tuned] for measure in SHOWN]
         rows.append([line.length, line.n_rows, *(summary(values, ".0f") for values in seeds)])
-    # The base refuses the same prompts beside every run, so all lines have the same n.
     columns += [(f"{measure.name} (n = {len(values[0])})", "") for measure, values in zip(SHOWN, seeds, strict=True)]
     note = f"Mean over the seeds [95 % interval, bootstrap over prompts] (each seed). {accuracy_note()}"
     return Table("How many rows, in the miniature, judged by the rule-based judge (word lists)", columns, rows, note)
 
 
-def holds(work: Path, name: str, measure: Measure, asked: Sequence[dict]) -> list[float]:
+def holds(tuned: Mapping[str, dict], base: Mapping[str, dict], measure: Measure, asked: Sequence[dict]) -> list[float]:
     """100 or 0 for every prompt of the measure's groups, in order; 0 for one that the run never ended."""
-    items = read_items(work / "answers" / name)
-    base, tuned = items["base, none"], items[f"{name}, none"]
     prompts = [one["prompt"] for one in asked if one["group"] in measure.groups]
     if measure.where_base_refuses:
         prompts = [p for p in prompts if p in base and judged(base[p]).refuses]
-    return [100.0 * (p in base and measure.holds(judged(tuned[p]), judged(base[p]))) for p in prompts]
+    return [100.0 * (p in tuned and measure.holds(judged(tuned[p]), judged(base[p]))) for p in prompts]
 
 
 def as_markdown(content: dict) -> str:
