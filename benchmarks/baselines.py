@@ -28,6 +28,7 @@ from psysafe.model.recompute import STAGES, recompute
 from psysafe.training.config import TrainConfig
 from psysafe.training.memory_plan import RESERVE, Plan, Sizes
 from psysafe.training.setup import attach_adapters, make_optimizer, nbytes
+from psysafe.training.step import add_gradients
 
 MAX_GPU_BYTES = 85_000_000_000  # the memory of an 80 GB GPU; also the limit on a GPU that has more
 RECIPE = TrainConfig()
@@ -143,7 +144,7 @@ class Ours(Contender):
             tokens, rows, labels = map(documents.to_device, (batch.tokens, batch.rows, batch.labels))
             hidden = self.model(tokens, documents, rows=rows)
             loss = kernels.linear_cross_entropy(hidden, self.model.head, labels) / self.trained_tokens
-            loss.backward()
+            add_gradients(self.model, loss)
             total += loss.detach()
         return total
 

@@ -85,6 +85,20 @@ def test_a_wait_is_seen(monkeypatch, wait):
         step_without_a_device(monkeypatch)
 
 
+def test_gradients_are_those_of_backward_bit_for_bit(tmp_path):
+    """All of them are added after a micro-batch; loss.backward() adds each as it comes, to the same numbers."""
+    run, _ = setup(tmp_path, torch.float32, micro_batch_tokens=64)
+    documents = training_step.documents_of_step(run)
+    n_targets = training_step.count_targets(documents)
+    training_step.backward(run, documents, n_targets)
+    gradient = run.adapters.grad.clone()
+    run.optimizer.zero_grad()
+    batches = list(training_step.pack_share(documents, run.config.micro_batch_tokens, 0, 1))
+    for batch in batches:
+        (training_step.batch_loss(run.model, batch, run.runtime.device) / n_targets).backward()
+    assert len(batches) > 1 and gradient.any() and torch.equal(gradient, run.adapters.grad)
+
+
 def mixers_in_backward(run) -> list[int]:
     """The layers in whose mixer backward computes something."""
     seen = []

@@ -66,7 +66,7 @@ class Adapter(nn.Module):
     def __init__(self, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float):
         super().__init__()
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
-        self.A.grad, self.B.grad = dA, dB  # autograd accumulates into an existing .grad in place
+        self.A.grad, self.B.grad = dA, dB  # autograd and add_gradients (training/step.py) add to it in place
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def kind(op: Op) -> str:
     if op.phase == "optimizer":
         return "optimizer"
     if op.launch is None:
-        return "GEMM" if op.flops else "sums" if op.name in ("sum", "add_") else "other"
+        return "GEMM" if op.flops else "sums" if op.name in ("sum", "_foreach_add_") else "other"
     module = op.name.partition(" ")[0]
     kinds = {"attention": "attention", "delta_rule": "delta rule", "cross_entropy": "loss", "linear_kl": "loss"}
     return next((name for part, name in kinds.items() if part in module), "elementwise")
