@@ -345,13 +345,13 @@ def score(
 
 
 def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
-    def score_one(prompt: str, row: dict) -> Scores:
-        return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+    def score_one(variant: str, prompt: str, row: dict) -> Scores:
+        try:
+            return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+        except UserError as error:  # a cluster that the word lists do not know
+            raise UserError(f"answer of {variant} to {prompt!r:.50}: {error}") from None
 
-    try:
-        return {name: {p: score_one(p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
-    except UserError as error:  # a cluster that the word lists do not know
-        raise UserError(f"answers of {', '.join(answers)}: {error}") from None
+    return {name: {p: score_one(name, p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
 
 
 def write_items(path: Path, answers, prompts, scores, replies) -> None:
