@@ -29,7 +29,7 @@ class Difference(NamedTuple):
     p: float  # two-sided
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's score interval (1927) of a share: the p with |successes/n - p| <= z sqrt(p (1 - p) / n).
 
     Unlike the normal approximation it stays within 0 and 1, and has a width at 0 and at n successes. (0, 1) for n = 0.
