@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     """shown: what was judged, which may be another text than the answer: decoded, translated, with its reasoning."""
 
     variant: str
-    row: dict
+    row: Mapping
     shown: str | None
     judgements: Sequence[Judgement]
 
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 class Entry(NamedTuple):
     heading: str
     prompt: str
-    answers: Sequence[Answer]
+    answers: list[Answer]
 
 
 def write(out: Path, title: str, entries: Iterable[Entry]) -> None:
