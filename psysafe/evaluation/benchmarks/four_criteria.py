@@ -119,7 +119,7 @@ class FourCriteria(Evaluation):
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
         write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
-        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)})
+        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)}, {})
         transcript.write(Path(args.out), f"Four criteria, judged by {judged_by}", entries)
         shown = [*tables(answers, scores, baseline, judged_by), *languages_of(answers, prompts)]
         result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
@@ -250,7 +250,8 @@ def compare(
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
-    entries = transcript.of_criteria(answers, prompts, by_judge)
+    of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}
+    entries = transcript.of_criteria(answers, prompts, by_judge, of_models)
     transcript.write(out, f"Four criteria, judged by {', '.join(results)}", entries)
     return results, labels
 
