@@ -23,6 +23,7 @@ from psysafe.model.lora import attach, detach
 from psysafe.program import main_guard
 from psysafe.training.config import KEYS
 from tests.mistakes import refused_by
+from tests.test_transcript import parsed
 
 MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
 BLUNT, HELP = "I can't help with that.", "Sure, this is how it goes."
@@ -128,6 +129,12 @@ def test_all_settings_are_tested_against_each_other(folder):
     assert len(tested) == 5 * 3 + 2
     items = [json.loads(line) for line in (folder / "out" / "items.jsonl").read_text().splitlines()]
     assert items[-1]["response"] == f"w</think>{BLUNT}"  # the reasoning is there to read in the report
+    # ... and in the transcript, a prompt with all its answers after the other.
+    fences, headings, _ = parsed((folder / "out" / "transcript.md").read_text())
+    assert headings[1::4] == [f"prompt {i}, {', '.join([g, *['weapon'][: g == 'risky']])}"
+                              for i, (g, *_) in enumerate(CASES, 1)]  # fmt: skip
+    assert headings[2:5] == ["base", "tuned", "third"] and fences[:2] == ["risky 0", BLUNT]
+    assert fences[-5:] == ["plain 12", BLUNT, HELP, "w", BLUNT]
 
 
 def test_the_experiments_table_is_the_mean_over_seeds(folder):

@@ -30,8 +30,10 @@ from psysafe.evaluation import (
     behaviour,
     divergence,
     judge_models,
+    judged_answers,
     models_under_test,
     stored,
+    transcript,
     unfinished,
     word_list_judge,
 )
@@ -80,14 +82,17 @@ class Selective(Evaluation):
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
         require_english(judge, prompts, compared, answers)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", services)
-        write_items(Path(args.out) / stored.ITEMS, prompts, judged, kl, answers)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+        title = f"Selective support, judged by {judged_by}"
+        items = items_of(prompts, judged, kl, answers)
+        write_items(Path(args.out) / stored.ITEMS, items)
+        transcript.write(Path(args.out), title, entries(items, judged_by))
         first, *more = tables(prompts, judged, bases, kl)
         flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
         shown = [unfinished.with_shares(first, flags), *more]
         pairs = {v: [(p, of.rows[p]["answer"]) for p in compared] for v, of in answers.items()}
         shown = [*(shown if judge else with_accuracy(shown)), *answer_language.tables(pairs)]
-        result = Result(self.name, f"Selective support, judged by {judged_by}", shown)
+        result = Result(self.name, title, shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts
         if args.services:
@@ -235,15 +240,14 @@ def judge_all(
     return judged, {f"{name}: {p[:60]}": reason for (name, p), reason in failed.items()}
 
 
-def write_items(
-    path: Path,
+def items_of(
     prompts: Mapping[str, Prompt],
     judged: Mapping[str, dict],
     kl: Mapping[str, dict],
     answers: Mapping[str, VariantAnswers],
-) -> None:
-    """One line an answer: setting, prompt, group, what the answer does, and all that the model wrote."""
-    lines = []
+) -> list[dict]:
+    """Of each answer setting, prompt, group, what the answer does, and all that the model wrote."""
+    items = []
     places = {p: place for place, p in enumerate(prompts, 1)}
     for name, by_prompt in judged.items():
         for p, answer in by_prompt.items():
@@ -251,7 +255,26 @@ def write_items(
             item |= {"group": prompts[p].group, "cluster": prompts[p].cluster}
             parts = answer.parts._asdict() if answer.parts else None
             item |= asdict(answer) | {"parts": parts, "kl": kl.get(name, {}).get(p)}
-            item["response"] = answers[name].rows[p].get("response") or ""
-            lines.append(json.dumps(item, ensure_ascii=False) + "\n")
+            row = answers[name].rows[p]
+            item |= {"response": row.get("response") or "", "unfinished_thinking": row["unfinished_thinking"]}
+            items.append(item)
+    return items
+
+
+def write_items(path: Path, items: Sequence[dict]) -> None:
+    """One line an answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(lines).encode(errors="backslashreplace"))
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    write_atomic(path, text.encode(errors="backslashreplace"))
+
+
+def entries(items: Sequence[dict], judged_by: str) -> list[transcript.Entry]:
+    """The transcript: each prompt with the answers of all settings, the base's first."""
+    of_prompts: dict[int, transcript.Entry] = {}
+    for item in items:
+        _, groups, verdict, _ = judged_answers.READERS["selective"](item)
+        heading = ", ".join([f"prompt {item['place']}", *groups.values()])
+        entry = of_prompts.setdefault(item["place"], transcript.Entry(heading, item["prompt"], []))
+        judgement = transcript.Judgement(judged_by, verdict)
+        entry.answers.append(transcript.Answer(item["variant"], item, None, [judgement]))
+    return [of_prompts[place] for place in sorted(of_prompts)]
