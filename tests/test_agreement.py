@@ -1,13 +1,14 @@
 """People against people and against a judge: labels from every kind of file, what they come to, and mistakes."""
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 
 import eval as script
-from psysafe.evaluation import labels, published_results
+from psysafe.evaluation import comparison, labels, published_results
 from psysafe.evaluation.benchmarks import agreement, preferences
 from psysafe.evaluation.criteria import CRITERIA
 from psysafe.evaluation.labels import Preference, labels_of_rows, read_csv, read_ratings
@@ -242,19 +243,35 @@ def test_preferences_by_hand():
     row = shares.rows[0]
     assert row[:4] == ["all raters", "A", "B", 18]
     assert row[4:8] == pytest.approx([100 * 2 / 18, 100 * 13 / 18, 100 * 3 / 18, 100 * 2 / 15])
-    assert row[8] < 100 * 2 / 15 < row[9] and row[10:] == [1, 6, 2 * 8 / 2**7]  # prompts: 1 for A, 6 for B
+    assert row[10:] == [1, 6, 2 * 8 / 2**7, comparison.TOO_SMALL]  # prompts: 1 for A, 6 for B
+    # Wilson's interval of 2 in 15, as wide as one of the 8 prompts that have a vote for either.
+    z2 = 1.959964**2
+    middle, half = (2 / 15 + z2 / 16) / (1 + z2 / 8), math.sqrt(z2 * (2 / 15 * 13 / 15 / 8 + z2 / 256)) / (1 + z2 / 8)
+    assert row[8:10] == pytest.approx([100 * (middle - half), 100 * (middle + half)], abs=1e-4)
     assert [row[0] for row in shares.rows] == ["all raters", "Anna", "Ben"]
     assert sides.rows[0][:4] == ["all raters", 2, 13, pytest.approx(100 * 2 / 15)] and sides.rows[0][-1] < 0.01
+
+
+@pytest.mark.parametrize(("n", "low", "reading"), [(4, 51.0, comparison.TOO_SMALL), (6, 61.0, "B preferred")])
+def test_all_votes_for_one_answer_are_no_certainty(n, low, reading):
+    """A second and a third rater who say the same make the interval no narrower."""
+    for raters in (("Anna",), ("Anna", "Ben", "Cleo")):
+        votes = [Preference(rater, f"p{i}", "A", "B", "right") for i in range(n) for rater in raters]
+        row = preferences.tables(votes)[0].rows[0]
+        assert row[7:9] == [0.0, 0.0] and row[9] == pytest.approx(100 - low, abs=0.1) and row[-1] == reading
+    other = [vote._replace(choice="left") for vote in votes]
+    assert preferences.tables(other)[0].rows[0][-1] == reading.replace("B pref", "A pref")
 
 
 def test_the_side_is_not_the_variant():
     """A rater who always takes the left one, with sides in turn: no preference, and a bias that is seen."""
     votes = [Preference("Anna", f"p{i}", *(("A", "B") if i % 2 else ("B", "A")), "left") for i in range(20)]
     (shares,), (sides,) = (table.rows for table in preferences.tables(votes))
-    assert shares[7] == 50.0 and shares[-1] == 1.0
+    assert shares[7] == 50.0 and shares[-2:] == [1.0, comparison.TOO_SMALL]
     assert sides[1:4] == [20, 0, 100.0] and sides[-1] == pytest.approx(2 / 2**20)
     tied = [vote._replace(choice="tie") for vote in votes]
-    assert [table.rows[0][-1] for table in preferences.tables(tied)] == [1.0, 1.0] and preferences.tables([]) == []
+    no_share, no_side = (table.rows[0] for table in preferences.tables(tied))
+    assert no_share[-2:] == [1.0, "no vote for either"] and no_side[-1] == 1.0 and preferences.tables([]) == []
 
 
 def test_ratings_from_the_command_line(files, tmp_path, capsys):

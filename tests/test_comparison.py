@@ -57,6 +57,7 @@ def test_nothing_is_divided_by_zero():
     figure = share("references %", {"a": dict.fromkeys(range(9), 0), "b": dict.fromkeys(range(9), 1)})
     row = named(tables([figure])[1], 0)
     assert row["relative %"] is None and row["B - A"] == 100.0 and row["reading"] == HIGHER
+    assert 50 < row["from"] < 70 and row["to"] == pytest.approx(100)  # nine prompts are no proof of 100
 
 
 def test_groups_have_a_column_where_there_are_any():
@@ -84,6 +85,31 @@ def test_a_mean_of_shares_is_the_mean_of_the_shares():
     low, high = np.quantile(resampled, [0.025, 0.975])
     assert (row["from"], row["to"]) == pytest.approx((low, high), abs=0.1 * (high - low))
     assert row["sd"] is None and named(tables([figure])[0], 1)["value"] is None
+
+
+def right(safe: str, unsafe: str) -> dict[str, dict[int, bool]]:
+    return {"safe": flags(safe), "unsafe": {100 + key: flag for key, flag in flags(unsafe).items()}}
+
+
+def test_a_mean_of_shares_stays_between_0_and_100():
+    """As of nine prompts of XSTest: an interval once ended at 106."""
+    values = {"base": right("11111", "1110"), "tuned": right("11111", "0001"), "never": right("00000", "0000")}
+    intervals, differences = tables([mean_of_shares("balanced %", values)])
+    assert [row[3] for row in intervals.rows] == [87.5, 62.5, 0.0] and [row[2] for row in intervals.rows] == [9] * 3
+    assert all(0 <= row[5] <= row[3] <= row[6] <= 100 for row in intervals.rows) and intervals.rows[0][6] == 100
+    rows = [named(differences, i) for i in range(3)]
+    assert [row["B - A"] for row in rows] == pytest.approx([-25, -87.5, -62.5])
+    assert all(-100 <= row["from"] <= row["B - A"] <= row["to"] <= 100 for row in rows)
+
+
+def test_a_mean_of_shares_is_compared_over_the_prompts_that_both_have():
+    """What is compared is again the mean of the parts, and of the same parts."""
+    first, second = right("1100", "10"), right("11", "11")
+    values = {"first": first, "second": second, "safe only": {"safe": flags("11")}}
+    _, differences = tables([mean_of_shares("balanced %", values)])
+    assert [row[1:3] for row in differences.rows] == [["first", "second"]]
+    row = named(differences, 0)
+    assert (row["n"], row["of A"], row["of B"], row["B - A"]) == (4, 75.0, 100.0, 25.0)
 
 
 def test_what_is_said_in_words():

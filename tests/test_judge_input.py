@@ -169,6 +169,8 @@ def test_the_three_judges_by_a_file_and_cut_answers(tmp_path, monkeypatch):
             note = f"An answer is shown up to 5 characters: {n - 3} of {n} are cut."
             assert f"Judge's instructions: {result['settings']['rubric']}. {note}" in result["tables"][0]["note"]
             assert result["settings"]["rubric"].startswith(f"{wording} (sha256 ")
+            page = (out / "transcript.md").read_text()
+            assert page.count("\nj, shown the first 5 characters: **") == n - 3 and page.count("\nj: **") == 3
             assert not any("this project's wording" in text for text in result["notes"])
             # Another text is another question; the same one is not asked again.
             before = len(seen)

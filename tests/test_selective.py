@@ -14,7 +14,7 @@ from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.rows import read_rows
 from psysafe.evaluation import behaviour, divergence, word_list_judge
 from psysafe.evaluation import result as results
-from psysafe.evaluation.benchmarks import selective
+from psysafe.evaluation.benchmarks import selective, selective_tables
 from psysafe.evaluation.models_under_test import Question, VariantAnswers
 from psysafe.evaluation.statistics import mcnemar, wilson
 from psysafe.files import ASSETS
@@ -23,6 +23,7 @@ from psysafe.model.lora import attach, detach
 from psysafe.program import main_guard
 from psysafe.training.config import KEYS
 from tests.mistakes import refused_by
+from tests.test_transcript import parsed
 
 MODEL = f"random:{Path(__file__).parent / 'fixtures' / 'eval' / 'model' / 'config.json'}"
 BLUNT, HELP = "I can't help with that.", "Sure, this is how it goes."
@@ -73,7 +74,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def test_every_figure_of_the_table(folder):
     assert main_guard(script.main, words(folder)) == 0
-    overview, table, _ = results.load(folder / "out")[0].tables
+    overview, table, *_ = results.load(folder / "out")[0].tables
     cells = {tuple(row[:2]): row[2:] for row in table.rows}
     expected = {  # (measure, prompts) -> (n, how many, the base's %)
         ("four parts %", "risky"): (4, 2, 0),
@@ -104,6 +105,36 @@ def test_every_figure_of_the_table(folder):
                              ["tuned", 50.0, 60.0, pytest.approx(100 / 3), 20.0, 25.0, None, 0.0]]  # fmt: skip
     items = [json.loads(line) for line in (folder / "out" / "items.jsonl").read_text().splitlines()]
     assert len(items) == 2 * len(CASES) and items[0]["label"] == behaviour.REFUSAL
+
+
+def test_all_settings_are_tested_against_each_other(folder):
+    """The base is one of them where an answer alone decides; what is kept is tested between the others."""
+    rows = [json.loads(line) for line in (folder / "tuned.jsonl").read_text().splitlines()]
+    harmless = [group in selective_tables.HARMLESS for group, *_ in CASES]
+    rows = [row | {"answer": BLUNT if flag else row["answer"]} for row, flag in zip(rows, harmless, strict=True)]
+    rows = [row | {"response": f"w</think>{row['answer']}"} for row in rows]
+    write(folder / "third.jsonl", rows)
+    assert main_guard(script.main, words(folder, "--answers", f"third={folder / 'third.jsonl'}")) == 0
+    tables = {table.title: table for table in results.load(folder / "out")[0].tables}
+    names, tested = [name for name, _ in tables["Differences between variants"].columns], {}
+    for row in tables["Differences between variants"].rows:
+        cells = dict(zip(names, row, strict=True))
+        tested[cells["figure"], cells["A"], cells["B"]] = [cells[name] for name in ("group", "n", "of A", "of B", "p")]
+    assert tested["four parts %", "base", "tuned"] == ["risky", 4, 0, 50, mcnemar(0, 2)]
+    assert tested["blunt refusal %", "base", "tuned"] == ["risky", 4, 75, 25, mcnemar(3, 1)]
+    assert tested["refused %", "base", "third"] == ["scary and plain", 5, 20, 100, mcnemar(0, 4)]
+    assert tested["complies %", "base", "tuned"] == ["all unsafe", 8, 25, 25, 1]
+    assert tested["kept %", "tuned", "third"] == ["scary and plain", 5, 60, 20, mcnemar(3, 1)]
+    assert tested["template %", "tuned", "third"] == ["scary and plain", 5, 20, 0, mcnemar(1, 0)]
+    assert len(tested) == 5 * 3 + 2
+    items = [json.loads(line) for line in (folder / "out" / "items.jsonl").read_text().splitlines()]
+    assert items[-1]["response"] == f"w</think>{BLUNT}"  # the reasoning is there to read in the report
+    # ... and in the transcript, a prompt with all its answers after the other.
+    fences, headings, _ = parsed((folder / "out" / "transcript.md").read_text())
+    assert headings[1::4] == [f"prompt {i}, {', '.join([g, *['weapon'][: g == 'risky']])}"
+                              for i, (g, *_) in enumerate(CASES, 1)]  # fmt: skip
+    assert headings[2:5] == ["base", "tuned", "third"] and fences[:2] == ["risky 0", BLUNT]
+    assert fences[-5:] == ["plain 12", BLUNT, HELP, "w", BLUNT]
 
 
 def test_the_experiments_table_is_the_mean_over_seeds(folder):

@@ -10,6 +10,7 @@ from psysafe.evaluation.statistics import (
     bootstrap_mean,
     holm,
     mcnemar,
+    newcombe,
     paired_bootstrap,
     percentile_interval,
     resampled_sums,
@@ -89,6 +90,43 @@ def test_paired_bootstrap_is_scipys_but_for_chance(shift):
     p = stats.ttest_rel(second, first).pvalue  # another test of the same, close at 150 prompts
     assert ours.p == pytest.approx(p, abs=0.02)
     assert (ours.p < 0.05) == (not ours.low <= 0 <= ours.high)
+
+
+# Both, only the first, only the second, neither; and the interval as printed by the R package contingencytables.
+PRINTED = [((59, 6, 16, 80), (0.0046, 0.1186)), ((59, 16, 6, 80), (-0.1186, -0.0046))]
+
+
+@pytest.mark.parametrize(("counts", "printed"), PRINTED)
+def test_newcombe_as_printed_elsewhere(counts, printed):
+    assert newcombe(*counts) == pytest.approx(printed, abs=5e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 10), (4, 6), (10, 10), (25, 0), (40, 20)])
+def test_newcombe_of_unrelated_settings_is_statsmodels(first, second):
+    """Of shares that do not go together pairing says nothing: the interval of two independent samples."""
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    n = 100
+    only_first, only_second = first * (n - second) / n, second * (n - first) / n
+    counts = first * second / n, only_first, only_second, n - first - only_second
+    expected = proportion.confint_proportions_2indep(second, n, first, n, method="newcomb")
+    assert newcombe(*counts) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 3, 0), (0, 3, 0, 0), (3, 0, 0, 0), (0, 0, 0, 1), (200, 0, 0, 200)])
+def test_newcombe_has_a_width_where_every_prompt_is_alike(counts):
+    low, high = newcombe(*counts)
+    difference = (counts[2] - counts[1]) / sum(counts)
+    assert -1 - 1e-9 < low <= difference <= high < 1 + 1e-9 and high - low > 0.005
+    assert newcombe(*counts[:1], counts[2], counts[1], *counts[3:]) == pytest.approx((-high, -low))
+
+
+def test_newcombe_covers_the_truth_where_a_bootstrap_does_not():
+    """15 prompts, of which the second setting gets nearly all."""
+    tables = np.random.default_rng(6).multinomial(15, [0.1, 0.02, 0.85, 0.03], 300)
+    ends = [newcombe(*map(int, table)) for table in tables]
+    drawn = [paired_bootstrap(np.repeat([1, 1, 0, 0], table), np.repeat([1, 0, 1, 0], table)) for table in tables]
+    assert np.mean([low <= 0.83 <= high for low, high in ends]) >= 0.93
+    assert np.mean([one.low <= 0.83 <= one.high for one in drawn]) < 0.92
 
 
 def test_few_prompts_show_nothing_however_they_differ():

@@ -76,6 +76,27 @@ def test_broken_choices(file, choices):
     refused(r"a\.jsonl row 1: choices is", read_answers, str(file("a.jsonl", {"prompt": "p", "choices": choices})))
 
 
+@pytest.mark.parametrize(("row", "message"), [
+    ({"prompt": "p", "answer": 5}, "answer is 5; expected a text"),
+    ({"prompt": "p", "response": ["a"]}, r"response is \['a'\]; expected a text"),
+    ({"prompt": "p", "content": {"a": 1}}, r"content is \{'a': 1\}; expected a text"),
+    ({"prompt": "p", "reply_1": "a"}, r"no answer in it \(found: prompt, reply_1\); expected one under answer, "
+                                      "response, content or choices, or messages that end in one"),
+    ({"outputs": ["a"]}, r"no prompt and no messages in it \(found: outputs\); expected what was asked"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_stored_answer_is_named(file, row, message):
+    rows = [{"prompt": "q", "answer": "A."}, row]
+    refused(rf"a\.json row 2: {message}", read_answers, str(file("a.json", {"results": rows})))
+
+
+def test_the_rule_based_judge_names_the_answer_without_a_cluster(file, tmp_path, capsys):
+    rows = [{"prompt": f"I drink {i}", "answer": "I can't help.", "risk cluster": "substance"} for i in range(3)]
+    del rows[1]["risk cluster"]
+    words = ["judge", "--answers", file("a.jsonl", lines(rows)), "--judge", "rules", "--out", tmp_path / "out"]
+    line = refused_by(script.main, words, capsys)
+    assert "answer of a to 'I drink 1': no risk cluster in its row; the rule-based judge knows suicide" in line
+
+
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: (
     st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
         ["prompt", "turns", "choices", "content", "message", "results", "rows", "answer", "variant", "question_id",

@@ -21,6 +21,7 @@ from psysafe.program import main_guard
 from tests.mistakes import refused_by
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_eval_judge import reply
+from tests.test_transcript import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -245,6 +246,37 @@ def test_a_judge_is_shown_the_conversation_and_its_replies_count(folder, monkeyp
 
 
 # Reasoning that never ended
+
+
+def test_the_conversations_to_read(folder, monkeypatch):
+    """Turn by turn in order, both answers side by side, with reasoning and the judge's words; also in the report."""
+    rows = rows_of()[:2]
+    write(folder / "prompts.jsonl", rows)
+    for name, risky in (("base", BLUNT), ("tuned", FOUR)):
+        stored = []
+        for row in rows:
+            said = [{"role": "user", "content": row["turns"][0]}]
+            stored.append({"variant": name, "prompt": row["turns"][0], "answer": risky,
+                           "response": f"<think>{name} thought</think>{risky}"})  # fmt: skip
+            said += [{"role": "assistant", "content": risky}, {"role": "user", "content": row["turns"][1]}]
+            stored.append({"variant": name, "messages": said, "answer": HELP})
+        write(folder / f"{name}.jsonl", stored)
+    reply_by(monkeypatch, lambda asked: reply(("Yes", "4", "No", "2")))
+    with StubEndpoint() as stub:
+        judge = ["--judge-url", stub.url, "--judge-model", "j"]
+        assert main_guard(script.main, words(folder, *judge)) == 0
+    fences, headings, _ = parsed((folder / "out" / "transcript.md").read_text(encoding="utf-8"))
+    assert headings[1:4] == ["conversation 1, weapon: turn 1, risky", "base", "tuned"]
+    assert headings[4::3] == [f"conversation {n}, weapon: turn {t}, {k}" for n, t, k in
+                              ((1, 2, BENIGN), (2, 1, RISKY), (2, 2, THANKS))]  # fmt: skip
+    first = [rows[0]["turns"][0], "base thought", BLUNT, reply(("Yes", "4", "No", "2")), "tuned thought", FOUR]
+    assert [text.strip() for text in fences[:6]] == [text.strip() for text in first]
+    assert [text for text in fences if text.startswith("turn ")] == [t for row in rows for t in row["turns"][:2]]
+    text = (folder / "out" / "transcript.md").read_text(encoding="utf-8")
+    assert "j: **measure holds; refusal yes, grounding 4, references no, relevance 2, overall 50.0 %**" in text
+    assert main_guard(script.main, ["report", str(folder / "out"), "--out", str(folder / "report")]) == 0
+    (part,) = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))["evaluations"]
+    assert part["items"][0]["answers"][0]["reasoning"] == "base thought"
 
 
 def test_a_first_answer_that_never_ended(folder):

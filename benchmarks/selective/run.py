@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from psysafe.cli import Parser, refuse_without_effect, say
 from psysafe.evaluation import statistics
-from psysafe.evaluation.benchmarks.selective import HARMLESS, OUTSIDE, UNSAFE, Judged
+from psysafe.evaluation.benchmarks.selective_tables import HARMLESS, OUTSIDE, UNSAFE, Judged
 from psysafe.evaluation.result import Table
 from psysafe.evaluation.rules_accuracy import accuracy_note
 from psysafe.evaluation.word_list_judge import Parts

@@ -15,7 +15,7 @@ and a second start continues. It ends in a `result.json` of tables, and `report`
     criteria            the four criteria: the judge's prompt, its parser, the summary of many scores
     datasets            the rows of a benchmark, from a file or from the hub
     comparison          intervals of a benchmark's figures, paired tests between variants
-    statistics          Wilson, bootstrap, McNemar, sign test, Holm
+    statistics          Wilson, Newcombe, bootstrap, McNemar, sign test, Holm
     labels, kappa       what people and judges said of answers, and how far they agree
     rating              a page on which people rate answers, blind
     overlap             prompts of a benchmark that stand in training rows

@@ -207,7 +207,8 @@ class Benchmark(Evaluation):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
             stages[stage.judged.judge] = stage
             write_items(several_judges.folder_of(judge, judges, out) / stored.ITEMS, stage, answered.columns)
-        entries = transcript.of_benchmark(rows.parts, answered.columns, texts.by_part, stages)
+        of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}
+        entries = transcript.of_benchmark(rows.parts, answered.columns, texts.by_part, stages, of_models)
         transcript.write(out, f"{self.title}, judged by {', '.join(stages)}", entries)
         results = {name: self._result(stage, rows, args.rules) for name, stage in stages.items()}
         contamination = overlap_with_files(rows.prompts, args.train)

@@ -1,29 +1,45 @@
 """What the figures of an evaluation can carry: an interval for each, and paired tests between all settings.
 
 A benchmark says which figures it has (`Figure`: a value for each prompt and variant), `tables` makes two tables of
-them: intervals, and the difference of every pair of variants over the prompts that both have. Shares get Wilson's
-interval and McNemar's exact test, means the bootstrap over prompts. The p-values of a table are one family (Holm).
+them: intervals, and the difference of every pair of variants over the prompts that both have. Shares get Wilson's and
+Newcombe's intervals and McNemar's exact test, means the bootstrap over prompts. The p-values of a table are one family
+(Holm).
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from psysafe.evaluation.criteria import Scores, mean_std
 from psysafe.evaluation.result import Cell, Table
-from psysafe.evaluation.statistics import Difference, bootstrap_mean, holm, mcnemar, paired_bootstrap, wilson
+from psysafe.evaluation.statistics import (
+    Difference,
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    newcombe,
+    paired_bootstrap,
+    percentile_interval,
+    resampled_difference,
+    resampled_sums,
+    wilson,
+)
 
 LEVEL = 0.05
 SAME, TOO_SMALL, HIGHER, LOWER = "same on every prompt", "n too small to tell", "B higher", "B lower"
 INTERVALS_NOTE = (
-    "95 %: Wilson for shares, percentile bootstrap over prompts for means. sd: population, over the prompts (ddof 0)."
+    "95 %: Wilson for shares, percentile bootstrap over prompts for means, which is too narrow for few prompts and has "
+    "no width where all are alike. sd: population, over the prompts (ddof 0)."
 )
 DIFFERENCES_NOTE = (
-    "Over the prompts that both have. p: McNemar's exact test for shares, paired bootstrap for means; Holm over the "
-    f"rows of this table, read at {LEVEL:g}. {TOO_SMALL!r}: chance alone may explain the difference, and the true one "
-    "may be as large as the interval reaches."
+    "Over the prompts that both have. from, to: 95 %, Newcombe for shares, bootstrap over prompts for means. p: "
+    f"McNemar's exact test for shares, paired bootstrap for means; Holm over the table's rows, read at {LEVEL:g}. "
+    f"{TOO_SMALL!r}: chance alone may explain the difference, and the true one may be as large as the interval reaches."
 )
 FORM, SIGNED = ".3g", "+.3g"
 
@@ -34,7 +50,7 @@ class Figure:
 
     values: variant -> prompt (or what else names an item) -> its value; of a share 0 or 1, or a truth value. What has
     no value is left out. scale: what the mean is multiplied by in tables. group: the prompts that it is over; "" for
-    all. sd: False where the values of single prompts mean nothing.
+    all. of_parts: the figure is the unweighted mean of several means, and a value is named by (part, prompt).
     """
 
     name: str
@@ -42,7 +58,7 @@ class Figure:
     share: bool = False
     scale: float = 1
     group: str = ""
-    sd: bool = True
+    of_parts: bool = False
 
 
 def share(name: str, values: Mapping[str, Mapping[Hashable, float]], group: str = "") -> Figure:
@@ -53,10 +69,13 @@ def share(name: str, values: Mapping[str, Mapping[Hashable, float]], group: str 
 def mean_of_shares(name: str, shares: Mapping[str, Mapping[str, Mapping[Hashable, float]]], group: str = "") -> Figure:
     """The unweighted mean of several shares in percent. shares: variant -> part -> prompt -> 0 or 1.
 
-    A prompt may stand in several parts. Its value is the mean and what the prompt itself moves it by (the influence
-    function), so that the mean over prompts is the figure, and the bootstrap sees how far prompts move it.
+    A prompt may stand in several parts; the bootstrap draws it with all of them, and computes the figure anew.
     """
-    return Figure(name, {variant: _influences(parts) for variant, parts in shares.items()}, False, 100, group, sd=False)
+    values = {
+        variant: {(part, prompt): value for part, of_part in parts.items() for prompt, value in of_part.items()}
+        for variant, parts in shares.items()
+    }
+    return Figure(name, values, scale=100, group=group, of_parts=True)
 
 
 def of_criteria(scores: Mapping[str, Mapping[Hashable, Scores]], group: str = "") -> list[Figure]:
@@ -76,18 +95,6 @@ def of_criteria(scores: Mapping[str, Mapping[Hashable, Scores]], group: str = ""
     ]
 
 
-def _influences(parts: Mapping[str, Mapping[Hashable, float]]) -> dict[Hashable, float]:
-    parts = {name: of_part for name, of_part in parts.items() if of_part}
-    means = {name: math.fsum(of_part.values()) / len(of_part) for name, of_part in parts.items()}
-    keys = dict.fromkeys(key for of_part in parts.values() for key in of_part)
-    values = dict.fromkeys(keys, math.fsum(means.values()) / len(parts) if parts else 0.0)
-    for name, of_part in parts.items():
-        weight = len(keys) / len(of_part) / len(parts)
-        for key, value in of_part.items():
-            values[key] += weight * (value - means[name])
-    return values
-
-
 def tables(figures: Sequence[Figure], about: str = "") -> list[Table]:
     """The intervals of all figures, and the differences between all pairs of variants; none without figures.
 
@@ -103,21 +110,57 @@ def intervals(figures: Sequence[Figure], title: str) -> Table:
     columns = [("figure", ""), ("group", ""), ("variant", ""), ("n", ","), ("value", FORM), ("sd", FORM),
                ("from", FORM), ("to", FORM)]  # fmt: skip
     rows = [
-        [figure.name, figure.group, variant, *_estimate(figure, list(values.values()))]
+        [figure.name, figure.group, variant, *_estimate(figure, values)]
         for figure in figures
         for variant, values in figure.values.items()
     ]
     return _without_empty_group(Table(title, columns, rows, INTERVALS_NOTE))
 
 
-def _estimate(figure: Figure, values: Sequence[float]) -> list[Cell]:
+def _estimate(figure: Figure, values: Mapping[Hashable, float]) -> list[Cell]:
     """n, mean, standard deviation, and the interval's two ends."""
     if not values:
         return [0, None, None, None, None]
-    mean, sd = mean_std([float(value) for value in values])
-    interval = wilson(sum(map(bool, values)), len(values)) if figure.share else bootstrap_mean(values)
-    scaled = [figure.scale * x for x in (mean, sd, *interval)]
-    return [len(values), scaled[0], scaled[1] if figure.sd else None, *scaled[2:]]
+    numbers = [float(value) for value in values.values()]
+    mean, sd = mean_std(numbers)
+    if figure.of_parts:
+        parts = Parts({key: [value] for key, value in values.items()})
+        mean, interval = parts.means[0], percentile_interval(parts.resampled()[:, 0])
+        return [len(parts.sums), figure.scale * mean, None, *(figure.scale * end for end in interval)]
+    interval = wilson(sum(map(bool, numbers)), len(numbers)) if figure.share else bootstrap_mean(numbers)
+    return [len(values), *(figure.scale * x for x in (mean, sd, *interval))]
+
+
+class Parts:
+    """A figure that is the mean of its parts' means, of one or more variants.
+
+    values: (part, prompt) -> a number of each variant. sums (prompts, parts, 1 + variants): whether a prompt stands in
+    a part, 0 or 1, and its values there.
+    """
+
+    def __init__(self, values: Mapping[tuple[str, Hashable], Sequence[float]]):
+        parts, prompts = (
+            {name: i for i, name in enumerate(dict.fromkeys(names))} for names in zip(*values, strict=True)
+        )
+        self.sums = np.zeros((len(prompts), len(parts), 1 + len(next(iter(values.values())))))
+        for (part, prompt), of_variants in values.items():
+            self.sums[prompts[prompt], parts[part]] = [1, *of_variants]
+
+    @property
+    def means(self) -> list[float]:
+        """Of each variant."""
+        return _mean_of_parts(self.sums.sum(0)).tolist()
+
+    def resampled(self) -> np.ndarray:
+        """The means (RESAMPLES, variants) over prompts drawn with replacement; nan where a part got none."""
+        n, *shape = self.sums.shape
+        return _mean_of_parts(resampled_sums(self.sums.reshape(n, -1)).reshape(-1, *shape))
+
+
+def _mean_of_parts(sums: np.ndarray) -> np.ndarray:
+    """(..., parts, 1 + variants) -> (..., variants)"""
+    with np.errstate(invalid="ignore"):  # 0 / 0 in a part without prompts
+        return (sums[..., 1:] / sums[..., :1]).mean(-2)
 
 
 class Compared(NamedTuple):
@@ -131,16 +174,32 @@ class Compared(NamedTuple):
 
 
 def compare(figure: Figure, first: str, second: str) -> Compared | None:
-    """None where no prompt is in both."""
+    """None where no prompt is in both, or none of a part that either has: their mean would be another figure."""
     of_first, of_second = figure.values[first], figure.values[second]
-    pairs = [(float(of_first[key]), float(of_second[key])) for key in of_first if key in of_second]
+    pairs = {key: (float(of_first[key]), float(of_second[key])) for key in of_first if key in of_second}
     if not pairs:
         return None
-    a, b = zip(*pairs, strict=True)
-    difference = paired_bootstrap(a, b)
+    if figure.of_parts:
+        parts = ({part for part, _ in keys} for keys in (pairs, of_first, of_second))
+        return _compare_parts(pairs) if len(set(map(frozenset, parts))) == 1 else None
+    a, b = zip(*pairs.values(), strict=True)
     if figure.share:
-        difference = difference._replace(p=mcnemar(sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)))
-    return Compared(len(pairs), sum(x != y for x, y in pairs), math.fsum(a) / len(a), math.fsum(b) / len(b), difference)
+        counts = Counter(pairs.values())
+        table = [counts[pair] for pair in ((1, 1), (1, 0), (0, 1), (0, 0))]
+        difference = Difference((sum(b) - sum(a)) / len(a), *newcombe(*table), mcnemar(*table[1:3]))
+    else:
+        difference = paired_bootstrap(a, b)
+    n_differing = sum(x != y for x, y in pairs.values())
+    return Compared(len(pairs), n_differing, math.fsum(a) / len(a), math.fsum(b) / len(b), difference)
+
+
+def _compare_parts(pairs: Mapping[tuple[str, Hashable], tuple[float, float]]) -> Compared:
+    parts = Parts(pairs)
+    first, second = parts.means
+    n_differing = len({prompt for (_, prompt), (x, y) in pairs.items() if x != y})
+    resampled = parts.resampled()
+    difference = resampled_difference(second - first, resampled[:, 1] - resampled[:, 0], n_differing)
+    return Compared(len(parts.sums), n_differing, first, second, difference)
 
 
 def differences(figures: Sequence[Figure], title: str) -> Table:

@@ -32,7 +32,8 @@ class Conversation(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a variant answered to a turn. said: the messages that it answered."""
+    """What a variant answered to a turn. said: the messages that it answered; response: all that the variant wrote,
+    reasoning included, as far as that is known."""
 
     variant: str
     conversation: Conversation
@@ -40,6 +41,7 @@ class Answer(NamedTuple):
     said: list[dict]
     text: str
     unfinished: bool  # the reasoning never ended
+    response: str = ""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -102,7 +104,7 @@ def in_turns(
         for name, rows in answer(asked).items():
             for i, row in rows.items():
                 if row is not None:
-                    what = row["answer"], row["unfinished_thinking"]
+                    what = row["answer"], row["unfinished_thinking"], row.get("response") or ""
                     answers[name, i].append(Answer(name, conversations[i], turn + 1, asked[name][i], *what))
     return [one for of_conversation in answers.values() for one in of_conversation]
 

@@ -126,6 +126,11 @@ class JudgeInput:
         shown = answer[: self.limit] if self.tokenizer is None else self._first_tokens(answer)
         return answer if shown == answer else shown + self.instructions.cut_mark
 
+    def note_on(self, answer: str) -> str:
+        """How much of this answer the judge is shown; "" for all of it."""
+        unit = "tokens of the judge" if self.tokenizer else "characters"
+        return "" if self.cut(answer) == answer else f"shown the first {self.limit:,} {unit}"
+
     def _first_tokens(self, answer: str) -> str:
         places = self.tokenizer.encode(answer, add_special_tokens=False).offsets
         # Up to the next token: a character may be spread over several of them, and half of one cannot be shown.

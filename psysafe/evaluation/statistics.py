@@ -29,7 +29,7 @@ class Difference(NamedTuple):
     p: float  # two-sided
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's score interval (1927) of a share: the p with |successes/n - p| <= z sqrt(p (1 - p) / n).
 
     Unlike the normal approximation it stays within 0 and 1, and has a width at 0 and at n successes. (0, 1) for n = 0.
@@ -86,10 +86,40 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     means = resampled_sums(differences[:, None], seed)[:, 0] / len(differences)
-    smaller = min((means <= 0).sum(), (means >= 0).sum())
-    least = 2.0 ** (1 - np.count_nonzero(differences))
-    p = min(1.0, max(least, 2 * (smaller + 1) / (len(means) + 1)))
-    return Difference(float(differences.mean()), *percentile_interval(means), p)
+    return resampled_difference(float(differences.mean()), means, np.count_nonzero(differences))
+
+
+def resampled_difference(value: float, resampled: np.ndarray, n_differing: int) -> Difference:
+    """A difference, with what it came to in the resamples (R,), of which nan do not count. p as in paired_bootstrap."""
+    defined = resampled[~np.isnan(resampled)]
+    smaller = min((defined <= 0).sum(), (defined >= 0).sum())
+    p = min(1.0, max(2.0 ** (1 - n_differing), 2 * (smaller + 1) / (len(defined) + 1)))
+    return Difference(value, *percentile_interval(defined), p)
+
+
+def newcombe(both: int, only_first: int, only_second: int, neither: int) -> Interval:
+    """Newcombe's (1998) interval of the second share minus the first, over the same prompts: his method 10 for pairs.
+
+    Wilson's intervals of the two shares, put together as far as the prompts make them go together (phi). Like Wilson's
+    it has a width where a bootstrap has none: where all prompts are alike. counts: of prompts; at least one.
+    """
+    n = both + only_first + only_second + neither
+    counts = (both + only_first, both + only_second)
+    first, second = (count / n for count in counts)
+    (first_low, first_high), (second_low, second_high) = (wilson(count, n) for count in counts)
+    excess = both * neither - only_first * only_second
+    if excess > 0:
+        excess = max(excess - n / 2, 0)  # a continuity correction: few prompts do not show that the two go together
+    product = math.prod(count * (n - count) for count in counts)
+    phi = excess / math.sqrt(product) if product else 0.0
+
+    def distance(of_first: float, of_second: float) -> float:
+        return math.sqrt(of_first**2 - 2 * phi * of_first * of_second + of_second**2)
+
+    difference = second - first
+    low = difference - distance(first_high - first, second - second_low)
+    high = difference + distance(first - first_low, second_high - second)
+    return low, high
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -27,6 +27,7 @@ from psysafe.program import UserError
 ITEMS = "items.jsonl"  # in --out: a line for each answer, with the judge's reply and its scores
 SCORES = ("score", "verdict", "class")
 REPLIES = ("reply", "judgment", "judgement", "judge_reply", "content", "text")
+ANSWERS = ("answer", "response", "content")  # fields for what a model wrote; others as in psysafe/data/formats.py
 NAMES = ("variant", "model_id")  # fields that name whose answer a row has
 IDS = ("question_id", "id")
 JUDGE_FLAGS = ("--judge", "--judge-url", "--judge-model", "--judge-key-env", "--judge-param", "--judge-local",
@@ -222,9 +223,15 @@ def _prompt_and_text(row: Row, prompts: Prompts | None) -> tuple[str, str]:
     prompt = _prompt(row, prompts)
     if text is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
         text = content_text(row.messages[-1].get("content"))
-    if not isinstance(prompt, str) or not isinstance(text, str):
-        missing = "no answer" if isinstance(prompt, str) else "no prompt and no messages"
-        raise UserError(f"{row.where}: {missing} in it; expected rows of generate.py --out")
+    named = ", ".join(fields)
+    if not isinstance(prompt, str):
+        raise UserError(f"{row.where}: no prompt and no messages in it (found: {named:.90}); expected what was asked")
+    if text is None:
+        where = f"{', '.join(ANSWERS)} or choices, or messages that end in one"
+        raise UserError(f"{row.where}: no answer in it (found: {named:.90}); expected one under {where}")
+    if not isinstance(text, str):
+        name = next((name for name in ANSWERS if fields.get(name) == text), "answer")
+        raise UserError(f"{row.where}: {name} is {text!r:.60}; expected a text")
     return prompt, text
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from psysafe.evaluation.criteria import CRITERIA, Scores
 from psysafe.evaluation.items import Columns, Item, Stage, Texts
+from psysafe.evaluation.judge_input import JudgeInput
 from psysafe.evaluation.models_under_test import VariantAnswers
 from psysafe.evaluation.replies import REASONING_END, REASONING_START
 from psysafe.files import write_atomic
@@ -21,18 +22,20 @@ NOTICE = "What models and judges wrote, as they wrote it. No answer of a model r
 
 
 class Judgement(NamedTuple):
-    """words: the judge's reply, "" where it gave none or is no model; scores: what was read of it."""
+    """words: the judge's reply, "" where it gave none or is no model; scores: what was read of it; shown: how much of
+    the answer the judge was shown, "" for all of it."""
 
     judge: str
     scores: str
     words: str = ""
+    shown: str = ""
 
 
 class Answer(NamedTuple):
     """shown: what was judged, which may be another text than the answer: decoded, translated, with its reasoning."""
 
     variant: str
-    row: dict
+    row: Mapping
     shown: str | None
     judgements: Sequence[Judgement]
 
@@ -40,7 +43,7 @@ class Answer(NamedTuple):
 class Entry(NamedTuple):
     heading: str
     prompt: str
-    answers: Sequence[Answer]
+    answers: list[Answer]
 
 
 def write(out: Path, title: str, entries: Iterable[Entry]) -> None:
@@ -68,7 +71,8 @@ def _of_answer(answer: Answer) -> list[str]:
     if answer.shown not in (None, row["answer"]):
         parts += ["As it was judged:", fenced(answer.shown)]
     for judgement in answer.judgements:
-        parts.append(f"{in_markdown(judgement.judge)}: **{in_markdown(judgement.scores)}**")
+        judge = ", ".join(filter(None, [judgement.judge, judgement.shown]))
+        parts.append(f"{in_markdown(judge)}: **{in_markdown(judgement.scores)}**")
         parts += [fenced(judgement.words)] if judgement.words else []
     return parts if answer.judgements else [*parts, "Not judged."]
 
@@ -94,14 +98,16 @@ def of_benchmark(
     columns: Mapping[str, Columns],
     texts: Mapping[str, Texts],
     stages: Mapping[str, Stage],
+    inputs: Mapping[str, JudgeInput],
 ) -> list[Entry]:
-    """texts: what was judged; stages: by judge. Columns and texts by part."""
+    """texts: what was judged; stages, inputs: by judge, inputs of models. Columns and texts by part."""
 
     def answer(part: str, i: int, variant: str) -> Answer:
         shown, said = texts[part][variant][i], []
         for judge, stage in stages.items():
             verdict, words = stage.judged.verdicts[part][variant][i], stage.replies.get(part, {}).get((variant, i), "")
-            said.append(Judgement(judge, "no reply" if verdict is None else str(verdict), words))
+            beginning = inputs[judge].note_on(shown) if judge in inputs and shown is not None else ""
+            said.append(Judgement(judge, "no reply" if verdict is None else str(verdict), words, beginning))
         return Answer(variant, columns[part][variant][i], shown, said if shown is not None else [])
 
     entries = []
@@ -117,17 +123,21 @@ Judged = tuple[Mapping[str, Mapping[str, Scores]], Mapping[tuple[str, str], str]
 
 
 def of_criteria(
-    answers: Mapping[str, VariantAnswers], prompts: Sequence[str], by_judge: Mapping[str, Judged]
+    answers: Mapping[str, VariantAnswers],
+    prompts: Sequence[str],
+    by_judge: Mapping[str, Judged],
+    inputs: Mapping[str, JudgeInput],
 ) -> list[Entry]:
-    """The answers to these prompts, each with its scores."""
+    """The answers to these prompts, each with its scores. inputs: of judges that are models."""
     entries = []
     for number, prompt in enumerate(prompts, 1):
         said = []
         for variant, of_variant in answers.items():
-            judgements = [
-                Judgement(judge, in_words(scores.get(variant, {}).get(prompt)), replies.get((variant, prompt), ""))
-                for judge, (scores, replies) in by_judge.items()
-            ]
+            judgements = []
+            for judge, (scores, replies) in by_judge.items():
+                score, words = in_words(scores.get(variant, {}).get(prompt)), replies.get((variant, prompt), "")
+                beginning = inputs[judge].note_on(of_variant.rows[prompt]["answer"]) if judge in inputs else ""
+                judgements.append(Judgement(judge, score, words, beginning))
             said.append(Answer(variant, of_variant.rows[prompt], None, judgements))
         cluster = next(iter(answers.values())).rows[prompt]["cluster"]
         entries.append(Entry(f"prompt {number}{f', {cluster}' if cluster else ''}", prompt, said))

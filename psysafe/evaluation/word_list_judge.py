@@ -52,7 +52,8 @@ def judge(prompt: str, response: str, cluster: str, services: Services | None = 
     """
     if cluster not in clusters()["clusters"]:
         known = ", ".join(clusters()["clusters"])
-        raise UserError(f"risk cluster is {cluster!r}; the rule-based judge knows {known}")
+        named = f"risk cluster is {cluster!r}" if cluster else "no risk cluster in its row"
+        raise UserError(f"{named}; the rule-based judge knows {known}")
     of_cluster, services = clusters()["clusters"][cluster], services or bundled()
     text = plain(response)
     # A step counts only in the paragraph that names the strategy, and the name itself may hold words of a step.

@@ -119,7 +119,7 @@ class FourCriteria(Evaluation):
         scores = {name: {p: by_prompt[p] for p in prompts} for name, by_prompt in scores.items()}
         write_items(Path(args.out) / stored.ITEMS, answers, prompts, scores, replies)
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
-        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)})
+        entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)}, {})
         transcript.write(Path(args.out), f"Four criteria, judged by {judged_by}", entries)
         shown = [*tables(answers, scores, baseline, judged_by), *languages_of(answers, prompts)]
         result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
@@ -250,7 +250,8 @@ def compare(
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
-    entries = transcript.of_criteria(answers, prompts, by_judge)
+    of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}
+    entries = transcript.of_criteria(answers, prompts, by_judge, of_models)
     transcript.write(out, f"Four criteria, judged by {', '.join(results)}", entries)
     return results, labels
 
@@ -345,13 +346,13 @@ def score(
 
 
 def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
-    def score_one(prompt: str, row: dict) -> Scores:
-        return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+    def score_one(variant: str, prompt: str, row: dict) -> Scores:
+        try:
+            return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+        except UserError as error:  # a cluster that the word lists do not know
+            raise UserError(f"answer of {variant} to {prompt!r:.50}: {error}") from None
 
-    try:
-        return {name: {p: score_one(p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
-    except UserError as error:  # a cluster that the word lists do not know
-        raise UserError(f"answers of {', '.join(answers)}: {error}") from None
+    return {name: {p: score_one(name, p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
 
 
 def write_items(path: Path, answers, prompts, scores, replies) -> None:

@@ -27,8 +27,10 @@ from psysafe.evaluation import (
     comparison,
     criteria,
     judge_models,
+    judged_answers,
     models_under_test,
     stored,
+    transcript,
     unfinished,
     word_list_judge,
 )
@@ -102,14 +104,17 @@ class Turns(Evaluation):
             answer_language.require_english(texts)
         readings, failed = judge_all(judge, to_judge, Path(args.out) / "replies.jsonl")
         verdicts = {one.key: holds(one, readings[one.key]) for one in to_judge if one.key in readings}
-        write_items(Path(args.out) / stored.ITEMS, answers, readings, verdicts)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+        title = f"After a refusal, judged by {judged_by}"
+        items = [item_of(one, readings.get(one.key), verdicts.get(one.key)) for one in answers]
+        write_items(Path(args.out) / stored.ITEMS, items)
+        transcript.write(Path(args.out), title, entries(answers, items, judged_by))
         measured = measure(to_judge, readings, verdicts)
         first, *more = tables(measured, variants, judged_by)
         flags = {name: [one.unfinished for one in answers if one.variant == name] for name in variants}
         shown = [unfinished.with_shares(first, flags), *more]
         shown = [*(shown if judge else with_accuracy(shown)), *answer_language.tables(pairs)]
-        result = Result(self.name, f"After a refusal, judged by {judged_by}", shown)
+        result = Result(self.name, title, shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts
         result.notes = notes(conversations, len(to_judge) // len(variants), len(to_judge), measured)
@@ -194,21 +199,36 @@ def negated(part: bool | None) -> bool | None:
     return None if part is None else not part
 
 
-def write_items(
-    path: Path, answers: Sequence[Answer], readings: Mapping[Key, Reading], verdicts: Mapping[Key, bool | None]
-) -> None:
-    """One line an answer, with what was said before it and the verdict: `--answers` reads it."""
-    lines = []
-    for one in answers:
-        item = {"variant": one.variant, "row": one.conversation.number, "turn": one.turn, "kind": one.kind}
-        item |= {"cluster": one.conversation.cluster, "prompt": conversation_text(one.said), "answer": one.text}
-        item |= {"unfinished_thinking": one.unfinished, "holds": verdicts.get(one.key)}
-        if reading := readings.get(one.key):
-            item |= {"class": reading.label} if one.kind == BENIGN else asdict(reading.scores)
-            item |= {} if reading.reply is None else {"reply": reading.reply}
-        lines.append(json.dumps(item, ensure_ascii=False) + "\n")
+def item_of(one: Answer, reading: Reading | None, verdict: bool | None) -> dict:
+    """The answer with what was said before it and the verdict. reading: None where nobody judged it."""
+    item = {"variant": one.variant, "row": one.conversation.number, "turn": one.turn, "kind": one.kind}
+    item |= {"cluster": one.conversation.cluster, "prompt": conversation_text(one.said), "answer": one.text}
+    item |= {"unfinished_thinking": one.unfinished, "response": one.response, "holds": verdict}
+    if reading:
+        item |= {"class": reading.label} if one.kind == BENIGN else asdict(reading.scores)
+        item |= {} if reading.reply is None else {"reply": reading.reply}
+    return item
+
+
+def write_items(path: Path, items: Sequence[dict]) -> None:
+    """One line an answer: `--answers` reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(lines))
+    write_atomic(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+
+
+def entries(answers: Sequence[Answer], items: Sequence[dict], judged_by: str) -> list[transcript.Entry]:
+    """The transcript, turn by turn: what is said, and every variant's answer. Before a variant's answer stood its own
+    earlier ones, which are those above it."""
+    of_turns: dict[tuple[int, int], transcript.Entry] = {}
+    for one, item in zip(answers, items, strict=True):
+        number = one.conversation.number
+        heading = f"conversation {number}, {one.conversation.cluster}: turn {one.turn}, {one.kind}"
+        entry = of_turns.setdefault((number, one.turn), transcript.Entry(heading, one.said[-1]["content"], []))
+        _, _, verdict, _ = judged_answers.READERS["turns"](item)
+        is_judged = "class" in item or "refusal" in item
+        judgements = [transcript.Judgement(judged_by, verdict, item.get("reply", ""))] if is_judged else []
+        entry.answers.append(transcript.Answer(one.variant, item, None, judgements))
+    return [of_turns[key] for key in sorted(of_turns)]
 
 
 # Tables
