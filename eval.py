@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from psysafe import services
-from psysafe.cli import Parser, refuse_ranks, refuse_without_effect, say
+from psysafe.cli import Parser, out_folder, refuse_ranks, refuse_without_effect, say
 from psysafe.evaluation import rating, report
 from psysafe.evaluation.benchmark import Evaluation
 from psysafe.evaluation.benchmarks import agreement, four_criteria, hellaswag, miniature, mmlu, sorry_bench, xstest
@@ -85,7 +85,7 @@ def make_parser() -> Parser:
         command = commands.add_parser(evaluation.name, help=evaluation.help, description=evaluation.description, **look)
         evaluation.arguments(command)
         about = "folder of results; a killed run goes on"
-        command.add_argument("--out", required=True, metavar="DIR", help=about)
+        command.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=about)
     for name, module in PAGES.items():
         module.arguments(commands.add_parser(name, help=PAGES_HELP[name], description=module.__doc__, **look))
     return parser

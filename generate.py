@@ -22,7 +22,7 @@ import kernels
 from psysafe import services
 from psysafe.checkpoint.adapter import BASE, attach_named, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings, refuse_ranks, refuse_without_effect, say
+from psysafe.cli import Parser, add_settings, out_file, read_settings, refuse_ranks, refuse_without_effect, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: -
     add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
     add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
     about = "JSONL: the rows of --prompts with response, reasoning, answer and more"
-    add("--out", metavar="FILE", help=about)
+    add("--out", type=out_file, metavar="FILE", help=about)
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
     add("--adapter", metavar="DIR", help="folder or hub id (PEFT), or base for none (for the bundled model: its run's)")
     add("--merge", action="store_true", help="add the adapter into the weights instead of computing it beside them")

@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
+from pathlib import Path
 
 from tqdm import tqdm
 
+from psysafe.files import nearest_existing
 from psysafe.printable import one_line, plain
 from psysafe.program import UserError
 
@@ -149,6 +151,21 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number above 0")
     return int(text)
+
+
+def out_folder(text: str) -> str:
+    """For argparse: a folder to write to, new or not. What is found out here costs nobody hours of answers."""
+    if not (nearest := nearest_existing(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; expected a folder, or a new name")
+    return text
+
+
+def out_file(text: str) -> str:
+    """For argparse: a file to write."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: a folder; expected the name of a file to write")
+    out_folder(str(Path(text).absolute().parent))
+    return text
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ from psysafe.corpus.review_report import as_markdown, summary
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
-from psysafe.files import ASSETS, clusters, read_text, write_atomic
+from psysafe.files import ASSETS, clusters, nearest_existing, read_text, write_atomic
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
 from psysafe.services import Services
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_pages(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file; expected a folder for the pages")
+    if not (nearest := nearest_existing(out)).is_dir():
+        raise UserError(f"--out {out}: {nearest} is a file; expected a folder for the pages")
     given = services.from_arguments(args, every_cluster=False)
     drafts = read_drafts(args.files[0])
     warnings = read_warnings(args.warnings, drafts) if args.warnings else {}

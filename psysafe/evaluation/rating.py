@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, services, web_page
-from psysafe.cli import say
+from psysafe.cli import out_folder, say
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import CRITERIA, RUBRIC
 from psysafe.evaluation.labels import LABELS, YES_NO
@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     amount.add_argument("--per-cluster", type=_count, metavar="N", help="prompts drawn from each risk cluster")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts and sides that are drawn (0)")
     services.add_arguments(parser, "helplines on the page")
-    parser.add_argument("--out", required=True, metavar="DIR",
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR",
                         help="where rate.html and key.json are written")  # fmt: skip
 
 
