@@ -3,8 +3,8 @@
     python -m psysafe.publish runs/tiny --repo YOUR-NAME/psysafe-tiny --dry-run
     python -m psysafe.publish runs/psysafe --repo YOUR-NAME/psysafe-27b --results runs/judged runs/xstest runs/mmlu
 
-The repository is private unless --public is given. --dry-run shows the files and the card, and sends nothing. The token
-is that of `hf auth login`, or HF_TOKEN.
+The repository is private unless --public is given. --dry-run shows the files and the card, and sends nothing; of the
+hub it only asks which files are there. The token is that of `hf auth login`, or HF_TOKEN.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
         help="what becomes of a card that was edited on the hub (without it the push is refused)")  # fmt: skip
     services.add_arguments(parser, "helplines on the card")
     add("--public", action="store_true", help="make the repository public, once everything is there")
-    add("--dry-run", action="store_true", help="show files and card; nothing is sent or written")
+    add("--dry-run", action="store_true", help="show files, card and what is on the hub; nothing is sent or written")
     return parser
 
 
@@ -64,11 +64,13 @@ def main(argv: Sequence[str]) -> int:
     print(f"{args.repo}, {visibility}:")
     for upload in uploads:
         print(f"  {upload.path:<36}{upload.size:>16,} bytes  {upload.origin}")
+    push = Push(args.repo, args.public, args.edited_card)
     if args.dry_run:
-        print(f"\n{CARD}:\n\n{plain(uploads[0].content.decode())}", end="")
+        print(f"\n{CARD}:\n\n{plain(uploads[0].content.decode())}", end="", flush=True)
+        push.preview(uploads)
         say("dry run: nothing was sent or written")
         return 0
-    address = Push(args.repo, args.public, args.edited_card).run(uploads)
+    address = push.run(uploads)
     print(f"published: {address}", flush=True)
     write_card(run, uploads[0])
     return 0
