@@ -58,8 +58,25 @@ NOTHING_TO_SET = {
 }
 
 
+class _Store(argparse._StoreAction):
+    """A flag that takes a list and is given twice has one list. Of two single values the later one counts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = getattr(namespace, self.dest, None)
+        was_given = earlier is not None and earlier is not self.default
+        if self.option_strings and self.nargs in ("+", "*") and was_given:  # argparse itself would drop it
+            values = [*earlier, *values]
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit; a flag may have underscores for hyphens."""
+    """Raises UserError where argparse would print its usage and exit; a flag may have underscores for hyphens, and one
+    with a list may be given twice."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in (None, "store"):
+            self.register("action", action, _Store)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
