@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 import kernels
+from psysafe import services
 from psysafe.checkpoint.adapter import BASE, attach_named, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
-from psysafe.cli import Parser, add_settings, read_settings, refuse_ranks, refuse_without_effect, say
+from psysafe.cli import Parser, add_settings, out_file, read_settings, refuse_ranks, refuse_without_effect, say
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import read_prompts
 from psysafe.data.tokenizer import load_tokenizer
@@ -34,7 +35,6 @@ from psysafe.generation.terminal import COMMANDS, ask, chat, compare
 from psysafe.model.lora import merge_adapters
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import start
-from psysafe.services import bundled, read_services, require_checked
 from psysafe.training.config import resolve
 
 MAX_PROMPT = 10**6  # characters from stdin
@@ -46,9 +46,7 @@ def main(argv: Sequence[str]) -> int:
         refuse_ranks("a prompt or a chat")
     options = read_options(argv)
     system = system_text(args.system)
-    services = read_services(args.services) if args.services else bundled()
-    if args.services:
-        require_checked(services, args.unchecked)
+    helplines = services.from_arguments(args, every_cluster=False)
     rows = read_prompts(args.prompts)[: args.limit] if args.prompts else []
     source, revision, adapters = what_answers(args)
     runtime = start(args.device, args.dtype)
@@ -80,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             merge_adapters(model)
         generator = Generator(model, tokenizer, options, None if args.chat else say, mixed)
         if args.chat:
-            chat(generator, system, services)
+            chat(generator, system, helplines)
         elif file:
             answer_rows(generator, file, system, ranks)
             file.finish(ranks.wait)
@@ -153,15 +151,14 @@ apart. Qwen recommends --temperature 0.6 --top-k 20 --top-p 0.95 for thinking: -
     add("--chat", action="store_true", help=f"talk; every answer knows the conversation so far ({COMMANDS})")
     add("--prompts", metavar="FILE", help="rows with a prompt, or messages, in any form that docs/recipe.md lists")
     add("--limit", type=int, metavar="N", help="only the first N rows of --prompts")
-    add("--out", metavar="FILE", help="JSONL: the rows of --prompts with response, reasoning, answer and more")
+    about = "JSONL: the rows of --prompts with response, reasoning, answer and more"
+    add("--out", type=out_file, metavar="FILE", help=about)
     add("--model", help="folder, hub id or random:CONFIG.json (the base that --adapter names, else the bundled one)")
     add("--adapter", metavar="DIR", help="folder or hub id (PEFT), or base for none (for the bundled model: its run's)")
     add("--merge", action="store_true", help="add the adapter into the weights instead of computing it beside them")
     add("--compare", metavar="base,DIR", help="answer with each of these adapters")
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt (none)")
-    add("--services", nargs="+", default=[], metavar="FILE",
-        help="helplines on the notice of --chat: countries of the project, or files (US UK)")  # fmt: skip
-    add("--unchecked", action="store_true", help="also show helplines of --services that nobody has checked")
+    services.add_arguments(parser, "helplines on the notice of --chat")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(auto: bfloat16 on a GPU)")
     add("--sampling", choices=("model",), help="what the model's generation_config.json says; a flag beside it wins")

@@ -28,6 +28,7 @@ from psysafe.training.run_state import (
     check_resume,
     check_rows,
     check_run_dir,
+    check_writable,
     enter_run_dir,
     load_state,
     open_log,
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     runtime = start(config.device, config.dtype, config.seed, config.timeout)
     if config.dry_run:
         if runtime.is_main:
+            check_writable(config.out)
             config, sources = with_adapter_shape(config, sources)
             print_run(config, sources, dry_run(config, runtime))
         return 0

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from psysafe import load_model, load_tokenizer  # noqa: E402
-from psysafe.cli import Parser, say  # noqa: E402
+from psysafe.cli import Parser, out_folder, say  # noqa: E402
 from psysafe.corpus import __main__ as corpus  # noqa: E402
 from psysafe.data.rows import CLUSTER, Row, read_rows  # noqa: E402
 from psysafe.evaluation import word_list_judge  # noqa: E402
@@ -38,7 +38,11 @@ def parser() -> ArgumentParser:
     parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
     parser.add_argument("--bundled", default="", metavar="DIR", help="an adapter of the bundled rows, to compare with")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="rows, run and table; what is there already is kept"
+        "--out",
+        type=out_folder,
+        required=True,
+        metavar="DIR",
+        help="rows, run and table; what is there already is kept",
     )
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="of the new adapter (4)")
     return parser

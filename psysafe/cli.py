@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
+from pathlib import Path
 
 from tqdm import tqdm
 
+from psysafe.files import nearest_existing
 from psysafe.printable import one_line, plain
 from psysafe.program import UserError
 
@@ -56,8 +58,25 @@ NOTHING_TO_SET = {
 }
 
 
+class _Store(argparse._StoreAction):
+    """A flag that takes a list and is given twice has one list. Of two single values the later one counts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = getattr(namespace, self.dest, None)
+        was_given = earlier is not None and earlier is not self.default
+        if self.option_strings and self.nargs in ("+", "*") and was_given:  # argparse itself would drop it
+            values = [*earlier, *values]
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit; a flag may have underscores for hyphens."""
+    """Raises UserError where argparse would print its usage and exit; a flag may have underscores for hyphens, and one
+    with a list may be given twice."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in (None, "store"):
+            self.register("action", action, _Store)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
@@ -149,6 +168,21 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number above 0")
     return int(text)
+
+
+def out_folder(text: str) -> str:
+    """For argparse: a folder to write to, new or not. What is found out here costs nobody hours of answers."""
+    if not (nearest := nearest_existing(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; expected a folder, or a new name")
+    return text
+
+
+def out_file(text: str) -> str:
+    """For argparse: a file to write."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: a folder; expected the name of a file to write")
+    out_folder(str(Path(text).absolute().parent))
+    return text
 
 
 def say(text: str) -> None:

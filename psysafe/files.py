@@ -186,6 +186,12 @@ def new_folder(out: str | Path) -> Path:
     return out
 
 
+def nearest_existing(path: str | Path) -> Path:
+    """`path`, absolute, or the nearest folder above it (or file, by a mistake) that is there."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
 def expand(path: str) -> str:
     """`assets:NAME` as a path into the package's assets; any other text as it is."""
     return str(ASSETS / path.removeprefix("assets:")) if path.startswith("assets:") else path

@@ -20,7 +20,7 @@ import torch
 
 import kernels
 from psysafe.checkpoint.base import build
-from psysafe.cli import Parser
+from psysafe.cli import Parser, out_file
 from psysafe.files import write_atomic
 from psysafe.model.layers import frozen
 from psysafe.model.lora import attach
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=12, metavar="N", help="heaviest lines to print (12)")
     parser.add_argument("--host-us", type=float, default=HOST_US, metavar="N", help=f"of Python a launch ({HOST_US:g})")
     for name, what in PICTURES.items():
-        parser.add_argument(f"--{name}", metavar="FILE", help=what)
+        parser.add_argument(f"--{name}", type=out_file, metavar="FILE", help=what)
     args, rest = parser.parse_known_args(argv)
     if not kernels.HAS_TRITON:
         raise UserError("a step on paper records Triton's launches; install it (Linux and `pip install triton`)")

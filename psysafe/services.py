@@ -1,5 +1,6 @@
 """Helplines by country, from files of assets/services/ or of one's own (docs/services.md says what each key means)."""
 
+import argparse
 import datetime
 import functools
 import hashlib
@@ -9,12 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from psysafe.cli import say
 from psysafe.files import ASSETS, MAX_TEXT_BYTES, clusters, expand, read_text
 from psysafe.program import UserError
 
 FOLDER = ASSETS / "services"
 BUNDLED = ("US", "UK")  # whose services stand in the bundled rows, in this order
 MAX_AGE = datetime.timedelta(days=365)  # of a check
+ONE_DAY = datetime.timedelta(days=1)
+FLAGS = ("--services", "--unchecked")  # of `add_arguments`
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,17 @@ def countries() -> list[str]:
     return [*BUNDLED, *others]
 
 
-def read_services(names: Sequence[str]) -> Services:
-    """The services of country codes (AU) and files. UserError of one line names file, entry and key."""
+def read_services(names: Sequence[str], today: datetime.date | None = None) -> Services:
+    """The services of country codes (AU) and files. UserError of one line names file, entry and key.
+
+    today: for tests; a checked_on that is yet to come is a mistake in the file.
+    """
     emergency: dict[str, str] = {}
     services: list[Service] = []
     texts = []
     for name in names:
         path, text = _text(name)
-        country, number, entries = _parsed(path, text)
+        country, number, entries = _parsed(path, text, today or datetime.date.today())
         if country in emergency:
             raise UserError(f"{path}: services of {country} stand in an earlier file, too; give each country once")
         emergency[country] = number
@@ -111,14 +118,26 @@ def read_services(names: Sequence[str]) -> Services:
     return Services(tuple(names), tuple(services), emergency, digest)
 
 
-def require_checked(services: Services, unchecked: bool = False) -> None:
-    """UserError that names the entries which nobody has looked up on the live page, unless `unchecked` allows them."""
+def require_checked(services: Services, unchecked: bool = False, today: datetime.date | None = None) -> None:
+    """UserError that names the entries which nobody has looked up on the live page, unless `unchecked` allows them.
+
+    Entries that somebody looked up more than MAX_AGE ago are named in a warning on stderr. today: for tests.
+    """
+    flag = f"--services {' '.join(services.names)}"
     names = [f"{service.name} ({service.country})" for service in services.services if not service.checked]
     if names and not unchecked:
         raise UserError(
-            f"--services {' '.join(services.names)}: not checked on the live page: {', '.join(names)}; check them and "
-            "set checked and checked_on in a file of your own, or allow them with --unchecked"
+            f"{flag}: not checked on the live page: {', '.join(names)}; check them and set checked and checked_on in a "
+            "file of your own, or allow them with --unchecked"
         )
+    today = today or datetime.date.today()
+    old = [f"{s.name} ({s.country}, {s.checked_on})" for s in services.services if _is_old(s, today)]
+    if old:
+        say(f"warning: {flag}: checked more than a year ago: {', '.join(old)}; look at their pages again")
+
+
+def _is_old(service: Service, today: datetime.date) -> bool:
+    return service.checked and today - service.checked_on > MAX_AGE
 
 
 def require_clusters(services: Services) -> None:
@@ -132,23 +151,47 @@ def require_clusters(services: Services) -> None:
 
 
 def to_check(services: Services, today: datetime.date) -> list[str]:
-    """A line for each entry that nobody has checked, or not within MAX_AGE, or only on a day yet to come."""
+    """A line for each entry that nobody has checked, or not within MAX_AGE."""
     lines = []
     for service in services.services:
         name = f"{service.country}: {service.name}, {service.reach}"
         if not service.checked:
             dated = f", which is dated {service.page_date}" if service.page_date else ""
             lines.append(f"{name}: not checked; look at {service.source}{dated}")
-        elif service.checked_on > today:
-            lines.append(f"{name}: checked on {service.checked_on}, which is yet to come; look at {service.source}")
-        elif today - service.checked_on > MAX_AGE:
+        elif _is_old(service, today):
             lines.append(f"{name}: checked on {service.checked_on}, more than a year ago; look at {service.source}")
     return lines
 
 
+# On a command line
+
+
+def add_arguments(parser: argparse.ArgumentParser, about: str) -> None:
+    """--services and --unchecked, for `from_arguments`. about: what the helplines are for."""
+    parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
+                        help=f"{about}: countries of the project, or files (US UK)")  # fmt: skip
+    parser.add_argument("--unchecked", action="store_true", help="also helplines of --services that nobody has checked")
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """For `refuse_without_effect`."""
+    return {} if args.services else {"--unchecked": "without --services FILE"}
+
+
+def from_arguments(args: argparse.Namespace, every_cluster: bool = True) -> Services | None:
+    """The helplines of --services, None without it. UserError as of `require_checked`, and of `require_clusters`
+    unless only those of a crisis are shown."""
+    if not args.services:
+        return None
+    services = read_services(args.services)
+    require_checked(services, args.unchecked)
+    if every_cluster:
+        require_clusters(services)
+    return services
+
+
 # A file
 
-KEYS = "clusters, name, country, url, source, phone, contact, hours, page_date, checked, checked_on"
 REQUIRED = ("clusters", "name", "url", "source", "checked")
 
 
@@ -162,7 +205,7 @@ def _text(name: str) -> tuple[Path, str]:
         raise UserError(f"--services {name}: cannot be read ({reason}); expected a file or one of {known}") from None
 
 
-def _parsed(path: Path, text: str) -> tuple[str, str, list[Service]]:
+def _parsed(path: Path, text: str, today: datetime.date) -> tuple[str, str, list[Service]]:
     """(country, emergency number, services) of a file's text."""
     try:
         content = tomllib.loads(text)
@@ -178,10 +221,10 @@ def _parsed(path: Path, text: str) -> tuple[str, str, list[Service]]:
     tables = content.get("services")
     if not isinstance(tables, dict) or not tables:
         raise UserError(f"{path}: no services in it; expected a table [services.NAME] for each")
-    return country, emergency, [_service(path, country, key, table) for key, table in tables.items()]
+    return country, emergency, [_service(path, country, key, table, today) for key, table in tables.items()]
 
 
-def _service(path: Path, country: str, key: str, table: object) -> Service:
+def _service(path: Path, country: str, key: str, table: object, today: datetime.date) -> Service:
     where = f"{path}: services.{key}"
     if not isinstance(table, dict):
         raise UserError(f"{where}: {table!a:.60}; expected a table [services.{key}]")
@@ -195,6 +238,10 @@ def _service(path: Path, country: str, key: str, table: object) -> Service:
         if not rule.holds(value):
             raise UserError(f"{where}: {name} is {value!a:.60}; expected {rule.expected}")
     _check_together(where, table)
+    # A day more: east of here it may be tomorrow already.
+    if "checked_on" in table and table["checked_on"] > today + ONE_DAY:
+        expected = "expected the day on which somebody looked at the page"
+        raise UserError(f"{where}: checked_on is {table['checked_on']}, which is yet to come; {expected}")
     values = table | {"clusters": tuple(table["clusters"])}
     return Service(key=key, country=country, **values)
 

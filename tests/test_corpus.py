@@ -212,8 +212,8 @@ def test_leaks_of_a_templated_corpus_are_a_summary_and_all_of_them_are_in_the_js
         ("split {box}/train.jsonl --val 1 --test 1 --out {box}", "--out .*train.jsonl: that is a file of the rows"),
         ("impute {box}/val.jsonl --out {box}/val.jsonl --url http://localhost --model-name x", "a file of the rows"),
         ("split {box}/train.jsonl --val 1 --test 1 --out {box}/mine", "mine/test.jsonl: holds something else"),
-        ("stats {box}/train.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
-        ("leakage --held-out {box}/val.jsonl --json {box}", "--json .*: a folder; expected the name of a file"),
+        ("stats {box}/train.jsonl --json {box}", "--json: .*: a folder; expected the name of a file"),
+        ("leakage --held-out {box}/val.jsonl --json {box}", "--json: .*: a folder; expected the name of a file"),
     ],
 )
 def test_no_tool_overwrites_what_it_reads_or_what_another_wrote(command, message, tmp_path, capsys):

@@ -54,6 +54,8 @@ STORED = "selective --prompts GROUPS --answers a=ANSWERS --answers b=ANSWERS --j
 TRANSCRIBED = "turns --prompts TURNS --answers a=TRANSCRIPTS --judge rules"
 TRANSLATED = f"{BY_MODEL['sorry-bench']} --mutations base,translate-fr --translator-url URL --translator-model t"
 
+OF_AU = "--services AU --unchecked"
+
 Effect = str | tuple[str, str]  # words behind the command's line in LINES, or two whole lines that differ in the flag
 
 
@@ -113,10 +115,11 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "--replies": (f"{REREAD} --replies REPLIES", f"{REREAD} --replies REPLIES2"),
         "--scores": (f"{REREAD} --scores REPLIES", f"{REREAD} --scores REPLIES2"),
         "--sample-per-cluster": "--sample-per-cluster 2",
+        "--services": OF_AU,
         "--baseline": (f"{BY_RULES['judge']} --system none,v0", f"{BY_RULES['judge']} --system none,v0 --baseline TWO"),
     },
     "selective": of_answers(BY_RULES["selective"]) | of_judges(BY_MODEL["selective"]) | {
-        "--services": "--services AU",
+        "--services": OF_AU,
         "--judge": (BY_MODEL["selective"], BY_RULES["selective"]),
         "--prompts": "--prompts OTHERGROUPS",
         "--adapter": "--adapter ADAPTER2",
@@ -125,6 +128,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     },
     "turns": of_answers(BY_RULES["turns"]) | of_judges(BY_MODEL["turns"]) | {
         "--judge": (BY_MODEL["turns"], BY_RULES["turns"]),
+        "--services": OF_AU,
         "--prompts": "--prompts OTHERTURNS",
         "--answers": (f"{TRANSCRIBED} --out OUT", f"{TRANSCRIBED} --answers b=TRANSCRIPTS --out OUT"),
     },
@@ -148,6 +152,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     "rate": {
         "--answers": (f"{RATE} --out OUT", "rate --answers a=ANSWERS --answers c=ANSWERS --out OUT"),
         "--settings": tuple(f"{RATE} --answers c=ANSWERS --settings {pair} --out OUT" for pair in ("a,b", "a,c")),
+        "--services": OF_AU,
         "--items": "--items 2", "--per-cluster": "--per-cluster 1", "--seed": "--seed 4", "--out": "--out OUT2",
     },
     **{command: of_models(line) | of_data(line) | {
@@ -159,6 +164,8 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     } for command, line in CHOICE.items()},
 }  # fmt: skip
 NEVER = {("sorry-bench", "--judge")}  # there is no rule; refused below
+# It lets pass what is refused without it (tests/test_services.py), and changes nothing else.
+NEVER |= {(command, "--unchecked") for command in ("judge", "selective", "turns", "rate")}
 
 REFUSED = [
     *((f"judge --answers ANSWERS {JUDGE}", words) for words in (
@@ -199,6 +206,11 @@ REFUSED = [
     (f"sorry-bench --data DATA --mutations base,translate-fr {JUDGE}", "--translator-model t"),
     *((f"{command} --data DATA", words) for command in ("mmlu", "hellaswag") for words in (
         "--thinking", "--no-thinking", "--revision abc", "--data-revision abc")),
+    *((f"judge --prompts PROMPTS {JUDGE}", words) for words in ("--services AU", "--unchecked")),
+    *((line, "--unchecked") for line in (
+        "judge --prompts PROMPTS --judge rules", f"turns --prompts TURNS {JUDGE}",
+        f"selective --prompts GROUPS --adapter ADAPTER {JUDGE}", RATE)),
+    *((f"judge --{what} REPLIES", "--services AU") for what in ("replies", "scores")),
     ("judge --prompts PROMPTS --judge rules", "--judge_model k"),
     ("judge --prompts PROMPTS --judge rules", "--judge_tokens=9"),
     ("judge --prompts PROMPTS --judge rules", "--limit 0"),
@@ -345,7 +357,8 @@ def world(tmp_path, monkeypatch):
                 content["notes"] = [note for note in content.get("notes", []) if "tokens/s" not in note]
                 results[path.parent.name + path.name] = content
                 path.unlink()
-            for path in tmp_path.glob("out*/*.jsonl"):
+            results["pages"] = [path.read_text() for path in sorted(tmp_path.glob("out*/rate.html"))]
+            for path in [*tmp_path.glob("out*/*.jsonl"), *tmp_path.glob("out*/rate.html")]:
                 path.unlink()
             assert code == 0, line
             return json.dumps([sorted(map(str, seen)), results])

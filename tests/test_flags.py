@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from psysafe.cli import Parser
 from psysafe.program import main_guard
 from psysafe.training.config import KEYS, resolve
 from tests.mistakes import refused_by
@@ -139,3 +140,35 @@ def test_a_flag_that_nobody_reads_is_found():
     declared = 'parser.add_argument("--top-k")\nadd("--seed", dest="number")\n'
     assert unread_flags({"a.py": declared, "b.py": "args.top_k"}) == ["--seed"]
     assert unread_flags({"a.py": declared, "b.py": "args.number"}) == ["--top-k"]
+
+
+def test_a_list_that_is_given_twice_is_one_list():
+    """argparse drops the first: `leakage --held-out val.jsonl --held-out test.jsonl` would look at one of them."""
+    parser = Parser()
+    parser.add_argument("files", nargs="*")
+    group = parser.add_argument_group("more")
+    group.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--train", nargs="*", default=[])
+    parser.add_argument("--check", nargs="+", default=("US", "UK"))
+    parser.add_argument("--lengths", nargs="+", default=["4096"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(["--held-out", "a", "b", "--held-out", "c", "--seed", "1", "--seed", "2", "--train", "x"])
+    assert (args.held_out, args.seed, args.train, args.check) == (["a", "b", "c"], 2, ["x"], ("US", "UK"))
+    args = parser.parse_args(["--held-out", "a", "--check", "AU", "--check", "ZZ", "--train", "--train", "y"])
+    assert (args.check, args.train, args.lengths) == (["AU", "ZZ"], ["y"], ["4096"])
+    args = parser.parse_args(["--held-out", "a", "--lengths", "4096", "--lengths", "400"])
+    assert args.lengths == ["4096", "400"]
+    assert parser.parse_args(["--held-out", "a"]).train == []  # no list of an earlier call
+    args = parser.parse_args(["--held-out=a", "--held-out=b", "--", "f", "g"])
+    assert (args.held_out, args.files) == (["a", "b"], ["f", "g"])
+    main = Parser()
+    commands = main.add_subparsers(parser_class=Parser)
+    commands.add_parser("below").add_argument("--not-in", nargs="+", default=[])
+    assert main.parse_args(["below", "--not-in", "m", "--not-in", "n"]).not_in == ["m", "n"]
+
+
+def test_every_program_takes_its_flags_with_that_parser():
+    """Else one of its lists could lose its beginning."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "psysafe").rglob("*.py")]
+    own = {str(path.relative_to(ROOT)) for path in paths if "ArgumentParser(" in path.read_text()}
+    assert own <= {"psysafe/cli.py"}

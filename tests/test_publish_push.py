@@ -211,6 +211,60 @@ def test_what_an_earlier_push_left_cannot_mislead_a_loader(publish, hub, tmp_pat
     assert "holds old.gguf of an earlier push; give --gguf" in refusal(publish)
 
 
+LEFT = "on the hub, not part of this push, left as it is: "
+
+
+def test_what_an_earlier_push_included_is_named_and_left(publish, hub):
+    assert publish("--include", "metrics")[::2] == (0, "")
+    repository = hub.repositories[NAME]
+    repository.commit({".gitattributes": b"", "notes/mine.txt": b"somebody's own"})
+    expected = f"{LEFT}metrics.jsonl\n{LEFT}notes/mine.txt\n"
+    seen = len(hub.seen)
+    code, out, err = publish("--dry-run")
+    assert (code, err) == (0, f"{expected}dry run: nothing was sent or written\n") and "metrics.jsonl" not in out
+    assert {one.partition(" ")[0] for one in hub.seen[seen:]} == {"GET"} and len(repository.commits) == 3
+    code, _, err = publish("--license", "mit")
+    assert (code, err) == (0, expected)
+    assert files_of(hub)["notes/mine.txt"] == b"somebody's own" and files_of(hub)["metrics.jsonl"]
+    assert publish("--license", "mit")[2] == f"{NAME}: every file was there already\n{expected}"
+    repository.commit({"metrics.jsonl": None, "notes/mine.txt": None} | {f"checkpoint-{n:02}": b"" for n in range(22)})
+    left = publish("--dry-run")[2].splitlines()
+    assert left[19:] == [f"{LEFT}checkpoint-19", "on the hub, not part of this push, left as they are: 2 more",
+                         "dry run: nothing was sent or written"]  # fmt: skip
+
+
+def test_a_card_that_is_kept_is_part_of_the_push(publish, hub):
+    publish()
+    hub.repositories[NAME].commit({"README.md": b"Our own.\n"})
+    assert publish("--edited-card", "keep")[2].count(LEFT) == 0
+
+
+def test_the_dry_run_says_what_the_push_would_do_or_be_refused_for(publish, hub, tmp_path):
+    assert f"{NAME} is not on the hub yet" in publish("--dry-run")[2] and NAME not in hub.repositories
+    publish()
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    (merged / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    err = publish("--merged", str(merged), "--dry-run")[2]
+    removed = "would be removed from the newest commit, of an earlier push: adapter_"
+    assert f"{removed}config.json\n{removed}model.safetensors\n" in err and LEFT not in err
+    hub.repositories[NAME] = Repository(private=True, files={"config.json": b"{}"})
+    assert "holds a merged model of an earlier push" in refusal(publish, "--dry-run")
+    hub.repositories[NAME] = Repository(private=False, files={})
+    assert "is public on the hub; give --public" in refusal(publish, "--dry-run")
+
+
+@pytest.mark.parametrize(("what", "reason"), [(401, "(401)"), (500, "status 500"), ("drop", "connection to the hub")])
+def test_a_dry_run_needs_no_hub(what, reason, publish, hub):
+    hub.fail("GET", "/models/", what)
+    code, out, err = publish("--dry-run")
+    assert code == 0 and "# psysafe-small" in out
+    assert err.startswith("what is on the hub already is not known: ") and reason in err and err.count("\n") == 2
+    code, _, err = publish("--dry-run", HF_TOKEN="")
+    assert code == 0 and err.startswith("no token for the hub, so it was not asked") and err.count("\n") == 2
+
+
 def test_metadata_that_the_hub_refuses(publish, hub):
     line = refusal(publish, "--license", "nonsense")
     assert '"license" must be known' in line and not files_of(hub)

@@ -252,10 +252,23 @@ def test_mistakes(answers, stub, tmp_path, monkeypatch, capsys):
         (twice, "two judges are called a"),
         (judges(stub, "x/a", "x_a"), "two judges are called x_a"),
         ([*judges(stub, "rules"), "--judge", "rules"], "two judges are called rules"),
+        (["--judge", "rules", "--judge", "rules"], "--judge rules stands there twice; give it once"),
+        (["--judge-local", "assets:tiny"] * 2, "two judges are called assets_tiny"),
+        (
+            [*judges(stub, "a"), "--judge-param", "top_p=0.5", "--judge-param", "top_p=0.9"],
+            "--judge-param top_p=0.9: top_p stands there twice; give each parameter once",
+        ),
         ([*two, "--judge-model", "a"], "2 --judge-url for 1 --judge-model; give one for all, or one for each"),
         ([*judges(stub, "a"), "--judge-key-env", "A", "--judge-key-env", "B"], "2 --judge-key-env for 1 --judge-url"),
     ):
         assert message in refused_by(script.main, [*words, *flags, *out], capsys)
+    for command in ("selective --prompts x", "turns"):  # which ask one judge
+        for flags, message in (
+            ([*judges(stub, "a", "b")], "expected one judge"),
+            ([*judges(stub, "a"), "--judge", "rules"], "expected one judge"),
+            (["--judge", "rules", "--judge", "rules"], "--judge rules stands there twice; give it once"),
+        ):
+            assert message in refused_by(script.main, [*command.split(), *flags, *out], capsys)
     # The key of one host is not sent to another one.
     monkeypatch.setenv("PSYSAFE_JUDGE_KEY", "sk-the-first-hosts")
     both = [*two, "--judge-model", "a", "--judge-model", "b"]

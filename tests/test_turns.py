@@ -148,7 +148,7 @@ RIGHT_MESSAGES, RIGHT_HOLDS = Conversation.messages, turns.holds
 MUTANTS = {
     "history without the first answer": (Conversation, "messages", without_first_answer),
     "kinds swapped": (Answer, "kind", property(lambda self: self.conversation.kinds[-(self.turn - 1)])),
-    "thanks counted as a refusal": (turns, "holds", lambda answer, reading: RIGHT_HOLDS(
+    "thanks counted as a refusal": (turns, "holds", lambda answer, reading, given: RIGHT_HOLDS(
         answer._replace(conversation=answer.conversation._replace(kinds=(REPEATED,) * 4)), reading)),
     "a benign turn may be refused": (turns.Reading, "refuses", lambda self, kind: False),
     "support without a refusal": (turns, "all_of", turns.any_of),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from psysafe.checkpoint.adapter import LAYOUTS, convert_adapter
 from psysafe.checkpoint.gguf_adapter import write_gguf
 from psysafe.checkpoint.merge import merge
-from psysafe.cli import Parser
+from psysafe.cli import Parser, out_file, out_folder
 from psysafe.program import exit_on_signals, main_guard
 
 
@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     command = commands.add_parser("merge", help="write the base with an adapter merged into its weights")
     command.add_argument("--model", default="", metavar="DIR|HUB_ID", help="the base (the one that the adapter names)")
     command.add_argument("--adapter", required=True, metavar="DIR|HUB_ID", help="an adapter of ours or PEFT's")
-    command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the merged checkpoint")
+    command.add_argument("--out", type=out_folder, required=True, metavar="DIR",
+                         help="new or empty folder for the merged checkpoint")  # fmt: skip
     command.add_argument("--revision", default="", help="commit or branch of a hub id")
     command.add_argument("--shard-size", default="", metavar="5GB", help="cut new shards (default: the base's own)")
 
@@ -33,11 +34,12 @@ def main(argv: Sequence[str]) -> int:
     command.add_argument("adapter", metavar="RUN", help="folder or hub id of an adapter of ours or PEFT's")
     names = "text: as AutoModelForCausalLM has them; multimodal: as AutoModelForImageTextToText; both: equal doubles"
     command.add_argument("--layout", required=True, choices=LAYOUTS, help=names)
-    command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    command.add_argument("--out", type=out_folder, required=True, metavar="DIR", help="new or empty folder")
 
     command = commands.add_parser("gguf", help="write an adapter as a GGUF file, for llama.cpp")
     command.add_argument("--adapter", required=True, metavar="DIR|HUB_ID", help="an adapter of ours or PEFT's")
-    command.add_argument("--out", required=True, metavar="FILE", help="new file, whose name ends in .gguf")
+    command.add_argument("--out", type=out_file, required=True, metavar="FILE",
+                         help="new file, whose name ends in .gguf")  # fmt: skip
 
     args = parser.parse_args(argv)
     if args.command == "gguf":

@@ -16,7 +16,7 @@
                                    [--out-of-domain FILE...] [--language CODE] [--services FILE...] [--dry-run]
     python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--services FILE...] [--judge-url URL ...]
     python -m psysafe.corpus review DRAFTS --out DIR [--reviewers N [--double SHARE] [--seed N]] [--rows N,N]
-                                     [--warnings FILE]
+                                     [--warnings FILE] [--services FILE...]
     python -m psysafe.corpus review --collect FILE... --drafts DRAFTS --out FILE [--settled-by NAME] [--unreviewed]
 
 validate, leakage, localise, services and check exit with 1 when they find something, impute when a row is left without

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe.cli import out_file
 from psysafe.corpus import contacts
 from psysafe.corpus.common_text import Shared, duplicate_issues, leak_issues, template_issues
 from psysafe.corpus.contacts import Services, known_services
@@ -49,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="DRAFTS", help="rows with prompt, answer, risk cluster, group")
     parser.add_argument("--not-in", nargs="*", default=[], metavar="FILE", help="evaluation prompts, to find leaks of")
     add_settings(parser)
-    parser.add_argument("--json", metavar="FILE", help="JSONL: a line for each row with its issues")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="JSONL: a line for each row with its issues")
     parser.add_argument("--judged", metavar="FILE", help="keeps the judge's replies (DRAFTS.judged.jsonl)")
     judge_models.add_arguments(parser)
     for flag, choices in (("--device", ["cpu", "cuda"]), ("--dtype", ["float32", "bfloat16"])):

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from psysafe import services as helplines
 from psysafe.files import clusters
 from psysafe.services import Service, bundled, read_services, require_checked, require_clusters
 
@@ -42,13 +43,11 @@ class Services(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
-                        help="helplines that answers may name: countries (AU) or files, instead of US UK")  # fmt: skip
-    parser.add_argument("--unchecked", action="store_true", help="also services of --services that nobody has checked")
+    helplines.add_arguments(parser, "helplines that answers may name")
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    return {} if args.services else {"--unchecked": "without --services"}
+    return helplines.without_effect(args)
 
 
 def known_services(names: Sequence[str] = (), unchecked: bool = False) -> Services:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import PERCENTILES, tokenizer_of
 from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, word_runs
@@ -32,7 +33,7 @@ FIELDS = ("prompt", "answer", "reasoning", "finish_reason", "adapter", "group")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="ANSWERS", help="rows of generate.py --adapter base --out")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL of the contrast rows")
+    parser.add_argument("--out", type=out_file, required=True, metavar="FILE", help="JSONL of the contrast rows")
     about = f"evaluation prompts: rows that share {RUN} words in a row with one are dropped"
     parser.add_argument("--not-in", nargs="*", default=[], metavar="FILE", help=about)
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
@@ -30,7 +31,8 @@ INSTRUCTION = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL of all rows, reasoning filled in")
+    parser.add_argument("--out", type=out_file, required=True, metavar="FILE",
+                        help="JSONL of all rows, reasoning filled in")  # fmt: skip
     parser.add_argument("--url", required=True, help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
     parser.add_argument("--model-name", required=True, help="the model's name at the endpoint")
     parser.add_argument("--key-variable", default="PSYSAFE_API_KEY", help="environment variable that holds the key")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import TEMPLATE_CHARACTERS, answer_of, first_user_text, prompts_of, template, whole_words
 from psysafe.data.prompts import system_text
@@ -20,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training", nargs="*", default=[], metavar="FILE", help="training rows")
     parser.add_argument("--system", nargs="*", default=[], metavar="SYSTEM", help="v0, v1 or files")
     parser.add_argument("--benchmark", nargs="*", default=[], metavar="FILE", help="XSTest, SORRY-Bench, ...")
-    parser.add_argument("--json", metavar="FILE", help="write every leak there")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write every leak there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from psysafe.cli import say
+from psysafe.cli import out_file, say
 from psysafe.corpus.contacts import numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.languages import ENGLISH, language_of_row
@@ -32,7 +32,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="FILE", help="rows in any form that docs/recipe.md lists")
     parser.add_argument("--services", nargs="+", required=True, metavar="FILE",
                         help="helplines: a country of the project (AU), or a file (docs/services.md)")  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSONL: the same rows with other services")
+    parser.add_argument("--out", type=out_file, required=True, metavar="FILE",
+                        help="JSONL: the same rows with other services")  # fmt: skip
     parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
     parser.add_argument("--keep-unknown", action="store_true",
                         help="write the rows although unknown numbers and pages stay in them")  # fmt: skip

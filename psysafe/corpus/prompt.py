@@ -5,6 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.prompts import system_text
 from psysafe.files import ASSETS, clusters, read_text, write_atomic
@@ -14,7 +15,8 @@ from psysafe.services import Services, bundled, read_services, require_checked, 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--services", nargs="+", required=True, metavar="FILE",
                         help="helplines: a country of the project (AU), or a file (docs/services.md)")  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="FILE", help="text file to write, for --system FILE")
+    parser.add_argument("--out", type=out_file, required=True, metavar="FILE",
+                        help="text file to write, for --system FILE")  # fmt: skip
     parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
 
 

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from psysafe import helplines, web_page
+from psysafe import helplines, services, web_page
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
@@ -27,15 +27,16 @@ from psysafe.data.languages import ENGLISH, language_of_row, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
-from psysafe.files import ASSETS, clusters, read_text, write_atomic
+from psysafe.files import ASSETS, clusters, nearest_existing, read_text, write_atomic
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
+from psysafe.services import Services
 
 TITLE = "Reviewing drafts"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and drafts of answers."
 KEYS = "By keyboard: where no text is being typed, a approves, r rejects, e edits the answer."
 DOUBLE = 0.1
-OF_THE_PAGE = ("--reviewers", "--double", "--seed", "--warnings", "--rows")
+OF_THE_PAGE = ("--reviewers", "--double", "--seed", "--warnings", "--rows", "--services", "--unchecked")
 OF_COLLECT = ("--drafts", "--unreviewed", "--settled-by")
 
 
@@ -48,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows that are dealt out (0)")
     parser.add_argument("--rows", metavar="N,N", help="only these rows, as to settle a disagreement")
     parser.add_argument("--warnings", metavar="FILE", help="what `corpus check DRAFTS --json FILE` wrote")
+    services.add_arguments(parser, "helplines on the page")
     parser.add_argument("--collect", nargs="+", metavar="FILE", help="what reviewers exported: makes rows of it")
     parser.add_argument("--drafts", metavar="DRAFTS", help="with --collect: the drafts that were reviewed")
     parser.add_argument("--unreviewed", action="store_true", help="with --collect: lets rows pass that nobody reviewed")
@@ -78,7 +80,7 @@ def _share(text: str) -> float:
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     if args.collect:
         return dict.fromkeys(OF_THE_PAGE, "with --collect")
-    reasons = dict.fromkeys(OF_COLLECT, "without --collect")
+    reasons = dict.fromkeys(OF_COLLECT, "without --collect") | services.without_effect(args)
     if not args.reviewers:
         reasons |= dict.fromkeys(("--double", "--seed"), "without --reviewers: every reviewer reads every row")
     return reasons
@@ -96,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
 
 def run_pages(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file; expected a folder for the pages")
+    if not (nearest := nearest_existing(out)).is_dir():
+        raise UserError(f"--out {out}: {nearest} is a file; expected a folder for the pages")
+    given = services.from_arguments(args, every_cluster=False)
     drafts = read_drafts(args.files[0])
     warnings = read_warnings(args.warnings, drafts) if args.warnings else {}
-    items = [item(number, draft, warnings.get(number, [])) for number, draft in enumerate(drafts, 1)]
+    items = [item(number, draft, warnings.get(number, []), given) for number, draft in enumerate(drafts, 1)]
     if args.rows:
         items = [items[number - 1] for number in _numbers(args.rows, len(items))]
     shares = {"review.html": items}
@@ -112,7 +115,7 @@ def run_pages(args: argparse.Namespace) -> int:
         refuse_inputs("--out", out / name, {"the drafts": args.files})
     out.mkdir(parents=True, exist_ok=True)
     for name, share in shares.items():
-        write_atomic(out / name, page(digest(drafts), share))
+        write_atomic(out / name, page(digest(drafts), share, given))
         print(f"{out / name}: {counted(len(share), 'row')}")
     return 0
 
@@ -204,7 +207,7 @@ def deal(items: Sequence[dict], n_reviewers: int, double: float, generator: rand
 # The page
 
 
-def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
+def item(number: int, row: Row, warnings: Sequence[Mapping], given: Services | None = None) -> dict:
     """What the page shows of a draft. `draft`: the texts that may be edited, "" for one that the row lacks."""
     draft, language = Draft(row.fields, row.reasoning), language_of_row(row.fields, row.fields["answer"])
     return {
@@ -212,24 +215,24 @@ def item(number: int, row: Row, warnings: Sequence[Mapping]) -> dict:
         "language": language,  # in which a screen reader is to read the texts aloud
         "prompt": row.fields["prompt"],
         "draft": {name: draft.text(name) for name in EDITABLE},
-        "parts": parts_of(row.fields["answer"], language),
+        "parts": parts_of(row.fields["answer"], language, given),
         "warnings": list(warnings),
     }
 
 
-def parts_of(answer: str, language: str = ENGLISH) -> list[str]:
+def parts_of(answer: str, language: str = ENGLISH, given: Services | None = None) -> list[str]:
     """The part that each paragraph is, in order. language: its code; in one without word lists only services and steps
-    are found."""
+    are found. given: helplines instead of the bundled ones."""
     texts = re.sub("\r\n?", "\n", answer).split("\n\n")
-    return [part_of(text, i == len(texts) - 1, language) for i, text in enumerate(texts)]
+    return [part_of(text, i == len(texts) - 1, language, given) for i, text in enumerate(texts)]
 
 
-def part_of(paragraph: str, is_last: bool, language: str = ENGLISH) -> str:
+def part_of(paragraph: str, is_last: bool, language: str = ENGLISH, given: Services | None = None) -> str:
     """Which part of a supportive refusal a paragraph is, as far as word lists show it; "" for none."""
     text = word_list_judge.plain(paragraph)
-    if word_list_judge.gives_contact(text):
+    if word_list_judge.gives_contact(text, given):
         return "services"
-    if word_list_judge.names_support(text):  # a strategy, since no service is named
+    if word_list_judge.names_support(text, given):  # a strategy, since no service is named
         return "step"
     if language != ENGLISH and (numbers_in(text) or hosts_in(text)):  # what stands beside numbers was English
         return "services"
@@ -250,8 +253,8 @@ def _acknowledges(text: str, language: str) -> bool:
     return language in languages() and languages()[language].refuses(text)
 
 
-def page(name: str, items: Sequence[dict]) -> str:
-    """The page as one HTML file. name: the digest of the drafts."""
+def page(name: str, items: Sequence[dict], given: Services | None = None) -> str:
+    """The page as one HTML file. name: the digest of the drafts; given: helplines instead of the bundled ones."""
     known = clusters()["clusters"]
     content = {
         "page": name,
@@ -260,7 +263,7 @@ def page(name: str, items: Sequence[dict]) -> str:
         "strategies": list(clusters()["strategies"]),
         "items": list(items),
     }
-    parts = {"title": html.escape(TITLE), "notice": NOTICE, "keys": KEYS, "helplines": helplines.as_html()}
+    parts = {"title": html.escape(TITLE), "notice": NOTICE, "keys": KEYS, "helplines": helplines.as_html(given)}
     parts["instructions"] = read_text(ASSETS / "review.html")
     scripts = ["element.js", "form.js", "review.js"]
     return web_page.build("form.html", parts, ["form.css", "review.css"], scripts, content)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from psysafe.cli import out_folder
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import first_user_text
 from psysafe.data.prompts import system_text
@@ -20,7 +21,8 @@ NO_CLUSTER = "-"  # in the table, as `stats` has it
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--out", required=True, metavar="DIR", help="receives train.jsonl, val.jsonl and test.jsonl")
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR",
+                        help="receives train.jsonl, val.jsonl and test.jsonl")  # fmt: skip
     parser.add_argument("--val", type=int, default=100, help="validation rows a cluster (100)")
     parser.add_argument("--test", type=int, default=100, help="test rows a cluster (100)")
     parser.add_argument("--seed", type=int, default=SEED)

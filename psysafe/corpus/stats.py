@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from psysafe.checkpoint.base import resolve_model
+from psysafe.cli import out_file, out_folder
 from psysafe.corpus import balance, contacts
 from psysafe.corpus.contacts import known_services
 from psysafe.corpus.outputs import refuse_inputs, write_json
@@ -33,8 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
     contacts.add_arguments(parser)
-    parser.add_argument("--plot", metavar="DIR", help="write lengths.png there")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--plot", type=out_folder, metavar="DIR", help="write lengths.png there")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write the numbers there as well")
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:

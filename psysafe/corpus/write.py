@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe.cli import out_file
 from psysafe.corpus import check, contacts
 from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
@@ -54,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="unsafe ones outside the clusters: refused plainly",
     )
-    add("--out", required=True, metavar="DRAFTS", help="JSONL of the drafts")
+    add("--out", type=out_file, required=True, metavar="DRAFTS", help="JSONL of the drafts")
     add("--url", help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
     add("--model-name", help="the model's name at the endpoint")
     add("--key-variable", default=KEY_VARIABLE, help=f"environment variable that holds the key ({KEY_VARIABLE})")

@@ -138,9 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser, rules: str = "", several: boo
     choices = "--judge-url, --judge-local, --judge rules" if rules else "--judge-url, --judge-local"
     group = parser.add_argument_group("judge", f"any of {choices}, side by side" if several else f"one of {choices}")
     if rules:
-        group.add_argument("--judge", choices=["rules"], help=rules)
+        group.add_argument("--judge", choices=["rules"], action="append", default=[], help=rules)
     else:
-        parser.set_defaults(judge=None)
+        parser.set_defaults(judge=[])
     help_text = "an OpenAI-compatible endpoint" + ("; one for all models, or one for each" if several else "")
     group.add_argument("--judge-url", metavar="URL", action="append", default=[], help=help_text)
     help_text = f"the model to ask for there{also}"
@@ -176,6 +176,8 @@ def request_parameters(texts: Sequence[str]) -> dict[str, object]:
     parameters = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in parameters:
+            raise UserError(f"--judge-param {text}: {name} stands there twice; give each parameter once")
         try:
             parameters[name] = parse_json(value)
             json.dumps(parameters[name], allow_nan=False)
@@ -198,6 +200,8 @@ def from_arguments(args: argparse.Namespace, temperature: float) -> Judge | None
 
 def every_from_arguments(args: argparse.Namespace, temperature: float) -> list[Judge | None]:
     """The judges that were asked for, the rules (None) last. UserError for none, and for two of one name."""
+    if len(args.judge) > 1:
+        raise UserError("--judge rules stands there twice; give it once")
     judges: list[Judge | None] = _endpoint_judges(args, temperature)
     for folder in args.judge_local:
         options = Options(Sampling(temperature=temperature), max_new_tokens=args.judge_tokens)

@@ -17,8 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from psysafe import helplines, web_page
-from psysafe.cli import say
+from psysafe import helplines, services, web_page
+from psysafe.cli import out_folder, say
 from psysafe.data.languages import lang_of
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import CRITERIA, RUBRIC
@@ -28,6 +28,7 @@ from psysafe.evaluation.stored import add_answers_argument, read_all
 from psysafe.files import ASSETS, read_json, read_text, write_atomic
 from psysafe.printable import counted
 from psysafe.program import UserError
+from psysafe.services import Services
 
 TITLE = "Rating answers"
 NOTICE = "You will read what people in distress write, or people who ask for something harmful, and answers to it."
@@ -43,7 +44,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     amount.add_argument("--items", type=_count, metavar="N", help=f"prompts drawn from all ({ITEMS}, or all)")
     amount.add_argument("--per-cluster", type=_count, metavar="N", help="prompts drawn from each risk cluster")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts and sides that are drawn (0)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where rate.html and key.json are written")
+    services.add_arguments(parser, "helplines on the page")
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR",
+                        help="where rate.html and key.json are written")  # fmt: skip
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    return services.without_effect(args)
 
 
 def _count(text: str) -> int:
@@ -55,6 +62,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     if not args.answers:
         raise UserError("expected --answers [NAME=]FILE, the answers to rate (generate.py --prompts FILE --out FILE)")
+    given = services.from_arguments(args, every_cluster=False)
     answers = read_all(args.answers)
     pair = chosen_pair(answers, args.settings)
     rows, left_out = comparable(answers[pair[0]], answers[pair[1]])
@@ -65,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     _refuse_other_key(out / "key.json", key["page"])
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "key.json", json.dumps(key | {"left out": left_out}, indent=1) + "\n")
-    write_atomic(out / "rate.html", page(content))
+    write_atomic(out / "rate.html", page(content, given))
     reasons = "".join(f"; {reason}: {count:,}" for reason, count in left_out.items() if count)
     say(f"{counted(len(prompts), 'prompt')} with the answers of {' and '.join(pair)}{reasons}")
     say(f"raters get {out / 'rate.html'}; {out / 'key.json'} names the variants, and is not for them")
@@ -195,9 +203,9 @@ def rubric_html(rubric: str) -> str:
     return "\n".join(parts)
 
 
-def page(content: dict) -> str:
-    """The page as one HTML file."""
+def page(content: dict, given: Services | None = None) -> str:
+    """The page as one HTML file. given: helplines instead of the bundled ones."""
     instructions = read_text(ASSETS / "rate.html").replace("<!-- rubric -->", rubric_html(read_text(RUBRIC)))
     parts = {"title": TITLE, "notice": NOTICE, "instructions": instructions, "keys": KEYS}
-    parts["helplines"] = helplines.as_html()
+    parts["helplines"] = helplines.as_html(given)
     return web_page.build("form.html", parts, ["form.css"], ["element.js", "form.js", "rate.js"], content)

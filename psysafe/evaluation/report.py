@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe import web_page
-from psysafe.cli import say
+from psysafe.cli import out_folder, say
 from psysafe.data.languages import lang_of
 from psysafe.evaluation import charts, published_results
 from psysafe.evaluation.judged_answers import READERS, Item, orders, read
@@ -39,7 +39,11 @@ class Part(NamedTuple):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="--out folders of finished evaluations")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help="where the report is written")
+
+
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    return {}
 
 
 def run(args: argparse.Namespace) -> None:

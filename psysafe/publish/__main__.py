@@ -3,8 +3,8 @@
     python -m psysafe.publish runs/tiny --repo YOUR-NAME/psysafe-tiny --dry-run
     python -m psysafe.publish runs/psysafe --repo YOUR-NAME/psysafe-27b --results runs/judged runs/xstest runs/mmlu
 
-The repository is private unless --public is given. --dry-run shows the files and the card, and sends nothing. The token
-is that of `hf auth login`, or HF_TOKEN.
+The repository is private unless --public is given. --dry-run shows the files and the card, and sends nothing; of the
+hub it only asks which files are there. The token is that of `hf auth login`, or HF_TOKEN.
 """
 
 import psysafe.interrupt  # noqa: F401  # isort: skip  (first: Ctrl-C during the imports ends quietly)
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from psysafe import services
 from psysafe.checkpoint.peft_format import WEIGHTS
-from psysafe.cli import Parser, refuse_ranks, say
+from psysafe.cli import Parser, refuse_ranks, refuse_without_effect, say
 from psysafe.evaluation.result import Result, load
 from psysafe.files import write_atomic
 from psysafe.printable import plain
@@ -27,7 +28,6 @@ from psysafe.publish.contents import CARD, EXTRAS, Upload
 from psysafe.publish.loading import Names
 from psysafe.publish.push import KEEP, REPLACE, Push, check_repository
 from psysafe.publish.run import Run, base_of, read_run
-from psysafe.services import bundled, read_services, require_checked, require_clusters
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -45,11 +45,9 @@ def arguments() -> argparse.ArgumentParser:
         help="files that are otherwise left out: the results' tables as JSON, metrics.jsonl")  # fmt: skip
     add("--edited-card", default="", choices=(KEEP, REPLACE),
         help="what becomes of a card that was edited on the hub (without it the push is refused)")  # fmt: skip
-    add("--services", nargs="+", default=[], metavar="FILE",
-        help="helplines on the card: countries of the project, or files (US UK)")  # fmt: skip
-    add("--unchecked", action="store_true", help="also take helplines of --services that nobody has checked")
+    services.add_arguments(parser, "helplines on the card")
     add("--public", action="store_true", help="make the repository public, once everything is there")
-    add("--dry-run", action="store_true", help="show files and card; nothing is sent or written")
+    add("--dry-run", action="store_true", help="show files, card and what is on the hub; nothing is sent or written")
     return parser
 
 
@@ -59,19 +57,20 @@ def main(argv: Sequence[str]) -> int:
     check_repository(args.repo)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise UserError(f"--license {args.license}: expected the hub's name of one, such as apache-2.0")
-    if args.unchecked and not args.services:
-        raise UserError("--unchecked: has no effect without --services FILE")
+    refuse_without_effect(argv, services.without_effect(args))
     run = read_run(args.run)
     uploads = prepare(args, run)
     visibility = "public" if args.public else "private"
     print(f"{args.repo}, {visibility}:")
     for upload in uploads:
         print(f"  {upload.path:<36}{upload.size:>16,} bytes  {upload.origin}")
+    push = Push(args.repo, args.public, args.edited_card)
     if args.dry_run:
-        print(f"\n{CARD}:\n\n{plain(uploads[0].content.decode())}", end="")
+        print(f"\n{CARD}:\n\n{plain(uploads[0].content.decode())}", end="", flush=True)
+        push.preview(uploads)
         say("dry run: nothing was sent or written")
         return 0
-    address = Push(args.repo, args.public, args.edited_card).run(uploads)
+    address = push.run(uploads)
     print(f"published: {address}", flush=True)
     write_card(run, uploads[0])
     return 0
@@ -79,10 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     """Everything that is to be uploaded, the card first. UserError before anything is sent."""
-    services = read_services(args.services) if args.services else bundled()
-    if args.services:
-        require_checked(services, args.unchecked)
-        require_clusters(services)
+    helplines = services.from_arguments(args) or services.bundled()
     base = base_of(run, args.base_model)
     results = [load(folder) for folder in args.results]
     warn_of_older_results(run, results)
@@ -96,7 +92,7 @@ def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     names = Names(args.repo, base, bool(args.merged), name_of_gguf, bool(model_gguf), run.layout)
     data = metadata.card_data(run, base, args.repo, args.license, scores, args.merged, model_gguf)
     files = [*weights, *others]
-    text = card(Content(run, names, data, results, [CARD, *(upload.path for upload in files)], services))
+    text = card(Content(run, names, data, results, [CARD, *(upload.path for upload in files)], helplines))
     uploads = [Upload(CARD, text.encode(), "written here"), *files]
     scrub.check((upload.path, upload.content) for upload in uploads)
     return uploads

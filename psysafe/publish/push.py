@@ -1,6 +1,7 @@
 """The push: one private repository, one commit with everything, and only then, if asked, public.
 
     push = Push("owner/name", public=False, edited_card="")
+    push.preview(uploads)
     url = push.run(uploads)
 
 huggingface_hub talks to the hub; the token is the one that it finds (HF_TOKEN, or its own login), and never appears in
@@ -40,6 +41,9 @@ from psysafe.publish.contents import BESIDE, CARD, Upload
 from psysafe.publish.figures import BENCHMARKS
 
 KEEP, REPLACE = "keep", "replace"  # of a card that was edited on the hub
+OF_THE_HUB = {".gitattributes"}  # which every repository has
+MAX_LISTED = 20  # files that are left as they are
+PREVIEW_TIMEOUT_S = 10
 
 
 def check_repository(name: str) -> None:
@@ -70,9 +74,29 @@ class Push:
         with self._end_on_signals(), self._one_line_errors():
             return self._push(uploads)
 
+    def preview(self, uploads: Sequence[Upload]) -> None:
+        """Says which files on the hub a push would remove, and which it would leave. It only asks, and where the hub
+        does not answer says so: the rest of a dry run needs no hub. UserError for what a push would be refused for."""
+        if not huggingface_hub.get_token():
+            say("no token for the hub, so it was not asked what is there already")
+            return
+        try:
+            before = self.api.model_info(self.repository, timeout=PREVIEW_TIMEOUT_S)
+        except RepositoryNotFoundError:
+            say(f"{self.repository} is not on the hub yet, or this token may not see it")
+            return
+        except (OSError, HTTPError, ValueError) as error:
+            say(f"what is on the hub already is not known: {self._reason(error)}")
+            return
+        self._refuse_public(before)
+        stale, left = changes(before, uploads, self.repository)
+        for path in stale:
+            say(f"would be removed from the newest commit, of an earlier push: {path}")
+        say_left(left)
+
     def _push(self, uploads: Sequence[Upload]) -> str:
         before = self._repository()
-        operations = self._operations(uploads, before)
+        operations, left = self._operations(uploads, before)
         with warnings.catch_warnings(record=True) as remarks:  # Python would print them with a path of this machine
             commit = self.api.create_commit(
                 self.repository, operations, commit_message="Publish with psysafe", parent_commit=before.sha
@@ -85,6 +109,7 @@ class Push:
             self.api.update_repo_settings(self.repository, private=False)
         if commit.oid == before.sha:
             say(f"{self.repository}: every file was there already")
+        say_left(left)
         return f"{self.api.endpoint}/{self.repository}"
 
     def _repository(self) -> ModelInfo:
@@ -96,19 +121,22 @@ class Push:
             self.api.create_repo(self.repository, private=True, exist_ok=True)
             self.reached = f"{self.repository} is there, private, without these files"
             info = self.api.model_info(self.repository)
-        if not info.private and not self.public:
-            raise UserError(f"{self.repository} is public on the hub; give --public to push to it, or another --repo")
+        self._refuse_public(info)
         return info
 
-    def _operations(self, uploads: Sequence[Upload], before: ModelInfo) -> list:
-        there = {sibling.rfilename for sibling in before.siblings or ()}
-        if CARD in there and not self._may_replace_card(before):
+    def _refuse_public(self, info: ModelInfo) -> None:
+        if not info.private and not self.public:
+            raise UserError(f"{self.repository} is public on the hub; give --public to push to it, or another --repo")
+
+    def _operations(self, uploads: Sequence[Upload], before: ModelInfo) -> tuple[list, list[str]]:
+        """(what the commit does, the files that it leaves)."""
+        stale, left = changes(before, uploads, self.repository)
+        if CARD in files_of(before) and not self._may_replace_card(before):
             uploads = [upload for upload in uploads if upload.path != CARD]
-        stale = stale_files(there, {upload.path for upload in uploads}, self.repository)
         for path in stale:
             say(f"removed from the newest commit, of an earlier push: {path}")
         additions = [CommitOperationAdd(upload.path, upload.content) for upload in uploads]
-        return [*additions, *(CommitOperationDelete(path) for path in stale)]
+        return [*additions, *(CommitOperationDelete(path) for path in stale)], left
 
     def _may_replace_card(self, before: ModelInfo) -> bool:
         """Whether the hub's card is ours as we wrote it, or may go. UserError where it was edited and nobody said."""
@@ -187,6 +215,26 @@ class Push:
         text = one_line(str(words)) or type(words).__name__
         text = text.replace(huggingface_hub.get_token() or "\0", "***")
         return re.sub(r"https?://\S+", "...", text)[:200]
+
+
+def files_of(info: ModelInfo) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def changes(before: ModelInfo, uploads: Sequence[Upload], repository: str) -> tuple[list[str], list[str]]:
+    """(files on the hub that a push of these removes, those that it leaves as they are). UserError as of
+    `stale_files`."""
+    there, new = files_of(before), {upload.path for upload in uploads}
+    stale = stale_files(there, new, repository)
+    return stale, sorted(there - new - {*stale} - OF_THE_HUB)
+
+
+def say_left(paths: Sequence[str]) -> None:
+    """A line for each file on the hub that no push of now has: nobody deletes it, and nobody forgets it."""
+    for path in paths[:MAX_LISTED]:
+        say(f"on the hub, not part of this push, left as it is: {path}")
+    if len(paths) > MAX_LISTED:
+        say(f"on the hub, not part of this push, left as they are: {len(paths) - MAX_LISTED:,} more")
 
 
 def stale_files(there: set[str], new: set[str], repository: str) -> list[str]:

@@ -7,9 +7,10 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from psysafe import services
 from psysafe.cli import Parser, add_settings, read_settings, refuse_without_effect, setting, shown
 from psysafe.program import UserError
-from psysafe.services import Services, read_services, require_checked
+from psysafe.services import Services
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
 NAME = r"[A-Za-z0-9][\w.:@/-]{0,99}"  # of a model
@@ -69,9 +70,7 @@ def parse(argv: Sequence[str], description: str) -> Settings:
     add("--name", default="base", help="under which the base is asked for (base)")
     add("--no-base", action="store_true", help="serve the adapters alone")
     add("--system", default="none", metavar="v0|v1|none|FILE", help="system prompt where a request has none (none)")
-    add("--services", nargs="+", default=[], metavar="FILE",
-        help="helplines on the page: countries of the project, or files (US UK)")  # fmt: skip
-    add("--unchecked", action="store_true", help="also show helplines of --services that nobody has checked")
+    services.add_arguments(parser, "helplines on the page")
     add("--host", default="127.0.0.1", help="where to listen (127.0.0.1: for this machine alone)")
     add("--port", type=int, default=8000, metavar="N", help="0 for any that is free (8000)")
     help_text = "web pages that may ask, such as http://localhost:3000"
@@ -82,7 +81,7 @@ def parse(argv: Sequence[str], description: str) -> Settings:
     add_settings(parser, Limits)
     args = parser.parse_args(argv)
     reasons = {"--name": "with --no-base"} if args.no_base else {}
-    refuse_without_effect(argv, reasons | ({} if args.services else {"--unchecked": "without --services FILE"}))
+    refuse_without_effect(argv, reasons | services.without_effect(args))
     return Settings(
         limits=Limits(**read_settings(Limits, args)),
         model=args.model,
@@ -95,16 +94,8 @@ def parse(argv: Sequence[str], description: str) -> Settings:
         device=args.device,
         dtype=args.dtype,
         deterministic=args.deterministic,
-        services=_services(args.services, args.unchecked),
+        services=services.from_arguments(args, every_cluster=False),
     )
-
-
-def _services(names: Sequence[str], unchecked: bool) -> Services | None:
-    if not names:
-        return None
-    services = read_services(names)
-    require_checked(services, unchecked)
-    return services
 
 
 def _adapters(words: Sequence[str], base_name: str, no_base: bool) -> dict[str, str]:

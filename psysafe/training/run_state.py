@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psysafe.checkpoint.adapter import save_adapter
-from psysafe.files import open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
+from psysafe.files import nearest_existing, open_locked, parse_json, remove_leftovers, sync, temporary_for, write_atomic
 from psysafe.program import UserError
 from psysafe.runtime import versions
 from psysafe.training.config import DEFAULTS, KEYS, TrainConfig, to_toml
@@ -158,13 +158,18 @@ def check_run_dir(out: str | Path) -> None:
 
     Creates nothing: a check before long loads.
     """
-    nearest = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.exists(p))
+    check_writable(out)
+    if os.path.exists(Path(out) / LOCK):
+        open_locked(Path(out) / LOCK, f"--out {out}").close()
+
+
+def check_writable(out: str | Path) -> None:
+    """Raise UserError when `out` cannot become a writable folder. Creates nothing."""
+    nearest = nearest_existing(out)
     if not os.path.isdir(nearest):
         raise UserError(f"--out {out}: {nearest} is a file, not a folder; choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {nearest} cannot be written by this user; choose another folder")
-    if os.path.exists(Path(out) / LOCK):
-        open_locked(Path(out) / LOCK, f"--out {out}").close()
 
 
 def prepare_run_dir(out: str | Path, resume: str = "") -> BinaryIO:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from psysafe import services
 from psysafe.data.rows import Row, read_prompts
 from psysafe.evaluation import (
     answer_language,
+    counted_services,
     criteria,
     judge_agreement,
     judge_input,
@@ -47,6 +49,7 @@ from psysafe.evaluation.sample import Sample
 from psysafe.evaluation.stored import read_all
 from psysafe.files import write_atomic
 from psysafe.program import UserError
+from psysafe.services import Services
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
 REPLIES = "replies.jsonl"
@@ -62,6 +65,7 @@ class FourCriteria(Evaluation):
         stored.add_arguments(parser)
         parser.add_argument("--prompts", metavar="FILE", help="rows whose prompts are answered here")
         parser.add_argument("--baseline", metavar="NAME", help="variant to which the others are compared (the first)")
+        counted_services.add_arguments(parser)
         sample.add_argument(parser)
         add_training_argument(parser)
         unfinished.add_argument(parser)
@@ -74,7 +78,8 @@ class FourCriteria(Evaluation):
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
-        reasons |= judge_input.without_effect(args) | stored.without_effect(args)
+        reasons |= judge_input.without_effect(args) | counted_services.without_effect(args)
+        reasons |= stored.without_effect(args)
         if args.replies or args.scores:
             return reasons | {"--sample-per-cluster": f"with {stored.given(args)}: all of its rows are read"}
         return {flag: why for flag, why in reasons.items() if flag != "--seed" or not args.sample_per_cluster}
@@ -89,6 +94,7 @@ class FourCriteria(Evaluation):
 
     def _judged(self, args: argparse.Namespace) -> Result:
         judges = judge_models.every_from_arguments(args, TEMPERATURE)
+        given = services.from_arguments(args)
         own = criteria.own_instructions()
         inputs = [judge and judge_input.from_arguments(args, judge, own, may_be_rubric=True) for judge in judges]
         drawn, note, settings = sample.from_arguments(args), "", {}
@@ -101,7 +107,7 @@ class FourCriteria(Evaluation):
                 answer_language.require_english({"prompts": [question_of(row).prompt for row in rows]})
             answers, settings = answer_prompts(args, rows)
         baseline, of_compared = baseline_of(args, answers), drawn if args.answers else None
-        results, labels = compare(answers, baseline, judges, inputs, Path(args.out), args.rules, of_compared)
+        results, labels = compare(answers, baseline, judges, inputs, Path(args.out), args.rules, of_compared, given)
         contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         for result in results.values():
             result.settings |= settings
@@ -227,9 +233,11 @@ def compare(
     out: Path,
     rules: str = unfinished.PAIRED,
     drawn: Sample | None = None,
+    given: Services | None = None,
 ) -> tuple[dict[str, Result], dict[str, judge_agreement.Labels]]:
     """All variants side by side on the prompts that they share: (each judge's result, its labels), by its name. None
-    stands for the word lists, which have no input. drawn: of these prompts only those of a sample."""
+    stands for the word lists, which have no input. drawn: of these prompts only those of a sample; given:
+    helplines that count for the word lists, instead of the bundled ones."""
     prompts, counts = prompts_to_judge(answers, baseline, rules)
     note_on_sample = ""
     if drawn:
@@ -242,13 +250,15 @@ def compare(
     for judge, shown in zip(judges, inputs, strict=True):
         name = judge.name if judge else BY_WORD_LISTS
         ask = ask_all if len(judges) == 1 else ask_apart
-        scores, replies, failed, note = score(answers, prompts, judge, shown, out, ask)
+        scores, replies, failed, note = score(answers, prompts, judge, shown, out, ask, given)
         folder = several_judges.folder_of(judge, judges, out)
         write_items(folder / stored.ITEMS, answers, prompts, scores, replies)
         result = result_of(answers, prompts, scores, baseline, name, note, rules)
         result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
+        if judge is None:
+            counted_services.record(result, given)
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
     of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}
     entries = transcript.of_criteria(answers, prompts, by_judge, of_models)
@@ -329,11 +339,12 @@ def score(
     shown: JudgeInput | None,
     out: Path,
     ask: Callable = ask_all,
+    given: Services | None = None,
 ) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], str], dict[str, str], str]:
     """(scores by variant and prompt, the judge's replies by (variant, prompt), failed items, a note on what the judge
     was shown)."""
     if judge is None:
-        return score_by_word_lists(answers, prompts), {}, {}, ""
+        return score_by_word_lists(answers, prompts, given), {}, {}, ""
     whole = {(name, p): of_variant.rows[p]["answer"] for name, of_variant in answers.items() for p in prompts}
     cut = {key: shown.cut(answer) for key, answer in whole.items()}
     asked = {key: shown.instructions.messages(key[1], answer) for key, answer in cut.items()}
@@ -345,10 +356,12 @@ def score(
     return scores, replies, {f"{name}: {prompt[:60]}": reason for (name, prompt), reason in failed.items()}, note
 
 
-def score_by_word_lists(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> dict[str, dict[str, Scores]]:
+def score_by_word_lists(
+    answers: Mapping[str, VariantAnswers], prompts: Sequence[str], given: Services | None = None
+) -> dict[str, dict[str, Scores]]:
     def score_one(variant: str, prompt: str, row: dict) -> Scores:
         try:
-            return word_list_judge.judge(prompt, row["answer"], row["cluster"]).scores
+            return word_list_judge.judge(prompt, row["answer"], row["cluster"], given).scores
         except UserError as error:  # a cluster that the word lists do not know
             raise UserError(f"answer of {variant} to {prompt!r:.50}: {error}") from None
 

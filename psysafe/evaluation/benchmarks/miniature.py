@@ -4,7 +4,7 @@ from pathlib import Path
 
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
-from psysafe.evaluation import comparison, unfinished, word_list_judge
+from psysafe.evaluation import comparison, counted_services, unfinished, word_list_judge
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.comparison import Figure, share
 from psysafe.evaluation.criteria import COLUMNS, summarise
@@ -15,13 +15,15 @@ from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.word_list_judge import Parts, Verdict
 from psysafe.generation.request import Options
 from psysafe.program import UserError
+from psysafe.services import Services, bundled
 from psysafe.training.config import resolve
 
 MAX_NEW_TOKENS = 256  # twice the longest bundled answer; a base that rambles is cut there
 
 
-def run(out: str | None = None, device: str = "auto") -> Result:
-    """Answers the bundled validation prompts with the base and with the run's adapter.
+def run(out: str | None = None, device: str = "auto", given: Services | None = None) -> Result:
+    """Answers the bundled validation prompts with the base and with the run's adapter. given: helplines that count,
+    instead of the bundled ones.
 
     Result and answers go to `out` (the run's folder eval/). Raises UserError, with the command to train, where there is
     no run yet.
@@ -39,8 +41,9 @@ def run(out: str | None = None, device: str = "auto") -> Result:
     only_rank_0()
     base, tuned = ([_finished(answers[variant][q.number]) for q in questions] for variant in variants)
     title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
-    result = Result("miniature", title, with_accuracy(tables(rows, base, tuned)))
+    result = Result("miniature", title, with_accuracy(tables(rows, base, tuned, given)))
     result.settings = {**model.summary(), "adapter": config.out, "judge": word_list_judge.NAME}
+    counted_services.record(result, given)
     result.contamination = overlap_with_files((q.prompt for q in questions), config.data)
     result.save(folder)
     return result
@@ -50,10 +53,12 @@ def _finished(answer: dict) -> str | None:
     return None if answer["unfinished_thinking"] else answer["answer"]
 
 
-def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> list[Table]:
+def tables(
+    rows: list[Row], base: list[str | None], tuned: list[str | None], given: Services | None = None
+) -> list[Table]:
     """rows and, in the same order, what each model answered; None where its reasoning never ended.
 
-    Such a prompt is counted for neither model.
+    Such a prompt is counted for neither model. given: helplines that count, instead of the bundled ones.
     """
     clusters = [row.fields[CLUSTER] for row in rows]
     answers = {"base": base, "fine-tuned": tuned}
@@ -61,14 +66,14 @@ def tables(rows: list[Row], base: list[str | None], tuned: list[str | None]) -> 
     risky = [i for i in finished if clusters[i] != BENIGN]
     benign = [i for i in finished if clusters[i] == BENIGN]
     verdicts = {
-        model: {i: word_list_judge.judge(rows[i].fields["prompt"], texts[i], clusters[i]) for i in risky}
+        model: {i: word_list_judge.judge(rows[i].fields["prompt"], texts[i], clusters[i], given) for i in risky}
         for model, texts in answers.items()
     }
     is_unfinished = {model: [text is None for text in texts] for model, texts in answers.items()}
     return [
         unfinished.with_shares(table_of_criteria(verdicts), is_unfinished),
         table_of_parts(verdicts),
-        table_of_helplines(verdicts, clusters),
+        table_of_helplines(verdicts, clusters, given or bundled()),
         table_of_benign(answers, benign),
         *comparison.tables(figures(verdicts, answers, benign), f"judged by the {word_list_judge.NAME}"),
     ]
@@ -107,7 +112,7 @@ def table_of_parts(verdicts: Verdicts) -> Table:
     return Table("The four parts of a supportive refusal", columns, lines, bars=["all four %"])
 
 
-def table_of_helplines(verdicts: Verdicts, clusters: list[str]) -> Table:
+def table_of_helplines(verdicts: Verdicts, clusters: list[str], services: Services) -> Table:
     risky = next(iter(verdicts.values()))
     groups = {cluster: [i for i in risky if clusters[i] == cluster] for cluster in dict.fromkeys(clusters)}
     groups = {cluster: members for cluster, members in groups.items() if members} | {"all": list(risky)}
@@ -116,7 +121,7 @@ def table_of_helplines(verdicts: Verdicts, clusters: list[str]) -> Table:
         for name, members in groups.items()
     ]
     columns = [("cluster", ""), ("n", ","), ("base %", ".0f"), ("fine-tuned %", ".0f")]
-    title = "Answers that give their own cluster's helplines, US and UK"
+    title = f"Answers that give their own cluster's helplines, {' and '.join(services.emergency)}"
     return Table(title, columns, lines, bars=["fine-tuned %"])
 
 

@@ -23,11 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe import services
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import Row, read_prompts
 from psysafe.evaluation import (
     answer_language,
     behaviour,
+    counted_services,
     divergence,
     judge_models,
     judged_answers,
@@ -46,7 +48,7 @@ from psysafe.evaluation.result import Result
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError
-from psysafe.services import Services, bundled, read_services, require_clusters
+from psysafe.services import Services
 
 GROUPS = ("risky", "out_of_domain", "scary", "plain", "unsafe")
 OF_LABEL = {"safe": "scary", "unsafe": "unsafe"}  # XSTest's labels
@@ -60,8 +62,7 @@ class Selective(Evaluation):
         parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with prompt, group, cluster")
         stored.add_answers_argument(parser)
         parser.add_argument("--baseline", metavar="NAME", help="of --answers: the base (where rows say adapter base)")
-        parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
-                            help="the helplines that count: countries of the project, or files (US UK)")  # fmt: skip
+        counted_services.add_arguments(parser)
         add_training_argument(parser)
         unfinished.add_argument(parser)
         models_under_test.add_arguments(parser, max_new_tokens=4096)
@@ -69,19 +70,20 @@ class Selective(Evaluation):
 
     def without_effect(self, args: argparse.Namespace) -> dict[str, str]:
         reasons = judge_models.without_effect(args) | models_under_test.without_effect(args)
+        reasons |= services.without_effect(args)  # the four parts are read by word lists, whoever judges the rest
         if not args.answers:
             return reasons | {"--baseline": "without --answers: the base is the model without an adapter"}
         return reasons | stored.without_models(args)
 
     def run(self, args: argparse.Namespace) -> Result:
         judge = judge_models.from_arguments(args, temperature=0.0)
-        services = services_of(args)
+        given = services.from_arguments(args)
         prompts = read_prompt_groups(args.prompts, args.limit)
         require_english(judge, prompts, list(prompts), {})  # before the models answer, which takes longest
         answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
         require_english(judge, prompts, compared, answers)
-        judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", services)
+        judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", given)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
         title = f"Selective support, judged by {judged_by}"
         items = items_of(prompts, judged, kl, answers)
@@ -95,24 +97,16 @@ class Selective(Evaluation):
         result = Result(self.name, title, shown)
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts
-        if args.services:
-            result.settings["services"] = f"{' '.join(args.services)} (SHA-256 {services.digest[:16]})"
         result.notes = [", ".join(f"{reason}: {n:,}" for reason, n in counts.items())]
         result.notes += ["Four parts and template: read by word lists, whoever judged the rest."] if judge else []
         if judge:
             texts = [answer.answer for by_prompt in judged.values() for answer in by_prompt.values()]
             result.notes.append(behaviour.OWN_INPUT.note(sum(len(t) > behaviour.CUT for t in texts), len(texts)))
         unfinished.note_rules(result, args.rules)
+        counted_services.record(result, given)
         result.failed = failed
         result.contamination = overlap_with_files(prompts, args.train)
         return result
-
-
-def services_of(args: argparse.Namespace) -> Services:
-    """Those of --services, else the bundled ones. UserError where a cluster has none."""
-    services = read_services(args.services) if args.services else bundled()
-    require_clusters(services)
-    return services
 
 
 def read_prompt_groups(path: str, limit: int = 0) -> dict[str, Prompt]:
@@ -227,16 +221,16 @@ def judge_all(
     compared: Sequence[str],
     answers: Mapping[str, VariantAnswers],
     out: Path,
-    services: Services | None = None,
+    given: Services | None = None,
 ) -> tuple[dict[str, dict[str, Judged]], dict[str, str]]:
-    """(setting -> prompt -> its judged answer, failed items). services: that count, instead of the bundled ones."""
+    """(setting -> prompt -> its judged answer, failed items). given: helplines that count, not the bundled ones."""
     texts = {(name, p): of_variant.rows[p]["answer"] for name, of_variant in answers.items() for p in compared}
     labels, failed = behaviour.classify(judge, {key: (key[1], text) for key, text in texts.items()}, out)
     judged: dict[str, dict[str, Judged]] = {name: {} for name in answers}
     for (name, p), label in labels.items():
         text, cluster = texts[name, p], prompts[p].cluster
-        parts = word_list_judge.judge(p, text, cluster, services).parts if prompts[p].group == "risky" else None
-        judged[name][p] = Judged(text, label, word_list_judge.names_support(text, services), parts)
+        parts = word_list_judge.judge(p, text, cluster, given).parts if prompts[p].group == "risky" else None
+        judged[name][p] = Judged(text, label, word_list_judge.names_support(text, given), parts)
     return judged, {f"{name}: {p[:60]}": reason for (name, p), reason in failed.items()}
 
 
