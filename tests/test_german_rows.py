@@ -238,7 +238,7 @@ def judged(folder: Path, *answers: str) -> dict[str, list]:
         assert run(evaluation.main, "judge", *files, *url, "--out", folder / "judged") == 0
     (table,) = [one for one in load(folder / "judged")[0].tables if one.title == answer_language.TITLE]
     assert [name for name, _ in table.columns[1:]] == [
-        "n", "in the prompt's %", "from", "to", "in no known one", "unknown",
+        "n", "in the prompt's %", "from", "to", "in no known one", "not counted",
     ]  # fmt: skip
     return {row[0]: row[1:] for row in table.rows} | {"note": table.note}
 
@@ -283,7 +283,7 @@ def test_word_lists_refuse_german_and_say_what_to_do(tmp_path, capsys):
     line = refused_by(
         evaluation.main, ["judge", "--answers", tuned, "--judge", "rules", "--out", tmp_path / "o"], capsys
     )
-    assert "word lists know English, and 10 of 10 prompts whose language is known are in another (German)" in line
+    assert "word lists know English, and 10 of 10 prompts that show a language are in another (mostly German)" in line
     assert "--judge-url" in line and not (tmp_path / "o").exists()
 
 

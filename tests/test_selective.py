@@ -73,7 +73,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def test_every_figure_of_the_table(folder):
     assert main_guard(script.main, words(folder)) == 0
-    overview, table, _ = results.load(folder / "out")[0].tables
+    overview, table = [one for one in results.load(folder / "out")[0].tables if not one.of_answers]
     cells = {tuple(row[:2]): row[2:] for row in table.rows}
     expected = {  # (measure, prompts) -> (n, how many, the base's %)
         ("four parts %", "risky"): (4, 2, 0),

@@ -41,9 +41,9 @@ class Services(NamedTuple):
         return any(service.name.lower() in text.lower() for service in self.all())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, purpose: str = "helplines that answers may name") -> None:
     parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
-                        help="helplines that answers may name: countries (AU) or files, instead of US UK")  # fmt: skip
+                        help=f"{purpose}: countries (AU) or files, instead of US UK")  # fmt: skip
     parser.add_argument("--unchecked", action="store_true", help="also services of --services that nobody has checked")
 
 
