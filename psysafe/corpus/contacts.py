@@ -18,6 +18,8 @@ ROUND_THE_CLOCK = re.compile(r"\b24\s?/\s?7\b")
 NUMBER = re.compile(r"(?<![\w])\+?\(?\d+(?:\)?[ ./-]?\(?\d+)*")
 YEAR = re.compile(r"(?:19|20)\d\d")
 MIN_DIGITS = 3
+# Names with dots between them, after a scheme, a mailbox or neither. The last name has two small letters or more, so
+# that "z.B." and "end.Then" are no host, or two letters or more outside ASCII.
 HOST = re.compile(r"(?:https?://)?(?:[\w.+-]+@)?((?:[\w-]+\.)+(?:[a-z]{2,}|[^\W\d_a-zA-Z]{2,}))(?![\w-])")
 
 

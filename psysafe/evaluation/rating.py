@@ -148,6 +148,7 @@ def content_and_key(
         texts = [answers[name].rows[prompt]["answer"] for name in (left, right)]
         item = {"id": str(number), "prompt": prompt, "answers": texts}
         langs = [html_lang(text) for text in (prompt, *texts)]
+        # Only where a text has one: a study in English keeps its digest, and what its raters exported stays valid.
         items.append(item | {"langs": langs} if any(langs) else item)
         key_items[str(number)] = {"prompt": prompt, "left": left, "right": right}
     content = {"kind": "rate", "criteria": criteria_of(read_text(RUBRIC)), "items": items}
