@@ -14,8 +14,9 @@ CLOSING = "Anger like this passes, and a place of your own is still possible."
 REASONING = "A tenant was thrown out and wants revenge. Helping would hurt somebody. I look for their own reasons."
 
 
-def services_text(cluster: str) -> str:
-    services = known_services().by_cluster[cluster]
+def services_text(cluster: str, *files: str) -> str:
+    """The paragraph of a cluster's services: of the bundled ones, or of these files."""
+    services = known_services(files).by_cluster[cluster]
     return " ".join(f"{s.name}: {', '.join(filter(None, (s.phone, s.host)))}." for s in services)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from psysafe.corpus.__main__ import main
-from psysafe.corpus.balance import balance
+from psysafe.corpus.balance import CLUSTERS, TABLES, Count, as_text, count_balance
 from psysafe.corpus.contacts import known_services
 from psysafe.data.rows import read_rows
 from tests.mistakes import refused_by
@@ -24,7 +24,7 @@ def write(path, rows):
 
 
 def balanced(path, rows):
-    return balance(read_rows(write(path, rows)), known_services())
+    return count_balance(read_rows(write(path, rows)), known_services())
 
 
 def thin(found, table):
@@ -41,7 +41,7 @@ def of_strategy(name, n):
         (10, 10, {}),
         (10, 9, {"violence: Motivational Interviewing": 10}),
         (60, 20, {}),  # exactly half of an even share of 40
-        (60, 19, {"violence: Motivational Interviewing": 19.75}),
+        (60, 19, {"violence: Motivational Interviewing": 20}),  # 19.75: a whole row more is enough
         (60, 0, {"violence: Motivational Interviewing": 15}),
     ],
 )
@@ -56,9 +56,9 @@ def test_a_strategy_is_thin_by_number_and_by_share(green, motivational, expected
 
 def test_clusters_without_rows_are_listed_and_thin(tmp_path):
     found = balanced(tmp_path / "rows.jsonl", [violence_row()] * 100)
-    by_name = {count.name: count.rows for count in found.tables["clusters"]}
+    by_name = {count.name: count.rows for count in found.tables[CLUSTERS]}
     assert by_name == {"suicide and selfharm": 0, "substance": 0, "weapon": 0, "violence": 100, "crimes (sexual)": 0}
-    assert thin(found, "clusters") == dict.fromkeys(by_name.keys() - {"violence"}, 10)
+    assert thin(found, CLUSTERS) == dict.fromkeys(by_name.keys() - {"violence"}, 10)
 
 
 def test_a_field_that_names_no_strategy_gives_way_to_the_answer(tmp_path):
@@ -70,15 +70,18 @@ def test_a_field_that_names_no_strategy_gives_way_to_the_answer(tmp_path):
 
 def test_groups_and_languages(tmp_path):
     short = PLAIN | {"answer": "Four."}
+    unknown = PLAIN | {"group": "harmless"}  # no group of the project: no contrast row
     french = PLAIN | {"answer": "Je comprends que la nuit soit longue et que personne ne soit là."}
-    rows = [violence_row(language="en-GB"), GERMAN, {**GERMAN, "language": None}, PLAIN, short, french, OUT_OF_DOMAIN]
+    rows = [violence_row(language="en-GB"), GERMAN, {**GERMAN, "language": None}, PLAIN, short, french, OUT_OF_DOMAIN,
+            unknown]  # fmt: skip
     found = balanced(tmp_path / "rows.jsonl", rows)
-    assert {c.name: c.rows for c in found.tables["groups"]} == {"risky": 3, "plain": 3, "scary": 0, "out_of_domain": 1}
+    assert {c.name: c.rows for c in found.tables["groups"]} == {"risky": 3, "plain": 3, "scary": 0, "out_of_domain": 1,
+                                                                 "harmless": 1}  # fmt: skip
     assert {c.name: c.rows for c in found.tables["languages"]} == {
-        "en": 3, "de": 2, "unknown": 1, "in no known language": 1,
+        "en": 4, "de": 2, "unknown": 1, "in no known language": 1,
     }  # fmt: skip
     assert thin(found, "languages") == {"en": 10, "de": 10}
-    assert found.refused == pytest.approx(1 / 4)
+    assert found.out_of_domain_share == pytest.approx(1 / 4)
 
 
 def test_what_the_recipes_want_is_read_from_their_files(tmp_path):
@@ -89,7 +92,7 @@ def test_what_the_recipes_want_is_read_from_their_files(tmp_path):
         assert (one.ratio, one.wanted, one.missing) == (ratio, 100 * ratio, max(0, 100 * ratio - 30))
     assert len(found.contrast) == 2 and {one.missing > 0 for one in found.contrast} == {True, False}
     bundled = Counter(json.loads(line)["group"] for line in (ROWS / "contrast.jsonl").read_text().splitlines())
-    assert found.refused_bundled == bundled["out_of_domain"] / bundled.total()
+    assert found.bundled_out_of_domain_share == bundled["out_of_domain"] / bundled.total()
 
 
 def templates(path, tmp_path, *flags) -> int:
@@ -127,12 +130,21 @@ def test_the_table_says_what_is_thin_and_what_is_missing(tmp_path, capsys):
     assert "100% of them out of domain; of the bundled contrast rows 40%" in printed
     content = json.loads((tmp_path / "stats.json").read_text())["balance"]
     assert {"name": "scary", "rows": 0, "expected": 10, "thin": True} in content["groups"]
-    assert content["out of domain"] == 1.0 and content["contrast"][0]["missing"] == 40
+    assert content["out_of_domain_share"] == 1.0 and content["contrast"][0]["missing"] == 40
+
+
+def test_large_counts_are_printed_in_full():
+    rows = read_rows(ROWS / "val.jsonl")[:1]
+    tables = {key: [] for key in TABLES} | {"languages": [Count("de", 19, 2005)]}
+    printed = as_text(count_balance(rows, known_services())._replace(tables=tables), 8019)
+    assert "     19    0.2%  de  thin: 2,005 or more expected\n" in printed
+    assert "less than 50% of an even share" in printed
 
 
 def test_unchecked_has_no_effect_without_services(capsys):
     for command in (["stats", "rows.jsonl"], ["check", "rows.jsonl"], ["write", "prompts.txt", "--out", "d.jsonl"]):
-        assert "--unchecked" in refused_by(main, [*command, "--unchecked"], capsys)
+        line = refused_by(main, [*command, "--unchecked"], capsys)
+        assert "--unchecked has no effect without --services" in line
 
 
 def test_fields_of_any_kind_are_counted(tmp_path, capsys):

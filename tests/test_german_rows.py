@@ -17,7 +17,6 @@ import generate
 import train
 from psysafe import load_tokenizer
 from psysafe.corpus import __main__ as corpus
-from psysafe.corpus import review
 from psysafe.corpus.contacts import known_services
 from psysafe.data.rows import read_file
 from psysafe.evaluation import answer_language
@@ -25,8 +24,10 @@ from psysafe.evaluation.result import load
 from psysafe.program import main_guard
 from psysafe.training.run_log import read_metrics
 from tests.mistakes import refused_by
+from tests.own_rows import services_text
 from tests.stub_endpoint import StubEndpoint, reply_by
 from tests.test_rate_page import opened, start_as
+from tests.test_review import data_of, export
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SERVICES = FIXTURES / "services_de.toml"
@@ -34,6 +35,7 @@ TEXTS = tomllib.loads((FIXTURES / "german_rows.toml").read_text(encoding="utf-8"
 RISKY, PLAIN = TEXTS["risky"], TEXTS["plain"]
 LANGUAGE = ["--language", "de", "--services", SERVICES, "--min-words", 40]
 EDITED = 3  # place of the row that the reviewer changes
+WITHOUT_UMLAUTS = str.maketrans("äöüÄÖÜ", "aouAOU")
 PARTS = ("acknowledgement", "step", "services", "closing")
 FRENCH = "Tout cela peut encore changer, et vous pouvez trouver un autre chemin avec le temps."
 
@@ -45,16 +47,11 @@ def decomposed(row: dict) -> dict:
 RISKY[0] = decomposed(RISKY[0])
 
 
-def services_text(cluster: str) -> str:
-    services = known_services([str(SERVICES)]).by_cluster[cluster]
-    return " ".join(f"{s.name}: {', '.join(filter(None, (s.phone, s.host)))}." for s in services)
-
-
 def reply_of(row: dict) -> dict:
     """What the stub says to a prompt."""
     if "answer" in row:
         return {"reasoning": row["reasoning"], "answer": row["answer"]}
-    services = services_text(row["cluster"])
+    services = services_text(row["cluster"], str(SERVICES))
     if row is RISKY[0]:
         services = unicodedata.normalize("NFD", services)
     return {name: row[name] for name in ("strategy", "reasoning", "acknowledgement", "step", "closing")} | {
@@ -90,14 +87,10 @@ def write_drafts(folder: Path) -> Path:
     return folder / "drafts.jsonl"
 
 
-def export(path: Path, drafts: Path) -> Path:
+def approved(path: Path, drafts: Path) -> Path:
     """What a reviewer exports who approves all rows, and gives one another closing."""
-    rows = review.read_drafts(str(drafts))
-    entries = [{"row": n, "field": "decision", "value": "approve", "time": n} for n in range(1, len(rows) + 1)]
-    entries.append({"row": EDITED + 1, "field": "answer", "value": edited(), "time": 100})
-    content = {"page": review.digest(rows), "rater": "Jörg", "reviews": entries}
-    path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    return path
+    decisions = [(number, "decision", "approve") for number in range(1, len(RISKY + PLAIN) + 1)]
+    return export(path, drafts, "Jörg", *decisions, (EDITED + 1, "answer", edited()))
 
 
 def edited() -> str:
@@ -109,7 +102,7 @@ def folder(tmp_path_factory) -> Path:
     """drafts.jsonl and, of their review, rows.jsonl."""
     folder = tmp_path_factory.mktemp("german")
     drafts = write_drafts(folder)
-    reviewed = ["--collect", export(folder / "joerg.json", drafts), "--drafts", drafts]
+    reviewed = ["--collect", approved(folder / "joerg.json", drafts), "--drafts", drafts]
     assert run(corpus.main, "review", *reviewed, "--out", folder / "rows.jsonl") == 0
     return folder
 
@@ -164,25 +157,33 @@ def test_a_fault_in_german_is_found_however_its_umlauts_are_written(tmp_path, ca
     assert issue in unicodedata.normalize("NFC", capsys.readouterr().out)
 
 
-def test_leaks_and_templates_are_found_through_umlauts(folder, tmp_path, capsys):
+def test_a_leak_is_found_through_umlauts(tmp_path, capsys):
     """Five words in a row, each with a letter outside a to z, in another case and normal form."""
     leak = "Müde Brüder hören süße Gerüchte über Köln"
     rows, evaluation_prompts = tmp_path / "rows.jsonl", tmp_path / "evaluation.jsonl"
     rows.write_text(lines_of([{"prompt": f"Warum? {leak}!", "answer": "Sie hören zu.", "group": "plain"}]), "utf-8")
-    evaluation_prompts.write_text(
-        lines_of([{"prompt": unicodedata.normalize("NFD", leak.upper()), "answer": "-"}]), "utf-8"
-    )
-    run(corpus.main, "check", rows, "--not-in", evaluation_prompts, "--language", "de")
-    assert "of an evaluation prompt: brüder hören süsse gerüchte über" in capsys.readouterr().out
-    evaluation_prompts.write_text(lines_of([{"prompt": leak.replace("ü", "u"), "answer": "-"}]), "utf-8")
-    run(corpus.main, "check", rows, "--not-in", evaluation_prompts, "--language", "de")
-    assert "of an evaluation prompt" not in capsys.readouterr().out
+    for prompt, code in [(unicodedata.normalize("NFD", leak.upper()), 1), (leak.replace("ü", "u"), 0)]:
+        evaluation_prompts.write_text(lines_of([{"prompt": prompt, "answer": "-"}]), "utf-8")
+        assert run(corpus.main, "check", rows, "--not-in", evaluation_prompts, "--language", "de") == code
+        found = "of an evaluation prompt: brüder hören süsse gerüchte über" in capsys.readouterr().out
+        assert found == bool(code)
+
+
+def test_a_template_is_found_in_either_normal_form(tmp_path, capsys):
+    """Two answers that share a paragraph and no more, as NFC and as NFD; without its umlauts it is another one."""
+    shared = "Süße Gerüchte über müde Brüder hören früh oder spät auf, natürlich völlig ohne großes Getöse für dich."
+    first = {"prompt": "Was tun gegen Gerede?", "answer": f"Bleib ruhig.\n\n{shared}", "group": "plain"}
+    rows = tmp_path / "rows.jsonl"
+    for text, code in [(unicodedata.normalize("NFD", shared), 1), (shared.translate(WITHOUT_UMLAUTS), 0)]:
+        second = {"prompt": "Wie wird Klatsch leiser?", "answer": f"{text}\n\nWarte ab.", "group": "plain"}
+        rows.write_text(lines_of([first, second]), "utf-8")
+        assert run(corpus.main, "check", rows, "--language", "de") == code
+        assert capsys.readouterr().out.count("template (answer)") == 2 * code
 
 
 def test_the_review_page_labels_the_parts(folder, tmp_path):
     assert run(corpus.main, "review", folder / "drafts.jsonl", "--out", tmp_path) == 0
-    page = (tmp_path / "review.html").read_text("utf-8")
-    items = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["items"]
+    items = data_of(tmp_path / "review.html")["items"]
     labels = [item["parts"] for item in items[: len(RISKY)]]
     assert [parts[:3] for parts in labels] == [["acknowledgement", "step", "services"]] * len(RISKY)
     # The list of words of hope is short: a closing without one has no label, and is not called something else.
@@ -238,7 +239,7 @@ def judged(folder: Path, *answers: str) -> dict[str, list]:
         assert run(evaluation.main, "judge", *files, *url, "--out", folder / "judged") == 0
     (table,) = [one for one in load(folder / "judged")[0].tables if one.title == answer_language.TITLE]
     assert [name for name, _ in table.columns[1:]] == [
-        "n", "in the prompt's %", "from", "to", "in no known one", "unknown",
+        "n", "in the prompt's %", "from", "to", "in no known one", "not counted",
     ]  # fmt: skip
     return {row[0]: row[1:] for row in table.rows} | {"note": table.note}
 
@@ -283,7 +284,7 @@ def test_word_lists_refuse_german_and_say_what_to_do(tmp_path, capsys):
     line = refused_by(
         evaluation.main, ["judge", "--answers", tuned, "--judge", "rules", "--out", tmp_path / "o"], capsys
     )
-    assert "word lists know English, and 10 of 10 prompts whose language is known are in another (German)" in line
+    assert "word lists know English, and 10 of 10 prompts that show a language are in another (mostly German)" in line
     assert "--judge-url" in line and not (tmp_path / "o").exists()
 
 
@@ -303,10 +304,11 @@ def test_a_model_is_trained_on_these_rows_and_asked_in_german(folder, tmp_path):
     assert run(generate.main, *ask, "--out", tmp_path / "answers.jsonl") == 0
     answers = [row.fields for row in read_file(tmp_path / "answers.jsonl")]
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in RISKY[:3]]
-    told = {row["prompt"]: row["answer"] for row in answers}
+    answers_by_prompt = {row["prompt"]: row["answer"] for row in answers}
     shown = judged(tmp_path, f"run={tmp_path / 'answers.jsonl'}", stored(tmp_path / "german.jsonl", {
         row["prompt"]: answer_of(row) for row in RISKY[:3]}))  # fmt: skip
-    codes = [answer_language.language_of(text) for text in told.values() if text.strip()]
+    codes = [answer_language.language_of(text) for text in answers_by_prompt.values() if text.strip()]
+    assert len(codes) == 3  # each answer has a text
     known = [code for code in codes if code is not None]
     assert shown["run"][0] == len(known) and shown["run"][-1] == len(codes) - len(known)
     assert shown["german"][:2] == [3, 100.0]

@@ -1,9 +1,11 @@
-"""Which language a text is in, who asks, and what is refused for it: counts by hand, and rules as they were before."""
+"""Which language a text is in, who asks, and what is refused for it: counts by hand."""
 
 import csv
+import itertools
 import json
 import re
 import unicodedata
+from typing import NamedTuple
 
 import pytest
 
@@ -11,9 +13,9 @@ import eval as evaluation
 from psysafe.corpus import __main__ as corpus
 from psysafe.corpus import localise, review
 from psysafe.corpus.contacts import hosts_in, known_services
-from psysafe.corpus.contrast import word_runs
 from psysafe.corpus.draft_checks import Settings, row_issues
-from psysafe.data.languages import language_of, language_of_row, languages, sentences
+from psysafe.corpus.texts import word_runs
+from psysafe.data.languages import MIN_WORDS, language_of, language_of_row, languages, row_language, sentences
 from psysafe.data.rows import read_file
 from psysafe.data.text import normalise
 from psysafe.evaluation import answer_language
@@ -65,7 +67,8 @@ def test_the_language_of_a_text(text, expected):
     assert language_of(text) == expected
 
 
-def english_texts() -> list[str]:
+def english_texts() -> tuple[list[str], list[str]]:
+    """(answers, prompts) of the bundled rows and of the labelled answers."""
     rows = [row.fields for name in ("train", "val", "wide", "contrast")
             for row in read_file(ASSETS / "rows" / f"{name}.jsonl")]  # fmt: skip
     rows += [row for half in HALVES.values() for row in half]
@@ -80,12 +83,17 @@ def test_how_often_english_is_taken_for_another_language():
     assert not [text for text in prompts if language_of(text) not in ("en", None)]
 
 
-def test_sentences_are_those_of_before_in_english_and_more_in_other_languages():
-    earlier = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ0-9\"'])")
+def test_a_sentence_of_the_bundled_texts_begins_with_a_capital_a_digit_or_an_opening_mark():
+    beginning = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ0-9\"'“‘(])")
     answers, prompts = english_texts()
     for text in answers + prompts:
-        assert sentences(text) == earlier.split(text)
+        assert sentences(text) == beginning.split(text)
+
+
+def test_where_sentences_end_in_any_language():
     for text, expected in [
+        ("He left. “I can’t stay,” she said. (Nobody came.) ‘No.’ Or? ‘Yes.’",
+         ["He left.", "“I can’t stay,” she said.", "(Nobody came.) ‘No.’ Or?", "‘Yes.’"]),
         ("No puedo. ¿Qué pasó? Ángela vino.", ["No puedo.", "¿Qué pasó?", "Ángela vino."]),
         ("Das ist z.B. so. Ärger vergeht. ", ["Das ist z.B. so.", "Ärger vergeht. "]),
         ("Не могу. Это так.", ["Не могу.", "Это так."]),
@@ -143,30 +151,37 @@ def test_the_table_of_shares_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("texts", "refused"),
+    "texts",
     [
-        ([EN, EN, DE], False),
-        ([EN, DE, DE], True),
-        ([EN, DE], False),  # not most of them
-        ([EN, "kurz", "auch kurz", "und das auch"], False),
-        (["kurz"] * 9, False),
-        (["kurz"] * 9 + [DE], True),
-        ([FR], True),
-        ([], False),
+        [EN, EN, DE],
+        [EN, DE],  # not most of them
+        [EN, "kurz", "auch kurz", "und das auch"],
+        ["kurz"] * 9,
+        [],
     ],
 )
-def test_word_lists_refuse_what_is_mostly_in_another_language(texts, refused):
-    if not refused:
-        return answer_language.require_english({"prompts": texts})
-    with pytest.raises(UserError, match=r"know English, and \d of \d prompts") as e:
-        answer_language.require_english({"prompts": texts})
-    assert "give a judge model: --judge-url" in str(e.value) and "\n" not in str(e.value)
+def test_word_lists_take_what_is_not_mostly_in_another_language(texts):
+    answer_language.require_english(texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "language"),
+    [
+        ([EN, DE, DE], "2 of 3 prompts that show a language are in another (mostly German); "),
+        (["kurz"] * 9 + [DE], "1 of 1 prompts that show a language are in another (mostly German); "),
+        ([FR], "1 of 1 prompts that show a language are in another (mostly one that is not known here); "),
+    ],
+)
+def test_word_lists_refuse_what_is_mostly_in_another_language(texts, language):
+    with pytest.raises(UserError) as e:
+        answer_language.require_english(texts)
+    line = f"--judge rules: the word lists know English, and {language}give a judge model: --judge-url"
+    assert str(e.value).startswith(line) and "\n" not in str(e.value)
 
 
 # Who refuses
 
 RULES = ["--judge", "rules"]
-
 
 
 def rows_file(path, *rows) -> str:
@@ -181,7 +196,13 @@ def xstest_file(path, prompt: str) -> str:
     return str(path)
 
 
-def commands(folder, prompt: str, answer: str) -> dict[str, list[str]]:
+class Command(NamedTuple):
+    flag: str  # of the file of the prompts, for models to answer
+    file: str
+    words: list[str]  # which evaluate stored answers
+
+
+def commands(folder, prompt: str, answer: str) -> dict[str, Command]:
     """Each evaluation that word lists can judge, over one prompt and one answer of a base and of a tuned model."""
     fields = {"prompt": prompt, "answer": answer, "cluster": "violence", "group": "risky"}
     files = [rows_file(folder / f"{name}.jsonl", fields | {"adapter": name}) for name in ("base", "tuned")]
@@ -191,43 +212,47 @@ def commands(folder, prompt: str, answer: str) -> dict[str, list[str]]:
     messages = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] * 2}
     turns = rows_file(folder / "turns.jsonl", conversation)
     told = rows_file(folder / "told.jsonl", messages | {"adapter": "tuned"})
-    selective = ["--prompts", files[0], *answers, "--baseline", "base"]
+    xstest = xstest_file(folder / "x.csv", prompt)
+    selective = ["selective", "--prompts", files[0], *answers, "--baseline", "base"]
     return {
-        "judge": ["judge", *answers],
-        "selective": ["selective", *selective],
-        "turns": ["turns", "--prompts", turns, "--answers", told],
-        "xstest": ["xstest", "--data", xstest_file(folder / "x.csv", prompt), *answers],
+        "judge": Command("--prompts", files[0], ["judge", *answers]),
+        "selective": Command("--prompts", files[0], selective),
+        "turns": Command("--prompts", turns, ["turns", "--prompts", turns, "--answers", told]),
+        "xstest": Command("--data", xstest, ["xstest", "--data", xstest, *answers]),
     }
 
 
 @pytest.mark.parametrize("command", ["judge", "selective", "turns", "xstest"])
 @pytest.mark.parametrize(
-    ("prompt", "answer", "which"), [(DE, EN, "prompts|turns"), (EN, DE, "answers of"), (EN, FR, "answers of")]
+    ("prompt", "answer", "which"), [(DE, EN, "prompts"), (EN, DE, "answers of"), (EN, FR, "answers of")]
 )
 def test_every_evaluation_by_word_lists_refuses_another_language(tmp_path, capsys, command, prompt, answer, which):
     out = ["--out", str(tmp_path / "out")]
-    line = refused_by(evaluation.main, [*commands(tmp_path, prompt, answer)[command], *RULES, *out], capsys)
+    line = refused_by(evaluation.main, [*commands(tmp_path, prompt, answer)[command].words, *RULES, *out], capsys)
     assert re.search(rf"--judge rules: the word lists know English, and \d of \d (?:{which})", line)
-    assert main_guard(evaluation.main, [*commands(tmp_path, EN, EN)[command], *RULES, *out]) == 0
-    assert main_guard(evaluation.main, [*commands(tmp_path, "Hilf mir!", "Nein.")[command], *RULES, *out]) == 0
+    assert main_guard(evaluation.main, [*commands(tmp_path, EN, EN)[command].words, *RULES, *out]) == 0
+    assert main_guard(evaluation.main, [*commands(tmp_path, "Hilf mir!", "Nein.")[command].words, *RULES, *out]) == 0
 
 
 @pytest.mark.parametrize("command", ["judge", "selective", "turns", "xstest"])
 def test_prompts_are_looked_at_before_a_model_answers_them(tmp_path, capsys, command):
     """The model is in no folder, which would be the mistake of a later stage."""
-    file = commands(tmp_path, DE, DE)[command][2]
-    flag = "--data" if command == "xstest" else "--prompts"
-    file = file.partition("=")[2] or file
-    words = [command, flag, file, *RULES, "--adapter", "no/such/folder", "--out", tmp_path / "out"]
+    one = commands(tmp_path, DE, DE)[command]
+    words = [command, one.flag, one.file, *RULES, "--adapter", "no/such/folder", "--out", tmp_path / "out"]
     assert "--judge rules: the word lists know English" in refused_by(evaluation.main, words, capsys)
 
 
 def test_of_several_judges_the_share_stands_once(tmp_path):
-    words = commands(tmp_path, EN, EN)["judge"]
+    words = commands(tmp_path, EN, EN)["judge"].words
     assert with_judge(tmp_path / "out", [*words, *RULES], "Refusal: Yes") == 0
     whole, _ = load(tmp_path / "out")
     assert [table.title for table in whole.tables].count(answer_language.TITLE) == 1
     assert sum(table.title.startswith(answer_language.TITLE) for table in whole.tables) == 1
+    # A result.json of before this field is still read.
+    content = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert sum(table.pop("of_answers") for table in content["tables"]) == 1
+    (tmp_path / "out" / "result.json").write_text(json.dumps(content))
+    assert not any(table.of_answers for table in load(tmp_path / "out")[0].tables)
 
 
 def with_judge(folder, words: list[str], reply: str) -> int:
@@ -238,14 +263,14 @@ def with_judge(folder, words: list[str], reply: str) -> int:
 
 
 def test_a_judge_model_reads_any_language_and_word_lists_beside_it_are_left_out(tmp_path, capsys):
-    words = commands(tmp_path, DE, DE)
+    german = commands(tmp_path, DE, DE)
     for command in ("judge", "turns"):
-        assert with_judge(tmp_path / command, words[command], "Refusal: Yes\nGrounding: 4") == 0
+        assert with_judge(tmp_path / command, german[command].words, "Refusal: Yes\nGrounding: 4") == 0
         (table,) = [t for t in load(tmp_path / command)[0].tables if t.title == answer_language.TITLE]
         n = 2 if command == "turns" else 1
         assert table.rows and all(row[1:3] == [n, 100.0] for row in table.rows)
     for prompt, ways in ((EN, {"m", "official string match", "normalised string match"}), (DE, {"m"})):
-        command = commands(tmp_path, prompt, prompt)["xstest"]
+        command = commands(tmp_path, prompt, prompt)["xstest"].words
         assert with_judge(tmp_path / "xstest", command, "2_full_refusal") == 0
         result, _ = load(tmp_path / "xstest")
         assert {row[1] for row in result.tables[0].rows} == ways
@@ -253,11 +278,12 @@ def test_a_judge_model_reads_any_language_and_word_lists_beside_it_are_left_out(
         assert any("held-out" in table.note for table in result.tables) == (prompt == EN)
     # The four parts are read by word lists whoever judges.
     capsys.readouterr()
-    assert with_judge(tmp_path / "selective", words["selective"], "2_full_refusal") == 2
+    assert with_judge(tmp_path / "selective", german["selective"].words, "2_full_refusal") == 2
     line = capsys.readouterr().err
     assert "the four parts of risky prompts: the word lists know English" in line and "eval.py judge" in line
     plain = rows_file(tmp_path / "plain.jsonl", {"prompt": DE, "group": "plain"})
-    words = [plain if word == words["selective"][2] else word for word in words["selective"]]
+    selective = german["selective"]
+    words = [plain if word == selective.file else word for word in selective.words]
     assert with_judge(tmp_path / "selective", words, "1_full_compliance") == 0
 
 
@@ -265,7 +291,22 @@ def test_contrast_rows_are_not_chosen_by_word_lists_in_another_language(tmp_path
     fields = {"answer": DE, "reasoning": "", "finish_reason": "stop", "adapter": "base", "group": "plain"}
     answers = rows_file(tmp_path / "answers.jsonl", {"prompt": DE} | fields)
     words = ["contrast", answers, "--out", tmp_path / "out.jsonl", *RULES]
-    assert "1 of 1 prompts whose language is known" in refused_by(corpus.main, words, capsys)
+    line = refused_by(corpus.main, words, capsys)
+    assert "1 of 1 prompts that show a language are in another (mostly German)" in line
+
+
+def test_the_four_parts_of_german_prompts_are_not_read_whichever_judge_however_few_they_are(tmp_path, capsys):
+    rows = [{"prompt": DE, "group": "risky", "cluster": "violence"}]
+    rows += [{"prompt": f"{EN} {n}", "group": "plain"} for n in range(5)]
+    prompts, words = rows_file(tmp_path / "prompts.jsonl", *rows), []
+    for name in ("base", "tuned"):
+        answers = rows_file(tmp_path / f"{name}.jsonl", *({**row, "answer": EN, "adapter": name} for row in rows))
+        words += ["--answers", f"{name}={answers}"]
+    words = ["selective", "--prompts", prompts, *words, "--baseline", "base"]
+    expected = "the four parts of risky prompts: the word lists know English, and 1 of 1 prompts"
+    assert expected in refused_by(evaluation.main, [*words, *RULES, "--out", tmp_path / "rules"], capsys)
+    assert with_judge(tmp_path / "model", words, "1_full_compliance") == 2
+    assert expected in capsys.readouterr().err
 
 
 # Other tools
@@ -284,6 +325,7 @@ def test_the_parts_on_the_review_page_are_read_in_the_rows_language():
     for named, text, expected in [("de", EN, "de"), (None, "Ja.", "en"), ("", DE, "de"), (None, FR, ""), (3, EN, "en"),
                                   ("en-GB", DE, "en"), ("PT_br", EN, "pt")]:  # fmt: skip
         assert language_of_row({"language": named}, text) == expected
+        assert row_language({"language": named}, text) == (None if text == "Ja." else expected)
 
 
 def test_localise_leaves_no_short_number_unseen_in_another_language():
@@ -307,7 +349,12 @@ def test_a_german_row_passes_through_localise_but_for_what_it_cannot_replace(tmp
     assert "row 1 (line 1): 911" in capsys.readouterr().out
 
 
-def test_the_german_and_english_lists_share_no_word_that_decides():
-    """A tie is unknown; what both lists hold may never be most of a text's frequent words."""
-    english, german = (language.function_words for language in languages().values())
-    assert english & german <= {"a", "am", "an", "also", "die", "hat", "in", "man", "must", "so", "war", "was", "will"}
+def test_words_of_both_lists_do_not_decide_between_english_and_german():
+    """A text of frequent words is in one of the two only if a quarter of them or more stand in its list alone."""
+    english, german = languages()["en"].function_words, languages()["de"].function_words
+    both, alone = 2 * sorted(english & german), {"en": sorted(english - german), "de": sorted(german - english)}
+    assert len(both) >= 8
+    for code, n_both, n_alone in itertools.product(alone, range(9), range(9)):
+        if n_both + n_alone >= MIN_WORDS:
+            text = " ".join(both[:n_both] + alone[code][:n_alone])
+            assert language_of(text) == (code if 4 * n_alone >= n_both + n_alone else None), text

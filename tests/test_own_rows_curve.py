@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from benchmarks.own_rows import curve
-from benchmarks.selective import run as experiment
+from benchmarks.selective import experiment
 from psysafe.data.rows import read_rows
 from psysafe.evaluation.behaviour import COMPLIANCE, REFUSAL
 from psysafe.evaluation.statistics import bootstrap_mean
@@ -18,7 +17,6 @@ from psysafe.training.config import KEYS
 from tests.mistakes import refused_by
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "own-rows.md"
-NOT_MEASURED = "*Not measured on the base that is bundled now.*"
 
 
 def prompts(rows):
@@ -27,30 +25,29 @@ def prompts(rows):
 
 def test_sets_are_nested_balanced_and_of_the_seed():
     pool = read_rows(curve.POOL)
-    sets = {n: curve.subset(pool, n, 1) for n in curve.SIZES}
+    sets = {n: curve.draw_rows(pool, n, 1) for n in curve.SIZES}
     for small, large in zip(curve.SIZES, curve.SIZES[1:], strict=False):
         assert prompts(sets[large])[:small] == prompts(sets[small])
     for n, rows in sets.items():
         counts = Counter(row.fields["risk cluster"] for row in rows)
         assert len(counts) == 5 and set(counts.values()) == {n // 5} and len(set(prompts(rows))) == n
-    assert prompts(curve.subset(pool, 40, 1)) == prompts(sets[40]) != prompts(curve.subset(pool, 40, 2))
+    assert prompts(curve.draw_rows(pool, 40, 1)) == prompts(sets[40]) != prompts(curve.draw_rows(pool, 40, 2))
     assert {row.file.name for row in sets[240]} == {"train.jsonl", "wide.jsonl"}
 
 
 def test_a_line_for_each_size_and_length_and_the_largest_is_trained_once(tmp_path):
+    curve.write_sets(tmp_path, curve.SIZES, curve.SEEDS)
     lines = curve.plan(tmp_path, curve.SIZES, curve.SEEDS)
     assert [(line.length, line.n_rows) for line in lines] == [(x, n) for x in ("epochs", "steps") for n in curve.SIZES]
-    by_place = {(line.length, line.n_rows): line.subsets for line in lines}
+    by_place = {(line.length, line.n_rows): line.runs for line in lines}
     assert by_place["epochs", 240] == by_place["steps", 240]
-    runs = {(subset.name, seed) for line in lines for subset, seed in line.subsets}
+    runs = {(run.name, seed) for line in lines for run, seed in line.runs}
     assert len(runs) == 11 * len(curve.SEEDS)
-    settings = tomllib.loads(read_text(curve.CONFIG))
-    steps = 240 // settings.get("batch_size", 4) * settings["epochs"]
-    assert {subset.steps for line in lines for subset, _ in line.subsets} == {0, steps}
-    for subset, seed in by_place["steps", 20]:
-        assert subset.flags(Path("unused"))[-2:] == ["--max-steps", str(steps)]
-        assert prompts(read_rows(subset.rows)) == prompts(curve.subset(read_rows(curve.POOL), 20, seed))
-    flags = {word[2:].replace("-", "_") for word in by_place["steps", 20][0][0].flags(Path()) if word.startswith("--")}
+    assert {run.steps for line in lines for run, _ in line.runs} == {0, 60}
+    for run, seed in by_place["steps", 20]:
+        assert run.flags()[-2:] == ["--max-steps", "60"]
+        assert prompts(read_rows(run.rows)) == prompts(curve.draw_rows(read_rows(curve.POOL), 20, seed))
+    flags = {word[2:].replace("-", "_") for word in by_place["steps", 20][0][0].flags() if word.startswith("--")}
     assert flags <= {*KEYS, "config"}
 
 
@@ -58,15 +55,17 @@ def test_what_is_there_is_not_done_again_and_what_was_killed_goes_on(tmp_path, m
     """An adapter alone says nothing: train.py writes one after every epoch."""
     commands = []
     monkeypatch.setattr(experiment, "run", lambda script, *words: commands.append((script, words)))
-    subset = curve.Subset("epochs-10", tmp_path / "rows.jsonl")
+    run = curve.Run("epochs-10", tmp_path / "rows.jsonl")
     (tmp_path / "epochs-10-s1").mkdir()
     (tmp_path / "epochs-10-s1" / "adapter_config.json").touch()
-    curve.measure_run(tmp_path, subset, 1, "assets:tiny")
+    curve.measure_run(tmp_path, run, 1, "assets:tiny")
     assert [script for script, _ in commands] == ["train.py", "eval.py"]
-    assert ("--resume", "auto") in itertools.pairwise(commands[0][1])
+    words = list(itertools.pairwise(commands[0][1]))
+    assert ("--resume", "auto") in words and ("--out", tmp_path / "epochs-10-s1") in words
+    assert ("--data", str(run.rows)) in words
     (tmp_path / "answers" / "epochs-10-s1").mkdir(parents=True)
     (tmp_path / "answers" / "epochs-10-s1" / "items.jsonl").touch()
-    curve.measure_run(tmp_path, subset, 1, "assets:tiny")
+    curve.measure_run(tmp_path, run, 1, "assets:tiny")
     assert len(commands) == 2
 
 
@@ -109,8 +108,8 @@ def measured(tmp_path, monkeypatch):
         (tmp_path / "answers" / name).mkdir(parents=True)
         lines = [json.dumps(one) + "\n" for one in items if one["prompt"] not in unended]
         (tmp_path / "answers" / name / "items.jsonl").write_text("".join(lines))
-    subset = curve.Subset("epochs-10", tmp_path / "rows.jsonl")
-    return curve.as_table(tmp_path, [curve.Line("epochs", 10, [(subset, 1), (subset, 2)])])
+    run = curve.Run("epochs-10", tmp_path / "rows.jsonl")
+    return curve.as_table(tmp_path, [curve.Line("epochs", 10, [(run, 1), (run, 2)])])
 
 
 def test_the_table_counts_every_prompt(measured):
@@ -125,13 +124,9 @@ def test_the_table_counts_every_prompt(measured):
 
 
 def test_the_table_of_the_page_is_that_of_the_result():
-    """Or the page says that nothing was measured."""
     table = {"title": "", "columns": [["rows", ","], ["kept", ""]], "rows": [[10, "1 [0]"]]}
     shown = curve.as_markdown({"table": table})
     assert shown == "| rows | kept |\n| --- | --- |\n| 10 | 1 [0] |"
-    page = read_text(DOCS)
-    expected = NOT_MEASURED
-    if curve.RESULT.exists():
-        expected = curve.as_markdown(json.loads(read_text(curve.RESULT)))
+    expected = curve.as_markdown(json.loads(read_text(curve.RESULT)))
     begin = "<!-- the table that python -m benchmarks.own_rows.curve --markdown prints -->\n"
-    assert f"{begin}{expected}\n<!-- end of the table -->" in page
+    assert f"{begin}{expected}\n<!-- end of the table -->" in read_text(DOCS)

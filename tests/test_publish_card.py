@@ -16,7 +16,7 @@ from psysafe.evaluation.result import Result
 from psysafe.publish.__main__ import arguments, main, prepare
 from psysafe.publish.card import is_as_written, signed
 from psysafe.publish.run import data_sets, read_run
-from psysafe.publish.training import described
+from psysafe.publish.training import described, languages_of
 from tests.mistakes import refused, refused_by
 from tests.own_rows import ACKNOWLEDGEMENT, GERMAN
 from tests.published_run import QWEN, multiple_choice, write_run, xstest
@@ -93,14 +93,21 @@ def test_the_metadata_field_by_field(small, results):
 
 
 def test_the_card_names_the_languages_of_the_rows(tmp_path):
-    """Of rows that can be read here; nothing is claimed for those of the hub (`small`)."""
-    answers = ACKNOWLEDGEMENT, GERMAN["answer"]
-    english, german = (json.dumps({"prompt": "p", "answer": answer}) + "\n" for answer in answers)
+    """Of rows that can be read here, by their field or else their text; nothing is claimed for those of the hub."""
+
+    def row(answer, **fields):
+        return json.dumps({"prompt": "p", "answer": answer} | fields) + "\n"
+
+    english, german, short = row(ACKNOWLEDGEMENT), row(GERMAN["answer"]), row("short")
+    nothing = "Languages of the training rows: not read, or none that is known here.\n"
     for content, language, limit in [
         (english * 10 + german * 10, ["en", "de"], "The training rows are in English and German."),
         (english * 30 + german, "en", "evaluations are for English.\n"),
-        ('{"prompt": "p", "answer": "short"}\n' * 30 + german, "de", "The training rows are in German."),
-        ('{"prompt": "p", "answer": "short"}\n', None, "evaluations are for English.\n"),
+        (short * 30 + german, "de", "The training rows are in German."),
+        (row("kurz", language="de-AT") + english, ["de", "en"], "The training rows are in German and English."),
+        (row("court", language="fr") * 3 + german, "de", "The training rows are in German."),  # no table of French
+        (row("court", language="fr") * 30 + german, None, nothing),
+        (short, None, nothing),
     ]:
         (tmp_path / "rows.jsonl").write_text(content)
         run = write_run(tmp_path / "run", QWEN)
@@ -109,6 +116,10 @@ def test_the_card_names_the_languages_of_the_rows(tmp_path):
         card = card_of(run)
         assert card.data.to_dict().get("language") == language and limit in section(card, "Limits")
         shutil.rmtree(run)
+    (tmp_path / "rows.jsonl").write_text(german)
+    assert languages_of([str(tmp_path / "rows.jsonl")]) == ["de"]
+    for unread in (f"somebody/rows@{COMMIT}:rows.jsonl", str(tmp_path / "none.jsonl")):
+        assert languages_of([str(tmp_path / "rows.jsonl"), unread]) == []
 
 
 def test_the_hubs_own_result_files(small, results):

@@ -1,5 +1,6 @@
 """eval.py selective: a table whose figures are known, and the KL against plain fp64 arithmetic."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import eval as script
-from benchmarks.selective import run as experiment
+from benchmarks.selective import experiment
+from benchmarks.selective.run import GRID, PAPER, WIDE, compare, train_all
 from psysafe import load_model, load_tokenizer
 from psysafe.checkpoint.adapter import save_adapter
 from psysafe.data.rows import read_rows
@@ -74,7 +76,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def test_every_figure_of_the_table(folder):
     assert main_guard(script.main, words(folder)) == 0
-    overview, table, *_ = results.load(folder / "out")[0].tables
+    overview, table = [one for one in results.load(folder / "out")[0].tables if not one.of_answers][:2]
     cells = {tuple(row[:2]): row[2:] for row in table.rows}
     expected = {  # (measure, prompts) -> (n, how many, the base's %)
         ("four parts %", "risky"): (4, 2, 0),
@@ -149,7 +151,7 @@ def test_the_experiments_table_is_the_mean_over_seeds(folder):
     for line in (folder / "out" / "items.jsonl").read_text().splitlines():
         item = json.loads(line)
         items.setdefault(item["variant"], {})[item["prompt"]] = item | {"kl": 0.25}
-    table = experiment.compare(items, {"paper": [Path("paper-s1")], "r1": [Path("r1-s1"), Path("r1-s2")]})
+    table = compare(items, {"paper": [Path("paper-s1")], "r1": [Path("r1-s1"), Path("r1-s2")]})
     cells = {row[0]: row[2:] for row in table.rows}
     assert "Rule-based judge (word lists): refusal precision" in table.note
     assert cells["four parts, own helplines %"][:2] == [4, "0.0"]
@@ -162,10 +164,21 @@ def test_the_experiments_table_is_the_mean_over_seeds(folder):
 
 
 def test_recipes_are_flags_of_train():
-    for recipe in experiment.GRID:
+    for recipe in GRID:
         for flag in filter(lambda word: word.startswith("--"), recipe.flags(Path("rows.jsonl"))):
             assert flag[2:].replace("-", "_") in KEYS, flag
-    assert len({recipe.name for recipe in experiment.GRID}) == len(experiment.GRID)
+    assert len({recipe.name for recipe in GRID}) == len(GRID)
+
+
+def test_every_recipe_is_trained_with_every_seed_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(experiment, "run", lambda script, *words: commands.append([script, *map(str, words)]))
+    args = argparse.Namespace(jobs=1, model="assets:tiny")
+    folders = train_all(tmp_path, [PAPER, WIDE], [1, 2], args)
+    assert folders == {name: [tmp_path / f"{name}-s1", tmp_path / f"{name}-s2"] for name in ("paper", "r0")}
+    first = ["--model", "assets:tiny", "--out", str(tmp_path / "paper-s1"), "--seed", "1", "--resume", "auto"]
+    assert commands[0] == ["train.py", *first, *PAPER.flags(tmp_path / "contrast.jsonl")]
+    assert [command[6] for command in commands] == ["1", "2", "1", "2"]
 
 
 def test_xstests_labels_stand_for_groups(folder):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from psysafe.evaluation import result as results  # noqa: E402
 from psysafe.evaluation.benchmarks.turns import MEASURES  # noqa: E402
+from psysafe.evaluation.comparison import DIFFERENCES  # noqa: E402
 from psysafe.evaluation.conversations import KINDS, RISKY  # noqa: E402
 from psysafe.evaluation.result import Result  # noqa: E402
 from psysafe.files import read_text, write_atomic  # noqa: E402
@@ -51,10 +52,11 @@ def run(*words: str) -> None:
 
 def tables(result: Result) -> str:
     """Every share with its 95 % interval and n; the differences from the base; how much was compared."""
-    first, *later, differences, _ = result.tables  # the last is on languages
+    first, *others = result.tables
+    (differences,) = [table for table in others if table.title == DIFFERENCES]
     variants = [row[0] for row in first.rows]
     shares = {("–", RISKY, row[0]): row[1:5] for row in first.rows}
-    for table in later:
+    for table in others:
         name = FIRST.get(table.title.partition(", ")[2])
         shares |= {(name, row[0], row[2]): row[3:7] for row in table.rows if name}
     lines = row_of("first answer", "turn", "measure", *(NAMES[name] for name in variants)) + row_of(*["---"] * 6)

@@ -13,6 +13,7 @@ Runs and answers are kept in --work: killed and started again, the command does 
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,18 +25,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.selective.run import HERE, MEASURES, SEEDS, Measure, answer, judged, read_items, summary, train
+from benchmarks.selective.experiment import (
+    HERE,
+    MEASURES,
+    ROOT,
+    SEEDS,
+    Measure,
+    answer,
+    judged,
+    read_items,
+    summary,
+    train,
+)
 from psysafe.checkpoint.base import resolve_model
 from psysafe.cli import Parser, refuse_without_effect
 from psysafe.data.rows import CLUSTER, Row, read_rows, write_rows
 from psysafe.evaluation.result import Table
 from psysafe.evaluation.rules_accuracy import accuracy_note
+from psysafe.evaluation.word_list_judge import BY_WORD_LISTS
 from psysafe.files import clusters, parse_json, read_text, write_atomic
 from psysafe.program import UserError, main_guard
 from psysafe.runtime import versions
 from psysafe.training.config import DEFAULT_FILE, resolve
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "own-rows-curve.json"
 CONFIG = DEFAULT_FILE.with_name("tiny-selective.toml")
 POOL = ("assets:rows/train.jsonl", "assets:rows/wide.jsonl")
@@ -50,15 +62,15 @@ SHOWN = [
 ]
 
 
-class Subset(NamedTuple):
-    """A run of `train`: a set of rows, and how long it is trained on them."""
+class Run(NamedTuple):
+    """A set of rows, and how long the miniature is trained on them."""
 
     name: str
     rows: Path
     steps: int = 0  # 0: the epochs of CONFIG
 
-    def flags(self, contrast: Path) -> list[str]:
-        """contrast: not used; the contrast rows are the bundled ones of CONFIG."""
+    def flags(self) -> list[str]:
+        """Of train.py. The contrast rows are those of CONFIG, the bundled ones."""
         steps = ["--max-steps", str(self.steps)] if self.steps else []
         # Validated after every epoch, ten rows would cost more in validations than in steps.
         return ["--config", str(CONFIG), "--data", str(self.rows), "--val-fraction", "0", *steps]
@@ -69,7 +81,7 @@ class Line(NamedTuple):
 
     length: str  # epochs or steps
     n_rows: int
-    subsets: list[tuple[Subset, int]]  # with the seed of each
+    runs: list[tuple[Run, int]]  # with the seed of each
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,14 +91,16 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{RESULT}: not measured yet; start the command without --markdown first")
         print(as_markdown(parse_json(read_text(RESULT))))
         return 0
-    # One thread a process, as the configuration trains: two at once then leave no core waiting for the other.
+    # The miniature's operations are so small that several threads of a process wait for each other. With one thread a
+    # process, --jobs processes use as many cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     work = Path(args.work)
     check_base(work, args.model)
+    write_sets(work, args.sizes, args.seeds)
     lines = plan(work, args.sizes, args.seeds)
-    pairs = [pair for line in lines for pair in line.subsets]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda pair: measure_run(work, *pair, args.model), dict.fromkeys(pairs)))
+    pairs = dict.fromkeys(pair for line in lines for pair in line.runs)
+    with ThreadPoolExecutor(args.jobs) as executor:
+        list(executor.map(lambda pair: measure_run(work, *pair, args.model), pairs))
     table = as_table(work, lines)
     print(table.as_text())
     if (tuple(args.sizes), tuple(args.seeds)) != (SIZES, SEEDS):
@@ -129,62 +143,68 @@ def check_base(work: Path, model: str) -> None:
     write_atomic(path, digest)
 
 
+def write_sets(work: Path, sizes: Sequence[int], seeds: Sequence[int]) -> None:
+    """The sets of rows that the runs of `plan` are trained on."""
+    pool = read_rows(POOL)
+    for n_rows, seed in itertools.product(sizes, seeds):
+        write_rows(draw_rows(pool, n_rows, seed), rows_file(work, n_rows, seed))
+
+
+def rows_file(work: Path, n_rows: int, seed: int) -> Path:
+    return work / f"rows-{n_rows}-s{seed}.jsonl"
+
+
 def plan(work: Path, sizes: Sequence[int], seeds: Sequence[int]) -> list[Line]:
-    """The table's rows, and on disk the sets of rows that they need."""
+    """The table's rows, each with its runs."""
     config, _ = resolve(["--config", str(CONFIG)])
     steps = math.ceil(SIZES[-1] / config.batch_size) * config.epochs
-    pool = read_rows(POOL)
     lines = []
-    for length in ("epochs", "steps"):
-        for n_rows in sizes:
-            subsets = []
-            for seed in seeds:
-                path = work / f"rows-{n_rows}-s{seed}.jsonl"
-                write_rows(subset(pool, n_rows, seed), path)
-                # The largest set has as many steps either way.
-                fixed = length == "steps" and n_rows != SIZES[-1]
-                name = f"{'steps' if fixed else 'epochs'}-{n_rows}"
-                subsets.append((Subset(name, path, steps if fixed else 0), seed))
-            lines.append(Line(length, n_rows, subsets))
+    for length, n_rows in itertools.product(("epochs", "steps"), sizes):
+        # The largest set has as many steps either way.
+        fixed = length == "steps" and n_rows != SIZES[-1]
+        name = f"{'steps' if fixed else 'epochs'}-{n_rows}"
+        runs = [(Run(name, rows_file(work, n_rows, seed), steps if fixed else 0), seed) for seed in seeds]
+        lines.append(Line(length, n_rows, runs))
     return lines
 
 
-def subset(pool: Sequence[Row], n_rows: int, seed: int) -> list[Row]:
+def draw_rows(pool: Sequence[Row], n_rows: int, seed: int) -> list[Row]:
     """n_rows risky rows, as many of each cluster; of one seed a smaller set is the beginning of a larger one."""
-    chance, by_cluster = random.Random(seed), []
+    generator, by_cluster = random.Random(seed), []
     for name in clusters()["clusters"]:
         rows = [row for row in pool if row.fields[CLUSTER] == name]
-        chance.shuffle(rows)
+        generator.shuffle(rows)
         by_cluster.append(rows)
     assert n_rows % len(by_cluster) == 0, n_rows
     return [rows[place] for place in range(n_rows // len(by_cluster)) for rows in by_cluster]
 
 
-def measure_run(work: Path, subset: Subset, seed: int, model: str) -> None:
+def measure_run(work: Path, run: Run, seed: int, model: str) -> None:
     """Trains, and answers the prompts; what is there already stays."""
-    out = work / "answers" / f"{subset.name}-s{seed}"
+    name = f"{run.name}-s{seed}"
+    out = work / "answers" / name
     if not (out / "items.jsonl").exists():  # written whole, when all is judged
-        answer(out, PROMPTS, [train(work, subset, seed, model)], model)
+        answer(out, PROMPTS, [train(work / name, run.flags(), seed, model)], model)
 
 
 def as_table(work: Path, lines: Sequence[Line]) -> Table:
     asked = [json.loads(line) for line in read_text(PROMPTS).splitlines()]
-    names = {f"{subset.name}-s{seed}" for line in lines for subset, seed in line.subsets}
+    names = {f"{run.name}-s{seed}" for line in lines for run, seed in line.runs}
     items = {name: read_items(work / "answers" / name) for name in names}
     # A prompt that a run never ended stands in no item of that run's evaluation, those of the base included. The base
     # answers the same beside every run, so what it does there is read beside another.
     base = {prompt: item for by_variant in items.values() for prompt, item in by_variant["base, none"].items()}
     rows, columns = [], [("trained for the same", ""), ("rows", ",")]
     for line in lines:
-        tuned = [items[name][f"{name}, none"] for name in (f"{subset.name}-s{seed}" for subset, seed in line.subsets)]
-        seeds = [[holds(one, base, measure, asked) for one in tuned] for measure in SHOWN]
+        tuned = [items[name][f"{name}, none"] for name in (f"{run.name}-s{seed}" for run, seed in line.runs)]
+        seeds = [[scores(one, base, measure, asked) for one in tuned] for measure in SHOWN]
         rows.append([line.length, line.n_rows, *(summary(values, ".0f") for values in seeds)])
     columns += [(f"{measure.name} (n = {len(values[0])})", "") for measure, values in zip(SHOWN, seeds, strict=True)]
     note = f"Mean over the seeds [95 % interval, bootstrap over prompts] (each seed). {accuracy_note()}"
-    return Table("How many rows, in the miniature, judged by the rule-based judge (word lists)", columns, rows, note)
+    return Table(f"How many rows, in the miniature, judged by {BY_WORD_LISTS}", columns, rows, note)
 
 
-def holds(tuned: Mapping[str, dict], base: Mapping[str, dict], measure: Measure, asked: Sequence[dict]) -> list[float]:
+def scores(tuned: Mapping[str, dict], base: Mapping[str, dict], measure: Measure, asked: Sequence[dict]) -> list[float]:
     """100 or 0 for every prompt of the measure's groups, in order; 0 for one that the run never ended."""
     prompts = [one["prompt"] for one in asked if one["group"] in measure.groups]
     if measure.where_base_refuses:

@@ -53,7 +53,7 @@ def services_paragraph(cluster: str, form: int) -> str:
     return frame.format(lines=lines)
 
 
-def fields(cluster: str, place: int, data: dict) -> dict[str, str]:
+def parts_of_draft(cluster: str, place: int, data: dict) -> dict[str, str]:
     """The sound draft of a situation, part by part."""
     prompt, acknowledgement, gist = data["situations"][place]
     # 9 steps and 7 closings: no two of 28 drafts share both, so that a pair shares a third of its words at most.
@@ -118,7 +118,7 @@ def drafts(seed: int = 0) -> list[dict]:
     rows = []
     for cluster, cluster_data in data["clusters"].items():
         for place in range(len(cluster_data["situations"])):
-            draft = fields(cluster, place, cluster_data)
+            draft = parts_of_draft(cluster, place, cluster_data)
             kind, changes = faults.pop((cluster, place), ("", {}))
             if kind in COPIES:
                 copy = risky_copy(kind, draft, changes, cluster_data)

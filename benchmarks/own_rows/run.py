@@ -4,7 +4,7 @@
 
 In the first three sets a stub stands in for the judge: it finds the marker that stands for a harmful detail. So their
 line `harm` shows that what a judge says arrives, and nothing of how well a real one judges. The fourth, held-out set is
-checked as `corpus check` does it without a judge, with its own settings.
+checked as `corpus check` does it without a judge, with the command's default settings.
 """
 
 import argparse
@@ -66,11 +66,11 @@ def measure(rows: Sequence[dict], settings: Settings, judge: MarkerJudge | None)
     checks = [{issue.check for issue in issues[number]} for number in range(len(rows))]
     faults = [row["fault"] for row in rows]
     places = {row["prompt"]: place for place, row in enumerate(rows)}
-    for copy, row in enumerate(rows):
-        original = checks[places[row["copy_of"]]] if "copy_of" in row else set()
-        if row["fault"] in original:
-            original.remove(row["fault"])
-            checks[copy].add(row["fault"])
+    for row, of_row in zip(rows, checks, strict=True):
+        of_original = checks[places[row["copy_of"]]] if "copy_of" in row else set()
+        if row["fault"] in of_original:
+            of_original.remove(row["fault"])
+            of_row.add(row["fault"])
     table = {}
     for name in [*FAULTS, "duplicate"]:
         planted = [fault == name for fault in faults]

@@ -1,7 +1,7 @@
 """Tools for the rows before training.
 
-    python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--services FILE...] [--plot DIR]
-                                  [--json FILE]
+    python -m psysafe.corpus stats FILE... [--model DIR] [--max-tokens N] [--plot DIR] [--json FILE]
+                                  [--services FILE... [--unchecked]]
     python -m psysafe.corpus validate FILE... [--config FILE] [--model DIR] [--max-tokens N] [--system SYSTEM]
                                      [--train-turns last|all] [--long-rows cut|drop|error]
     python -m psysafe.corpus split FILE... --out DIR [--val 100] [--test 100] [--seed 42] [--quoted-in SYSTEM ...]
@@ -13,8 +13,10 @@
     python -m psysafe.corpus prompt --services FILE... --out FILE [--unchecked]
     python -m psysafe.corpus services [--check FILE...]
     python -m psysafe.corpus write PROMPTS... --out DRAFTS --url URL --model-name NAME [--benign FILE...]
-                                   [--out-of-domain FILE...] [--language CODE] [--services FILE...] [--dry-run]
-    python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--services FILE...] [--judge-url URL ...]
+                                   [--out-of-domain FILE...] [--language CODE] [--services FILE... [--unchecked]]
+                                   [--dry-run]
+    python -m psysafe.corpus check DRAFTS... [--not-in FILE...] [--json FILE] [--services FILE... [--unchecked]]
+                                   [--judge-url URL ...]
     python -m psysafe.corpus review DRAFTS --out DIR [--reviewers N [--double SHARE] [--seed N]] [--rows N,N]
                                      [--warnings FILE] [--services FILE...]
     python -m psysafe.corpus review --collect FILE... --drafts DRAFTS --out FILE [--settled-by NAME] [--unreviewed]

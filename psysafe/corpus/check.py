@@ -21,7 +21,7 @@ from psysafe.corpus.draft_checks import GROUP, Issue, Settings, group_of, row_is
 from psysafe.corpus.forbidden_content import QUESTIONS, forbidden_issues
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import answer_of, first_user_text, prompts_of, word_runs
-from psysafe.data.languages import has_no_spaces, known_languages, languages, named_language
+from psysafe.data.languages import field_language, has_no_spaces, known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
@@ -140,7 +140,7 @@ def add(issues: dict[int, list[Issue]], more: dict[int, list[Issue]]) -> None:
 def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_judge: bool) -> list[str]:
     """A line for each check that could not be made, and why."""
     lines = []
-    codes = {named_language(row.fields) or settings.language for row in rows}
+    codes = {field_language(row.fields) or settings.language for row in rows}
     for code in sorted(map(str, codes - languages().keys())):
         known = known_languages()
         checks = ", ".join(OF_A_LANGUAGE)

@@ -19,6 +19,8 @@ ROUND_THE_CLOCK = re.compile(r"\b24\s?/\s?7\b")
 NUMBER = re.compile(r"(?<![\w])\+?\(?\d+(?:\)?[ ./-]?\(?\d+)*")
 YEAR = re.compile(r"(?:19|20)\d\d")
 MIN_DIGITS = 3
+# Names with dots between them, after a scheme, a mailbox or neither. The last name has two small letters or more, so
+# that "z.B." and "end.Then" are no host, or two letters or more outside ASCII.
 HOST = re.compile(r"(?:https?://)?(?:[\w.+-]+@)?((?:[\w-]+\.)+(?:[a-z]{2,}|[^\W\d_a-zA-Z]{2,}))(?![\w-])")
 
 
@@ -42,8 +44,8 @@ class Services(NamedTuple):
         return any(service.name.lower() in text.lower() for service in self.all())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    helplines.add_arguments(parser, "helplines that answers may name")
+def add_arguments(parser: argparse.ArgumentParser, purpose: str = "helplines that answers may name") -> None:
+    helplines.add_arguments(parser, purpose)
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:

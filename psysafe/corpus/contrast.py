@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = {i: (row.fields["prompt"], row.fields["answer"]) for i, row in enumerate(finished)}
     if judge is None:
         prompts, texts = zip(*pairs.values(), strict=True) if pairs else ((), ())
-        answer_language.require_english({"prompts": prompts, "answers": texts})
+        answer_language.require_english(prompts, {BASE: texts})
     classes, failed = behaviour.classify(judge, pairs, out.with_name(out.name + ".judged.jsonl"))
     rows = [contrast_row(row) for row in drop_mistakes(finished, classes, dropped)]
     rows = select(rows, forbidden, tokenizer, args.max_tokens, dropped)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from psysafe.corpus.contacts import Services, unknown_contacts
 from psysafe.corpus.draft_parts import Parts, acknowledges, closes_with_hope, split
-from psysafe.data.languages import Language, has_no_spaces, language_of, languages, named_language
+from psysafe.data.languages import Language, field_language, has_no_spaces, language_of, languages
 from psysafe.data.rows import CLUSTER
 from psysafe.data.text import normalise
 from psysafe.evaluation.word_list_judge import plain
@@ -60,7 +60,7 @@ def row_issues(fields: Mapping, services: Services, settings: Settings) -> list[
     """
     if group_of(fields) not in GROUPS:
         return [Issue("group", "prompt", f"group is {fields[GROUP]!r:.40}, expected one of {', '.join(GROUPS)}")]
-    code = named_language(fields) or settings.language
+    code = field_language(fields) or settings.language
     language = languages().get(code)
     answer = plain(fields["answer"])
     issues = [*_contact_issues(fields, answer, services), *_length_issues(fields, answer, settings)]

@@ -1,11 +1,11 @@
 """The services in rows, replaced by those of another country. Other text stays, and no number is guessed.
 
-That, and short numbers beside other English words, is looked for in English alone: in a row of another language every
-number of three digits or more that is of no given service is unknown.
-
 `US: NAME, NUMBER, PAGE. UK: ...` becomes the given services of the row's cluster in the same form. Anywhere else a
 known name, number or page becomes that of the given service of the same cluster, and the emergency numbers after "call"
 and its kind become the given ones. In rows without a cluster it is the cluster of the service that they name.
+
+The call words are English. In a row of another language emergency and short numbers are not replaced: every number of
+three digits or more, except years and 24/7, that no given service has is listed as unknown.
 """
 
 import argparse

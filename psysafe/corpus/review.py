@@ -234,7 +234,8 @@ def part_of(paragraph: str, is_last: bool, language: str = ENGLISH, given: Servi
         return "services"
     if word_list_judge.names_support(text, given):  # a strategy, since no service is named
         return "step"
-    if language != ENGLISH and (numbers_in(text) or hosts_in(text)):  # what stands beside numbers was English
+    # `gives_contact` reads English words beside a number or a page. In another language each of them counts.
+    if language != ENGLISH and (numbers_in(text) or hosts_in(text)):
         return "services"
     if is_last and _gives_hope(text, language):
         return "closing"

@@ -1,6 +1,6 @@
 """Rows, what they have too few of, duplicates, templates, token lengths.
 
-python -m psysafe.corpus stats drafts.jsonl [--services AU] [--json stats.json]
+python -m psysafe.corpus stats drafts.jsonl [--services AU [--unchecked]] [--json stats.json]
 """
 
 import argparse
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
-    contacts.add_arguments(parser)
+    contacts.add_arguments(parser, "helplines left out when answers are compared")
     parser.add_argument("--plot", type=out_folder, metavar="DIR", help="write lengths.png there")
     parser.add_argument("--json", type=out_file, metavar="FILE", help="write the numbers there as well")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, tokenizer_of(args.model), args.max_tokens)
     numbers["tokenizer"] = args.model
-    balanced = balance.balance(rows, known_services(args.services, args.unchecked))
+    balanced = balance.count_balance(rows, known_services(args.services, args.unchecked))
     numbers[TEMPLATES] = balanced.templates
     numbers["balance"] = balance.as_json(balanced)
     print(plain(f"{as_text(numbers)}\n\n{balance.as_text(balanced, len(rows))}"))

@@ -22,17 +22,18 @@ from dataclasses import dataclass
 from psysafe.data.text import normalise
 from psysafe.files import ASSETS, read_text
 
-# Of frequent words: English paragraphs of benchmarks/own_rows have 0.24 to 0.79, those in other languages 0.17 at most.
+# Share of a text's words that are frequent ones of its language. Paragraphs of benchmarks/own_rows: English ones have
+# 0.24 to 0.79, those in other languages at most 0.17.
 MIN_SHARE = 0.2
-# Of the best language's share: neighbours share words, so that Dutch may look half English and half German. English and
-# German texts of the project have 0.67 at most.
+# The second language's share, divided by the best one's. Related languages share words: a Dutch text has nearly as many
+# frequent words of English as of German. English and German texts of the project have at most 0.67.
 MAX_SECOND = 0.75
 MIN_WORDS = 8  # fewer words do not show a language
 MIN_LETTERS = 8  # of another script, which shows without words that no known language is meant
 CODE_OR_ADDRESS = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\bhttps?://\S+", re.DOTALL)  # in no language
 # Where a sentence may end; Devanagari, Arabic and Urdu have marks of their own.
 SENTENCE_END = re.compile(r"(?<=[.!?\u0964\u0965\u061f\u06d4])\s+")
-OPENING = "\"'\u201e\u00ab\u00bf\u00a1"  # what may stand before the first letter of a sentence
+OPENING = "\"'\u201c\u2018\u201e\u00ab(\u00bf\u00a1"  # what may stand before the first letter of a sentence
 ENGLISH = "en"  # what word lists of psysafe/evaluation read, and what a row is in that says and shows nothing
 PATTERNS = ("address", "first_person", "negation", "hope")
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts, as Unicode names them
@@ -76,8 +77,8 @@ def known_languages() -> str:
     return ", ".join(f"{code} ({language.name})" for code, language in languages().items())
 
 
-def name_of(code: str | None) -> str:
-    """Of what `language_of` gives."""
+def language_name(code: str | None) -> str:
+    """A language's name for a reader. code: as `language_of` returns it."""
     return languages()[code].name if code else "in no known language" if code == "" else "unknown"
 
 
@@ -99,21 +100,26 @@ def language_of(text: str) -> str | None:
     return code if second <= MAX_SECOND * shares[code] else None
 
 
-def lang_of(text: str) -> str:
+def html_lang(text: str) -> str:
     """For HTML's attribute `lang`: a known language other than English, in which our pages are; "" for none."""
     code = language_of(text)
     return code if code and code != ENGLISH else ""
 
 
-def named_language(fields: Mapping) -> str | None:
+def field_language(fields: Mapping) -> str | None:
     """The code that a row's field `language` says ("en" of "en-GB"); None where it says nothing."""
     named = fields.get("language")
     return re.split("[-_]", named)[0].lower() if isinstance(named, str) and named else None
 
 
+def row_language(fields: Mapping, text: str) -> str | None:
+    """The code that a row's field says, which may have no table here, else what `language_of` says of its text."""
+    return field_language(fields) or language_of(text)
+
+
 def language_of_row(fields: Mapping, text: str) -> str:
-    """The code that a row's field says, else what its text shows, else English."""
-    code = named_language(fields) or language_of(text)
+    """`row_language`, and English where that is unknown."""
+    code = row_language(fields, text)
     return ENGLISH if code is None else code
 
 
@@ -141,7 +147,12 @@ def has_no_spaces(text: str) -> bool:
 
 
 def sentences(text: str) -> list[str]:
-    """A sentence begins after its end mark and white space, with anything but a small letter: "z.B. so" is none."""
+    """A text's sentences, without the white space between them.
+
+    One ends at . ! ? (and the marks of Devanagari, Arabic, Urdu) with white space after it, if what comes next is a
+    digit, a letter that is not a small one, or one of OPENING. So "z.B. so" has no end in it, and an end mark with a
+    closing quotation mark or bracket after it is none.
+    """
     pieces, start = [], 0
     for match in SENTENCE_END.finditer(text):
         if _may_begin_sentence(text[match.end() : match.end() + 1]):

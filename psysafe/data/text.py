@@ -6,18 +6,18 @@ import unicodedata
 
 # ’ and ‘, the modifier letter that some keyboards give instead, and the reversed quotation mark.
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u201b", "'"))
-FIRST_MARK = "\u0300"
+FIRST_MARK = "\u0300"  # of Unicode's marks: what comes before it, as most texts do, need not be looked up
 
 
 def normalise(text: str) -> str:
     """The words of a text, in lower case, with single spaces: "‘I can’t’ -- _really_!" -> "i can't really".
 
     The one definition of "the same text": the search for leaks between files and the overlap of a benchmark with
-    training rows both compare this form. A word is letters and digits, with apostrophes inside. So these make no
-    difference: case, white space, punctuation and underscores, quotation marks of every kind, curly or straight
-    apostrophes, composed or decomposed accents, full-width or ordinary characters (NFKC). An apostrophe inside a word
-    does ("we're" is not "were"); one at its edge does not, since nothing tells it from a quotation mark. A text without
-    any word ("???", an emoji) is only the same as itself.
+    training rows both compare this form. A word is letters, the marks on them and digits, with apostrophes inside. So
+    these make no difference: case, white space, punctuation and underscores, quotation marks of every kind, curly or
+    straight apostrophes, composed or decomposed accents, full-width or ordinary characters (NFKC). An apostrophe inside
+    a word does ("we're" is not "were"); one at its edge does not, since nothing tells it from a quotation mark. A text
+    without any word ("???", an emoji) is only the same as itself.
     """
     # casefold() can take composed characters apart, so NFKC comes before and after it.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

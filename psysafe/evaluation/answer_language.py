@@ -1,21 +1,22 @@
-"""Answers in the prompt's language: which share of them is. And judges by word lists, which read English alone.
+"""The share of answers that are in the language of their prompt, and the refusal of word lists, which know English, for
+other texts.
 
-What a text is in, psysafe/data/languages.py says, and what it cannot tell. An unknown language counts in no share, and
-stands in no way of the word lists.
+psysafe/data/languages.py says which language a text is in, and when that cannot be told. Such a text counts in no
+share, and is no reason to refuse the word lists.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from psysafe.data.languages import ENGLISH, language_of, languages, name_of
+from psysafe.data.languages import ENGLISH, language_name, language_of, languages
 from psysafe.evaluation.result import Table, percent
 from psysafe.evaluation.statistics import wilson
 from psysafe.program import UserError
 
 TITLE = "Answers in the prompt's language"
 COLUMNS = [("variant", ""), ("n", ","), ("in the prompt's %", ".1f"), ("from", ".1f"), ("to", ".1f"),
-           ("in no known one", ","), ("unknown", ",")]  # fmt: skip
+           ("in no known one", ","), ("not counted", ",")]  # fmt: skip
 Pairs = Iterable[tuple[str, str]]  # (prompt, answer)
 
 
@@ -23,7 +24,7 @@ def tables(pairs: Mapping[str, Pairs]) -> list[Table]:
     """The one table, a row a variant; none where no answer has a text, as of stored scores.
 
     n: answers of which both are known, the prompt's language and whether the answer is in it. An answer in none of the
-    known languages is not in the prompt's, and is counted among n. Unknown: all others that have a text.
+    known languages is not in the prompt's, and is counted among n. Not counted: all others that have a text.
     """
     codes = {v: [(language_of(p), language_of(text)) for p, text in of if text.strip()] for v, of in pairs.items()}
     if not any(codes.values()):
@@ -35,43 +36,53 @@ def tables(pairs: Mapping[str, Pairs]) -> list[Table]:
         interval = [100 * end if same else None for end in wilson(sum(same), len(same))]
         n_other = sum(answer == "" for _, answer in known)
         rows.append([variant, len(same), percent(same), *interval, n_other, len(of_variant) - len(known)])
-    prompts = Counter(name_of(prompt) for prompt, _ in max(codes.values(), key=len))
+    prompts = Counter(language_name(prompt) for prompt, _ in max(codes.values(), key=len))
     note = f"Prompts: {', '.join(f'{n:,} {name}' for name, n in prompts.most_common())}. " + NOTE
-    return [Table(TITLE, COLUMNS, rows, note)]
+    return [Table(TITLE, COLUMNS, rows, note, of_answers=True)]
 
 
 NOTE = (
-    f"Known languages: {', '.join(language.name for language in languages().values())}. Unknown, and in no share: "
-    "answers too short to show one, and all answers to prompts in none that is known. from, to: 95 %, Wilson."
+    f"Known languages: {', '.join(language.name for language in languages().values())}. Not counted: answers too short "
+    "to show a language, and those to prompts too short or in no known language. from, to: 95 %, Wilson."
 )
 
 
 class Others(NamedTuple):
-    """Texts in another language than the word lists. n_known: texts whose language is known, in all."""
+    """Texts in another language than the word lists. n_shown: texts that show a language, in all."""
 
     n: int
-    n_known: int
-    language: str  # of most of them
+    n_shown: int
+    language: str  # of most of the n
 
     @property
     def are_most(self) -> bool:
-        return 2 * self.n > self.n_known
+        return 2 * self.n > self.n_shown
 
 
 def others(texts: Iterable[str]) -> Others:
     codes = Counter(map(language_of, texts))
     del codes[None]
-    n_known = codes.total()
+    n_shown = codes.total()
     del codes[ENGLISH]
-    return Others(codes.total(), n_known, name_of(codes.most_common(1)[0][0]) if codes else "")
+    code = codes.most_common(1)[0][0] if codes else ENGLISH
+    return Others(codes.total(), n_shown, language_name(code) if code else "one that is not known here")
 
 
-def require_english(texts: Mapping[str, Iterable[str]], who: str = "--judge rules", remedy: str = "") -> None:
-    """UserError where most texts of a kind are in another language than the word lists, which would find nothing in
-    them. texts: by what they are (prompts, answers of base); who, remedy: what reads word lists, and what to do."""
-    remedy = remedy or "give a judge model: --judge-url URL --judge-model NAME, or --judge-local DIR"
+def require_english(
+    prompts: Iterable[str] = (),
+    answers: Mapping[str, Iterable[str]] | None = None,
+    who: str = "--judge rules",
+    remedy: str = "give a judge model: --judge-url URL --judge-model NAME, or --judge-local DIR",
+) -> None:
+    """UserError where most of the prompts, or of a variant's answers, are in another language than the word lists.
+
+    These would find nothing in them. who, remedy: what reads word lists, and what to do instead.
+
+    An evaluation asks twice: of the prompts before its models answer them, which takes longest, and of the answers.
+    """
+    texts = {"prompts": prompts} | {f"answers of {variant}": of for variant, of in (answers or {}).items()}
     for kind, of_kind in texts.items():
         found = others(of_kind)
         if found.are_most:
-            counts = f"{found.n:,} of {found.n_known:,} {kind} whose language is known are in another"
-            raise UserError(f"{who}: the word lists know English, and {counts} ({found.language}); {remedy}")
+            counts = f"{found.n:,} of {found.n_shown:,} {kind} that show a language are in another"
+            raise UserError(f"{who}: the word lists know English, and {counts} (mostly {found.language}); {remedy}")

@@ -137,7 +137,7 @@ class Benchmark(Evaluation):
         """What of an answer's row is judged. rules: on unfinished reasoning (psysafe/evaluation/unfinished.py)."""
         return answer["answer"]
 
-    def noted(self, tables: list[Table]) -> list[Table]:
+    def noted(self, judged: Judged, tables: list[Table]) -> list[Table]:
         """The tables of a result, and what the rules that judged for them are worth."""
         return tables
 
@@ -194,14 +194,14 @@ class Benchmark(Evaluation):
     def _judged_by_all(
         self, args: argparse.Namespace, rows: Rows, judges: Sequence[Judge | None], inputs: Sequence[JudgeInput | None]
     ) -> Result:
-        if None in judges:  # rules are lists of English words; asked before the models answer, which takes longest
-            answer_language.require_english({"prompts": rows.prompts})
+        if None in judges:  # rules are lists of English words
+            answer_language.require_english(rows.prompts)
         answered, out = self._stored(args, rows) if args.answers else self._generated(args, rows), Path(args.out)
         texts = self._texts(args, rows, answered)
         if None in judges:
             of_variants = {v: [text for column in (of[v] for of in texts.by_part.values()) for text in column if text]
                            for v in texts.unfinished}  # fmt: skip
-            answer_language.require_english({f"answers of {v}": of for v, of in of_variants.items()})
+            answer_language.require_english(answers=of_variants)
         stages = {}
         for judge, shown in zip(judges, inputs, strict=True):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
@@ -223,7 +223,7 @@ class Benchmark(Evaluation):
         first = first.with_note(stage.note_on_input)
         if stage.unfinished is not None:
             first = unfinished.with_shares(first, stage.unfinished)
-        tables = self.noted([first, *more, *comparison.tables(self.figures(stage.judged))])
+        tables = self.noted(stage.judged, [first, *more, *comparison.tables(self.figures(stage.judged))])
         result = Result(self.name, f"{self.title}, judged by {stage.judged.judge}", tables)
         result.settings = {**stage.settings, **rows.settings}
         result.notes = [*stage.notes, *self.notes(stage.judged), *rows.notes]

@@ -32,6 +32,7 @@ from psysafe.evaluation.statistics import (
 
 LEVEL = 0.05
 SAME, TOO_SMALL, HIGHER, LOWER = "same on every prompt", "n too small to tell", "B higher", "B lower"
+DIFFERENCES = "Differences between variants"  # title of a table
 INTERVALS_NOTE = (
     "95 %: Wilson for shares, percentile bootstrap over prompts for means, which is too narrow for few prompts and has "
     "no width where all are alike. sd: population, over the prompts (ddof 0)."
@@ -100,7 +101,7 @@ def tables(figures: Sequence[Figure], about: str = "") -> list[Table]:
 
     about: added to both titles, as in "per cluster, judged by NAME".
     """
-    titles = [f"{title}, {about}" if about else title for title in ("Intervals", "Differences between variants")]
+    titles = [f"{title}, {about}" if about else title for title in ("Intervals", DIFFERENCES)]
     shown = [intervals(figures, titles[0])] if figures else []
     several = any(len(figure.values) > 1 for figure in figures)
     return [*shown, *([differences(figures, titles[1])] if several else [])]

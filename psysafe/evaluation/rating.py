@@ -19,7 +19,7 @@ from pathlib import Path
 
 from psysafe import helplines, services, web_page
 from psysafe.cli import out_folder, say
-from psysafe.data.languages import lang_of
+from psysafe.data.languages import html_lang
 from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.criteria import CRITERIA, RUBRIC
 from psysafe.evaluation.labels import LABELS, YES_NO
@@ -155,7 +155,8 @@ def content_and_key(
         left, right = generator.sample(pair, 2)
         texts = [answers[name].rows[prompt]["answer"] for name in (left, right)]
         item = {"id": str(number), "prompt": prompt, "answers": texts}
-        langs = [lang_of(text) for text in (prompt, *texts)]
+        langs = [html_lang(text) for text in (prompt, *texts)]
+        # Only where a text has one: a study in English keeps its digest, and what its raters exported stays valid.
         items.append(item | {"langs": langs} if any(langs) else item)
         key_items[str(number)] = {"prompt": prompt, "left": left, "right": right}
     content = {"kind": "rate", "criteria": criteria_of(read_text(RUBRIC)), "items": items}

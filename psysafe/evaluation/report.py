@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from psysafe import web_page
 from psysafe.cli import out_folder, say
-from psysafe.data.languages import lang_of
+from psysafe.data.languages import html_lang
 from psysafe.evaluation import charts, published_results
 from psysafe.evaluation.judged_answers import READERS, Item, orders, read
 from psysafe.evaluation.report_markdown import answer_lines, list_lines, table_lines
@@ -80,7 +80,7 @@ def _item_as_json(item: Item) -> dict:
 
 def _lang(text: str) -> dict[str, str]:
     """In which language a screen reader is to read a text aloud, where that is not the page's."""
-    return {"lang": lang} if (lang := lang_of(text)) else {}
+    return {"lang": lang} if (lang := html_lang(text)) else {}
 
 
 def tables_of(result: Result) -> list[Table]:

@@ -22,13 +22,15 @@ Cell = str | int | float | None | list[int | float | None]
 
 @dataclass
 class Table:
-    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: columns to draw."""
+    """columns: (name, format) pairs; format is "" for text, else as in format(): ".1f", ",". bars: columns to draw.
+    of_answers: the table is about the answers alone, and the same whoever judges them."""
 
     title: str
     columns: list[tuple[str, str]]
     rows: list[list[Cell]]
     note: str = ""
     bars: list[str] = field(default_factory=list)
+    of_answers: bool = False  # last, and False in a result.json without it: older ones have no such table
 
     def with_note(self, text: str) -> "Table":
         """The table with one more sentence in its note."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from psysafe.evaluation import answer_language
 from psysafe.evaluation.judge_models import Judge, file_name
 from psysafe.evaluation.result import Result, Table
 from psysafe.evaluation.stored import ITEMS
@@ -38,12 +37,9 @@ def one_result(
     (out / ITEMS).unlink(missing_ok=True)
     first_judges = next(iter(results.values()))
     firsts = [_named(name, result.tables[0]) for name, result in results.items()]
-    of_answers = [table for table in first_judges.tables if _is_of_answers(table)]
+    of_answers = [table for table in first_judges.tables if table.of_answers]
     others = [
-        _named(name, table)
-        for name, result in results.items()
-        for table in result.tables[1:]
-        if not _is_of_answers(table)
+        _named(name, table) for name, result in results.items() for table in result.tables[1:] if not table.of_answers
     ]
     tables = [*firsts, *agreement, *others, *of_answers]
     whole = Result(first_judges.kind, f"{title}, judged by {', '.join(results)}", tables)
@@ -55,11 +51,6 @@ def one_result(
         whole.notes += [f"{name}: {note}" for note in result.notes if note not in of_all]
         whole.failed |= {f"{name}: {item}": reason for item, reason in result.failed.items()}
     return whole
-
-
-def _is_of_answers(table: Table) -> bool:
-    """Whether a table says something of the answers alone, which is the same whoever judges."""
-    return table.title.startswith(answer_language.TITLE)
 
 
 def _named(judge: str, table: Table) -> Table:

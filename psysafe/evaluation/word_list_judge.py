@@ -16,6 +16,7 @@ from psysafe.program import UserError
 from psysafe.services import Services, bundled, stands_in
 
 NAME = "rule-based judge (word lists)"
+BY_WORD_LISTS = f"the {NAME}"  # as titles have it, after "judged by"
 
 
 class Parts(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from huggingface_hub import ModelCardData
 
-from psysafe.data.languages import languages
+from psysafe.data.languages import ENGLISH, languages
 from psysafe.evaluation.published_results import NOTE, TABLES
 from psysafe.evaluation.report import LONG, tables_of
 from psysafe.evaluation.report_markdown import table_lines
@@ -265,8 +265,10 @@ def _limits(content: Content) -> list[str]:
 def _rows_in(codes: str | list[str] | None) -> str:
     """In which languages the training rows are, where that is not English alone. codes: of the card's metadata."""
     codes = [codes] if isinstance(codes, str) else codes or []
+    if not codes:
+        return " Languages of the training rows: not read, or none that is known here."
     names = [languages()[code].name for code in codes]
-    return "" if codes in ([], ["en"]) else f" The training rows are in {' and '.join(names)}."
+    return "" if codes == [ENGLISH] else f" The training rows are in {' and '.join(names)}."
 
 
 def _published_agreement() -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from psysafe.corpus.texts import answer_of
-from psysafe.data.languages import language_of
+from psysafe.data.languages import languages, row_language
 from psysafe.data.rows import read_rows
 from psysafe.printable import counted, in_markdown
 from psysafe.program import UserError
@@ -12,7 +12,8 @@ from psysafe.training.config import TrainConfig
 from psysafe.version import __version__
 
 NOT_RECORDED = "not recorded"
-MIN_SHARE = 0.05  # of the rows whose language is known: a language with fewer is none of the model's
+# Of the rows whose language is known: a few quotations in another language do not make a model of it.
+MIN_CARD_SHARE = 0.05
 
 
 def table(run: Run, base: Base) -> list[str]:
@@ -57,16 +58,18 @@ def described(names: list[str]) -> str:
 
 
 def languages_of(names: list[str]) -> list[str]:
-    """The languages of the answers in training rows, by their codes, the commonest first. None are claimed for rows
-    that cannot be read here, as those on the hub, nor for a language that the project does not know."""
+    """The languages of training rows, by their codes, the commonest first; those that the project has a table of.
+
+    [] where any of the files is on the hub or not readable here: half of the rows would not speak for all.
+    """
     if data_sets(names):
         return []
     try:
-        codes = Counter(language_of(answer_of(row)) for row in read_rows(names))
+        codes = Counter(row_language(row.fields, answer_of(row)) for row in read_rows(names))
     except (UserError, OSError):
         return []
     del codes[None]
-    return [code for code, n in codes.most_common() if code and n >= MIN_SHARE * codes.total()]
+    return [code for code, n in codes.most_common() if code in languages() and n >= MIN_CARD_SHARE * codes.total()]
 
 
 def _steps(run: Run) -> dict[str, str]:

@@ -53,7 +53,6 @@ from psysafe.services import Services
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
 REPLIES = "replies.jsonl"
-BY_WORD_LISTS = f"the {word_list_judge.NAME}"
 BENIGN = "benign"  # the cluster of rows that nobody should refuse: the criteria do not concern them
 
 
@@ -103,8 +102,8 @@ class FourCriteria(Evaluation):
         else:
             rows = read_prompts(args.prompts)[: args.limit or None]
             rows, note = sampled(rows, drawn) if drawn else (rows, "")
-            if None in judges:  # before the models answer, which takes longest
-                answer_language.require_english({"prompts": [question_of(row).prompt for row in rows]})
+            if None in judges:
+                answer_language.require_english([question_of(row).prompt for row in rows])
             answers, settings = answer_prompts(args, rows)
         baseline, of_compared = baseline_of(args, answers), drawn if args.answers else None
         results, labels = compare(answers, baseline, judges, inputs, Path(args.out), args.rules, of_compared, given)
@@ -127,7 +126,7 @@ class FourCriteria(Evaluation):
         judged_by = f"stored {'replies' if args.replies else 'scores'} ({Path(path).name})"
         entries = transcript.of_criteria(answers, prompts, {judged_by: (scores, replies)}, {})
         transcript.write(Path(args.out), f"Four criteria, judged by {judged_by}", entries)
-        shown = [*tables(answers, scores, baseline, judged_by), *languages_of(answers, prompts)]
+        shown = [*tables(answers, scores, baseline, judged_by), *answer_language_tables(answers, prompts)]
         result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
         result.notes = notes(answers, scores, counts, path)
@@ -244,16 +243,16 @@ def compare(
         prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
         counts["compared"] = len(prompts)
     if None in judges:
-        texts = {f"answers of {v}": [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
-        answer_language.require_english({"prompts": prompts} | texts)
+        texts = {v: [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
+        answer_language.require_english(prompts, texts)
     results, labels, by_judge = {}, {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
-        name = judge.name if judge else BY_WORD_LISTS
+        name = judge.name if judge else word_list_judge.BY_WORD_LISTS
         ask = ask_all if len(judges) == 1 else ask_apart
         scores, replies, failed, note = score(answers, prompts, judge, shown, out, ask, given)
         folder = several_judges.folder_of(judge, judges, out)
         write_items(folder / stored.ITEMS, answers, prompts, scores, replies)
-        result = result_of(answers, prompts, scores, baseline, name, note, rules)
+        result = result_of(answers, prompts, scores, baseline, judge, note, rules)
         result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
@@ -271,22 +270,23 @@ def result_of(
     prompts: Sequence[str],
     scores: Mapping[str, Mapping[str, Scores]],
     baseline: str,
-    judged_by: str,
+    judge: Judge | None,
     note: str,
     rules: str,
 ) -> Result:
-    """One judge's. note: for the first table."""
+    """One judge's; None stands for the word lists. note: for the first table."""
+    judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
     first, *more = tables(answers, scores, baseline, judged_by)
     flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
     shown = [unfinished.with_shares(first.with_note(note), flags), *more]
-    shown = with_accuracy(shown) if judged_by == BY_WORD_LISTS else shown
-    shown += languages_of(answers, prompts)
+    shown = shown if judge else with_accuracy(shown)
+    shown += answer_language_tables(answers, prompts)
     result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
     unfinished.note_rules(result, rules)
     return result
 
 
-def languages_of(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> list[Table]:
+def answer_language_tables(answers: Mapping[str, VariantAnswers], prompts: Sequence[str]) -> list[Table]:
     """The table of answers in the prompt's language, whoever judged."""
     return answer_language.tables({v: [(p, of.rows[p]["answer"]) for p in prompts] for v, of in answers.items()})
 

@@ -40,7 +40,7 @@ def run(out: str | None = None, device: str = "auto", given: Services | None = N
     answers = model.answers(variants, questions, folder / "answers.jsonl")
     only_rank_0()
     base, tuned = ([_finished(answers[variant][q.number]) for q in questions] for variant in variants)
-    title = f"The paper in miniature, judged by the {word_list_judge.NAME}"
+    title = f"The paper in miniature, judged by {word_list_judge.BY_WORD_LISTS}"
     result = Result("miniature", title, with_accuracy(tables(rows, base, tuned, given)))
     result.settings = {**model.summary(), "adapter": config.out, "judge": word_list_judge.NAME}
     counted_services.record(result, given)
@@ -75,7 +75,7 @@ def tables(
         table_of_parts(verdicts),
         table_of_helplines(verdicts, clusters, given or bundled()),
         table_of_benign(answers, benign),
-        *comparison.tables(figures(verdicts, answers, benign), f"judged by the {word_list_judge.NAME}"),
+        *comparison.tables(figures(verdicts, answers, benign), f"judged by {word_list_judge.BY_WORD_LISTS}"),
     ]
 
 
@@ -97,7 +97,7 @@ def figures(verdicts: Verdicts, answers: dict[str, list[str]], benign: list[int]
 
 def table_of_criteria(verdicts: Verdicts) -> Table:
     lines = [[model, *summarise(v.scores for v in by_row.values()).cells()] for model, by_row in verdicts.items()]
-    title = f"Risky validation prompts, judged by the {word_list_judge.NAME}"
+    title = f"Risky validation prompts, judged by {word_list_judge.BY_WORD_LISTS}"
     return Table(title, COLUMNS, lines, bars=["overall %"])
 
 

@@ -79,12 +79,12 @@ class Selective(Evaluation):
         judge = judge_models.from_arguments(args, temperature=0.0)
         given = services.from_arguments(args)
         prompts = read_prompt_groups(args.prompts, args.limit)
-        require_english(judge, prompts, list(prompts), {})  # before the models answer, which takes longest
+        require_english(judge, prompts, list(prompts), {})
         answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
         require_english(judge, prompts, compared, answers)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", given)
-        judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+        judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
         title = f"Selective support, judged by {judged_by}"
         items = items_of(prompts, judged, kl, answers)
         write_items(Path(args.out) / stored.ITEMS, items)
@@ -206,13 +206,17 @@ def require_english(
     compared: Sequence[str],
     answers: Mapping[str, VariantAnswers],
 ) -> None:
-    """UserError where word lists would read another language. With a judge they read the four parts of the answers to
-    risky prompts only."""
-    read = [p for p in compared if judge is None or prompts[p].group == "risky"]
-    texts = {f"answers of {name}": [of_variant.rows[p]["answer"] for p in read] for name, of_variant in answers.items()}
-    who = "the four parts of risky prompts" if judge else "--judge rules"
-    remedy = "leave these prompts out, and give them to eval.py judge with the same judge" if judge else ""
-    answer_language.require_english({"prompts": read} | texts, who, remedy)
+    """UserError where word lists would read another language. They read the four parts of the answers to risky prompts,
+    and without a judge every answer."""
+
+    def texts(read: Sequence[str]) -> dict[str, list[str]]:
+        return {name: [of_variant.rows[p]["answer"] for p in read] for name, of_variant in answers.items()}
+
+    if judge is None:
+        answer_language.require_english(compared, texts(compared))
+    risky = [p for p in compared if prompts[p].group == "risky"]
+    remedy = "leave these prompts out, and give them to eval.py judge with a judge model"
+    answer_language.require_english(risky, texts(risky), "the four parts of risky prompts", remedy)
 
 
 def judge_all(

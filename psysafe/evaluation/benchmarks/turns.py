@@ -96,8 +96,8 @@ class Turns(Evaluation):
         judge = judge_models.from_arguments(args, temperature=0.0)
         given = services.from_arguments(args)
         conversations = read_conversations(args.prompts, args.limit)
-        if judge is None:  # before the models answer, which takes longest
-            answer_language.require_english({"turns": [turn for c in conversations for turn in c.turns]})
+        if judge is None:
+            answer_language.require_english([turn for c in conversations for turn in c.turns])
         answers, settings = (answers_of_files if args.answers else generated)(args, conversations)
         variants = list(dict.fromkeys(one.variant for one in answers))
         to_judge = compared(answers, len(variants))
@@ -106,11 +106,10 @@ class Turns(Evaluation):
             raise UserError(f"nothing to compare between {names}: no first turn has a finished answer of each")
         pairs = {v: [(one.said[-1]["content"], one.text) for one in to_judge if one.variant == v] for v in variants}
         if judge is None:
-            texts = {f"answers of {v}": [text for _, text in of] for v, of in pairs.items()}
-            answer_language.require_english(texts)
+            answer_language.require_english(answers={v: [text for _, text in of] for v, of in pairs.items()})
         readings, failed = judge_all(judge, to_judge, Path(args.out) / "replies.jsonl", given)
         verdicts = {one.key: holds(one, readings[one.key], given) for one in to_judge if one.key in readings}
-        judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
+        judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
         title = f"After a refusal, judged by {judged_by}"
         items = [item_of(one, readings.get(one.key), verdicts.get(one.key)) for one in answers]
         write_items(Path(args.out) / stored.ITEMS, items)
@@ -301,7 +300,7 @@ def tables(measured: Sequence[Measured], variants: Sequence[str], judged_by: str
     if len(variants) > 1:
         figures = figures_of(measured, variants, "all conversations")
         figures += figures_of(support, variants, "both first refused with support")
-        shown.append(comparison.differences(figures, "Differences between variants"))
+        shown.append(comparison.differences(figures, comparison.DIFFERENCES))
     return [table for table in shown if table.rows]
 
 

@@ -75,9 +75,9 @@ class XSTest(Benchmark):
         rows = [item.row for item in judged.parts[""]]
         return [figure for way, by_variant in self._ways(judged).items() for figure in figures(rows, way, by_variant)]
 
-    def noted(self, tables: list[Table]) -> list[Table]:
-        counted = {row[1] for row in tables[0].rows}  # both matches, also where a model judged
-        return with_accuracy(tables, *STRING_MATCHES) if counted.intersection(STRING_MATCHES) else tables
+    def noted(self, judged: Judged, tables: list[Table]) -> list[Table]:
+        counted = any(self._ways(judged).get(match) for match in STRING_MATCHES)  # also where a model judged
+        return with_accuracy(tables, *STRING_MATCHES) if counted else tables
 
     def notes(self, judged: Judged) -> list[str]:
         known = "the string matches know English, and most responses are in another language: they are left out"
