@@ -80,7 +80,7 @@ def tables(
         rows.append([base, *(_cell(details[first], line, -1) for line in OVERVIEW.values())])
     rows += [[name, *(_cell(table, line, 3) for line in OVERVIEW.values())] for name, table in details.items()]
     columns = [("variant", ""), *((name, ".3g") for name in OVERVIEW)]
-    tested = comparison.differences(figures(prompts, judged, bases), "Differences between variants")
+    tested = comparison.differences(figures(prompts, judged, bases), comparison.DIFFERENCES)
     overview = Table("All settings", columns, rows, bars=list(OVERVIEW)[:3])
     return [overview, *details.values(), *([tested] if tested.rows else [])]
 
