@@ -125,12 +125,12 @@ def test_the_table_says_what_is_thin_and_what_is_missing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "       0    0.0%  violence: Green Dot Bystander Intervention  thin: 15 or more expected\n" in printed
     assert "      60   75.0%  violence: Motivational Interviewing\n" in printed
-    assert "configs/tiny-selective.toml: R = 1, 60 wanted, 40 missing\n" in printed
+    assert "configs/tiny-selective.toml: R = 1.5, 90 wanted, 70 missing\n" in printed
     assert "configs/qwen3.5-27b-selective.toml: R = 0.25, 15 wanted\n" in printed
     assert "100% of them out of domain; of the bundled contrast rows 40%" in printed
     content = json.loads((tmp_path / "stats.json").read_text())["balance"]
     assert {"name": "scary", "rows": 0, "expected": 10, "thin": True} in content["groups"]
-    assert content["out_of_domain_share"] == 1.0 and content["contrast"][0]["missing"] == 40
+    assert content["out_of_domain_share"] == 1.0 and content["contrast"][0]["missing"] == 70
 
 
 def test_large_counts_are_printed_in_full():

@@ -64,7 +64,8 @@ class Recipe(NamedTuple):
 
 PAPER = Recipe("paper", wide=False)
 WIDE = Recipe("r0")  # the same rows as ours, without contrast: what the contrast rows alone do
-GRID = [PAPER, WIDE, *(Recipe(f"r{ratio:g}", ratio) for ratio in (0.25, 0.5, 1.0, 2.0)), Recipe("r1-kl1", 1.0, kl=1.0)]
+GRID = [PAPER, WIDE, *(Recipe(f"r{ratio:g}", ratio) for ratio in (0.25, 0.5, 1.0, 2.0)),
+        *(Recipe(f"r{ratio:g}-kl1", ratio, kl=1.0) for ratio in (1.0, 1.5, 2.0))]  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
