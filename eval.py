@@ -55,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     if not (evaluation and evaluation.answers_on_ranks(args)):
         refuse_ranks(f"this eval.py {args.command}")
     refuse_without_effect(argv, (evaluation or PAGES[args.command]).without_effect(args))
+    services.refuse_in_folder(getattr(args, "services", []), args.out)
     if evaluation is None:
         PAGES[args.command].run(args)
         return 0

@@ -27,6 +27,7 @@ from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
 from psysafe.printable import counted, one_line, plain
 from psysafe.program import UserError
+from psysafe.services import paths as service_files
 
 CHECKS = {
     "parts": "acknowledgement and refusal, step, services, closing are there",
@@ -82,7 +83,7 @@ def has_judge(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    inputs = {"the drafts": args.files, "--not-in": args.not_in}
+    inputs = {"the drafts": args.files, "--not-in": args.not_in, "--services": service_files(args.services)}
     judged = args.judged or f"{args.files[0]}.judged.jsonl"
     for flag, out in (("--json", args.json), ("--judged", judged)):
         if out:

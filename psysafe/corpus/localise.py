@@ -20,7 +20,7 @@ from psysafe.data.languages import ENGLISH, language_of_row
 from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
 from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
 from psysafe.printable import counted, plain
-from psysafe.services import Service, Services, read_services, require_checked, require_clusters, shipped
+from psysafe.services import Service, Services, paths, read_services, require_checked, require_clusters, shipped
 
 SHOWN = 20  # lines of what is unknown
 SHORT = 4  # digits of a number that may count something: "988" is replaced only where somebody calls it
@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """1, and nothing is written, where a row has numbers or pages that are unknown, unless --keep-unknown is given."""
-    refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": args.services})
+    refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": paths(args.services)})
     services = read_services(args.services)
     require_checked(services, args.unchecked)
     require_clusters(services)

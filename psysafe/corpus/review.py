@@ -111,8 +111,10 @@ def run_pages(args: argparse.Namespace) -> int:
         double = DOUBLE if args.double is None else args.double
         dealt = deal(items, args.reviewers, double, random.Random(args.seed))
         shares = {f"review-{number}.html": share for number, share in enumerate(dealt, 1)}
+    inputs = {"the drafts": args.files, "--warnings": [args.warnings] if args.warnings else []}
+    inputs["--services"] = services.paths(args.services)
     for name in shares:
-        refuse_inputs("--out", out / name, {"the drafts": args.files})
+        refuse_inputs("--out", out / name, inputs)
     out.mkdir(parents=True, exist_ok=True)
     for name, share in shares.items():
         write_atomic(out / name, page(digest(drafts), share, given))

@@ -31,6 +31,7 @@ from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
+from psysafe.services import paths as service_files
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
 OF_ENDPOINT = ("--model-name", "--key-variable", "--workers")
@@ -86,7 +87,10 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     inputs = {"the prompts": args.files, "--benign": args.benign, "--out-of-domain": args.out_of_domain}
-    refuse_inputs("--out", args.out, inputs)
+    inputs["--services"] = service_files(args.services)
+    journal = Path(f"{args.out}.replies.jsonl")
+    for file in (args.out, journal):
+        refuse_inputs("--out", file, inputs)
     if args.candidates < 1:
         raise UserError(f"--candidates is {args.candidates}, expected at least 1")
     if (args.price_in is None) != (args.price_out is None):
@@ -100,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.language, args.min_words, args.max_words)
     requests = requests_of(prompts, args.candidates, writer.identity, services, settings)
     out = Path(args.out)
-    journal = out.with_name(out.name + ".replies.jsonl")
     print(plan(requests, journal, args))
     if args.dry_run:
         return 0
