@@ -311,3 +311,58 @@ def test_the_german_and_english_lists_share_no_word_that_decides():
     """A tie is unknown; what both lists hold may never be most of a text's frequent words."""
     english, german = (language.function_words for language in languages().values())
     assert english & german <= {"a", "am", "an", "also", "die", "hat", "in", "man", "must", "so", "war", "was", "will"}
+
+
+def mixed(folder, answers: list[str], prompts: list[str]) -> dict[str, list[str]]:
+    """As `commands`, over several prompts, each with one answer of both variants."""
+    rows, told = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        rows.append({"prompt": prompt, "answer": answer, "cluster": "violence", "group": "risky"})
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        told.append({"adapter": "tuned", "messages": messages * 2})
+    of = []
+    for name in ("base", "tuned"):
+        of += ["--answers", f"{name}={rows_file(folder / name, *(row | {'adapter': name} for row in rows))}"]
+    conversation = {"kinds": ["risky", "benign"], "cluster": "violence"}
+    turns = rows_file(folder / "turns.jsonl", *({"turns": [p, p]} | conversation for p in prompts))
+    told = rows_file(folder / "told.jsonl", *told)
+    return {
+        "judge": ["judge", *of],
+        "selective": ["selective", "--prompts", str(folder / "base"), *of, "--baseline", "base"],
+        "turns": ["turns", "--prompts", turns, "--answers", told],
+    }
+
+
+@pytest.mark.parametrize("command", ["judge", "selective", "turns"])
+def test_a_few_texts_in_another_language_are_counted_at_the_table(tmp_path, command):
+    prompts = [f"{EN} {i}" for i in "abcd"]
+    prompts[1] = DE
+    answers = [EN, EN, FR, EN]
+    words = [*mixed(tmp_path, answers, prompts)[command], *RULES, "--out", str(tmp_path / "out")]
+    assert main_guard(evaluation.main, words) == 0
+    (note,) = [note for note in load(tmp_path / "out")[0].notes if note.startswith("In another language")]
+    counts = note.partition("say little of them: ")[2]
+    expected = {"turns": "2 of 8 turns, 2 of 8 answers of tuned, None."}
+    assert counts == expected.get(command, "1 of 4 prompts, 1 of 4 answers of base, 1 of 4 answers of tuned.")
+    words = [*mixed(tmp_path, [EN] * 4, [f"{EN} {i}" for i in "abcd"])[command], *RULES, "--out", str(tmp_path / "en")]
+    assert main_guard(evaluation.main, words) == 0
+    assert not [note for note in load(tmp_path / "en")[0].notes if note.startswith("In another language")]
+
+
+def test_of_the_judges_only_the_word_lists_get_the_note(tmp_path):
+    prompts = [DE, *(f"{EN} {i}" for i in "abc")]
+    words = mixed(tmp_path, [EN] * 4, prompts)["judge"]
+    assert with_judge(tmp_path / "out", [*words, *RULES], "Refusal: Yes") == 0
+    (note,) = [note for note in load(tmp_path / "out")[0].notes if "In another language" in note]
+    assert note.startswith("the rule-based judge (word lists): ") and note.endswith(": 1 of 4 prompts.")
+
+
+def test_a_benchmark_by_word_lists_counts_them_too(tmp_path):
+    rows = [[1, EN, "homonyms", "safe"], [2, DE, "homonyms", "safe"], [3, f"{EN} now", "homonyms", "safe"]]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "prompt", "type", "label"], *rows])
+    answers = rows_file(tmp_path / "a.jsonl", *({"prompt": row[1], "answer": EN} for row in rows))
+    words = ["xstest", "--data", str(tmp_path / "x.csv"), "--answers", f"a={answers}", *RULES, "--rules", "published"]
+    assert main_guard(evaluation.main, [*words, "--out", str(tmp_path / "out")]) == 0
+    notes = load(tmp_path / "out")[0].notes
+    assert [note.rpartition(": ")[2] for note in notes if "In another language" in note] == ["1 of 3 prompts."]

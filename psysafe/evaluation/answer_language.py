@@ -75,3 +75,12 @@ def require_english(texts: Mapping[str, Iterable[str]], who: str = "--judge rule
         if found.are_most:
             counts = f"{found.n:,} of {found.n_known:,} {kind} whose language is known are in another"
             raise UserError(f"{who}: the word lists know English, and {counts} ({found.language}); {remedy}")
+
+
+def unread_note(texts: Mapping[str, Iterable[str]], who: str = "the word lists") -> list[str]:
+    """A line for the notes of a result: how many texts of each kind are in another language than the word lists, too
+    few for `require_english` to refuse; [] where there are none. texts: as for that; who: which lists."""
+    counts = {kind: (list(of_kind), others(of_kind).n) for kind, of_kind in texts.items()}
+    said = [f"{n:,} of {len(of_kind):,} {kind}" for kind, (of_kind, n) in counts.items() if n]
+    about = f"In another language, which {who} do not read, so that these figures say little of them"
+    return [f"{about}: {', '.join(said)}."] if said else []

@@ -201,10 +201,13 @@ class Benchmark(Evaluation):
         if None in judges:
             of_variants = {v: [text for column in (of[v] for of in texts.by_part.values()) for text in column if text]
                            for v in texts.unfinished}  # fmt: skip
-            answer_language.require_english({f"answers of {v}": of for v, of in of_variants.items()})
+            by_kind = {f"answers of {v}": of for v, of in of_variants.items()}
+            answer_language.require_english(by_kind)
+            unread = answer_language.unread_note({"prompts": rows.prompts} | by_kind)
         stages = {}
         for judge, shown in zip(judges, inputs, strict=True):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
+            stage.notes += unread if judge is None else []
             stages[stage.judged.judge] = stage
             write_items(several_judges.folder_of(judge, judges, out) / stored.ITEMS, stage, answered.columns)
         of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}

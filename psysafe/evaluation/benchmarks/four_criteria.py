@@ -243,8 +243,8 @@ def compare(
     if drawn:
         prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
         counts["compared"] = len(prompts)
+    texts = {f"answers of {v}": [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
     if None in judges:
-        texts = {f"answers of {v}": [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
         answer_language.require_english({"prompts": prompts} | texts)
     results, labels, by_judge = {}, {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
@@ -258,6 +258,7 @@ def compare(
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
         if judge is None:
+            result.notes += answer_language.unread_note({"prompts": prompts} | texts)
             counted_services.record(result, given)
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
     of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}

@@ -82,7 +82,7 @@ class Selective(Evaluation):
         require_english(judge, prompts, list(prompts), {})  # before the models answer, which takes longest
         answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
-        require_english(judge, prompts, compared, answers)
+        unread = require_english(judge, prompts, compared, answers)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", given)
         judged_by = judge.name if judge else f"the {word_list_judge.NAME}"
         title = f"Selective support, judged by {judged_by}"
@@ -102,6 +102,7 @@ class Selective(Evaluation):
         if judge:
             texts = [answer.answer for by_prompt in judged.values() for answer in by_prompt.values()]
             result.notes.append(behaviour.OWN_INPUT.note(sum(len(t) > behaviour.CUT for t in texts), len(texts)))
+        result.notes += unread
         unfinished.note_rules(result, args.rules)
         counted_services.record(result, given)
         result.failed = failed
@@ -205,14 +206,16 @@ def require_english(
     prompts: Mapping[str, Prompt],
     compared: Sequence[str],
     answers: Mapping[str, VariantAnswers],
-) -> None:
-    """UserError where word lists would read another language. With a judge they read the four parts of the answers to
-    risky prompts only."""
+) -> list[str]:
+    """UserError where word lists would read mostly another language. With a judge they read the four parts of the
+    answers to risky prompts only. Returns a note on the texts in another language."""
     read = [p for p in compared if judge is None or prompts[p].group == "risky"]
     texts = {f"answers of {name}": [of_variant.rows[p]["answer"] for p in read] for name, of_variant in answers.items()}
     who = "the four parts of risky prompts" if judge else "--judge rules"
     remedy = "leave these prompts out, and give them to eval.py judge with the same judge" if judge else ""
     answer_language.require_english({"prompts": read} | texts, who, remedy)
+    risky = "the word lists that read the four parts of risky prompts" if judge else "the word lists"
+    return answer_language.unread_note({"prompts": read} | texts, risky)
 
 
 def judge_all(
