@@ -12,7 +12,17 @@ from psysafe.corpus.draft_requests import UnusableReply, draft, messages
 from psysafe.data.rows import read_rows
 from psysafe.program import main_guard
 from tests.mistakes import refused_by
-from tests.own_rows import ACKNOWLEDGEMENT, CLOSING, OUT_OF_DOMAIN, PLAIN, REASONING, STEP, services_text, violence_row
+from tests.own_rows import (
+    ACKNOWLEDGEMENT,
+    CLOSING,
+    GERMAN,
+    OUT_OF_DOMAIN,
+    PLAIN,
+    REASONING,
+    STEP,
+    services_text,
+    violence_row,
+)
 from tests.stub_endpoint import Handler, StubEndpoint
 
 PROMPT = violence_row()["prompt"]
@@ -142,6 +152,38 @@ def test_a_dry_run_asks_nothing_and_counts(tmp_path, endpoint, capsys):
         == f"6 requests of 6 to ask; {tokens} tokens sent, at most 60 in replies; cost {tokens}.00 + at most 120.00\n"
     )
     assert int(tokens.replace(",", "")) > 6 * 300
+
+
+def test_a_region_counts_as_its_language(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(GERMAN["prompt"])
+    reply = REPLY | {"reasoning": GERMAN["reasoning"], "strategy": GERMAN["framework_name"]}
+    parts = dict(zip(("acknowledgement", "step", "services", "closing"), GERMAN["answer"].split("\n\n"), strict=True))
+    endpoint.replies[GERMAN["prompt"]] = [REPLY, reply | parts]
+    assert main(command(path, out, endpoint, "--candidates", 2, "--language", "de-AT")) == 0
+    (row,) = drafts(out)  # the English candidate has issues
+    assert (row["answer"], row["language"]) == (GERMAN["answer"], "de-AT")
+    assert "no word lists" not in capsys.readouterr().out and "in German (de-AT)" in endpoint.systems[0]
+    without = tmp_path / "without.jsonl"
+    without.write_text(json.dumps({name: value for name, value in GERMAN.items() if name != "language"}) + "\n")
+    assert main(["check", str(without), "--min-words", "40", "--language", "de-AT"]) == 0
+    assert "not checked in" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], []])
+def test_a_language_without_word_lists_is_named_before_anything_is_asked(flags, tmp_path, endpoint, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text(PROMPT)
+    endpoint.replies[PROMPT] = [REPLY]
+    assert main(command(path, tmp_path / "d.jsonl", endpoint, "--language", "xx-nonsens", *flags)) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == (
+        "no word lists for 'xx-nonsens': known are en (English), de (German); candidates are ranked without"
+    )
+    assert "3 requests of 3 to ask" in second
+    for nothing in ("", " ", "_AT"):
+        words = command(path, tmp_path / "e", endpoint, "--language", nothing)
+        assert "--language is" in refused_by(main, words, capsys)
 
 
 def test_the_instruction_names_the_cluster_its_strategies_and_its_services_alone():

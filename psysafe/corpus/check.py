@@ -141,7 +141,7 @@ def add(issues: dict[int, list[Issue]], more: dict[int, list[Issue]]) -> None:
 def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_judge: bool) -> list[str]:
     """A line for each check that could not be made, and why."""
     lines = []
-    codes = {named_language(row.fields) or settings.language for row in rows}
+    codes = {named_language(row.fields) or settings.code for row in rows}
     for code in sorted(map(str, codes - languages().keys())):
         known = known_languages()
         checks = ", ".join(OF_A_LANGUAGE)

@@ -45,6 +45,13 @@ class Settings:
         if not 0 <= self.min_words <= self.max_words:
             lengths = f"--min-words is {self.min_words}, --max-words {self.max_words}"
             raise UserError(f"{lengths}; expected 0 or more, and the second not below the first")
+        if not self.code:
+            raise UserError(f"--language is {self.language!r:.40}; expected a code such as en, de or de-AT")
+
+    @property
+    def code(self) -> str:
+        """Whose word lists count: "de" of "de-AT", as of a row's own `language`."""
+        return (named_language({"language": self.language}) or "").strip()
 
 
 def group_of(fields: Mapping) -> str:
@@ -60,7 +67,7 @@ def row_issues(fields: Mapping, services: Services, settings: Settings) -> list[
     """
     if group_of(fields) not in GROUPS:
         return [Issue("group", "prompt", f"group is {fields[GROUP]!r:.40}, expected one of {', '.join(GROUPS)}")]
-    code = named_language(fields) or settings.language
+    code = named_language(fields) or settings.code
     language = languages().get(code)
     answer = plain(fields["answer"])
     issues = [*_contact_issues(fields, answer, services), *_length_issues(fields, answer, settings)]

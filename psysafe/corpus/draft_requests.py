@@ -67,9 +67,10 @@ def _lines(path: str) -> list[Row]:
 
 def messages(fields: Mapping, services: Services, settings: Settings) -> list[dict]:
     """The conversation that asks for the draft of one prompt."""
-    language = languages().get(settings.language)
+    language = languages().get(settings.code)
+    region = "" if settings.language == settings.code else f" ({settings.language})"
     instruction = Template(read_text(ASSETS / INSTRUCTIONS[group_of(fields)])).substitute(
-        language=language.name if language else f"the language with the code {settings.language}",
+        language=f"{language.name}{region}" if language else f"the language with the code {settings.language}",
         min_words=settings.min_words,
         max_words=settings.max_words,
         clusters=_described(fields.get(CLUSTER), services),

@@ -104,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.language, args.min_words, args.max_words)
     requests = requests_of(prompts, args.candidates, writer.identity, services, settings)
     out = Path(args.out)
+    if settings.code not in languages():  # before anything is paid for: a large model may know it, or it is a slip
+        known = f"known are {known_languages()}"
+        print(one_line(f"no word lists for {settings.language!r:.40}: {known}; candidates are ranked without"))
     print(plan(requests, journal, args))
     if args.dry_run:
         return 0
@@ -224,8 +227,6 @@ def report(
     shared = sum(item.is_template for item in shared_text([row.fields["answer"] for row in drafts], services))
     print(f"{with_issue:,} with an issue, {shared:,} with more than half of their text in other rows; see the reasons "
           f"with python -m psysafe.corpus check {out}")  # fmt: skip
-    if settings.language not in languages():
-        print(f"the word lists know {known_languages()}: candidates in {settings.language} were ranked without them")
     if missing:
         print("ask again for what is missing: start the same command, or give more --candidates")
     return 1 if missing else 0
