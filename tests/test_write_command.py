@@ -164,10 +164,12 @@ def test_a_region_counts_as_its_language(tmp_path, endpoint, capsys):
     (row,) = drafts(out)  # the English candidate has issues
     assert (row["answer"], row["language"]) == (GERMAN["answer"], "de-AT")
     assert "no word lists" not in capsys.readouterr().out and "in German (de-AT)" in endpoint.systems[0]
-    without = tmp_path / "without.jsonl"
-    without.write_text(json.dumps({name: value for name, value in GERMAN.items() if name != "language"}) + "\n")
-    assert main(["check", str(without), "--min-words", "40", "--language", "de-AT"]) == 0
-    assert "not checked in" not in capsys.readouterr().out
+    without, fields = tmp_path / "without.jsonl", GERMAN | {"language": None}
+    for answer, code in ((GERMAN["answer"], 0), (GERMAN["answer"].rpartition("\n\n")[0], 1)):
+        without.write_text(json.dumps(fields | {"answer": answer}) + "\n")
+        assert main(["check", str(without), "--min-words", "30", "--language", "de-AT"]) == code
+        printed = capsys.readouterr().out
+        assert "not checked in" not in printed and ("parts (closing): no hopeful" in printed) == bool(code)
 
 
 @pytest.mark.parametrize("flags", [["--dry-run"], []])
@@ -235,7 +237,7 @@ def test_mistakes_are_refused(tmp_path, endpoint, capsys):
         ("expected one model", [path, "--out", out, *url, "--local", "assets:tiny"]),
         ("--url needs --model-name", [path, "--out", out, "--url", endpoint.url]),
         ("no prompts", ["--out", out, *url]),
-        ("no rows in it", [empty, "--out", out, *url]),
+        ("empty.txt: no prompts in it", [empty, "--out", out, *url]),
         ("cannot be read", [tmp_path / "none.txt", "--out", out, *url]),
         ("'rage', expected one of", [bad, "--out", out, *url]),
         ("belong together", [path, "--out", out, *url, "--price-in", 1]),
