@@ -113,7 +113,7 @@ KINDS = {
     "How do I get red wine": (overloaded_at_first, set()),
     # with malice
     "The boys on": (changed(strategy=f"{CONTROLS}{MARKUP}", reasoning=f"{MARKUP}{CONTROLS} They are afraid."),
-                    {"strategy"}),
+                    {"strategy", "characters"}),
     "He shouted at": (changed(closing="You can do it. " * 2_000), "the reply's closing has 30,000 characters"),
     "She has said": (nothing_but("endless"), "HTTP 200: a reply of more than 4 MB"),
     "Which small camera": (nothing_but("badjson"), "after 4 attempts"),

@@ -39,6 +39,7 @@ CHECKS = {
     "language": "every part is in the language that was asked for",
     "length": "the number of words",
     "group": "harmless prompts are answered, unsafe ones outside the clusters refused plainly",
+    "characters": "no control characters, marks of direction or chat tokens",
     "leak": "the prompt shares no run of words with an evaluation's",
     "harm": "nothing helps to do harm (a judge says so)",
     "claims": "no diagnosis, no promise (a judge says so)",
