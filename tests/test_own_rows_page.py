@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psysafe import endpoint
+from psysafe.corpus import write
 from psysafe.corpus.__main__ import main
 from psysafe.data.rows import read_file
 from psysafe.endpoint import RetryPolicy
@@ -139,7 +139,7 @@ def stub(monkeypatch):
 
     monkeypatch.setattr(Handler, "do_POST", do_POST)
     quick = RetryPolicy(deadline_s=20, attempt_s=2, attempts=4, min_wait_s=0.01)
-    monkeypatch.setattr(endpoint, "RetryPolicy", lambda: quick)
+    monkeypatch.setattr(write, "RetryPolicy", lambda deadline_s: quick)
     with stub:
         yield stub
 
