@@ -163,6 +163,20 @@ def test_word_lists_refuse_what_is_mostly_in_another_language(texts, refused):
     assert "give a judge model: --judge-url" in str(e.value) and "\n" not in str(e.value)
 
 
+def test_in_a_row_of_another_language_no_english_call_words_are_touched(tmp_path, capsys):
+    """A row that says de, with an English quotation: emergency and short numbers stay, and are listed as unknown."""
+    answer = "Auf dem Schild stand: call 911 now, or call 988."
+    rows = [{"prompt": "p", "answer": answer, "language": code} for code in ("de", "en")]
+    out, path = tmp_path / "out.jsonl", rows_file(tmp_path / "rows.jsonl", *rows)
+    words = ["localise", path, "--services", "AU", "--unchecked", "--out", str(out)]
+    assert corpus.main(words) == 1 and not out.exists()
+    unknown = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines() if "row 1" in line]
+    assert unknown == ["call 911", "call 988", "911", "988"]
+    assert corpus.main([*words, "--keep-unknown"]) == 0
+    german, english = (row.fields["answer"] for row in read_file(out))
+    assert german == answer and "call 911" not in english
+
+
 # Who refuses
 
 RULES = ["--judge", "rules"]
