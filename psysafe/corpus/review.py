@@ -21,7 +21,7 @@ from pathlib import Path
 from psysafe import helplines, services, web_page
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
+from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports, tidy_name
 from psysafe.corpus.review_report import as_markdown, summary
 from psysafe.data.languages import ENGLISH, language_of_row, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
@@ -129,7 +129,7 @@ def run_collect(args: argparse.Namespace) -> int:
     drafts = read_drafts(args.drafts)
     texts = [Draft(row.fields, row.reasoning) for row in drafts]
     exports = read_exports(args.collect, digest(drafts), texts)
-    result = collect(texts, exports, args.settled_by, args.unreviewed)
+    result = collect(texts, exports, args.settled_by and tidy_name(args.settled_by), args.unreviewed)
     rows = [Row(result.rows[i], row.file, row.number, row.line) for i, row in enumerate(drafts) if i in result.rows]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_rows(rows, Path(args.out))
