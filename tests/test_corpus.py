@@ -373,3 +373,17 @@ def test_validate_names_rows_with_characters_that_nobody_sees(tmp_path, capsys):
     assert "3 rows: with characters that no reader sees" in printed
     for number, names in ((1, "U+0000"), (2, "U+2066"), (3, "U+001B, U+202E")):
         assert f"row {number} (line {number}): {names}\n" in printed
+
+
+@pytest.mark.parametrize("value", [["de"], 5])
+@pytest.mark.parametrize("shape", ["pair", "conversation"])
+def test_a_language_that_is_no_text_is_refused_by_every_command(value, shape, tmp_path, capsys):
+    fields = row("Hi") if shape == "pair" else {"messages": TURNS}
+    path, out = write(tmp_path / "rows.jsonl", [fields | {"language": value}]), tmp_path / "out.jsonl"
+    words = f"row 1 (line 1): language is {json.dumps(value)}"
+    assert main(["validate", path]) == 1 and words in capsys.readouterr().out
+    commands = [["stats", path], ["check", path],
+                ["localise", path, "--services", "US", "--unchecked", "--out", out],
+                ["write", path, "--local", "assets:tiny", "--dry-run", "--out", out]]  # fmt: skip
+    for command in commands:
+        assert words in refused_by(main, command, capsys), command

@@ -275,6 +275,7 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
             problems.append(f"no {key} in it (found: {_names(row.fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
             problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text that is not empty")
+    optional = [*optional, "language"]  # which every tool reads the words of a row by, a conversation's, too
     for key in optional:
         if not isinstance(fields.get(key), str | None):
             problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text")
