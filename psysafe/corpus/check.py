@@ -8,6 +8,7 @@ with an issue is listed with its reasons, none is dropped. docs/own-rows.md says
 """
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -157,6 +158,12 @@ def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_
     return lines
 
 
+def text_digest(row: Row) -> str:
+    """Of what was checked of a draft, so that `review` can tell warnings of another draft of the same prompt."""
+    texts = [row.fields["prompt"], row.fields["answer"], row.reasoning]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
 def json_lines(rows: Sequence[Row], issues: dict[int, list[Issue]], shared: Sequence[Shared]) -> list[str]:
     """A line for each row: where it stands, its prompt, its issues with the part each is in, its shared text."""
     lines = []
@@ -166,6 +173,7 @@ def json_lines(rows: Sequence[Row], issues: dict[int, list[Issue]], shared: Sequ
             "file": str(row.file),
             "row": row.number,
             "prompt": row.fields["prompt"],
+            "draft": text_digest(row),
             "issues": [issue._asdict() for issue in issues[number]],
             "shared": round(shared[number].share, 4),
             "shared_with": None if other is None else rows[other].where,

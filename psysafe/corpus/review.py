@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, services, web_page
+from psysafe.corpus.check import text_digest
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports, tidy_name
@@ -172,6 +173,9 @@ def read_warnings(path: str, drafts: Sequence[Row]) -> dict[int, list[dict]]:
             raise UserError(f"{where}: row is {number!r:.40}; expected 1 to {len(drafts):,}, a row of the drafts")
         if found["prompt"] != drafts[number - 1].fields["prompt"]:
             raise UserError(f"{where}: not the prompt of row {number}; check these drafts again (corpus check --json)")
+        # Files of other programs have no digest: of these the prompt alone is compared.
+        if found.get("draft") not in (None, text_digest(drafts[number - 1])):
+            raise UserError(f"{where}: of another draft of row {number}; check these again (corpus check --json)")
         if not isinstance(issues, list) or not all(map(_is_issue, issues)):
             raise UserError(f"{where}: issues is {issues!r:.60}; expected a list of objects with part and text")
         warnings[number] += [{"part": issue["part"], "text": issue["text"]} for issue in issues]
