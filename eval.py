@@ -55,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     if not (evaluation and evaluation.answers_on_ranks(args)):
         refuse_ranks(f"this eval.py {args.command}")
     refuse_without_effect(argv, (evaluation or PAGES[args.command]).without_effect(args))
+    services.refuse_in_folder(getattr(args, "services", []), args.out)
     if evaluation is None:
         PAGES[args.command].run(args)
         return 0
@@ -63,7 +64,9 @@ def run(argv: Sequence[str]) -> int:
     path = result.save(args.out)
     print(result.as_text())
     say(f"saved in {path.parent}; one page of it: python eval.py report {path.parent} --out DIR")
-    return 1 if result.failed else 0
+    if result.unscored:
+        say(f"error: nothing was measured: {result.unscored}")
+    return 1 if result.failed or result.unscored else 0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ r"""Text of others, made harmless before it is shown: a server's error, a row's 
     escaped(text)      shows control characters as escapes such as \x1b
     one_line(text)     without it, on one line
     in_markdown(text)  one line whose Markdown and HTML are shown, not obeyed
+    hidden(text)       names what a reader does not see: control characters, marks that turn a text's direction around
     counted(n, noun)   a number and its noun: 1 row, 2 rows
 
 What is data stays as it is: JSONL files and piped answers hold every character.
@@ -25,6 +26,14 @@ def plain(text: str) -> str:
 
 def escaped(text: str) -> str:
     return "".join(repr(c)[1:-1] if ord(c) in _CONTROLS else c for c in text)
+
+
+def hidden(text: str) -> list[str]:
+    """The number of each character, once, that a reader does not see in a text and `plain` leaves out; line ends of
+    Windows are none. And halves of surrogate pairs, which no file can hold."""
+    characters = dict.fromkeys(text.replace("\r\n", "\n"))
+    found = [c for c in characters if _CONTROLS.get(ord(c), "") is None or "\ud800" <= c <= "\udfff"]
+    return [f"U+{ord(character):04X}" for character in found]
 
 
 def one_line(text: str) -> str:

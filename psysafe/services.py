@@ -190,14 +190,30 @@ def from_arguments(args: argparse.Namespace, every_cluster: bool = True) -> Serv
     return services
 
 
+def paths(names: Sequence[str]) -> list[str]:
+    """The files of country codes and files, for commands that must not overwrite what they read."""
+    return [str(_path(name)) for name in names]
+
+
+def refuse_in_folder(names: Sequence[str], out: str) -> None:
+    """UserError where a file of --services lies in the folder `out` under a name that an evaluation writes there."""
+    for path in map(Path, paths(names)):
+        if path.suffix in WRITTEN and path.is_file() and path.resolve().is_relative_to(Path(out).resolve()):
+            raise UserError(f"--out {out}: {path} is a file of --services, and might be overwritten; give another")
+
+
 # A file
 
+WRITTEN = (".json", ".jsonl", ".md", ".html", ".csv", ".tex")  # how the files of evaluations and pages end
 REQUIRED = ("clusters", "name", "url", "source", "checked")
 
 
+def _path(name: str) -> Path:
+    return FOLDER / f"{name}.toml" if name in countries() else Path(expand(name))
+
+
 def _text(name: str) -> tuple[Path, str]:
-    shipped_file = FOLDER / f"{name}.toml"
-    path = shipped_file if name in countries() else Path(expand(name))
+    path = _path(name)
     try:
         return path, read_text(path, MAX_TEXT_BYTES)
     except OSError as error:

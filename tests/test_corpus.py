@@ -362,3 +362,28 @@ def test_counting_tokens_asks_the_hub_for_no_weights(tmp_path, monkeypatch, caps
     assert main(["validate", path, "--config", str(tmp_path / "run.toml")]) == 0
     assert main(["stats", path, "--model", "org/name"]) == 0
     assert asked[0] == ("org/name", "tokenizer.json", "main") and ("org/name", "tokenizer.json", "") in asked
+
+
+def test_validate_names_rows_with_characters_that_nobody_sees(tmp_path, capsys):
+    messages = [{"role": "user", "content": "Prompt\x1b"}, {"role": "assistant", "content": "\u202eAnswer"}]
+    rows = [row("First\x00"), row("Second", reasoning="\u2066"), {"messages": messages}, row("Fourth\n\t\r\n")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    main(["validate", str(tmp_path / "rows.jsonl")])
+    printed = capsys.readouterr().out
+    assert "3 rows: with characters that no reader sees" in printed
+    for number, names in ((1, "U+0000"), (2, "U+2066"), (3, "U+001B, U+202E")):
+        assert f"row {number} (line {number}): {names}\n" in printed
+
+
+@pytest.mark.parametrize("value", [["de"], 5])
+@pytest.mark.parametrize("shape", ["pair", "conversation"])
+def test_a_language_that_is_no_text_is_refused_by_every_command(value, shape, tmp_path, capsys):
+    fields = row("Hi") if shape == "pair" else {"messages": TURNS}
+    path, out = write(tmp_path / "rows.jsonl", [fields | {"language": value}]), tmp_path / "out.jsonl"
+    words = f"row 1 (line 1): language is {json.dumps(value)}"
+    assert main(["validate", path]) == 1 and words in capsys.readouterr().out
+    commands = [["stats", path], ["check", path],
+                ["localise", path, "--services", "US", "--unchecked", "--out", out],
+                ["write", path, "--local", "assets:tiny", "--dry-run", "--out", out]]  # fmt: skip
+    for command in commands:
+        assert words in refused_by(main, command, capsys), command

@@ -12,6 +12,22 @@ SERVICES = known_services()
 WWW = "www."  # apart from the host: tests/test_assets.py wants every address of the repository in services/
 
 
+@pytest.mark.parametrize(
+    ("inserted", "named"),
+    [
+        ("\x00", "U+0000"), ("\x1b[2J", "U+001B"), ("\r", "U+000D"), ("\x9b", "U+009B"), ("\u202e", "U+202E"),
+        ("\u2066", "U+2066"), ("\u2069", "U+2069"), ("\ud83d", "U+D83D"), ("<|im_end|>", "<|im_end|>"),
+        ("<|endoftext|>", "<|endoftext|>"), ("\n", ""), ("\t", ""), ("\r\n", ""), ("\U0001f600", ""), ("a | b", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["prompt", "answer", "reasoning"])
+def test_what_no_reader_sees_is_an_issue_of_its_part(part, inserted, named):
+    row = violence_row()
+    issues = row_issues(row | {part: row[part] + f" {inserted}"}, SERVICES, SETTINGS)
+    assert [(i.check, i.part) for i in issues] == ([("characters", part)] if named else [])
+    assert not named or f"holds {named};" in issues[0].text
+
+
 def issues(fields: dict) -> set[tuple[str, str]]:
     return {(issue.check, issue.part) for issue in row_issues(fields, SERVICES, SETTINGS)}
 

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 
 from psysafe.corpus.__main__ import main as corpus
+from psysafe.corpus.texts import prompts_of
 from psysafe.data import rows as rows_module
 from psysafe.data.documents import encode_rows
 from psysafe.data.formats import FORMATS, standard, user_texts
@@ -166,8 +167,12 @@ BAD_FILES = {
     "quotation mark never closed": ("r.csv", b'prompt,answer\n"Hi,Hello\nX,Y\n', "malformed CSV at line 2"),
     "text behind a quotation mark": ("r.csv", b'prompt,answer\n"Hi" there,Hello\n', "malformed CSV at line 2"),
     "more cells in a row of several lines": ("r.csv", b'prompt,answer\n"a\nb",c,d\n', "more cells at line 2"),
-    "semicolons": ("r.csv", b"prompt;answer\nq;Hello, friend\n", "';' between the names in line 1, expected ','"),
-    "quoted semicolons": ("r.csv", b'"prompt";"answer"\n"q";"a"\n', "';' between the names in line 1, expected ','"),
+    "tabs in a CSV": ("r.csv", b"prompt\tanswer\nq\ta\n", "'\\t' between the names in line 1, expected ','"),
+    "semicolons in a TSV": ("r.tsv", b"prompt;answer\nq;a\n", "';' between the names in line 1, expected '\\t'"),
+    "semicolons without quotation marks": ("r.csv", b"prompt;answer\nq;a;b\n", "more cells at line 2"),
+    "a text without prompts": ("r.txt", b"\n \n", "no prompts in it; expected one a line, as in every .txt"),
+    "a text as training rows": ("r.txt", b"\nHelp me.\n", "row 1 (line 2): no answer in it (found: prompt)"),
+    "damaged JSON in a text": ("r.txt", b'{"prompt": "q"\n', "malformed JSON at line 1"),
     "commas in a TSV": ("r.tsv", b"prompt,answer\nq,a\n", "',' between the names in line 1, expected '\\t'"),
     "a JSON text never closed": ("r.json", b'[{"prompt": "q', "string starting at column 13;"),
     "tab without quotation marks": ("r.tsv", b"prompt\tanswer\na\tb\tc\n", "more cells at line 2"),
@@ -183,6 +188,35 @@ BAD_FILES = {
 def test_a_damaged_table_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert refused(re.escape(message), read_rows, tmp_path / name).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_first_line_says_whether_a_csv_has_semicolons(mark, tmp_path):
+    """As Excel writes it in Germany; a comma in the first line decides for commas, as before."""
+    path = tmp_path / "r.csv"
+    path.write_text(f'{mark}"prompt";answer\r\nq;Hello, friend\r\n"a;b";"c\n\nd"\r\n', encoding="utf-8", newline="")
+    assert [row.fields for row in read_rows(path)] == [
+        {"prompt": "q", "answer": "Hello, friend"}, {"prompt": "a;b", "answer": "c\n\nd"}
+    ]  # fmt: skip
+    path.write_text("prompt,a;b,answer\nq,x;y,z;\n")
+    assert [row.fields for row in read_rows(path)] == [{"prompt": "q", "a;b": "x;y", "answer": "z;"}]
+
+
+def test_a_text_holds_a_prompt_a_line_wherever_prompts_are_read(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeff\n [so] I began \r\n\n{and} ended\u2028here\n", encoding="utf-8", newline="")
+    rows = read_prompts(path)
+    assert [(row.fields, row.number, row.line) for row in rows] == [
+        ({"prompt": "[so] I began"}, 1, 2), ({"prompt": "{and} ended\u2028here"}, 2, 4)
+    ]  # fmt: skip
+    assert prompts_of(path) == ["[so] I began", "{and} ended\u2028here"]
+    path.write_text('{"prompt": "q"}\n')  # rows of any name, as before
+    assert read_prompts(path)[0].fields == {"prompt": "q"}
+
+
+def test_no_hub_is_asked_for_a_text_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "runs/prompts.txt: cannot be read" in refused("cannot be read", read_prompts, "runs/prompts.txt")
 
 
 def test_empty_cells_behind_the_last_column_and_long_cells_are_read(tmp_path):

@@ -220,6 +220,29 @@ def test_a_judge_that_fails_once_moves_no_prompt(tmp_path, monkeypatch):
     assert [answer.variant for answer in items[1].answers] == ["tuned"] and len(items[2].answers) == 2
 
 
+def test_a_judge_of_which_no_reply_has_a_score_is_no_success(tmp_path, monkeypatch, capsys):
+    reply_by(monkeypatch, lambda text: "I would rather not say.")
+    answers, out = stored(tmp_path, ["one?", "two?"]), tmp_path / "out"
+    with StubEndpoint() as stub:
+        judge = ["--judge-url", stub.url, "--judge-model", "stub"]
+        assert run("judge", *judge, *answers, "--out", str(out)) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: nothing was measured: none of 4 replies has any score") and "--rubric" in last
+        assert json.loads((out / "result.json").read_text(encoding="utf-8"))["failed"] == {}
+        # Of several judges the one is named; the word lists have scores.
+        assert run("judge", *judge, "--judge", "rules", *answers, "--out", str(tmp_path / "both")) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "nothing was measured: stub: none of 4" in last and last.count("none of") == 1
+    assert run("judge", "--replies", str(out / "items.jsonl"), "--out", str(tmp_path / "again")) == 1
+    assert "none of 4 replies" in capsys.readouterr().err.splitlines()[-1]
+    assert run("report", str(out), "--out", str(tmp_path / "report")) == 0  # the result is a whole one
+    # One score is a measurement; what lacks one is counted in the notes.
+    reply_by(monkeypatch, lambda text: reply(VALUES) if "two?" in text and BLUNT in text else "No.")
+    with StubEndpoint() as stub:
+        judge = ["--judge-url", stub.url, "--judge-model", "stub"]
+        assert run("judge", *judge, *answers, "--out", str(tmp_path / "one")) == 0
+
+
 def test_what_each_evaluation_writes_is_read(tmp_path, monkeypatch):
     """Through the commands themselves: what they keep and what the report reads cannot drift apart."""
     reply_by(monkeypatch, lambda text: "0" if BLUNT in text else "1")

@@ -79,7 +79,7 @@ def test_how_often_english_is_taken_for_another_language():
     """The figures of the docstring."""
     answers, prompts = english_texts()
     wrong = [text for text in answers if language_of(text) not in ("en", None)]
-    assert (len(answers), len(wrong)) == (1326, 2) and not any(language_of(text) == "de" for text in answers)
+    assert (len(answers), len(wrong)) == (1327, 2) and not any(language_of(text) == "de" for text in answers)
     assert not [text for text in prompts if language_of(text) not in ("en", None)]
 
 
@@ -177,6 +177,20 @@ def test_word_lists_refuse_what_is_mostly_in_another_language(texts, language):
         answer_language.require_english(texts)
     line = f"--judge rules: the word lists know English, and {language}give a judge model: --judge-url"
     assert str(e.value).startswith(line) and "\n" not in str(e.value)
+
+
+def test_in_a_row_of_another_language_no_english_call_words_are_touched(tmp_path, capsys):
+    """A row that says de, with an English quotation: emergency and short numbers stay, and are listed as unknown."""
+    answer = "Auf dem Schild stand: call 911 now, or call 988."
+    rows = [{"prompt": "p", "answer": answer, "language": code} for code in ("de", "en")]
+    out, path = tmp_path / "out.jsonl", rows_file(tmp_path / "rows.jsonl", *rows)
+    words = ["localise", path, "--services", "AU", "--unchecked", "--out", str(out)]
+    assert corpus.main(words) == 1 and not out.exists()
+    unknown = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines() if "row 1" in line]
+    assert unknown == ["call 911", "call 988", "911", "988"]
+    assert corpus.main([*words, "--keep-unknown"]) == 0
+    german, english = (row.fields["answer"] for row in read_file(out))
+    assert german == answer and "call 911" not in english
 
 
 # Who refuses
@@ -358,3 +372,58 @@ def test_words_of_both_lists_do_not_decide_between_english_and_german():
         if n_both + n_alone >= MIN_WORDS:
             text = " ".join(both[:n_both] + alone[code][:n_alone])
             assert language_of(text) == (code if 4 * n_alone >= n_both + n_alone else None), text
+
+
+def mixed(folder, answers: list[str], prompts: list[str]) -> dict[str, list[str]]:
+    """As `commands`, over several prompts, each with one answer of both variants."""
+    rows, told = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        rows.append({"prompt": prompt, "answer": answer, "cluster": "violence", "group": "risky"})
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        told.append({"adapter": "tuned", "messages": messages * 2})
+    of = []
+    for name in ("base", "tuned"):
+        of += ["--answers", f"{name}={rows_file(folder / name, *(row | {'adapter': name} for row in rows))}"]
+    conversation = {"kinds": ["risky", "benign"], "cluster": "violence"}
+    turns = rows_file(folder / "turns.jsonl", *({"turns": [p, p]} | conversation for p in prompts))
+    told = rows_file(folder / "told.jsonl", *told)
+    return {
+        "judge": ["judge", *of],
+        "selective": ["selective", "--prompts", str(folder / "base"), *of, "--baseline", "base"],
+        "turns": ["turns", "--prompts", turns, "--answers", told],
+    }
+
+
+@pytest.mark.parametrize("command", ["judge", "selective", "turns"])
+def test_a_few_texts_in_another_language_are_counted_at_the_table(tmp_path, command):
+    prompts = [f"{EN} {i}" for i in "abcd"]
+    prompts[1] = DE
+    answers = [EN, EN, FR, EN]
+    words = [*mixed(tmp_path, answers, prompts)[command], *RULES, "--out", str(tmp_path / "out")]
+    assert main_guard(evaluation.main, words) == 0
+    (note,) = [note for note in load(tmp_path / "out")[0].notes if note.startswith("In another language")]
+    counts = note.partition("say little of them: ")[2]
+    expected = {"turns": "2 of 8 prompts, 2 of 8 answers of tuned, None."}
+    assert counts == expected.get(command, "1 of 4 prompts, 1 of 4 answers of base, 1 of 4 answers of tuned.")
+    words = [*mixed(tmp_path, [EN] * 4, [f"{EN} {i}" for i in "abcd"])[command], *RULES, "--out", str(tmp_path / "en")]
+    assert main_guard(evaluation.main, words) == 0
+    assert not [note for note in load(tmp_path / "en")[0].notes if note.startswith("In another language")]
+
+
+def test_of_the_judges_only_the_word_lists_get_the_note(tmp_path):
+    prompts = [DE, *(f"{EN} {i}" for i in "abc")]
+    words = mixed(tmp_path, [EN] * 4, prompts)["judge"]
+    assert with_judge(tmp_path / "out", [*words, *RULES], "Refusal: Yes") == 0
+    (note,) = [note for note in load(tmp_path / "out")[0].notes if "In another language" in note]
+    assert note.startswith("the rule-based judge (word lists): ") and note.endswith(": 1 of 4 prompts.")
+
+
+def test_a_benchmark_by_word_lists_counts_them_too(tmp_path):
+    rows = [[1, EN, "homonyms", "safe"], [2, DE, "homonyms", "safe"], [3, f"{EN} now", "homonyms", "safe"]]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "prompt", "type", "label"], *rows])
+    answers = rows_file(tmp_path / "a.jsonl", *({"prompt": row[1], "answer": EN} for row in rows))
+    words = ["xstest", "--data", str(tmp_path / "x.csv"), "--answers", f"a={answers}", *RULES, "--rules", "published"]
+    assert main_guard(evaluation.main, [*words, "--out", str(tmp_path / "out")]) == 0
+    notes = load(tmp_path / "out")[0].notes
+    assert [note.rpartition(": ")[2] for note in notes if "In another language" in note] == ["1 of 3 prompts."]

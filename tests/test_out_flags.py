@@ -19,6 +19,7 @@ from tests.mistakes import refused_by
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = next(a for a in evaluation.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+JUDGE = ["--judge-url", "http://x.invalid/v1", "--judge-model", "m"]
 ENDPOINT = ["--url", "http://x.invalid/v1", "--model-name", "m"]
 # (program, its words, the flag behind them)
 FOLDERS = [
@@ -94,3 +95,69 @@ def test_what_can_be_written_is_not_refused(tmp_path, capsys):
     for place in ("new.jsonl", tmp_path / "a" / "new.jsonl", "/dev/null"):
         words = ["localise", "x", "--unchecked", "--services", "AU", "--out", place]
         assert "x: cannot be read" in refused_by(corpus.main, words, capsys)
+
+
+# A file of helplines is somebody's work: no command that reads one may write over it.
+
+# (words before --services FILE, words behind it)
+OVER_HELPLINES = {
+    "stats": [(["ROWS"], ["--json", "FILE"]), (["ROWS"], ["--plot", "FOLDER"])],
+    "check": [(["ROWS"], ["--json", "FILE"]), (["ROWS", *JUDGE], ["--judged", "FILE"])],
+    "localise": [(["ROWS"], ["--out", "FILE"])],
+    "prompt": [([], ["--out", "FILE"])],
+    "write": [(["ROWS", *ENDPOINT], ["--out", "FILE"])],
+    "review": [(["ROWS"], ["--out", "FOLDER"])],
+}
+
+
+def test_the_list_has_every_command_that_reads_helplines_and_writes_a_file():
+    flags = {}
+    for name, module in corpus.COMMANDS.items():
+        module.arguments(parser := argparse.ArgumentParser())
+        flags[name] = {option for action in parser._actions for option in action.option_strings}
+    writes = {"--out", "--json", "--plot", "--judged"}
+    wanted = {name: writes & of for name, of in flags.items() if "--services" in of and writes & of}
+    assert wanted == {name: {words[0] for _, words in cases} for name, cases in OVER_HELPLINES.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "behind"), [(name, *case) for name, cases in OVER_HELPLINES.items() for case in cases]
+)
+def test_no_command_writes_over_a_file_of_helplines(name, before, behind, tmp_path, capsys):
+    written = {"review": "review.html", "--plot": "lengths.png"}
+    services, rows = tmp_path / written.get(name if name == "review" else behind[0], "DE.toml"), tmp_path / "rows.jsonl"
+    text = (ROOT / "tests" / "fixtures" / "services_zz.toml").read_text()
+    services.write_text(text)
+    rows.write_text('{"prompt": "p", "answer": "a"}\n')
+    places = {"ROWS": rows, "FILE": services, "FOLDER": tmp_path}
+    words = [places.get(word, word) for word in (*before, "--services", services, *behind)]
+    assert "that is a file of --services" in refused_by(corpus.main, [name, *words], capsys)
+    assert services.read_text() == text
+    # A link to it, and for `write` the file in which it keeps replies.
+    if "FILE" in behind:
+        link = tmp_path / "link"
+        link.symlink_to(services)
+        words = [link if word == services and i > len(before) + 1 else word for i, word in enumerate(words)]
+        assert "that is a file of --services" in refused_by(corpus.main, [name, *words], capsys)
+    if name == "write":
+        kept = tmp_path / "d.jsonl.replies.jsonl"
+        kept.write_text(text)
+        words = [rows, *ENDPOINT, "--services", kept, "--out", tmp_path / "d.jsonl"]
+        assert "that is a file of --services" in refused_by(corpus.main, [name, *words], capsys)
+
+
+@pytest.mark.parametrize("name", [n for n, p in EVALUATIONS.items() if "--services" in p.format_help()])
+def test_no_evaluation_writes_into_a_folder_over_a_file_of_helplines(name, tmp_path, capsys):
+    services = tmp_path / "result.json"
+    services.write_text("x")
+    words = [name, *{"selective": ["--prompts", "x"]}.get(name, []), "--services", services]
+    if name == "judge":
+        words += ["--judge", "rules"]
+    line = refused_by(evaluation.main, [*words, "--out", tmp_path], capsys)
+    assert "is a file of --services" in line and services.read_text() == "x"
+    # A file of the kind that none writes may lie there.
+    good = tmp_path / "DE.toml"
+    good.write_text("x")
+    line = refused_by(evaluation.main, [*words[:-1], good, "--out", tmp_path] if name != "judge" else
+                      [name, "--services", good, "--judge", "rules", "--out", tmp_path], capsys)  # fmt: skip
+    assert "overwritten" not in line

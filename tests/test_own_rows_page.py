@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psysafe import endpoint
+from psysafe.corpus import write
 from psysafe.corpus.__main__ import main
 from psysafe.data.rows import read_file
 from psysafe.endpoint import RetryPolicy
@@ -113,7 +113,7 @@ KINDS = {
     "How do I get red wine": (overloaded_at_first, set()),
     # with malice
     "The boys on": (changed(strategy=f"{CONTROLS}{MARKUP}", reasoning=f"{MARKUP}{CONTROLS} They are afraid."),
-                    {"strategy"}),
+                    {"strategy", "characters"}),
     "He shouted at": (changed(closing="You can do it. " * 2_000), "the reply's closing has 30,000 characters"),
     "She has said": (nothing_but("endless"), "HTTP 200: a reply of more than 4 MB"),
     "Which small camera": (nothing_but("badjson"), "after 4 attempts"),
@@ -139,7 +139,7 @@ def stub(monkeypatch):
 
     monkeypatch.setattr(Handler, "do_POST", do_POST)
     quick = RetryPolicy(deadline_s=20, attempt_s=2, attempts=4, min_wait_s=0.01)
-    monkeypatch.setattr(endpoint, "RetryPolicy", lambda: quick)
+    monkeypatch.setattr(write, "RetryPolicy", lambda deadline_s: quick)
     with stub:
         yield stub
 

@@ -102,13 +102,13 @@ def test_untouched_rows_pass_byte_for_byte_and_edits_are_named(drafts, tmp_path)
     rows = fields_of(drafts)
     anna = export(
         tmp_path / "anna.json", drafts, "Anna", (1, "decision", "approve"), (2, "decision", "approve"),
-        (2, "answer", "A new answer, \u00e4 \ud83d."), (2, "cluster", "weapon"), (3, "decision", "reject"),
+        (2, "answer", "A new answer, \u00e4 \u20ac."), (2, "cluster", "weapon"), (3, "decision", "reject"),
         (3, "reason", "too cold"), (4, "answer", "begun"), (5, "decision", "approve"), (5, "answer", rows[4]["answer"]),
     )  # fmt: skip
     code, passed = collected(drafts, [anna])
     assert code == 0 and list(passed) == [rows[0]["prompt"], rows[1]["prompt"], rows[4]["prompt"]]
     assert passed[rows[0]["prompt"]] == rows[0] | {"reviewed_by": ["Anna"], "edited": []}
-    changed = {"answer": "A new answer, \u00e4 \ud83d.", "risk cluster": "weapon"}
+    changed = {"answer": "A new answer, \u00e4 \u20ac.", "risk cluster": "weapon"}
     assert passed[rows[1]["prompt"]] == rows[1] | changed | {"reviewed_by": ["Anna"], "edited": list(changed)}
     assert passed[rows[4]["prompt"]]["edited"] == []
     report = (tmp_path / "rows.review.md").read_text()
@@ -259,3 +259,51 @@ def test_flags_that_do_not_belong_together_are_refused(drafts, tmp_path, capsys)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     turns.write_text(json.dumps({"messages": messages}))
     assert "a conversation" in refused_by(corpus.main, ["review", str(turns), "--out", str(tmp_path / "x")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("cluster", "rage", "cluster of row 1 is 'rage'; expected one of"),
+        ("strategy", "Shouting", "strategy of row 1 is 'Shouting'; expected one of"),
+        ("answer", "half \ud83d", "answer of row 1 holds half of a surrogate pair"),
+        ("note", "half \udc00", "note of row 1 holds half of a surrogate pair"),
+    ],
+)
+def test_what_later_steps_would_refuse_is_refused_here(field, value, words, drafts, tmp_path, capsys):
+    file = export(tmp_path / "a.json", drafts, "Anna", (1, "decision", "approve"), (1, field, value))
+    out = tmp_path / "rows.jsonl"
+    line = refused_by(corpus.main, ["review", "--collect", file, "--drafts", drafts, "--out", out], capsys)
+    assert str(file) in line and words in line and not out.exists()
+
+
+def test_an_export_without_reviews_makes_no_file(drafts, tmp_path, capsys):
+    file, out = export(tmp_path / "a.json", drafts, "Anna"), tmp_path / "rows.jsonl"
+    line = refused_by(corpus.main, ["review", "--collect", file, "--drafts", drafts, "--out", out], capsys)
+    assert "a.json: no reviews in it" in line and not out.exists()
+
+
+def test_one_person_is_one_reviewer_however_the_name_is_typed(drafts, tmp_path, capsys):
+    names = ["J\u00f6rg", " Jo\u0308rg ", "Jo\u0308rg"]  # an umlaut of one character, and of two
+    files = []
+    for row, name in enumerate(names, 1):
+        files.append(export(tmp_path / f"{row}.json", drafts, name, (row, "decision", "approve")))
+    code, rows = collected(drafts, files, "--settled-by", "Jo\u0308rg ")
+    assert code == 0 and len(rows) == 3 and {tuple(row["reviewed_by"]) for row in rows.values()} == {(names[0],)}
+
+
+def test_warnings_of_another_draft_of_the_same_prompt_are_refused(tmp_path, capsys):
+    first, second, issues = tmp_path / "1.jsonl", tmp_path / "2.jsonl", tmp_path / "issues.jsonl"
+    for path, answer in ((first, "One."), (second, "Two.")):
+        path.write_text(json.dumps({"prompt": "p", "answer": answer}) + "\n")
+    assert main_guard(corpus.main, ["check", str(first), "--json", str(issues)]) == 1
+    words = ["--warnings", issues, "--out", tmp_path / "pages"]
+    assert run(first, *words) == 0
+    assert "of another draft of row 1" in refused_by(corpus.main, ["review", second, *words], capsys)
+    line = {name: value for name, value in json.loads(issues.read_text()).items() if name != "draft"}
+    issues.write_text(json.dumps(line) + "\n")  # as another program writes it
+    assert run(second, *words) == 0
+    page = tmp_path / "pages" / "review.html"
+    page.write_text(issues.read_text())
+    words = ["review", second, "--warnings", page, "--out", tmp_path / "pages"]
+    assert "a file of --warnings" in refused_by(corpus.main, words, capsys)

@@ -1,6 +1,7 @@
 """`corpus write` over an endpoint that answers well, badly or with malice: each prompt gets a draft or a reason."""
 
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -12,7 +13,17 @@ from psysafe.corpus.draft_requests import UnusableReply, draft, messages
 from psysafe.data.rows import read_rows
 from psysafe.program import main_guard
 from tests.mistakes import refused_by
-from tests.own_rows import ACKNOWLEDGEMENT, CLOSING, OUT_OF_DOMAIN, PLAIN, REASONING, STEP, services_text, violence_row
+from tests.own_rows import (
+    ACKNOWLEDGEMENT,
+    CLOSING,
+    GERMAN,
+    OUT_OF_DOMAIN,
+    PLAIN,
+    REASONING,
+    STEP,
+    services_text,
+    violence_row,
+)
 from tests.stub_endpoint import Handler, StubEndpoint
 
 PROMPT = violence_row()["prompt"]
@@ -144,6 +155,40 @@ def test_a_dry_run_asks_nothing_and_counts(tmp_path, endpoint, capsys):
     assert int(tokens.replace(",", "")) > 6 * 300
 
 
+def test_a_region_counts_as_its_language(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(GERMAN["prompt"])
+    reply = REPLY | {"reasoning": GERMAN["reasoning"], "strategy": GERMAN["framework_name"]}
+    parts = dict(zip(("acknowledgement", "step", "services", "closing"), GERMAN["answer"].split("\n\n"), strict=True))
+    endpoint.replies[GERMAN["prompt"]] = [REPLY, reply | parts]
+    assert main(command(path, out, endpoint, "--candidates", 2, "--language", "de-AT")) == 0
+    (row,) = drafts(out)  # the English candidate has issues
+    assert (row["answer"], row["language"]) == (GERMAN["answer"], "de-AT")
+    assert "no word lists" not in capsys.readouterr().out and "in German (de-AT)" in endpoint.systems[0]
+    without, fields = tmp_path / "without.jsonl", GERMAN | {"language": None}
+    for answer, code in ((GERMAN["answer"], 0), (GERMAN["answer"].rpartition("\n\n")[0], 1)):
+        without.write_text(json.dumps(fields | {"answer": answer}) + "\n")
+        assert main(["check", str(without), "--min-words", "30", "--language", "de-AT"]) == code
+        printed = capsys.readouterr().out
+        assert "not checked in" not in printed and ("parts (closing): no hopeful" in printed) == bool(code)
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], []])
+def test_a_language_without_word_lists_is_named_before_anything_is_asked(flags, tmp_path, endpoint, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text(PROMPT)
+    endpoint.replies[PROMPT] = [REPLY]
+    assert main(command(path, tmp_path / "d.jsonl", endpoint, "--language", "xx-nonsens", *flags)) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == (
+        "no word lists for 'xx-nonsens': known are en (English), de (German); candidates are ranked without"
+    )
+    assert "3 requests of 3 to ask" in second
+    for nothing in ("", " ", "_AT"):
+        words = command(path, tmp_path / "e", endpoint, "--language", nothing)
+        assert "--language is" in refused_by(main, words, capsys)
+
+
 def test_the_instruction_names_the_cluster_its_strategies_and_its_services_alone():
     services = known_services()
     system, question = (
@@ -193,11 +238,13 @@ def test_mistakes_are_refused(tmp_path, endpoint, capsys):
         ("expected one model", [path, "--out", out, *url, "--local", "assets:tiny"]),
         ("--url needs --model-name", [path, "--out", out, "--url", endpoint.url]),
         ("no prompts", ["--out", out, *url]),
-        ("no rows in it", [empty, "--out", out, *url]),
+        ("empty.txt: no prompts in it", [empty, "--out", out, *url]),
         ("cannot be read", [tmp_path / "none.txt", "--out", out, *url]),
         ("'rage', expected one of", [bad, "--out", out, *url]),
         ("belong together", [path, "--out", out, *url, "--price-in", 1]),
         ("would be overwritten", [path, "--out", path, *url]),
+        ("--deadline is 0", [path, "--out", out, *url, "--deadline", 0]),
+        ("--deadline has no effect", [path, "--out", out, "--local", "assets:tiny", "--deadline", 2]),
         ("--candidates is 0", [path, "--out", out, *url, "--candidates", 0]),
         ("--device has no effect", [path, "--out", out, *url, "--device", "cpu"]),
         ("--workers has no effect", [path, "--out", out, "--local", "assets:tiny", "--workers", 2]),
@@ -211,5 +258,48 @@ def test_a_model_here_writes_too_and_says_what_its_replies_lack(tmp_path, capsys
     path = tmp_path / "prompts.txt"
     path.write_text("I want to give up.")
     local = ["--local", "assets:tiny", "--max-tokens", "60", "--candidates", "1"]
-    assert main_guard(main, ["write", str(path), "--out", str(tmp_path / "d.jsonl"), *local]) == 2
-    assert "no reply gave a draft: the reply" in capsys.readouterr().err
+    assert main_guard(main, ["write", str(path), "--out", str(tmp_path / "d.jsonl"), *local]) == 1
+    printed = capsys.readouterr().out
+    assert "row 1 (line 1): no draft: the reply" in printed and "no reply gave a draft" in printed
+
+
+def test_where_no_prompt_gets_a_draft_each_has_its_reason(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(f"{PROMPT} 1\n{PROMPT} 2\n")
+    endpoint.replies = {f"{PROMPT} 1": ["No."], f"{PROMPT} 2": ["!400"]}
+    assert main(command(path, out, endpoint, "--candidates", 1)) == 1
+    printed = capsys.readouterr().out
+    assert "row 1 (line 1): no draft: the reply holds no JSON object" in printed
+    assert "row 2 (line 2): no draft: HTTP 400" in printed
+    assert printed.splitlines()[-1].endswith("give more --candidates for others") and not out.exists()
+
+
+def test_one_reply_that_never_comes_holds_nobody_up(tmp_path, endpoint, capsys, monkeypatch):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(f"{PROMPT} 1\n{PROMPT} 2\n")
+    monkeypatch.setattr(Handler, "do_never", lambda self, words: time.sleep(5), raising=False)
+    endpoint.replies = {f"{PROMPT} 1": ["!never"], f"{PROMPT} 2": [REPLY]}
+    start = time.monotonic()
+    assert main(command(path, out, endpoint, "--candidates", 1, "--deadline", "0.5")) == 1
+    assert time.monotonic() - start < 4
+    assert "row 1 (line 1): no draft: no whole reply in 0.5 s" in capsys.readouterr().out
+    assert [row["prompt"] for row in drafts(out)] == [f"{PROMPT} 2"]
+
+
+def test_a_prompt_counts_once_and_in_one_group(tmp_path, endpoint, capsys):
+    risky, plain, out = tmp_path / "risky.txt", tmp_path / "plain.txt", tmp_path / "drafts.jsonl"
+    risky.write_text(f"{PROMPT}\n{PROMPT.upper()}\nHelp!\n{PROMPT}\n")
+    plain.write_text(f"Hello?\n{PROMPT}\n")
+    endpoint.replies = {PROMPT: [REPLY], "Help!": [REPLY]}
+    line = refused_by(main, command(risky, out, endpoint, "--benign", plain), capsys)
+    assert "plain.txt row 2 (line 2)" in line and PROMPT in line and "as plain, and as risky in" in line
+    assert not endpoint.asked
+    assert main(command(risky, out, endpoint, "--candidates", 1)) == 0
+    assert capsys.readouterr().out.startswith("2 repeated lines left out\n2 requests of 2 to ask")
+    assert [row["prompt"] for row in drafts(out)] == [PROMPT, "Help!"]
+    # The same words for two clusters are two rows.
+    rows = tmp_path / "rows.jsonl"
+    fields = [{"prompt": PROMPT, "risk cluster": name} for name in ("violence", "weapon", "violence")]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    assert main(command(rows, out, endpoint, "--candidates", 1, "--dry-run")) == 0
+    assert capsys.readouterr().out.startswith("1 repeated line left out\n2 requests of 2 to ask")

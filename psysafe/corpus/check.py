@@ -8,6 +8,7 @@ with an issue is listed with its reasons, none is dropped. docs/own-rows.md says
 """
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
 from psysafe.printable import counted, one_line, plain
 from psysafe.program import UserError
+from psysafe.services import paths as service_files
 
 CHECKS = {
     "parts": "acknowledgement and refusal, step, services, closing are there",
@@ -38,6 +40,7 @@ CHECKS = {
     "language": "every part is in the language that was asked for",
     "length": "the number of words",
     "group": "harmless prompts are answered, unsafe ones outside the clusters refused plainly",
+    "characters": "no control characters, marks of direction or chat tokens",
     "leak": "the prompt shares no run of words with an evaluation's",
     "harm": "nothing helps to do harm (a judge says so)",
     "claims": "no diagnosis, no promise (a judge says so)",
@@ -82,7 +85,7 @@ def has_judge(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    inputs = {"the drafts": args.files, "--not-in": args.not_in}
+    inputs = {"the drafts": args.files, "--not-in": args.not_in, "--services": service_files(args.services)}
     judged = args.judged or f"{args.files[0]}.judged.jsonl"
     for flag, out in (("--json", args.json), ("--judged", judged)):
         if out:
@@ -140,7 +143,7 @@ def add(issues: dict[int, list[Issue]], more: dict[int, list[Issue]]) -> None:
 def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_judge: bool) -> list[str]:
     """A line for each check that could not be made, and why."""
     lines = []
-    codes = {field_language(row.fields) or settings.language for row in rows}
+    codes = {field_language(row.fields) or settings.code for row in rows}
     for code in sorted(map(str, codes - languages().keys())):
         known = known_languages()
         checks = ", ".join(OF_A_LANGUAGE)
@@ -155,6 +158,12 @@ def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_
     return lines
 
 
+def text_digest(row: Row) -> str:
+    """Of what was checked of a draft, so that `review` can tell warnings of another draft of the same prompt."""
+    texts = [row.fields["prompt"], row.fields["answer"], row.reasoning]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
 def json_lines(rows: Sequence[Row], issues: dict[int, list[Issue]], shared: Sequence[Shared]) -> list[str]:
     """A line for each row: where it stands, its prompt, its issues with the part each is in, its shared text."""
     lines = []
@@ -164,6 +173,7 @@ def json_lines(rows: Sequence[Row], issues: dict[int, list[Issue]], shared: Sequ
             "file": str(row.file),
             "row": row.number,
             "prompt": row.fields["prompt"],
+            "draft": text_digest(row),
             "issues": [issue._asdict() for issue in issues[number]],
             "shared": round(shared[number].share, 4),
             "shared_with": None if other is None else rows[other].where,

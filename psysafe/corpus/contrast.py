@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from psysafe.cli import out_file
+from psysafe.cli import out_file, say
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import PERCENTILES, tokenizer_of
 from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, word_runs
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if judge is None:
         prompts, texts = zip(*pairs.values(), strict=True) if pairs else ((), ())
         answer_language.require_english(prompts, {BASE: texts})
+        for line in answer_language.unread_note(prompts, {BASE: texts}):
+            say(line)
     classes, failed = behaviour.classify(judge, pairs, out.with_name(out.name + ".judged.jsonl"))
     rows = [contrast_row(row) for row in drop_mistakes(finished, classes, dropped)]
     rows = select(rows, forbidden, tokenizer, args.max_tokens, dropped)

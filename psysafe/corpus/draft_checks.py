@@ -6,6 +6,7 @@
 not a good row yet: a person has to read it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from psysafe.data.rows import CLUSTER
 from psysafe.data.text import normalise
 from psysafe.evaluation.word_list_judge import plain
 from psysafe.files import clusters
+from psysafe.printable import hidden
 from psysafe.program import UserError
 
 GROUP = "group"
@@ -24,6 +26,7 @@ BENIGN = "benign"  # the cluster of harmless rows in files without a group, as i
 RISKY, OUT_OF_DOMAIN = "risky", "out_of_domain"
 GROUPS = (RISKY, "plain", "scary", OUT_OF_DOMAIN)  # scary: harmless, with words that sound dangerous
 STEM = 5  # first letters of a word: enough to see that a word of the prompt was taken up
+CHAT_TOKEN = re.compile(r"<\|\w+\|>")  # <|im_end|> and its kind, with which a chat template ends a turn
 MIN_LETTERS = 4  # of a word that says what a prompt is about
 
 
@@ -45,6 +48,13 @@ class Settings:
         if not 0 <= self.min_words <= self.max_words:
             lengths = f"--min-words is {self.min_words}, --max-words {self.max_words}"
             raise UserError(f"{lengths}; expected 0 or more, and the second not below the first")
+        if not self.code:
+            raise UserError(f"--language is {self.language!r:.40}; expected a code such as en, de or de-AT")
+
+    @property
+    def code(self) -> str:
+        """Whose word lists count: "de" of "de-AT", as of a row's own `language`."""
+        return (field_language({"language": self.language}) or "").strip()
 
 
 def group_of(fields: Mapping) -> str:
@@ -60,10 +70,11 @@ def row_issues(fields: Mapping, services: Services, settings: Settings) -> list[
     """
     if group_of(fields) not in GROUPS:
         return [Issue("group", "prompt", f"group is {fields[GROUP]!r:.40}, expected one of {', '.join(GROUPS)}")]
-    code = field_language(fields) or settings.language
+    code = field_language(fields) or settings.code
     language = languages().get(code)
     answer = plain(fields["answer"])
     issues = [*_contact_issues(fields, answer, services), *_length_issues(fields, answer, settings)]
+    issues += _character_issues(fields)
     parts = split(answer, services, language)
     if group_of(fields) == RISKY:
         issues += [*_strategy_issues(fields, answer), *_service_issues(fields, answer, services)]
@@ -74,6 +85,14 @@ def row_issues(fields: Mapping, services: Services, settings: Settings) -> list[
     if language:
         issues += [*_language_issues(parts, code), *_name_issues(answer, services, language)]
     return issues
+
+
+def _character_issues(fields: Mapping) -> Iterator[Issue]:
+    """What nobody writes who means well: characters that no reader sees, and what would end a turn of the chat."""
+    for part in ("prompt", "answer", "reasoning"):
+        text = fields.get(part) or ""
+        if characters := [*hidden(text), *dict.fromkeys(CHAT_TOKEN.findall(text))]:
+            yield Issue("characters", part, f"holds {', '.join(characters):.80}; expected readable text alone")
 
 
 def _contact_issues(fields: Mapping, answer: str, services: Services) -> Iterator[Issue]:

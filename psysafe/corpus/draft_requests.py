@@ -7,16 +7,15 @@ prose or a code fence around it does no harm. A reply without the texts that a r
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from string import Template
 
 from psysafe.corpus.contacts import Services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, group_of
 from psysafe.data.languages import languages
-from psysafe.data.rows import CLUSTER, Row, read_file, read_prompts
+from psysafe.data.rows import CLUSTER, Row, read_prompts
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.evaluation.replies import without_reasoning
-from psysafe.files import ASSETS, clusters, expand, read_text
+from psysafe.files import ASSETS, clusters, read_text
 from psysafe.program import UserError
 
 INSTRUCTIONS = {RISKY: "write_risky.txt", "plain": "write_plain.txt", "scary": "write_plain.txt",
@@ -31,11 +30,11 @@ class UnusableReply(ValueError):
 
 
 def read_own_prompts(path: str, group: str) -> list[Row]:
-    """Prompts of any file that generate.py reads, or of a .txt file with one a line. UserError names what is broken.
+    """Prompts of any file that generate.py reads. UserError names what is broken.
 
     group: of rows that have none themselves.
     """
-    rows = _lines(path) if path.endswith(".txt") else read_prompts(path)
+    rows = read_prompts(path)
     for row in rows:
         if row.messages is not None:
             raise UserError(f"{row.where}: a conversation; expected a prompt alone")
@@ -54,22 +53,12 @@ def _without_none(fields: Mapping) -> dict:
     return {name: value for name, value in fields.items() if value is not None and value != ""}
 
 
-def _lines(path: str) -> list[Row]:
-    try:
-        text = read_text(expand(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected prompts, one a line") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        read_file(path)  # says that the file has no rows
-    return [Row({"prompt": line}, Path(path), place, number) for place, (number, line) in enumerate(lines, 1)]
-
-
 def messages(fields: Mapping, services: Services, settings: Settings) -> list[dict]:
     """The conversation that asks for the draft of one prompt."""
-    language = languages().get(settings.language)
+    language = languages().get(settings.code)
+    region = "" if settings.language == settings.code else f" ({settings.language})"
     instruction = Template(read_text(ASSETS / INSTRUCTIONS[group_of(fields)])).substitute(
-        language=language.name if language else f"the language with the code {settings.language}",
+        language=f"{language.name}{region}" if language else f"the language with the code {settings.language}",
         min_words=settings.min_words,
         max_words=settings.max_words,
         clusters=_described(fields.get(CLUSTER), services),

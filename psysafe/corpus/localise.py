@@ -20,7 +20,7 @@ from psysafe.data.languages import ENGLISH, language_of_row
 from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
 from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
 from psysafe.printable import counted, plain
-from psysafe.services import Service, Services, read_services, require_checked, require_clusters, shipped
+from psysafe.services import Service, Services, paths, read_services, require_checked, require_clusters, shipped
 
 SHOWN = 20  # lines of what is unknown
 SHORT = 4  # digits of a number that may count something: "988" is replaced only where somebody calls it
@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """1, and nothing is written, where a row has numbers or pages that are unknown, unless --keep-unknown is given."""
-    refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": args.services})
+    refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": paths(args.services)})
     services = read_services(args.services)
     require_checked(services, args.unchecked)
     require_clusters(services)
@@ -81,18 +81,19 @@ class Localiser:
 
     def fields(self, fields: dict) -> dict:
         """The row with every text in it rewritten, except its prompts."""
-        cluster = fields.get(CLUSTER)
-        return _rewritten(fields, lambda text: self.text(text, cluster))
+        cluster, is_english = fields.get(CLUSTER), _is_english(fields)
+        return _rewritten(fields, lambda text: self.text(text, cluster, is_english))
 
-    def text(self, text: str, cluster: object = None) -> str:
-        return self._emergency(self._short_numbers(self._mentions(self._lists(text, cluster), cluster), cluster))
+    def text(self, text: str, cluster: object = None, is_english: bool = True) -> str:
+        """is_english: of the row. In another language nothing beside English call words is replaced."""
+        text = self._mentions(self._lists(text, cluster), cluster)
+        return self._emergency(self._short_numbers(text, cluster)) if is_english else text
 
     def unknown(self, fields: dict) -> list[str]:
         """Numbers and pages in the row's texts that are of no given service."""
         contacts: dict[str, None] = {}
         texts = _texts(fields)
-        # A short number stands beside English words ("call 988"), which no other language has.
-        is_english = language_of_row(fields, "\n".join(texts)) == ENGLISH
+        is_english = _is_english(fields)
         for text in texts:
             text = _typed(text)
             for own in sorted(self.own_contacts, key=len, reverse=True):
@@ -151,6 +152,11 @@ class Localiser:
         given = self.given.emergency
         new = " or ".join(dict.fromkeys(given.values()))
         return re.sub(rf"({CALL}){one}(?:(?:,? or |, |/){one})*", lambda match: match[1] + new, text, flags=re.I)
+
+
+def _is_english(fields: dict) -> bool:
+    """Whether short numbers stand beside English words ("call 988") in a row, which no other language has."""
+    return language_of_row(fields, "\n".join(_texts(fields))) == ENGLISH
 
 
 def _contacts(service: Service) -> list[str]:

@@ -9,7 +9,7 @@ from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.prompts import system_text
 from psysafe.files import ASSETS, clusters, read_text, write_atomic
-from psysafe.services import Services, bundled, read_services, require_checked, require_clusters
+from psysafe.services import Services, bundled, paths, read_services, require_checked, require_clusters
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refuse_inputs("--out", args.out, {"--services": args.services})
+    refuse_inputs("--out", args.out, {"--services": paths(args.services)})
     services = read_services(args.services)
     require_checked(services, args.unchecked)
     require_clusters(services)

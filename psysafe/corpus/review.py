@@ -19,9 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, services, web_page
+from psysafe.corpus.check import text_digest
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports
+from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports, tidy_name
 from psysafe.corpus.review_report import as_markdown, summary
 from psysafe.data.languages import ENGLISH, language_of_row, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
@@ -111,8 +112,10 @@ def run_pages(args: argparse.Namespace) -> int:
         double = DOUBLE if args.double is None else args.double
         dealt = deal(items, args.reviewers, double, random.Random(args.seed))
         shares = {f"review-{number}.html": share for number, share in enumerate(dealt, 1)}
+    inputs = {"the drafts": args.files, "--warnings": [args.warnings] if args.warnings else []}
+    inputs["--services"] = services.paths(args.services)
     for name in shares:
-        refuse_inputs("--out", out / name, {"the drafts": args.files})
+        refuse_inputs("--out", out / name, inputs)
     out.mkdir(parents=True, exist_ok=True)
     for name, share in shares.items():
         write_atomic(out / name, page(digest(drafts), share, given))
@@ -127,7 +130,7 @@ def run_collect(args: argparse.Namespace) -> int:
     drafts = read_drafts(args.drafts)
     texts = [Draft(row.fields, row.reasoning) for row in drafts]
     exports = read_exports(args.collect, digest(drafts), texts)
-    result = collect(texts, exports, args.settled_by, args.unreviewed)
+    result = collect(texts, exports, args.settled_by and tidy_name(args.settled_by), args.unreviewed)
     rows = [Row(result.rows[i], row.file, row.number, row.line) for i, row in enumerate(drafts) if i in result.rows]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_rows(rows, Path(args.out))
@@ -170,6 +173,9 @@ def read_warnings(path: str, drafts: Sequence[Row]) -> dict[int, list[dict]]:
             raise UserError(f"{where}: row is {number!r:.40}; expected 1 to {len(drafts):,}, a row of the drafts")
         if found["prompt"] != drafts[number - 1].fields["prompt"]:
             raise UserError(f"{where}: not the prompt of row {number}; check these drafts again (corpus check --json)")
+        # Files of other programs have no digest: of these the prompt alone is compared.
+        if found.get("draft") not in (None, text_digest(drafts[number - 1])):
+            raise UserError(f"{where}: of another draft of row {number}; check these again (corpus check --json)")
         if not isinstance(issues, list) or not all(map(_is_issue, issues)):
             raise UserError(f"{where}: issues is {issues!r:.60}; expected a list of objects with part and text")
         warnings[number] += [{"part": issue["part"], "text": issue["text"]} for issue in issues]

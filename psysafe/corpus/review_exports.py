@@ -7,15 +7,18 @@ time: milliseconds since 1970; of two entries of one person the later one counts
 
 import itertools
 import math
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.data.rows import CLUSTER
 from psysafe.data.tokenizer import THINK, THINK_END
-from psysafe.files import read_json
+from psysafe.files import clusters, read_json
 from psysafe.program import UserError
 
+BENIGN = "benign"  # the cluster of harmless rows
 APPROVE, REJECT = "approve", "reject"
 # What may be edited -> its field in a row.
 EDITABLE = {"reasoning": "reasoning", "answer": "answer", "cluster": CLUSTER, "strategy": "framework_name"}
@@ -63,15 +66,19 @@ Entries = dict[tuple[int, str], tuple[float, str | None]]  # (place, field) -> (
 def read_exports(paths: Sequence[str | Path], digest: str, drafts: Sequence[Draft]) -> Exports:
     """UserError names the file and the entry that is none of these drafts."""
     by_reviewer: dict[str, Entries] = {}
+    sources: dict[str | Path, str] = {}  # file -> reviewer
     repeated: set[tuple[str, int]] = set()
     for path in paths:
         name, entries = _read(path, digest, len(drafts))
+        sources[path] = name
         earlier = by_reviewer.setdefault(name, {})
         for key, entry in entries.items():
             if key in earlier and earlier[key] != entry:
                 repeated.add((name, key[0]))
             # Of two entries of the same time the texts decide, so that the order of the files never does.
             earlier[key] = max(earlier.get(key, entry), entry, key=lambda one: (one[0], one[1] or ""))
+    for path, name in sources.items():
+        _require_fitting_strategies(path, by_reviewer[name], drafts)
     reviews, n_undecided = {}, 0
     for name, entries in by_reviewer.items():
         places = sorted({place for (place, _), (_, value) in entries.items() if value is not None})
@@ -79,6 +86,21 @@ def read_exports(paths: Sequence[str | Path], digest: str, drafts: Sequence[Draf
         reviews[name] = {place: review for place, review in of_person.items() if review.decision}
         n_undecided += len(of_person) - len(reviews[name])
     return Exports(reviews, n_undecided, len(repeated))
+
+
+def tidy_name(name: str) -> str:
+    """As form.js has it: an umlaut may be one character or two, and spaces more or fewer, of one person."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def _require_fitting_strategies(path: str | Path, entries: Entries, drafts: Sequence[Draft]) -> None:
+    """UserError for a strategy that somebody chose and that is none, in a row whose cluster has strategies."""
+    for (place, field), (_, value) in entries.items():
+        if field == "strategy" and value not in (None, drafts[place].text("strategy")):
+            cluster = entries.get((place, "cluster"), (0, None))[1] or drafts[place].text("cluster")
+            if cluster in clusters()["clusters"] and value not in clusters()["strategies"]:
+                known = ", ".join(clusters()["clusters"][cluster]["strategies"])
+                raise UserError(f"{path}: strategy of row {place + 1} is {value!r:.60}; expected one of {known}")
 
 
 def _read(path: str | Path, digest: str, n_rows: int) -> tuple[str, Entries]:
@@ -89,8 +111,11 @@ def _read(path: str | Path, digest: str, n_rows: int) -> tuple[str, Entries]:
     name = content.get("rater")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{path}: rater is {name!r:.60}; expected the name of who reviewed")
+    name = tidy_name(name)
     if not isinstance(content.get("reviews"), list):
         raise UserError(f"{path}: reviews is {content.get('reviews')!r:.60}; expected a list")
+    if not content["reviews"]:
+        raise UserError(f"{path}: no reviews in it; expected an export of a page on which something was decided")
     entries: Entries = {}
     for number, entry in enumerate(content["reviews"], 1):
         place, field, time, value = _entry(entry, n_rows, f"{path}: reviews {number}")
@@ -114,6 +139,11 @@ def _entry(entry: object, n_rows: int, where: str) -> tuple[int, str, float, str
         return row - 1, field, time, value
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {field} of row {row} is {value!r:.40}; expected a text that is not empty")
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{where}: {field} of row {row} holds half of a surrogate pair; expected whole characters")
+    if field == "cluster" and value not in (*clusters()["clusters"], BENIGN, None):
+        known = ", ".join([*clusters()["clusters"], BENIGN])
+        raise UserError(f"{where}: cluster of row {row} is {value!r:.40}; expected one of {known}")
     if field == "decision" and value not in (APPROVE, REJECT):
         raise UserError(f"{where}: decision is {value!r:.40}; expected {APPROVE} or {REJECT}")
     if field in ("answer", "reasoning") and (THINK in value or THINK_END in value):

@@ -24,7 +24,9 @@ from psysafe.files import BUNDLED_MODEL, write_atomic
 from psysafe.hub import is_repository
 from psysafe.printable import counted, plain
 from psysafe.program import UserError
+from psysafe.services import paths as service_files
 
+HISTOGRAM = "lengths.png"
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 TEMPLATES = "answers with more than half of their text in other rows"  # as `check` blames them
 
@@ -43,8 +45,10 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.json:
-        refuse_inputs("--json", args.json, {"the rows": args.files})
+    inputs = {"the rows": args.files, "--services": service_files(args.services)}
+    for flag, out in (("--json", args.json), ("--plot", args.plot and Path(args.plot, HISTOGRAM))):
+        if out:
+            refuse_inputs(flag, out, inputs)
     rows = read_rows(args.files)
     numbers, lengths = stats(rows, tokenizer_of(args.model), args.max_tokens)
     numbers["tokenizer"] = args.model
@@ -57,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         folder = Path(args.plot)
         folder.mkdir(parents=True, exist_ok=True)
-        plot_lengths(lengths, args.max_tokens, folder / "lengths.png")
-        print(f"\nhistogram in {folder / 'lengths.png'}")
+        plot_lengths(lengths, args.max_tokens, folder / HISTOGRAM)
+        print(f"\nhistogram in {folder / HISTOGRAM}")
     return 0
 
 

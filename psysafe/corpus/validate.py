@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from psysafe.corpus.stats import tokenizer_of
 from psysafe.corpus.texts import first_user_text
+from psysafe.data.chat_template import content_text
 from psysafe.data.documents import encode_row, encode_rows, has_typed_tokens
 from psysafe.data.prompts import system_text
 from psysafe.data.rows import CATEGORY, CLUSTER, Row, as_training_row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.files import clusters
-from psysafe.printable import counted, one_line, plain
+from psysafe.printable import counted, hidden, one_line, plain
 from psysafe.program import UserError
 from psysafe.training.config import DEFAULT_FILE, TrainConfig, resolve, sentences
 
@@ -72,6 +73,8 @@ def validate(rows: Sequence[Row], tokenizer: Tokenizer, config: TrainConfig) -> 
         n_taken += DROPPED not in kinds
         for kind in kinds:
             notes[kind].append(row.where)
+        if characters := hidden("".join(_texts(row))):
+            notes["with characters that no reader sees"].append(f"{row.where}: {', '.join(characters):.80}")
         for kind, text in _noted(row.fields):
             notes[kind].append(f"{row.where}: {text}")
         if prompt := first_user_text(row.fields):
@@ -92,6 +95,13 @@ def _encoded(row: Row, tokenizer: Tokenizer, config: TrainConfig, system: str | 
         yield f"longer than {config.max_tokens:,} tokens, cut at the end (train.py --long-rows)"
     if has_typed_tokens(row, tokenizer):
         yield "with typed control tokens such as <|im_end|>, taken for text"
+
+
+def _texts(row: Row) -> Iterable[str]:
+    """Every text of a row that training reads."""
+    if row.messages is None:
+        return [row.fields.get("prompt") or "", row.reasoning, row.fields.get("answer") or ""]
+    return [content_text(message.get("content")) or "" for message in row.messages if isinstance(message, dict)]
 
 
 def _noted(fields: dict) -> Iterable[tuple[str, str]]:

@@ -22,7 +22,8 @@ from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import tokenizer_of
 from psysafe.data.languages import known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, write_rows
-from psysafe.endpoint import Endpoint, key_from
+from psysafe.data.text import normalise
+from psysafe.endpoint import Endpoint, RetryPolicy, key_from
 from psysafe.evaluation.judge_models import EndpointJudge, Judge, LocalJudge
 from psysafe.evaluation.models_under_test import ModelUnderTest
 from psysafe.files import BUNDLED_MODEL
@@ -31,9 +32,10 @@ from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
+from psysafe.services import paths as service_files
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
-OF_ENDPOINT = ("--model-name", "--key-variable", "--workers")
+OF_ENDPOINT = ("--model-name", "--key-variable", "--workers", "--deadline")
 
 
 class Request(NamedTuple):
@@ -60,6 +62,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-name", help="the model's name at the endpoint")
     add("--key-variable", default=KEY_VARIABLE, help=f"environment variable that holds the key ({KEY_VARIABLE})")
     add("--workers", type=int, default=8, help="requests under way at once (8)")
+    about = "for a candidate in all, with every attempt and wait (600)"
+    add("--deadline", type=float, default=600, metavar="S", help=f"seconds {about}")
     add("--local", metavar="DIR", help="in place of --url: a model folder or hub id that writes here")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of --local (auto)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of --local (auto)")
@@ -86,21 +90,31 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     inputs = {"the prompts": args.files, "--benign": args.benign, "--out-of-domain": args.out_of_domain}
-    refuse_inputs("--out", args.out, inputs)
+    inputs["--services"] = service_files(args.services)
+    journal = Path(f"{args.out}.replies.jsonl")
+    for file in (args.out, journal):
+        refuse_inputs("--out", file, inputs)
     if args.candidates < 1:
         raise UserError(f"--candidates is {args.candidates}, expected at least 1")
+    if not args.deadline > 0:
+        raise UserError(f"--deadline is {args.deadline:g}, expected seconds above 0")
     if (args.price_in is None) != (args.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
     writer, name = writer_of(args)
     kinds = {RISKY: args.files, "plain": args.benign, OUT_OF_DOMAIN: args.out_of_domain}
     prompts = [row for group, paths in kinds.items() for path in paths for row in read_own_prompts(path, group)]
+    prompts, n_repeated = without_repeated(prompts)
+    if n_repeated:
+        print(f"{counted(n_repeated, 'repeated line')} left out")
     if not prompts:
         raise UserError("no prompts; give PROMPTS, --benign or --out-of-domain a file")
     services = known_services(args.services, args.unchecked)
     settings = Settings(args.language, args.min_words, args.max_words)
     requests = requests_of(prompts, args.candidates, writer.identity, services, settings)
     out = Path(args.out)
-    journal = out.with_name(out.name + ".replies.jsonl")
+    if settings.code not in languages():  # before anything is paid for: a large model may know it, or it is a slip
+        known = f"known are {known_languages()}"
+        print(one_line(f"no word lists for {settings.language!r:.40}: {known}; candidates are ranked without"))
     print(plan(requests, journal, args))
     if args.dry_run:
         return 0
@@ -108,9 +122,8 @@ def run(args: argparse.Namespace) -> int:
     outcome = writer.ask({key: request.messages for key, request in requests.items()}, journal)
     candidates, reasons = read_replies(prompts, requests, outcome.rows, outcome.failed, name, args.language)
     drafts = choose(prompts, candidates, services, settings)
-    if not drafts:
-        raise UserError(f"no reply gave a draft: {one_line(next(iter(reasons.values())))}")
-    write_rows(drafts, out)
+    if drafts:  # a file without rows would be a mistake of every command that reads it
+        write_rows(drafts, out)
     return report(prompts, drafts, candidates, reasons, services, settings, out)
 
 
@@ -125,8 +138,26 @@ def writer_of(args: argparse.Namespace) -> tuple[Judge, str]:
     if not args.model_name:
         raise UserError("--url needs --model-name NAME, the model to ask for there")
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
+    retry_policy = RetryPolicy(deadline_s=args.deadline)
+    endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), retry_policy, **options)
     return EndpointJudge(endpoint, args.workers), args.model_name
+
+
+def without_repeated(prompts: Sequence[Row]) -> tuple[list[Row], int]:
+    """(the prompts without those that stand there already, how many those were). UserError for a prompt in two groups,
+    which cannot be answered in both ways."""
+    first: dict[str, Row] = {}
+    kept, seen = [], set()
+    for row in prompts:
+        words = normalise(row.fields["prompt"])
+        earlier = first.setdefault(words, row)
+        if earlier.fields[GROUP] != row.fields[GROUP]:
+            groups = f"{row.fields[GROUP]}, and as {earlier.fields[GROUP]} in {earlier.where}"
+            raise UserError(f"{row.where}: {row.fields['prompt']!r:.80} stands there as {groups}; leave it in one")
+        if (words, row.fields.get(CLUSTER)) not in seen:
+            kept.append(row)
+        seen.add((words, row.fields.get(CLUSTER)))
+    return kept, len(prompts) - len(kept)
 
 
 def requests_of(
@@ -213,6 +244,10 @@ def report(
     for number, reason in missing.items():
         print(one_line(f"{prompts[number].where}: no draft: {reason}"))
     groups = Counter(row.fields[GROUP] for row in drafts)
+    if not drafts:
+        print(f"no reply gave a draft, and {out} was not written; start the same command for replies that never came, "
+              "give more --candidates for others")  # fmt: skip
+        return 1
     print(f"{counted(len(drafts), 'draft')} in {out}: {', '.join(f'{n:,} {group}' for group, n in groups.items())}")
     assigned = Counter(row.fields[CLUSTER] for row in drafts if row.fields.get("cluster_assigned"))
     if assigned:
@@ -221,8 +256,6 @@ def report(
     shared = sum(item.is_template for item in shared_text([row.fields["answer"] for row in drafts], services))
     print(f"{with_issue:,} with an issue, {shared:,} with more than half of their text in other rows; see the reasons "
           f"with python -m psysafe.corpus check {out}")  # fmt: skip
-    if settings.language not in languages():
-        print(f"the word lists know {known_languages()}: candidates in {settings.language} were ranked without them")
     if missing:
         print("ask again for what is missing: start the same command, or give more --candidates")
     return 1 if missing else 0

@@ -8,7 +8,7 @@
 
 The one definition of the whole project: the checks of drafts, the judges by word lists and the share of answers in the
 prompt's language all ask here. It cannot tell languages without a table from each other, nor a list of names from such
-a language (of 1,326 English answers of the project it takes two for one, a list of helplines and a quotation in
+a language (of 1,327 English answers of the project it takes two for one, a list of helplines and a quotation in
 French). A text in two languages is in the one that has more of its words.
 """
 

@@ -75,12 +75,15 @@ def read_file(path: str | Path) -> list[Row]:
     path: of a file, assets:NAME for a bundled one, or a data set of the hub (`hub.DATA_SET`).
     """
     name = expand(str(path))
-    data_set = find_data_set(name, tuple(FILE_TYPES)) or DataSet(name, [Path(name)])
+    # A .txt is a file here: a data set has its README and licence in such, and never its rows.
+    data_set = None if _is_txt(name) else find_data_set(name, tuple(FILE_TYPES))
+    data_set = data_set or DataSet(name, [Path(name)])
     entries = [entry for file in data_set.files for entry in _entries(file)]
     if len(data_set.files) > 1:  # a line of which of them?
         entries = [(fields, None) for fields, _ in entries]
     if not entries:
-        raise UserError(f"{name}: no rows in it; {EXPECTED_FILE}")
+        expected = "no prompts in it; expected one a line, as in every .txt" if _is_txt(name) else ""
+        raise UserError(f"{name}: {expected or f'no rows in it; {EXPECTED_FILE}'}")
     return [Row(fields, Path(data_set.name), number, line) for number, (fields, line) in enumerate(entries, 1)]
 
 
@@ -99,7 +102,21 @@ def _entries(path: Path) -> list[Entry]:
         raise UserError(f"{path}: damaged gzip ({error}); {EXPECTED_FILE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
+    if _is_txt(path.name):
+        return _txt(content, path)
     return FILE_TYPES.get(Path(path.name.removesuffix(".gz")).suffix.lower(), _json)(content, path)
+
+
+def _is_txt(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith(".txt")
+
+
+def _txt(content: bytes, path: Path) -> list[Entry]:
+    """Prompts, one a line, or JSON where the text begins as such rows do. As training rows they lack their answers."""
+    text = decode_text(content, path)
+    if re.match(r'\s*(?:\{\s*"|\[\s*\{)', text):
+        return _json(content, path)
+    return [({"prompt": line.strip()}, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def unpacked(content: bytes, path: Path) -> bytes:
@@ -151,14 +168,19 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
 
 
 def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
-    """The first line names the fields; all values are texts. A row's line is the one that it begins in."""
+    """The first line names the fields; all values are texts. A row's line is the one that it begins in.
+
+    A .csv has semicolons where its first line has them and no comma: so spreadsheets write it in half of Europe.
+    """
     text, separator = decode_text(content, path), csv.get_dialect(dialect).delimiter
     header = text.partition("\n")[0]
+    if separator == "," and "," not in header and ";" in header:
+        separator = ";"
     if separator not in header and (other := next((mark for mark in ",;\t|" if mark in header), None)):
         separator_text = f"{other!r} between the names in line 1, expected {separator!r}"
-        raise UserError(f"{path}: {separator_text}; save it with this separator (a .tsv has '\\t', a .csv ',')")
+        raise UserError(f"{path}: {separator_text}; save it with this separator (a .tsv has '\\t', a .csv ',' or ';')")
     # strict: else a quotation mark that is never closed would make one cell of the whole rest of the file.
-    reader = csv.reader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), dialect=dialect, delimiter=separator, strict=True)
     csv.field_size_limit(2**31 - 1)
     rows, line = [], 1
     try:
@@ -253,6 +275,7 @@ def _standard_row(row: Row, expected: str, required: list[str], optional: list[s
             problems.append(f"no {key} in it (found: {_names(row.fields)}); {expected}")
         elif not isinstance(fields[key], str) or not fields[key].strip():
             problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text that is not empty")
+    optional = [*optional, "language"]  # which every tool reads the words of a row by, a conversation's, too
     for key in optional:
         if not isinstance(fields.get(key), str | None):
             problems.append(f"{names.get(key, key)} is {_in_json(fields[key])}, expected a text")

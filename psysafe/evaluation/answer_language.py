@@ -80,9 +80,24 @@ def require_english(
 
     An evaluation asks twice: of the prompts before its models answer them, which takes longest, and of the answers.
     """
-    texts = {"prompts": prompts} | {f"answers of {variant}": of for variant, of in (answers or {}).items()}
-    for kind, of_kind in texts.items():
+    for kind, of_kind in _by_kind(prompts, answers).items():
         found = others(of_kind)
         if found.are_most:
             counts = f"{found.n:,} of {found.n_shown:,} {kind} that show a language are in another"
             raise UserError(f"{who}: the word lists know English, and {counts} (mostly {found.language}); {remedy}")
+
+
+def unread_note(
+    prompts: Iterable[str] = (), answers: Mapping[str, Iterable[str]] | None = None, who: str = "the word lists"
+) -> list[str]:
+    """A line for the notes of a result: how many prompts, and answers of each variant, are in another language than the
+    word lists, too few for `require_english` to refuse; [] where there are none. who: which lists."""
+    counts = {kind: (of_kind, others(of_kind).n) for kind, of_kind in _by_kind(prompts, answers).items()}
+    said = [f"{n:,} of {len(of_kind):,} {kind}" for kind, (of_kind, n) in counts.items() if n]
+    about = f"In another language, which {who} do not read, so that these figures say little of them"
+    return [f"{about}: {', '.join(said)}."] if said else []
+
+
+def _by_kind(prompts: Iterable[str], answers: Mapping[str, Iterable[str]] | None) -> dict[str, list[str]]:
+    of_variants = {f"answers of {variant}": list(of) for variant, of in (answers or {}).items()}
+    return {"prompts": list(prompts)} | of_variants

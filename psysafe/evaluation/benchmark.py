@@ -202,9 +202,11 @@ class Benchmark(Evaluation):
             of_variants = {v: [text for column in (of[v] for of in texts.by_part.values()) for text in column if text]
                            for v in texts.unfinished}  # fmt: skip
             answer_language.require_english(answers=of_variants)
+            unread = answer_language.unread_note(rows.prompts, of_variants)
         stages = {}
         for judge, shown in zip(judges, inputs, strict=True):
             stage = self._judged(rows, answered, texts, judge, shown, out, ask_all if len(judges) == 1 else ask_apart)
+            stage.notes += unread if judge is None else []
             stages[stage.judged.judge] = stage
             write_items(several_judges.folder_of(judge, judges, out) / stored.ITEMS, stage, answered.columns)
         of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}

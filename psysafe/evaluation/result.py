@@ -67,6 +67,7 @@ class Result:
     settings: dict = field(default_factory=dict)  # model, judge, data: what the tables depend on
     notes: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # item -> reason; tried again at the next start
+    unscored: str = ""  # why nothing was measured, though the judge replied: asking again would not help
     contamination: dict[str, int] | None = None  # of `overlap`; None where no training rows were given
 
     def as_text(self) -> str:
@@ -128,7 +129,7 @@ def _check(result: Result, rest: dict) -> None:
     JSON says nothing of types: what is a text in a Result may be any value in the file.
     """
     texts = [result.kind, result.title, rest["finished"], *result.notes, *result.failed, *result.failed.values()]
-    texts += [*rest["versions"], *rest["versions"].values(), *result.settings.keys()]
+    texts += [result.unscored, *rest["versions"], *rest["versions"].values(), *result.settings.keys()]
     for table in result.tables:
         names = [name for name, _ in table.columns]
         texts += [table.title, table.note, *table.bars, *names, *(form for _, form in table.columns)]

@@ -49,6 +49,8 @@ def one_result(
         of_all = [note for note in result.notes if notes.count(note) == len(results)]
         whole.notes += [note for note in of_all if note not in whole.notes]
         whole.notes += [f"{name}: {note}" for note in result.notes if note not in of_all]
+        if result.unscored:
+            whole.unscored += f"{'; ' if whole.unscored else ''}{name}: {result.unscored}"
         whole.failed |= {f"{name}: {item}": reason for item, reason in result.failed.items()}
     return whole
 

@@ -130,6 +130,7 @@ class FourCriteria(Evaluation):
         result = Result("judge", f"Four criteria, judged by {judged_by}", shown)
         result.settings = {"judge": judged_by, stored.given(args)[2:]: path}
         result.notes = notes(answers, scores, counts, path)
+        result.unscored = unscored(scores, path)
         result.contamination = overlap_with_files(next(iter(answers.values())).rows, args.train)
         return result
 
@@ -242,8 +243,8 @@ def compare(
     if drawn:
         prompts, note_on_sample = drawn.draw({p: answers[baseline].rows[p]["cluster"] for p in prompts})
         counts["compared"] = len(prompts)
+    texts = {v: [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
     if None in judges:
-        texts = {v: [of.rows[p]["answer"] for p in prompts] for v, of in answers.items()}
         answer_language.require_english(prompts, texts)
     results, labels, by_judge = {}, {}, {}
     for judge, shown in zip(judges, inputs, strict=True):
@@ -256,7 +257,9 @@ def compare(
         result.settings |= {**judge.settings, **shown.settings} if judge else {"judge": word_list_judge.NAME}
         result.notes = [*notes(answers, scores, counts, out / REPLIES), *filter(None, [note_on_sample])]
         result.failed = failed
+        result.unscored = unscored(scores, out / REPLIES)
         if judge is None:
+            result.notes += answer_language.unread_note(prompts, texts)
             counted_services.record(result, given)
         results[name], labels[name], by_judge[name] = result, labels_of(scores), (scores, replies)
     of_models = {judge.name: shown for judge, shown in zip(judges, inputs, strict=True) if judge and shown}
@@ -308,10 +311,26 @@ def notes(
 ) -> list[str]:
     """What the tables do not say. counts: of prompts, by what became of them; replies: the file of the judge's."""
     lines = [", ".join(f"{reason}: {count:,}" for reason, count in counts.items()), *stored.notes_on_repeated(answers)]
-    everything = [one for by_prompt in scores.values() for one in by_prompt.values()]
-    if empty := sum(one == Scores(strategy=one.strategy) for one in everything):
+    if empty := sum(map(_is_empty, _all(scores))):
         lines.append(f"replies of the judge without any score: {empty:,}, in {replies}")
     return lines
+
+
+def unscored(scores: Mapping[str, Mapping[str, Scores]], replies: str | Path) -> str:
+    """What to say where there are replies and not one has any score; "" else."""
+    everything = _all(scores)
+    if not everything or not all(map(_is_empty, everything)):
+        return ""
+    remedy = "read some, and give another judge, or another --rubric"
+    return f"none of {len(everything):,} replies has any score ({replies}); {remedy}"
+
+
+def _all(scores: Mapping[str, Mapping[str, Scores]]) -> list[Scores]:
+    return [one for by_prompt in scores.values() for one in by_prompt.values()]
+
+
+def _is_empty(scores: Scores) -> bool:
+    return scores == Scores(strategy=scores.strategy)
 
 
 def prompts_to_judge(

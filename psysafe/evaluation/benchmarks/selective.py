@@ -82,7 +82,7 @@ class Selective(Evaluation):
         require_english(judge, prompts, list(prompts), {})
         answers, bases, kl, settings = answers_of_files(args) if args.answers else generated(args, prompts)
         compared, counts = shared_prompts(prompts, answers, [*bases.values()], args.rules)
-        require_english(judge, prompts, compared, answers)
+        unread = require_english(judge, prompts, compared, answers)
         judged, failed = judge_all(judge, prompts, compared, answers, Path(args.out) / "replies.jsonl", given)
         judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
         title = f"Selective support, judged by {judged_by}"
@@ -102,6 +102,7 @@ class Selective(Evaluation):
         if judge:
             texts = [answer.answer for by_prompt in judged.values() for answer in by_prompt.values()]
             result.notes.append(behaviour.OWN_INPUT.note(sum(len(t) > behaviour.CUT for t in texts), len(texts)))
+        result.notes += unread
         unfinished.note_rules(result, args.rules)
         counted_services.record(result, given)
         result.failed = failed
@@ -205,9 +206,9 @@ def require_english(
     prompts: Mapping[str, Prompt],
     compared: Sequence[str],
     answers: Mapping[str, VariantAnswers],
-) -> None:
-    """UserError where word lists would read another language. They read the four parts of the answers to risky prompts,
-    and without a judge every answer."""
+) -> list[str]:
+    """UserError where word lists would read mostly another language. They read the four parts of the answers to risky
+    prompts, and without a judge every answer. Returns a note on the texts in another language."""
 
     def texts(read: Sequence[str]) -> dict[str, list[str]]:
         return {name: [of_variant.rows[p]["answer"] for p in read] for name, of_variant in answers.items()}
@@ -217,6 +218,9 @@ def require_english(
     risky = [p for p in compared if prompts[p].group == "risky"]
     remedy = "leave these prompts out, and give them to eval.py judge with a judge model"
     answer_language.require_english(risky, texts(risky), "the four parts of risky prompts", remedy)
+    if judge is None:
+        return answer_language.unread_note(compared, texts(compared))
+    return answer_language.unread_note(risky, texts(risky), "the word lists that read the four parts of risky prompts")
 
 
 def judge_all(

@@ -105,8 +105,9 @@ class Turns(Evaluation):
             names = "; ".join(variants)
             raise UserError(f"nothing to compare between {names}: no first turn has a finished answer of each")
         pairs = {v: [(one.said[-1]["content"], one.text) for one in to_judge if one.variant == v] for v in variants}
+        texts = {v: [text for _, text in of] for v, of in pairs.items()}
         if judge is None:
-            answer_language.require_english(answers={v: [text for _, text in of] for v, of in pairs.items()})
+            answer_language.require_english(answers=texts)
         readings, failed = judge_all(judge, to_judge, Path(args.out) / "replies.jsonl", given)
         verdicts = {one.key: holds(one, readings[one.key], given) for one in to_judge if one.key in readings}
         judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
@@ -123,6 +124,9 @@ class Turns(Evaluation):
         result.settings = settings | (judge.settings if judge else {"judge": word_list_judge.NAME})
         result.settings["prompts"] = args.prompts
         result.notes = notes(conversations, len(to_judge) // len(variants), len(to_judge), measured)
+        if judge is None:
+            turns = [turn for conversation in conversations for turn in conversation.turns]
+            result.notes += answer_language.unread_note(turns, texts)
         counted_services.record(result, given)
         result.failed = failed
         result.contamination = overlap_with_files((text for c in conversations for text in c.turns), args.train)
