@@ -276,6 +276,12 @@ def with_judge(folder, words: list[str], reply: str) -> int:
         return main_guard(evaluation.main, [*words, *judge, "--out", str(folder)])
 
 
+@pytest.mark.parametrize("command", ["judge", "selective", "turns", "xstest"])
+def test_a_judge_without_one_clear_reply_is_no_success(tmp_path, capsys, command):
+    assert with_judge(tmp_path / "out", commands(tmp_path, EN, EN)[command].words, "I would rather not say.") == 1
+    assert "error: nothing was measured: none of" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_judge_model_reads_any_language_and_word_lists_beside_it_are_left_out(tmp_path, capsys):
     german = commands(tmp_path, DE, DE)
     for command in ("judge", "turns"):

@@ -46,7 +46,7 @@ from psysafe.evaluation.judge_input import OWN_WORDING, Instructions, JudgeInput
 from psysafe.evaluation.judge_models import Judge, ask_all, ask_apart
 from psysafe.evaluation.models_under_test import Question, only_rank_0
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.result import Result, Table, nothing_measured
 from psysafe.program import UserError
 
 
@@ -232,6 +232,10 @@ class Benchmark(Evaluation):
         if rules:
             unfinished.note_rules(result, rules)
         result.failed = stage.failed
+        if stage.judged.judge != self.rules_name:
+            of_variants = [of for by_variant in stage.judged.verdicts.values() for of in by_variant.values()]
+            scored = [verdict != self.no_verdict for of in of_variants for verdict in of if verdict is not None]
+            result.unscored = nothing_measured(scored, stage.judged.judge, "another judge, or another --rubric")
         return result
 
     def _labels(self, judged: Judged) -> judge_agreement.Labels:

@@ -57,6 +57,15 @@ class Table:
         )
 
 
+def nothing_measured(scored: Iterable[bool], replies: str | Path, remedy: str = "another judge") -> str:
+    """For `Result.unscored`: a text where there are replies and not one has a score. scored: of each reply whether it
+    has; replies: where they stand."""
+    scored = list(scored)
+    if not scored or any(scored):
+        return ""
+    return f"none of {len(scored):,} replies has any score ({replies}); read some, and give {remedy}"
+
+
 @dataclass
 class Result:
     """The outcome of one evaluation."""

@@ -43,7 +43,7 @@ from psysafe.evaluation.models_under_test import (
     only_rank_0,
 )
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result, Table
+from psysafe.evaluation.result import Result, Table, nothing_measured
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.sample import Sample
 from psysafe.evaluation.stored import read_all
@@ -317,12 +317,9 @@ def notes(
 
 
 def unscored(scores: Mapping[str, Mapping[str, Scores]], replies: str | Path) -> str:
-    """What to say where there are replies and not one has any score; "" else."""
-    everything = _all(scores)
-    if not everything or not all(map(_is_empty, everything)):
-        return ""
-    remedy = "read some, and give another judge, or another --rubric"
-    return f"none of {len(everything):,} replies has any score ({replies}); {remedy}"
+    """As `nothing_measured`."""
+    scored = [not _is_empty(one) for one in _all(scores)]
+    return nothing_measured(scored, replies, "another judge, or another --rubric")
 
 
 def _all(scores: Mapping[str, Mapping[str, Scores]]) -> list[Scores]:

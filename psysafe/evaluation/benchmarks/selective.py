@@ -44,7 +44,7 @@ from psysafe.evaluation.benchmarks.four_criteria import answer_prompts, question
 from psysafe.evaluation.benchmarks.selective_tables import OUTSIDE, Judged, Prompt, tables
 from psysafe.evaluation.models_under_test import BASE, Variant, VariantAnswers
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result
+from psysafe.evaluation.result import Result, nothing_measured
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.files import clusters, write_atomic
 from psysafe.program import UserError
@@ -106,6 +106,10 @@ class Selective(Evaluation):
         unfinished.note_rules(result, args.rules)
         counted_services.record(result, given)
         result.failed = failed
+        if judge:
+            labels = [answer.label for by_prompt in judged.values() for answer in by_prompt.values()]
+            scored = [label != behaviour.UNKNOWN for label in labels]
+            result.unscored = nothing_measured(scored, Path(args.out) / "replies.jsonl")
         result.contamination = overlap_with_files(prompts, args.train)
         return result
 

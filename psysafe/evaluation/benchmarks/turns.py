@@ -55,7 +55,7 @@ from psysafe.evaluation.criteria import Scores
 from psysafe.evaluation.judge_models import Judge, ask_all
 from psysafe.evaluation.models_under_test import conversation_text
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
-from psysafe.evaluation.result import Result, Table, percent
+from psysafe.evaluation.result import Result, Table, nothing_measured, percent
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.statistics import wilson
 from psysafe.files import clusters, read_text, write_atomic
@@ -129,6 +129,9 @@ class Turns(Evaluation):
             result.notes += answer_language.unread_note(turns, texts)
         counted_services.record(result, given)
         result.failed = failed
+        if judge:
+            scored = [(one.label, one.scores) != (behaviour.UNKNOWN, Scores()) for one in readings.values()]
+            result.unscored = nothing_measured(scored, Path(args.out) / "replies.jsonl")
         result.contamination = overlap_with_files((text for c in conversations for text in c.turns), args.train)
         return result
 
