@@ -94,7 +94,7 @@ def test_the_rule_based_judge_names_the_answer_without_a_cluster(file, tmp_path,
     del rows[1]["risk cluster"]
     words = ["judge", "--answers", file("a.jsonl", lines(rows)), "--judge", "rules", "--out", tmp_path / "out"]
     line = refused_by(script.main, words, capsys)
-    assert "answer of a to 'I drink 1': no risk cluster in its row; the rule-based judge knows suicide" in line
+    assert "answers of a, to 'I drink 1': no risk cluster in its row; the rule-based judge knows suicide" in line
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: (

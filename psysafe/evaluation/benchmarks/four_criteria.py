@@ -379,7 +379,7 @@ def score_by_word_lists(
         try:
             return word_list_judge.judge(prompt, row["answer"], row["cluster"], given).scores
         except UserError as error:  # a cluster that the word lists do not know
-            raise UserError(f"answer of {variant} to {prompt!r:.50}: {error}") from None
+            raise UserError(f"answers of {variant}, to {prompt!r:.50}: {error}") from None
 
     return {name: {p: score_one(name, p, of_variant.rows[p]) for p in prompts} for name, of_variant in answers.items()}
 
