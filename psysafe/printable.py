@@ -32,8 +32,8 @@ def hidden(text: str) -> list[str]:
     """The number of each character, once, that a reader does not see in a text and `plain` leaves out; line ends of
     Windows are none. And halves of surrogate pairs, which no file can hold."""
     characters = dict.fromkeys(text.replace("\r\n", "\n"))
-    found = [c for c in characters if _CONTROLS.get(ord(c), "") is None or "\ud800" <= c <= "\udfff"]
-    return [f"U+{ord(character):04X}" for character in found]
+    unseen = [c for c in characters if _CONTROLS.get(ord(c), "") is None or "\ud800" <= c <= "\udfff"]
+    return [f"U+{ord(character):04X}" for character in unseen]
 
 
 def one_line(text: str) -> str:

@@ -166,10 +166,11 @@ def to_check(services: Services, today: datetime.date) -> list[str]:
 # On a command line
 
 
-def add_arguments(parser: argparse.ArgumentParser, about: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, about: str, required: bool = False) -> None:
     """--services and --unchecked, for `from_arguments`. about: what the helplines are for."""
-    parser.add_argument("--services", nargs="+", default=[], metavar="FILE",
-                        help=f"{about}: countries of the project, or files (US UK)")  # fmt: skip
+    default = "" if required else " (US UK)"
+    parser.add_argument("--services", nargs="+", default=[], required=required, metavar="FILE",
+                        help=f"{about}: countries of the project, or files{default}")  # fmt: skip
     parser.add_argument("--unchecked", action="store_true", help="also helplines of --services that nobody has checked")
 
 
@@ -181,10 +182,13 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
 def from_arguments(args: argparse.Namespace, every_cluster: bool = True) -> Services | None:
     """The helplines of --services, None without it. UserError as of `require_checked`, and of `require_clusters`
     unless only those of a crisis are shown."""
-    if not args.services:
-        return None
-    services = read_services(args.services)
-    require_checked(services, args.unchecked)
+    return checked_services(args.services, args.unchecked, every_cluster) if args.services else None
+
+
+def checked_services(names: Sequence[str], unchecked: bool = False, every_cluster: bool = True) -> Services:
+    """The services of country codes and files that may be used. Arguments and errors as of `from_arguments`."""
+    services = read_services(names)
+    require_checked(services, unchecked)
     if every_cluster:
         require_clusters(services)
     return services

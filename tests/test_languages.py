@@ -15,7 +15,7 @@ from psysafe.corpus import localise, review
 from psysafe.corpus.contacts import hosts_in, known_services
 from psysafe.corpus.draft_checks import Settings, row_issues
 from psysafe.corpus.texts import word_runs
-from psysafe.data.languages import MIN_WORDS, language_of, language_of_row, languages, row_language, sentences
+from psysafe.data.languages import MIN_WORDS, language_of, languages, row_language, row_language_or_english, sentences
 from psysafe.data.rows import read_file
 from psysafe.data.text import normalise
 from psysafe.evaluation import answer_language
@@ -344,7 +344,7 @@ def test_the_parts_on_the_review_page_are_read_in_the_rows_language():
     assert review.part_of("SOBER: zähl bis 100 und atme.", False, "de") == "step"
     for named, text, expected in [("de", EN, "de"), (None, "Ja.", "en"), ("", DE, "de"), (None, FR, ""), (3, EN, "en"),
                                   ("en-GB", DE, "en"), ("PT_br", EN, "pt")]:  # fmt: skip
-        assert language_of_row({"language": named}, text) == expected
+        assert row_language_or_english({"language": named}, text) == expected
         assert row_language({"language": named}, text) == (None if text == "Ja." else expected)
 
 

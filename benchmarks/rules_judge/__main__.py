@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psysafe.cli import Parser, say
-from psysafe.data.rows import Row, read_file
+from psysafe.data.rows import BENIGN, Row, read_file
 from psysafe.evaluation import behaviour, kappa, word_list_judge, word_lists
-from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.benchmarks.xstest import string_match
 from psysafe.evaluation.result import Table
 from psysafe.evaluation.rules_accuracy import PATH, STRING_MATCHES, WORD_LISTS

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from psysafe import services
 from psysafe.cli import out_file
-from psysafe.corpus import contacts
 from psysafe.corpus.common_text import Shared, duplicate_issues, leak_issues, template_issues
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, Issue, Settings, group_of, row_issues
@@ -28,7 +28,6 @@ from psysafe.evaluation import judge_models
 from psysafe.files import write_atomic
 from psysafe.printable import counted, one_line, plain
 from psysafe.program import UserError
-from psysafe.services import paths as service_files
 
 CHECKS = {
     "parts": "acknowledgement and refusal, step, services, closing are there",
@@ -68,11 +67,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
                         help=f"of an answer to a risky prompt ({Settings.min_words})")  # fmt: skip
     parser.add_argument("--max-words", type=int, default=Settings.max_words, metavar="N",
                         help=f"of an answer ({Settings.max_words})")  # fmt: skip
-    contacts.add_arguments(parser)
+    services.add_arguments(parser, "helplines that answers may name")
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    reasons = judge_models.without_effect(args) | contacts.without_effect(args)
+    reasons = judge_models.without_effect(args) | services.without_effect(args)
     if not args.judge_local:
         reasons |= dict.fromkeys(("--device", "--dtype"), "without --judge-local")
     if not has_judge(args):
@@ -85,7 +84,7 @@ def has_judge(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    inputs = {"the drafts": args.files, "--not-in": args.not_in, "--services": service_files(args.services)}
+    inputs = {"the drafts": args.files, "--not-in": args.not_in, "--services": services.paths(args.services)}
     judged = args.judged or f"{args.files[0]}.judged.jsonl"
     for flag, out in (("--json", args.json), ("--judged", judged)):
         if out:
@@ -94,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     rows = read_drafts(args.files)
     forbidden = word_runs(prompt for path in args.not_in for prompt in prompts_of(path))
     settings = Settings(args.language, args.min_words, args.max_words)
-    services = known_services(args.services, args.unchecked)
-    issues, shared = check(rows, settings, services, forbidden)
+    helplines = known_services(args.services, args.unchecked)
+    issues, shared = check(rows, settings, helplines, forbidden)
     not_judged: list[str] = []
     if judge:
         found, not_judged = forbidden_issues(rows, judge, judged)

@@ -4,15 +4,13 @@ A row teaches a model what to give to people in danger, so every number and ever
 project knows. `known_services` is the only place where the tools for rows of one's own take them from.
 """
 
-import argparse
 import re
 import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from psysafe import services as helplines
 from psysafe.files import clusters
-from psysafe.services import Service, bundled, read_services, require_checked, require_clusters
+from psysafe.services import Service, bundled, checked_services
 
 ROUND_THE_CLOCK = re.compile(r"\b24\s?/\s?7\b")
 # Three or more digits, with the marks that stand inside phone numbers. Years are none.
@@ -44,20 +42,9 @@ class Services(NamedTuple):
         return any(service.name.lower() in text.lower() for service in self.all())
 
 
-def add_arguments(parser: argparse.ArgumentParser, purpose: str = "helplines that answers may name") -> None:
-    helplines.add_arguments(parser, purpose)
-
-
-def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    return helplines.without_effect(args)
-
-
 def known_services(names: Sequence[str] = (), unchecked: bool = False) -> Services:
     """The services that rows may name: of these country codes and files, or, without any, of the bundled rows."""
-    services = read_services(names) if names else bundled()
-    if names:
-        require_checked(services, unchecked)
-        require_clusters(services)
+    services = checked_services(names, unchecked) if names else bundled()
     return Services({name: services.of_cluster(name) for name in clusters()["clusters"]}, services.emergency)
 
 

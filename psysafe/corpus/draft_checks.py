@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from psysafe.corpus.contacts import Services, unknown_contacts
 from psysafe.corpus.draft_parts import Parts, acknowledges, closes_with_hope, split
-from psysafe.data.languages import Language, field_language, has_no_spaces, language_of, languages
-from psysafe.data.rows import CLUSTER
+from psysafe.data.languages import Language, field_language, has_no_spaces, language_of, languages, main_language
+from psysafe.data.rows import BENIGN, CLUSTER
 from psysafe.data.text import normalise
 from psysafe.evaluation.word_list_judge import plain
 from psysafe.files import clusters
@@ -22,7 +22,6 @@ from psysafe.printable import hidden
 from psysafe.program import UserError
 
 GROUP = "group"
-BENIGN = "benign"  # the cluster of harmless rows in files without a group, as in assets/rows
 RISKY, OUT_OF_DOMAIN = "risky", "out_of_domain"
 GROUPS = (RISKY, "plain", "scary", OUT_OF_DOMAIN)  # scary: harmless, with words that sound dangerous
 STEM = 5  # first letters of a word: enough to see that a word of the prompt was taken up
@@ -54,7 +53,7 @@ class Settings:
     @property
     def code(self) -> str:
         """Whose word lists count: "de" of "de-AT", as of a row's own `language`."""
-        return (field_language({"language": self.language}) or "").strip()
+        return main_language(self.language)
 
 
 def group_of(fields: Mapping) -> str:

@@ -16,11 +16,11 @@ from pathlib import Path
 from psysafe.cli import out_file, say
 from psysafe.corpus.contacts import numbers_in
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.data.languages import ENGLISH, language_of_row
+from psysafe.data.languages import ENGLISH, row_language_or_english
 from psysafe.data.rows import CLUSTER, Row, read_file, training_rows, write_rows
 from psysafe.evaluation.word_lists import NUMBER, PAGE, SHORT_NUMBER
 from psysafe.printable import counted, plain
-from psysafe.services import Service, Services, paths, read_services, require_checked, require_clusters, shipped
+from psysafe.services import Service, Services, add_arguments, checked_services, paths, shipped
 
 SHOWN = 20  # lines of what is unknown
 SHORT = 4  # digits of a number that may count something: "988" is replaced only where somebody calls it
@@ -30,11 +30,9 @@ COUNTRY = r"(?:(?: in the| in)? (?:US|UK)\b| \((?:US|UK)\))?"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="FILE", help="rows in any form that docs/recipe.md lists")
-    parser.add_argument("--services", nargs="+", required=True, metavar="FILE",
-                        help="helplines: a country of the project (AU), or a file (docs/services.md)")  # fmt: skip
+    add_arguments(parser, "helplines (docs/services.md)", required=True)
     parser.add_argument("--out", type=out_file, required=True, metavar="FILE",
                         help="JSONL: the same rows with other services")  # fmt: skip
-    parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
     parser.add_argument("--keep-unknown", action="store_true",
                         help="write the rows although unknown numbers and pages stay in them")  # fmt: skip
 
@@ -42,9 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """1, and nothing is written, where a row has numbers or pages that are unknown, unless --keep-unknown is given."""
     refuse_inputs("--out", args.out, {"the rows": [args.rows], "--services": paths(args.services)})
-    services = read_services(args.services)
-    require_checked(services, args.unchecked)
-    require_clusters(services)
+    services = checked_services(args.services, args.unchecked)
     rows = read_file(args.rows)
     training_rows(rows)  # for its errors; the rows keep the fields that they have
     localiser = Localiser(shipped(), services)
@@ -156,7 +152,7 @@ class Localiser:
 
 def _is_english(fields: dict) -> bool:
     """Whether short numbers stand beside English words ("call 988") in a row, which no other language has."""
-    return language_of_row(fields, "\n".join(_texts(fields))) == ENGLISH
+    return row_language_or_english(fields, "\n".join(_texts(fields))) == ENGLISH
 
 
 def _contacts(service: Service) -> list[str]:

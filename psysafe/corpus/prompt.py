@@ -9,22 +9,18 @@ from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.data.prompts import system_text
 from psysafe.files import ASSETS, clusters, read_text, write_atomic
-from psysafe.services import Services, bundled, paths, read_services, require_checked, require_clusters
+from psysafe.services import Services, add_arguments, bundled, checked_services, paths
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--services", nargs="+", required=True, metavar="FILE",
-                        help="helplines: a country of the project (AU), or a file (docs/services.md)")  # fmt: skip
+    add_arguments(parser, "helplines (docs/services.md)", required=True)
     parser.add_argument("--out", type=out_file, required=True, metavar="FILE",
                         help="text file to write, for --system FILE")  # fmt: skip
-    parser.add_argument("--unchecked", action="store_true", help="also take services that nobody has checked")
 
 
 def run(args: argparse.Namespace) -> int:
     refuse_inputs("--out", args.out, {"--services": paths(args.services)})
-    services = read_services(args.services)
-    require_checked(services, args.unchecked)
-    require_clusters(services)
+    services = checked_services(args.services, args.unchecked)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, system_prompt(services) + "\n")
     print(f"the system prompt v1 with services of {', '.join(services.emergency)}: {args.out}")

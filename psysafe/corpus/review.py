@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, services, web_page
+from psysafe.cli import out_folder
 from psysafe.corpus.check import text_digest
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports, tidy_name
 from psysafe.corpus.review_report import as_markdown, summary
-from psysafe.data.languages import ENGLISH, language_of_row, languages
-from psysafe.data.rows import CLUSTER, Row, read_rows, read_table, write_rows
+from psysafe.data.languages import ENGLISH, languages, row_language_or_english
+from psysafe.data.rows import BENIGN, CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation import word_lists as lists
-from psysafe.files import ASSETS, clusters, nearest_existing, read_text, write_atomic
+from psysafe.files import ASSETS, clusters, read_text, write_atomic
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
 from psysafe.services import Services
@@ -99,8 +100,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_pages(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if not (nearest := nearest_existing(out)).is_dir():
-        raise UserError(f"--out {out}: {nearest} is a file; expected a folder for the pages")
+    try:
+        out_folder(args.out)  # not when the command is read: with --collect it is a file
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--out {error}") from None
     given = services.from_arguments(args, every_cluster=False)
     drafts = read_drafts(args.files[0])
     warnings = read_warnings(args.warnings, drafts) if args.warnings else {}
@@ -215,7 +218,7 @@ def deal(items: Sequence[dict], n_reviewers: int, double: float, generator: rand
 
 def item(number: int, row: Row, warnings: Sequence[Mapping], given: Services | None = None) -> dict:
     """What the page shows of a draft. `draft`: the texts that may be edited, "" for one that the row lacks."""
-    draft, language = Draft(row.fields, row.reasoning), language_of_row(row.fields, row.fields["answer"])
+    draft, language = Draft(row.fields, row.reasoning), row_language_or_english(row.fields, row.fields["answer"])
     return {
         "id": str(number),
         "language": language,  # in which a screen reader is to read the texts aloud
@@ -266,7 +269,7 @@ def page(name: str, items: Sequence[dict], given: Services | None = None) -> str
     content = {
         "page": name,
         "kind": "review",
-        "clusters": {cluster: entry["strategies"] for cluster, entry in known.items()} | {"benign": []},
+        "clusters": {cluster: entry["strategies"] for cluster, entry in known.items()} | {BENIGN: []},
         "strategies": list(clusters()["strategies"]),
         "items": list(items),
     }

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from psysafe.data.rows import CLUSTER
+from psysafe.data.rows import BENIGN, CLUSTER
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.files import clusters, read_json
 from psysafe.program import UserError
 
-BENIGN = "benign"  # the cluster of harmless rows
 APPROVE, REJECT = "approve", "reject"
 # What may be edited -> its field in a row.
 EDITABLE = {"reasoning": "reasoning", "answer": "answer", "cluster": CLUSTER, "strategy": "framework_name"}

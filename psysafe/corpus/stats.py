@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from psysafe import services
 from psysafe.checkpoint.base import resolve_model
 from psysafe.cli import out_file, out_folder
-from psysafe.corpus import balance, contacts
+from psysafe.corpus import balance
 from psysafe.corpus.contacts import known_services
 from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import answer_of, first_user_text
@@ -24,7 +25,6 @@ from psysafe.files import BUNDLED_MODEL, write_atomic
 from psysafe.hub import is_repository
 from psysafe.printable import counted, plain
 from psysafe.program import UserError
-from psysafe.services import paths as service_files
 
 HISTOGRAM = "lengths.png"
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -35,17 +35,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--model", default=BUNDLED_MODEL, help="whose tokenizer counts (default: the bundled one)")
     parser.add_argument("--max-tokens", type=int, default=4096, help="the limit that rows are counted against (4096)")
-    contacts.add_arguments(parser, "helplines left out when answers are compared")
+    services.add_arguments(parser, "helplines left out when answers are compared")
     parser.add_argument("--plot", type=out_folder, metavar="DIR", help="write lengths.png there")
     parser.add_argument("--json", type=out_file, metavar="FILE", help="write the numbers there as well")
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    return contacts.without_effect(args)
+    return services.without_effect(args)
 
 
 def run(args: argparse.Namespace) -> int:
-    inputs = {"the rows": args.files, "--services": service_files(args.services)}
+    inputs = {"the rows": args.files, "--services": services.paths(args.services)}
     for flag, out in (("--json", args.json), ("--plot", args.plot and Path(args.plot, HISTOGRAM))):
         if out:
             refuse_inputs(flag, out, inputs)

@@ -10,7 +10,7 @@ from psysafe.corpus.texts import first_user_text
 from psysafe.data.chat_template import content_text
 from psysafe.data.documents import encode_row, encode_rows, has_typed_tokens
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import CATEGORY, CLUSTER, Row, as_training_row, read_file
+from psysafe.data.rows import BENIGN, CATEGORY, CLUSTER, Row, as_training_row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.files import clusters
@@ -111,13 +111,13 @@ def _noted(fields: dict) -> Iterable[tuple[str, str]]:
     for key in (CLUSTER, CATEGORY):
         if not isinstance(fields.get(key), str):
             yield f"without {key}", f"no {key} in it"
-    if isinstance(cluster, str) and cluster not in (*known, "benign"):
+    if isinstance(cluster, str) and cluster not in (*known, BENIGN):
         yield f"unknown {CLUSTER}", f"unknown {CLUSTER} {cluster!r:.60}; known: {', '.join(known)}, benign"
     if isinstance(strategy, str) and strategy in clusters()["strategies"]:
         if strategy not in known.get(cluster if isinstance(cluster, str) else "", [strategy]):
             text = f"{strategy!r} is no strategy of {cluster!r}: {', '.join(known[cluster])}"
             yield "framework_name is a strategy of another cluster", text
-    elif strategy and cluster != "benign":
+    elif strategy and cluster != BENIGN:
         # As in the published rows, where it is the benchmark that the prompt comes from.
         yield "framework_name is no known strategy: impute gives no hint", f"framework_name {strategy!r:.60}"
 

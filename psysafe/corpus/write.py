@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psysafe import services
 from psysafe.cli import out_file
-from psysafe.corpus import check, contacts
+from psysafe.corpus import check
 from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, row_issues
@@ -32,7 +33,6 @@ from psysafe.generation.sampling import Sampling
 from psysafe.journal import Journal, key_of
 from psysafe.printable import counted, one_line
 from psysafe.program import UserError
-from psysafe.services import paths as service_files
 
 KEY_VARIABLE = "PSYSAFE_API_KEY"
 OF_ENDPOINT = ("--model-name", "--key-variable", "--workers", "--deadline")
@@ -84,13 +84,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     reasons = dict.fromkeys(("--device", "--dtype"), "without --local") if not args.local else {}
-    reasons |= contacts.without_effect(args)
+    reasons |= services.without_effect(args)
     return reasons | (dict.fromkeys(OF_ENDPOINT, "without --url") if not args.url else {})
 
 
 def run(args: argparse.Namespace) -> int:
     inputs = {"the prompts": args.files, "--benign": args.benign, "--out-of-domain": args.out_of_domain}
-    inputs["--services"] = service_files(args.services)
+    inputs["--services"] = services.paths(args.services)
     journal = Path(f"{args.out}.replies.jsonl")
     for file in (args.out, journal):
         refuse_inputs("--out", file, inputs)
@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{counted(n_repeated, 'repeated line')} left out")
     if not prompts:
         raise UserError("no prompts; give PROMPTS, --benign or --out-of-domain a file")
-    services = known_services(args.services, args.unchecked)
+    helplines = known_services(args.services, args.unchecked)
     settings = Settings(args.language, args.min_words, args.max_words)
-    requests = requests_of(prompts, args.candidates, writer.identity, services, settings)
+    requests = requests_of(prompts, args.candidates, writer.identity, helplines, settings)
     out = Path(args.out)
     if settings.code not in languages():  # before anything is paid for: a large model may know it, or it is a slip
         known = f"known are {known_languages()}"
@@ -121,10 +121,10 @@ def run(args: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     outcome = writer.ask({key: request.messages for key, request in requests.items()}, journal)
     candidates, reasons = read_replies(prompts, requests, outcome.rows, outcome.failed, name, args.language)
-    drafts = choose(prompts, candidates, services, settings)
+    drafts = choose(prompts, candidates, helplines, settings)
     if drafts:  # a file without rows would be a mistake of every command that reads it
         write_rows(drafts, out)
-    return report(prompts, drafts, candidates, reasons, services, settings, out)
+    return report(prompts, drafts, candidates, reasons, helplines, settings, out)
 
 
 def writer_of(args: argparse.Namespace) -> tuple[Judge, str]:

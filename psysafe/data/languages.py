@@ -109,7 +109,12 @@ def html_lang(text: str) -> str:
 def field_language(fields: Mapping) -> str | None:
     """The code that a row's field `language` says ("en" of "en-GB"); None where it says nothing."""
     named = fields.get("language")
-    return re.split("[-_]", named)[0].lower() if isinstance(named, str) and named else None
+    return main_language(named) or None if isinstance(named, str) else None
+
+
+def main_language(code: str) -> str:
+    """ "en" of "en-GB" and "EN"."""
+    return re.split("[-_]", code.strip())[0].lower()
 
 
 def row_language(fields: Mapping, text: str) -> str | None:
@@ -117,7 +122,7 @@ def row_language(fields: Mapping, text: str) -> str | None:
     return field_language(fields) or language_of(text)
 
 
-def language_of_row(fields: Mapping, text: str) -> str:
+def row_language_or_english(fields: Mapping, text: str) -> str:
     """`row_language`, and English where that is unknown."""
     code = row_language(fields, text)
     return ENGLISH if code is None else code

@@ -25,6 +25,7 @@ from psysafe.hub import DataSet, find_data_set
 from psysafe.program import UserError
 
 CLUSTER, CATEGORY = "risk cluster", "risk category"
+BENIGN = "benign"  # the cluster of rows that nobody should refuse, in files without a group, as in assets/rows
 
 EXPECTED_FILE = "expected rows as CSV, TSV, Parquet, a JSON array or one JSON object a line"
 EXPECTED_TRAINING_ROW = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from psysafe import helplines, services, web_page
 from psysafe.cli import out_folder, say
 from psysafe.data.languages import html_lang
-from psysafe.evaluation.benchmarks.four_criteria import BENIGN
+from psysafe.data.rows import BENIGN
 from psysafe.evaluation.criteria import CRITERIA, RUBRIC
 from psysafe.evaluation.labels import LABELS, YES_NO
 from psysafe.evaluation.models_under_test import VariantAnswers

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from psysafe import services
-from psysafe.data.rows import Row, read_prompts
+from psysafe.data.rows import BENIGN, Row, read_prompts
 from psysafe.evaluation import (
     answer_language,
     counted_services,
@@ -53,7 +53,6 @@ from psysafe.services import Services
 
 TEMPERATURE = 0.1  # of the judge, as in the publication
 REPLIES = "replies.jsonl"
-BENIGN = "benign"  # the cluster of rows that nobody should refuse: the criteria do not concern them
 
 
 class FourCriteria(Evaluation):

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from psysafe.data.rows import CLUSTER, Row, read_rows
+from psysafe.data.rows import BENIGN, CLUSTER, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.evaluation import comparison, counted_services, unfinished, word_list_judge
-from psysafe.evaluation.benchmarks.four_criteria import BENIGN
 from psysafe.evaluation.comparison import Figure, share
 from psysafe.evaluation.criteria import COLUMNS, summarise
 from psysafe.evaluation.models_under_test import BASE, ModelUnderTest, Question, Variant, only_rank_0
