@@ -165,8 +165,8 @@ def test_a_leak_is_found_through_umlauts(tmp_path, capsys):
     for prompt, code in [(unicodedata.normalize("NFD", leak.upper()), 1), (leak.replace("ü", "u"), 0)]:
         evaluation_prompts.write_text(lines_of([{"prompt": prompt, "answer": "-"}]), "utf-8")
         assert run(corpus.main, "check", rows, "--not-in", evaluation_prompts, "--language", "de") == code
-        found = "of an evaluation prompt: brüder hören süsse gerüchte über" in capsys.readouterr().out
-        assert found == bool(code)
+        is_blamed = "of an evaluation prompt: brüder hören süsse gerüchte über" in capsys.readouterr().out
+        assert is_blamed == bool(code)
 
 
 def test_a_template_is_found_in_either_normal_form(tmp_path, capsys):
@@ -221,8 +221,8 @@ def test_pages_say_which_language_a_text_is_in(browser, tmp_path):
 
 def read_aloud(page) -> dict[str, str]:
     """Each text of others on a page, and its language as the browser has it."""
-    found = "nodes => nodes.map(one => [one.textContent, one.closest('[lang]').lang])"
-    return dict(page.locator(".text").evaluate_all(found))
+    langs_of_texts = "nodes => nodes.map(one => [one.textContent, one.closest('[lang]').lang])"
+    return dict(page.locator(".text").evaluate_all(langs_of_texts))
 
 
 def stored(path: Path, answers: dict[str, str]) -> str:

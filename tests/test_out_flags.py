@@ -140,9 +140,9 @@ def test_no_command_writes_over_a_file_of_helplines(name, before, behind, tmp_pa
         words = [link if word == services and i > len(before) + 1 else word for i, word in enumerate(words)]
         assert "that is a file of --services" in refused_by(corpus.main, [name, *words], capsys)
     if name == "write":
-        kept = tmp_path / "d.jsonl.replies.jsonl"
-        kept.write_text(text)
-        words = [rows, *ENDPOINT, "--services", kept, "--out", tmp_path / "d.jsonl"]
+        replies_file = tmp_path / "d.jsonl.replies.jsonl"
+        replies_file.write_text(text)
+        words = [rows, *ENDPOINT, "--services", replies_file, "--out", tmp_path / "d.jsonl"]
         assert "that is a file of --services" in refused_by(corpus.main, [name, *words], capsys)
 
 

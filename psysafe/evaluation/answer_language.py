@@ -81,10 +81,10 @@ def require_english(
     An evaluation asks twice: of the prompts before its models answer them, which takes longest, and of the answers.
     """
     for kind, of_kind in _by_kind(prompts, answers).items():
-        found = others(of_kind)
-        if found.are_most:
-            counts = f"{found.n:,} of {found.n_shown:,} {kind} that show a language are in another"
-            raise UserError(f"{who}: the word lists know English, and {counts} (mostly {found.language}); {remedy}")
+        unread = others(of_kind)
+        if unread.are_most:
+            counts = f"{unread.n:,} of {unread.n_shown:,} {kind} that show a language are in another"
+            raise UserError(f"{who}: the word lists know English, and {counts} (mostly {unread.language}); {remedy}")
 
 
 def unread_note(
