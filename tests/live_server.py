@@ -62,7 +62,7 @@ class Live:
     port: int
     advances: int = 0
     pace: Callable[[], object] | None = None  # called before every `advance`
-    says: list[int] | None = None  # what every answer is, whatever the model chooses
+    says: list[int] | None = None  # every answer from now on, whatever the model chooses; none after it ends by itself
 
     @property
     def url(self) -> str:
@@ -95,6 +95,9 @@ class Live:
         if self.pace:
             self.pace()
         self.advances += 1
+        if self.says is not None:
+            # It has an end of its own: an end token that the model samples in the middle of it would cut it short.
+            self.engine.state.finish_of_token.zero_()
         events = []
         for event in advance():
             if self.says is not None:
