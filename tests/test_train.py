@@ -210,6 +210,7 @@ def test_a_stop_during_a_validation_ends_the_run_before_the_next_step(tmp_path, 
         (6, 3, [0], [0, 3]),  # a stop at a save of --save-every: one save
         (6, 4, [0], [0, 3, 4]),  # at an epoch's end: a validation takes minutes, torchrun kills after 30 s
         (6, 6, [0, 4], [0, 3, 4, 6]),  # during the last step: the validation is left to the resumed run
+        (15, 99, [0, 4, 8, 12, 15], [0, 3, 4, 6, 8, 9, 12, 15]),  # step 12 ends an epoch and is a save's: one save
     ],
 )
 def test_when_the_loop_validates_saves_and_stops(steps, stopped_at, validations, saves, tmp_path, monkeypatch):
@@ -218,4 +219,5 @@ def test_when_the_loop_validates_saves_and_stops(steps, stopped_at, validations,
     code, validated, saved = run_loop(run, tmp_path, monkeypatch, steps=stopped_at)
     assert code == (128 + signal.SIGTERM if stopped_at <= steps else 0)
     assert validated == validations and [step for step, _ in saved] == saves
-    assert all(due == (step in (4, 6) and step not in validations) for step, due in saved)
+    ends = [*range(0, steps, 4), steps]  # of epochs, and of the run
+    assert all(due == (step in ends and step not in validations) for step, due in saved)

@@ -80,7 +80,8 @@ class Run:
         """Count a step as done, and note what has to follow it."""
         self.step += 1
         self.validation_due = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
-        self.save_due = self.config.save_every > 0 and self.step % self.config.save_every == 0
+        is_save_step = self.config.save_every > 0 and self.step % self.config.save_every == 0
+        self.save_due = is_save_step and not self.validation_due  # a validation saves by itself
 
     def fit_into_memory(self, batch: MicroBatch) -> None:
         """On a GPU: choose what the backward pass of this micro-batch recomputes. Changes no number."""
