@@ -11,6 +11,7 @@ nothing here is measured. All settings of train.py can be given, too (python tra
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +20,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from psysafe.checkpoint.base import build
-from psysafe.cli import Parser, out_file
+from psysafe.checkpoint.base import build, check_embedding
+from psysafe.cli import Parser, out_file, whole_number
 from psysafe.files import write_atomic
 from psysafe.model.layers import frozen
 from psysafe.model.lora import attach
@@ -43,7 +44,7 @@ from psysafe.training.paper.run import (
 from psysafe.training.paper.shard import describe_gathers
 from psysafe.training.paper.trace import Trace
 from psysafe.training.roofline import SPEEDS, context
-from psysafe.training.setup import make_optimizer, plan_within
+from psysafe.training.setup import make_optimizer, plan_within, with_adapter_shape
 
 PICTURES = {
     "html": "write the step as a page: hover over an operation to see what it is",
@@ -54,24 +55,24 @@ PICTURES = {
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m psysafe.paper", description="A step and its parts, on paper.", allow_abbrev=False)
+    number = {"type": whole_number, "metavar": "N"}
     parser.add_argument("--lengths", nargs="+", default=["4096"], metavar="N[xM]", help="the step's documents (4096)")
-    parser.add_argument("--contrast-length", type=int, default=400, metavar="N", help="of a contrast document (400)")
-    parser.add_argument("--untrained", type=int, default=1, metavar="N", help="tokens of each that are not trained (1)")
+    parser.add_argument("--contrast-length", **number, default=400, help="of a contrast document (400)")
+    parser.add_argument("--untrained", **number, default=1, help="tokens of each that are not trained (1)")
     parser.add_argument("--generate", nargs="+", metavar="N[xM]", help="instead: a prefill's prompts")
-    parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a sequence, at most (4096)")
+    parser.add_argument("--context", **number, default=4096, help="tokens of a sequence, at most (4096)")
     parser.add_argument("--gpu", choices=SPEEDS, default="H100", help="whose rates and memory (H100)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs that a step is spread over (1)")
-    parser.add_argument("--top", type=int, default=12, metavar="N", help="heaviest lines to print (12)")
+    parser.add_argument("--ranks", **number, default=1, help="GPUs that a step is spread over (1)")
+    parser.add_argument("--top", **number, default=12, help="heaviest lines to print (12)")
     parser.add_argument("--host-us", type=float, default=HOST_US, metavar="N", help=f"of Python a launch ({HOST_US:g})")
     for name, what in PICTURES.items():
         parser.add_argument(f"--{name}", type=out_file, metavar="FILE", help=what)
     args, rest = parser.parse_known_args(argv)
     if not kernels.HAS_TRITON:
         raise UserError("a step on paper records Triton's launches; install it (Linux and `pip install triton`)")
-    for flag, number in (("--ranks", args.ranks), ("--contrast-length", args.contrast_length)):
-        if number < 1:
-            raise UserError(f"{flag} {number}: expected 1 or more")
-    config, _ = resolve(rest)
+    if not 0 <= args.host_us < math.inf:
+        raise UserError(f"--host-us {args.host_us:g}: expected a number of microseconds, 0 or more")
+    config, _ = with_adapter_shape(*resolve(rest))
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16")
     try:
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
 def trace_all(args: argparse.Namespace, config: TrainConfig) -> list[str]:
     """The lines to print."""
     architecture, _ = read_architecture(config.model)
+    check_embedding(architecture, config.model, config.embedding)
     model = build(architecture, "meta", getattr(torch, config.dtype))
     if config.embedding == "cpu":  # memory that is never touched: the tokens of a trace are all 0
         model.embed_tokens = frozen(*model.embed_tokens.shape, dtype=model.norm.dtype)

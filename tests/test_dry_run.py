@@ -90,6 +90,7 @@ def test_an_adapter_to_start_from_is_printed_in_its_own_shape(capsys, tmp_path):
         (["--dry-run", "--memory-limit", "60"], "this run is on cpu"),
         (["--dry-run", "--model", "nobody/nothing-at-all"], "no architecture of that name"),
         (["--embedding", "cpu"], "uses its embedding as the output matrix"),
+        (["--dry-run", "--embedding", "cpu"], "uses its embedding as the output matrix"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys, monkeypatch, tmp_path):

@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 import pytest
 
 import kernels
-from psysafe import paper
+from psysafe import load_model, paper
+from psysafe.checkpoint.adapter import save_adapter
+from psysafe.model.lora import attach
 from psysafe.program import main_guard
 from psysafe.training.paper import timeline
 from psysafe.training.paper.rates import PaperGPU
@@ -35,7 +37,12 @@ def test_the_command_prints_what_it_says(capsys):
         (["--gpu", "H300"], "--gpu"),
         (["--lenghts", "4"], "unknown flag"),
         (["--shard"], "--shard spreads the base over ranks"),
-        (["--ranks", "0"], "--ranks 0"),
+        (["--ranks", "0"], "argument --ranks: '0' is no whole number above 0"),
+        (["--top", "0"], "argument --top: '0' is no whole number above 0"),
+        (["--untrained", "-1"], "argument --untrained: '-1' is no whole number above 0"),
+        (["--generate", "8", "--context", "0"], "argument --context: '0' is no whole number above 0"),
+        (["--host-us", "nan"], "--host-us nan: expected a number of microseconds"),
+        (["--model", "assets:tiny", "--embedding", "cpu"], "assets:tiny uses its embedding as the output matrix"),
         (["--config", "configs/tiny.toml", "--dtype", "float64"], "float64"),
     ],
 )
@@ -43,6 +50,17 @@ def test_mistakes_are_one_line(argv, message, capsys):
     assert main_guard(paper.main, ["--config", "configs/qwen3.5-27b.toml", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_adapter_to_start_from_is_traced_in_its_own_rank(tmp_path, capsys):
+    """Rank 2 is not fused: plain products come on top."""
+    adapters = attach(load_model("assets:tiny"), 2, 8, ["q_proj", "down_proj"])
+    save_adapter(adapters, tmp_path, "assets:tiny", multimodal=False)
+    texts = []
+    for flags in (["--adapter-init", str(tmp_path)], ["--lora-rank", "2", "--lora-targets", "q_proj", "down_proj"]):
+        assert main_guard(paper.main, ["--model", "assets:tiny", "--lengths", "64", *flags]) == 0
+        texts.append([line for line in capsys.readouterr().out.splitlines() if "Python took" not in line])
+    assert texts[0] == texts[1]
 
 
 def test_without_triton_it_says_so(monkeypatch, capsys):

@@ -58,6 +58,7 @@ def load_model(
     if config.tie_word_embeddings and not random and has_own_head(folder, dtype):
         say(f"{folder}: tied by its config.json, but lm_head.weight has other values: it is used, as in transformers")
         config = replace(config, tie_word_embeddings=False)
+    check_embedding(config, source, embedding)
 
     # Checked on tensors without memory: a checkpoint that does not fit costs neither memory nor time.
     model = build(config, "meta", dtype)
@@ -69,8 +70,6 @@ def load_model(
     else:
         model = build(config, device, dtype)
     if embedding == "cpu":
-        if model.lm_head is None:
-            raise UserError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
         model.embed_tokens = frozen(*model.embed_tokens.shape, dtype=dtype)
 
     if random:
@@ -121,6 +120,12 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
             if not torch.equal(rows, others):
                 return True
     return False
+
+
+def check_embedding(config: ModelConfig, source: str, embedding: str) -> None:
+    """Raises UserError for an embedding in host memory that the model also multiplies by, as its output matrix."""
+    if embedding == "cpu" and config.tie_word_embeddings:
+        raise UserError(f"--embedding cpu: {source} uses its embedding as the output matrix, too; leave it out")
 
 
 def check_memory(model: Qwen3_5, device: torch.device, config_file: Path, shard: bool) -> None:

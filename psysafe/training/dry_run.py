@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from psysafe.checkpoint.base import build
+from psysafe.checkpoint.base import build, check_embedding
 from psysafe.data.documents import Dataset, steps_per_epoch
 from psysafe.files import expand, read_json
 from psysafe.hub import HubError, did_you_mean, fetch_file
@@ -65,6 +65,7 @@ def dry_run(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
     if config.shard:
         check_ranks(runtime.world_size)
     architecture, file = read_architecture(config.model)
+    check_embedding(architecture, config.model, config.embedding)
     # The type does not matter yet: only parameters are counted. Which one the run would use follows from its device.
     assumed = runtime.device.type != "cuda" and assumes_gpu(config, build(architecture, "meta", torch.bfloat16))
     if config.dtype == "auto":
