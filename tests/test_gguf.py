@@ -98,17 +98,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "delta", "old.gguf"]
 
 
-def test_an_adapted_lm_head_is_one_line(tmp_path):
-    """PEFT's target_modules may name it; no layer's number stands in its name."""
+@pytest.mark.parametrize("module", ["lm_head", "mtp.layers.0.self_attn.q_proj"])
+def test_a_module_outside_the_layers_is_one_line(tmp_path, module):
+    """PEFT's target_modules may name it; no number of the decoder's layers stands in its name."""
     random_adapter(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    head = {f"base_model.model.lm_head.lora_{letter}.weight": torch.ones(1, 1) for letter in "AB"}
-    save_file(load_file(weights) | head, weights)
+    matrices = {f"base_model.model.{module}.lora_{letter}.weight": torch.ones(1, 1) for letter in "AB"}
+    save_file(load_file(weights) | matrices, weights)
     config = tmp_path / "adapter" / "adapter_config.json"
     content = json.loads(config.read_text())
     content["target_modules"] = [*content["target_modules"], "lm_head"]
     config.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="adapts lm_head; expected projections"):
+    with pytest.raises(UserError, match=f"adapts {re.escape(module)}; expected projections"):
         write_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
 
 

@@ -50,7 +50,8 @@ def _package() -> ModuleType:
 def _check(adapter: PeftAdapter) -> None:
     if vision := [name for name in adapter.modules if name.startswith(VISION)]:
         raise UserError(f"{adapter.source}: adapts {vision[0]}; llama.cpp keeps the vision tower in another file")
-    if others := [name for name in adapter.modules if not is_target(name, ALL_LINEAR)]:
+    # The multi-token-prediction head has projections of the same names in layers of its own.
+    if others := [name for name in adapter.modules if not (name.startswith("layers.") and is_target(name, ALL_LINEAR))]:
         raise UserError(f"{adapter.source}: adapts {others[0]}; expected projections of the layers alone: {ALL_LINEAR}")
     if delta_net := [name for name in adapter.modules if ".linear_attn." in name]:
         raise UserError(
