@@ -170,6 +170,7 @@ BAD_FILES = {
     "tabs in a CSV": ("r.csv", b"prompt\tanswer\nq\ta\n", "'\\t' between the names in line 1, expected ','"),
     "semicolons in a TSV": ("r.tsv", b"prompt;answer\nq;a\n", "';' between the names in line 1, expected '\\t'"),
     "semicolons without quotation marks": ("r.csv", b"prompt;answer\nq;a;b\n", "more cells at line 2"),
+    "a name for two columns": ("r.csv", b"prompt,answer,prompt\nq,a,r\n", "'prompt' names more than one column"),
     "a text without prompts": ("r.txt", b"\n \n", "no prompts in it; expected one a line, as in every .txt"),
     "a text as training rows": ("r.txt", b"\nHelp me.\n", "row 1 (line 2): no answer in it (found: prompt)"),
     "damaged JSON in a text": ("r.txt", b'{"prompt": "q"\n', "malformed JSON at line 1"),
@@ -198,6 +199,8 @@ def test_the_first_line_says_whether_a_csv_has_semicolons(mark, tmp_path):
     assert [row.fields for row in read_rows(path)] == [
         {"prompt": "q", "answer": "Hello, friend"}, {"prompt": "a;b", "answer": "c\n\nd"}
     ]  # fmt: skip
+    path.write_text("\n\nprompt;answer\nq;a, b\n")
+    assert [row.fields for row in read_rows(path)] == [{"prompt": "q", "answer": "a, b"}]
     path.write_text("prompt,a;b,answer\nq,x;y,z;\n")
     assert [row.fields for row in read_rows(path)] == [{"prompt": "q", "a;b": "x;y", "answer": "z;"}]
 

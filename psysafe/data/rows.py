@@ -174,7 +174,7 @@ def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
     A .csv has semicolons where its first line has them and no comma: so spreadsheets write it in half of Europe.
     """
     text, separator = decode_text(content, path), csv.get_dialect(dialect).delimiter
-    header = text.partition("\n")[0]
+    header = text.lstrip("\n").partition("\n")[0]  # empty lines before it count for nothing, as between rows
     if separator == "," and "," not in header and ";" in header:
         separator = ";"
     if separator not in header and (other := next((mark for mark in ",;\t|" if mark in header), None)):
@@ -192,6 +192,9 @@ def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
     except csv.Error as error:
         raise UserError(f"{path}: malformed CSV at line {line} ({error}); {EXPECTED_FILE}") from None
     names = rows[0][0] if rows else []
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        twice = f"{repeated[0]!r:.60} names more than one column in line {rows[0][1]}"
+        raise UserError(f"{path}: {twice}, and a row can have one of them; rename or remove the other")
     for cells, line in rows:
         if any(cells[len(names) :]):
             more = f"more cells at line {line} than the first line has names"
