@@ -29,6 +29,8 @@ from psysafe.program import UserError
 MASK = 0xFFFFFFFF
 WINDOW = 64  # top-k up to here finds its candidates without sorting the vocabulary
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-6  # lower ones differ from 0 by no token, and logits divided by them may overflow
+MAX_INTEGER = 2**63 - 1  # of a seed and of a number of tokens: both are kept as int64
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,17 @@ class Sampling:
 
     def __post_init__(self):
         for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
-            ("top_k", self.top_k >= 0, "0 (all) or a positive number"),
+            ("temperature", self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+             f"0, or a number from {MIN_TEMPERATURE:g} on"),
+            ("top_k", 0 <= self.top_k <= MAX_INTEGER, "0 (all) or a positive number below 2^63"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
-            ("presence_penalty", -math.inf < self.presence_penalty < math.inf, "a number, 0 for none"),
-            ("frequency_penalty", -math.inf < self.frequency_penalty < math.inf, "a number, 0 for none"),
-            ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
-        ):
+            # Far beyond any use, and far from where a logit in fp32 would overflow.
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "1e-6 to 1e6, 1 for none"),
+            ("presence_penalty", -1e6 <= self.presence_penalty <= 1e6, "-1e6 to 1e6, 0 for none"),
+            ("frequency_penalty", -1e6 <= self.frequency_penalty <= 1e6, "-1e6 to 1e6, 0 for none"),
+            ("seed", 0 <= self.seed <= MAX_INTEGER, "0 to 2^63 - 1"),
+        ):  # fmt: skip
             if not fits:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
