@@ -364,6 +364,15 @@ def test_filters_equal_transformers(name):
     assert relative_error(got.clamp(min=-1e4), expected.clamp(min=-1e4)) <= 1e-6
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 30, 64])
+def test_top_k_of_equal_logits_equals_transformers(top_k):
+    """Rounded as in bf16: what is as likely as the k-th token stays, whatever its place in the vocabulary."""
+    logits, s = (logits_of() * 2).round() / 2, Sampling(1.0, top_k=top_k)
+    expected = warped_by_transformers(logits, s) == -math.inf
+    assert ((~expected).sum(1) > top_k).any()
+    assert torch.equal(expected, dense(logits, s) == -math.inf)
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("top-p", dict(top_p=0.79)), ("min-p", dict(min_p=0.11)),
                                              ("top-k", dict(top_k=6)), ("all", dict(temperature=1.41))])  # fmt: skip
 def test_a_wrong_filter_is_caught(name, wrong, monkeypatch):
