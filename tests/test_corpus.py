@@ -96,6 +96,16 @@ def test_stats_counts(tmp_path, capsys):
     assert f"tokens, counted by the tokenizer of {own}\n" in printed and "--model" not in printed
 
 
+def test_stats_of_clusters_that_are_no_texts(tmp_path, capsys):
+    """Training takes such rows, so they are counted, not refused."""
+    path = write(tmp_path / "rows.jsonl", [row("One?", cluster=["weapon"]), row("Two?", cluster=None), row("Three?")])
+    assert main(["stats", path, "--json", str(tmp_path / "s.json")]) == 0
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["clusters"] == {"['weapon']": 1, "None": 1, "violence": 1}
+    names = [count["name"] for count in numbers["balance"]["clusters of risky rows"]]
+    assert {'["weapon"]', "none", "violence"} <= {*names}
+
+
 def test_split_is_stratified_and_reproducible(tmp_path, capsys):
     rows = [row(f"{cluster} {i}", cluster=cluster) for cluster in ("weapon", "substance") for i in range(250)]
     random.Random(9).shuffle(rows)

@@ -17,6 +17,7 @@ from psysafe.evaluation.benchmarks.hellaswag import HellaSwag
 from psysafe.evaluation.benchmarks.log_likelihood import encode
 from psysafe.evaluation.benchmarks.mmlu import MMLU
 from psysafe.evaluation.benchmarks.multiple_choice import Item, correct, mean, pooled, request
+from psysafe.program import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
 GOLDENS = json.loads((FIXTURES / "lm_eval_goldens.json").read_text(encoding="utf-8"))
@@ -208,6 +209,15 @@ def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch):
     again = run(tmp_path / "killed")
     assert again.tables == whole.tables
     assert len(file.read_bytes().splitlines()) == len((tmp_path / "whole" / "items.jsonl").read_bytes().splitlines())
+
+
+def test_a_row_with_an_empty_choice_is_refused(tmp_path):
+    """Before any model is loaded: "[header]" is what is left of WikiHow's marks, and is cleaned away."""
+    row = rows("hellaswag")[0]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"endings": ["[header]", *row["endings"][1:]]}) + "\n")
+    args = argparse.Namespace(data=str(tmp_path / "rows.jsonl"), data_revision="", limit=0)
+    with pytest.raises(UserError, match=r"rows.jsonl row 1: not a row of hellaswag; expected activity_label"):
+        HellaSwag().run(args)
 
 
 def test_questions_with_typed_control_tokens_are_counted(tokenizer):

@@ -278,6 +278,9 @@ def test_encodings_by_hand():
     assert encode_morse("SOS now") == "... --- ... / -. --- .--"
     assert ciphers.decode_morse("... --- ...  -. --- .--") == "SOS NOW"
     assert ciphers.decode_ascii("The answer: 72, 101, 121 and 12 apples") == "The answer: Hey and 12 apples"
+    # As JavaScript counts an emoji, in two codes; and half of one.
+    assert ciphers.decode_ascii("72 105 55357 56898") == "Hi\N{SLIGHTLY SMILING FACE}"
+    assert ciphers.decode_ascii("72 105 55357") == "Hi\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize(

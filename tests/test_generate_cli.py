@@ -503,7 +503,7 @@ def assert_one_line(result, message):
         (("a", "--compare", "base,"), "--compare base,: an empty name"),
         (("a", "--compare", "base,b,b"), "--compare base,b,b: a name stands twice"),
         (("a", "--compare", "base,b", "--merge"), "--compare names the adapters itself"),
-        (("a", "--temperature", "-1"), "temperature is -1.0, expected a number from 0 on"),
+        (("a", "--temperature", "-1"), "temperature is -1.0, expected 0, or a number from 1e-06 on"),
         (("a", "--top-k", "many"), "argument --top-k: invalid int value: 'many'"),
         (("a", "--temp", "1"), "unknown flag '--temp'; did you mean --temperature?"),
         (("a", "--max_tokens=5"), "unknown flag '--max-tokens=5'; did you mean --max-new-tokens?"),

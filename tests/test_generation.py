@@ -3,6 +3,7 @@ the batch, the slots, the order of the queue, the pieces of a prompt, or how lat
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -363,6 +364,15 @@ def test_filters_equal_transformers(name):
     assert relative_error(got.clamp(min=-1e4), expected.clamp(min=-1e4)) <= 1e-6
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 30, 64])
+def test_top_k_of_equal_logits_equals_transformers(top_k):
+    """Rounded as in bf16: what is as likely as the k-th token stays, whatever its place in the vocabulary."""
+    logits, s = (logits_of() * 2).round() / 2, Sampling(1.0, top_k=top_k)
+    expected = warped_by_transformers(logits, s) == -math.inf
+    assert ((~expected).sum(1) > top_k).any()
+    assert torch.equal(expected, dense(logits, s) == -math.inf)
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("top-p", dict(top_p=0.79)), ("min-p", dict(min_p=0.11)),
                                              ("top-k", dict(top_k=6)), ("all", dict(temperature=1.41))])  # fmt: skip
 def test_a_wrong_filter_is_caught(name, wrong, monkeypatch):
@@ -547,10 +557,28 @@ def test_what_does_not_fit_is_named(text_model, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("seed", -1),
-                                             ("top_k", -1), ("min_p", 2), ("repetition_penalty", 0)])  # fmt: skip
+                                             ("top_k", -1), ("min_p", 2), ("repetition_penalty", 0),
+                                             ("temperature", 1e-40), ("top_k", 2**63), ("presence_penalty", 1e39),
+                                             ("frequency_penalty", -1e39), ("repetition_penalty", 1e-46)])  # fmt: skip
 def test_impossible_settings_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is {value}, expected"):
+    with pytest.raises(ValueError, match=re.escape(f"{name.replace('_', '-')} is {value}, expected")):
         Sampling(**{name: value})
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    """And with the largest penalties no logit becomes nan: of nan, argmax takes the first token."""
+    logits, none, position = torch.tensor([[-40.0, 40.0, 0.0, 39.9]]), torch.zeros(1, 4), torch.zeros(1).long()
+    for s in (Sampling(1e-6), Sampling(1e-6, top_k=3), Sampling(1e-6, top_p=0.9)):
+        assert choose(logits, settings_of(s), Paths.of(s), position).item() == 1
+    s, seen = Sampling(presence_penalty=1e6, frequency_penalty=1e6, repetition_penalty=1e6), (none.bool(), none.int())
+    seen[1][0, :3] = 2**20
+    assert penalised(logits, settings_of(s), *seen).isfinite().all()
+    assert choose(logits, settings_of(s), Paths.of(s), position, *seen).item() == 3
+
+
+def test_a_number_of_tokens_that_no_tensor_can_hold_is_named():
+    with pytest.raises(ValueError, match="max-think-tokens is 9223372036854775808, expected at least 0, and below 2"):
+        Options(max_think_tokens=2**63)
 
 
 # ---- adapters

@@ -198,6 +198,8 @@ def test_rows_that_came_of_a_review_are_trained_on(drafts, tmp_path, capsys):
         ({"row": True}, "row is True"),
         ({"field": "prompt"}, "field is 'prompt'"),
         ({"time": float("nan")}, "time is nan"),
+        ({"time": float("-inf")}, "time is -inf"),
+        ({"time": 10**400}, "time is 1000"),
         ({"value": "maybe"}, "decision is 'maybe'"),
         ({"field": "answer", "value": " \n"}, "answer of row 1 is ' \\n'; expected a text that is not empty"),
         ({"field": "answer", "value": "a</think>b"}, "holds <think> or </think>"),

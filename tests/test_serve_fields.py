@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psysafe.generation.request import Event
-from psysafe.generation.text import ANSWER, Piece
+from psysafe.generation.text import ANSWER, Piece, TextSplitter
 from psysafe.serve import protocol
-from psysafe.serve.answers import Choice, Trimmed, Update
+from psysafe.serve.answers import Choice, TextCompletion, Trimmed, Update
 from psysafe.serve.fields import ApiError
 from psysafe.serve.protocol import HARMLESS, UNSUPPORTED, Asked, Served, read_chat, read_text
 from psysafe.serve.setup import default_sampling
@@ -273,3 +273,20 @@ def test_two_thousand_mutated_bodies(model, tokenizer):
         assert set(statuses) <= {200, 400, 404, 429} and statuses.count(200) > 300, sorted(statuses)
         assert live.worker.is_alive and live.health()["active"] == 0
         assert live.ask(question(max_tokens=2))[0] == 200
+
+
+def test_a_character_of_several_tokens_moves_no_offset(tokenizer):
+    """Streamed as whole. Counted by what each token shows alone, four bytes of an emoji were four characters."""
+    answer = "a\u00e9\U0001f642b!"
+    ids = tokenizer.encode(answer)
+    assert len(ids) == len(answer.encode())  # a token a byte
+    splitter, streamed = TextSplitter(tokenizer, thinking=False), []
+    completion = TextCompletion(text(tokenizer, logprobs=0), tokenizer)
+    for place, token in enumerate(ids):
+        finish = "length" if place == len(ids) - 1 else ""
+        event = Event(1, token, finish, -1.0, [])
+        chunk = completion.push(Update(0, event, splitter.push(token), False, finish))
+        streamed += chunk["choices"][0]["logprobs"]["text_offset"] if chunk else []
+    (whole,) = completion.whole()["choices"]
+    assert whole["text"] == answer
+    assert whole["logprobs"]["text_offset"] == streamed == [0, 1, 1, 2, 2, 2, 2, 3, 4]

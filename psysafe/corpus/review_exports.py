@@ -6,7 +6,6 @@ time: milliseconds since 1970; of two entries of one person the later one counts
 """
 
 import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -132,7 +131,7 @@ def _entry(entry: object, n_rows: int, where: str) -> tuple[int, str, float, str
         raise UserError(f"{where}: row is {row!r:.40}; expected 1 to {n_rows:,}")
     if field not in FIELDS:
         raise UserError(f"{where}: field is {field!r:.40}; expected {', '.join(FIELDS)}")
-    if type(time) not in (int, float) or not math.isfinite(time):
+    if type(time) not in (int, float) or not abs(time) <= 2**53:  # JavaScript's largest whole number
         raise UserError(f"{where}: time is {time!r:.40}; expected milliseconds since 1970")
     if value is None:
         return row - 1, field, time, value

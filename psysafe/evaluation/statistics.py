@@ -1,6 +1,6 @@
 """What a figure over n prompts can show: intervals of shares and means, and whether two settings differ.
 
-Shares from 0 to 1. Every interval is 95 % unless another confidence is asked for. The bootstrap draws prompts, never
+Shares from 0 to 1. Every interval is 95 %. The bootstrap draws prompts, never
 single answers: two answers to one prompt are not independent.
 """
 
@@ -44,40 +44,40 @@ def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact where rounding is not
 
 
-def resampled_sums(rows: ArrayLike, seed: int = SEED) -> np.ndarray:
+def resampled_sums(rows: ArrayLike) -> np.ndarray:
     """Sums over n rows drawn with replacement from rows (n, m) -> (RESAMPLES, m). rows: a prompt each."""
     rows = np.asarray(rows, dtype=np.float64)
     # How often each distinct row is drawn is multinomial: ratings have five, so that n costs nothing.
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     step = max(1, CHUNK // len(distinct))
     sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
     return np.concatenate([generator.multinomial(len(rows), counts / len(rows), size) @ distinct for size in sizes])
 
 
-def percentile_interval(resampled: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
+def percentile_interval(resampled: ArrayLike) -> Interval:
     """The middle of what a figure came to in the resamples (R,). Those in which it is undefined (nan) do not count;
     (nan, nan) where it is undefined in all."""
     resampled = np.asarray(resampled, dtype=np.float64)
     defined = resampled[~np.isnan(resampled)]
     if not len(defined):
         return math.nan, math.nan
-    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def bootstrap_mean(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = SEED) -> Interval:
+def bootstrap_mean(values: Sequence[float]) -> Interval:
     """Percentile bootstrap of the mean over prompts: values (n,), one a prompt; n are drawn with replacement.
 
     (nan, nan) without values.
     """
     if not len(values):
         return math.nan, math.nan
-    sums = resampled_sums(np.reshape(values, (-1, 1)), seed)
-    return percentile_interval(sums[:, 0] / len(values), confidence)
+    sums = resampled_sums(np.reshape(values, (-1, 1)))
+    return percentile_interval(sums[:, 0] / len(values))
 
 
-def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int = SEED) -> Difference:
+def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
     """How far the mean of second (n,) is above that of first (n,), prompt by prompt. n >= 1.
 
     p is twice the share of resamples in which the difference has the other sign or none, but never below 2^(1 - m), the
@@ -85,7 +85,7 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
     near 0.
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    means = resampled_sums(differences[:, None], seed)[:, 0] / len(differences)
+    means = resampled_sums(differences[:, None])[:, 0] / len(differences)
     return resampled_difference(float(differences.mean()), means, np.count_nonzero(differences))
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from psysafe.cli import setting
-from psysafe.generation.sampling import Sampling
+from psysafe.generation.sampling import MAX_INTEGER, Sampling
 from psysafe.program import UserError
 
 
@@ -23,8 +23,9 @@ class RequestOptions:
 
     def _check(self, **minimum: int) -> None:
         for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}")
+            if not least <= getattr(self, name) <= MAX_INTEGER:
+                expected = f"expected at least {least}, and below 2^63"
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, {expected}")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from psysafe.files import read_json
 from psysafe.program import UserError
 
 MASK = 0xFFFFFFFF
-WINDOW = 64  # top-k up to here finds its candidates without sorting the vocabulary
+WINDOW = 64  # top-k up to here finds its candidates, ties among them, without sorting the vocabulary
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-6  # lower ones differ from 0 by no token, and logits divided by them may overflow
+MAX_INTEGER = 2**63 - 1  # of a seed and of a number of tokens: both are kept as int64
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Sampling:
     """How tokens are chosen; the defaults choose the most likely one. Raises UserError for values out of range."""
 
     temperature: float = setting(0.0, "Divides the logits; 0 always takes the most likely token.")
-    top_k: int = setting(0, "Only the k most likely tokens; 0 for all.")
+    top_k: int = setting(0, "Only the k most likely tokens and what ties with them; 0 for all.")
     top_p: float = setting(1.0, "Only the most likely tokens that together reach this probability.")
     min_p: float = setting(0.0, "Only tokens at least this probable relative to the most likely one.")
     repetition_penalty: float = setting(1.0, "Makes tokens of the prompt and of the answer so far less likely.")
@@ -46,15 +48,17 @@ class Sampling:
 
     def __post_init__(self):
         for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
-            ("top_k", self.top_k >= 0, "0 (all) or a positive number"),
+            ("temperature", self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+             f"0, or a number from {MIN_TEMPERATURE:g} on"),
+            ("top_k", 0 <= self.top_k <= MAX_INTEGER, "0 (all) or a positive number below 2^63"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number, 1 for none"),
-            ("presence_penalty", -math.inf < self.presence_penalty < math.inf, "a number, 0 for none"),
-            ("frequency_penalty", -math.inf < self.frequency_penalty < math.inf, "a number, 0 for none"),
-            ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
-        ):
+            # Far beyond any use, and far from where a logit in fp32 would overflow.
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "1e-6 to 1e6, 1 for none"),
+            ("presence_penalty", -1e6 <= self.presence_penalty <= 1e6, "-1e6 to 1e6, 0 for none"),
+            ("frequency_penalty", -1e6 <= self.frequency_penalty <= 1e6, "-1e6 to 1e6, 0 for none"),
+            ("seed", 0 <= self.seed <= MAX_INTEGER, "0 to 2^63 - 1"),
+        ):  # fmt: skip
             if not fits:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
@@ -180,8 +184,10 @@ def filtered(scores: Tensor, settings: SamplingRows, ordered: bool) -> Tensor:
     scores = scores / settings.temperature
     keep = scores >= scores.amax(-1, keepdim=True) + settings.log_min_p
     if ordered:
-        top_k, rank = settings.top_k[:, None], torch.arange(scores.shape[1], device=scores.device)
-        scores = scores.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
+        top_k = settings.top_k[:, None]
+        # What is as likely as the k-th stays, as in transformers: bf16 logits are often equal.
+        kth = scores.gather(1, top_k.clamp(1, scores.shape[1]) - 1)
+        scores = scores.masked_fill((top_k > 0) & (scores < kth), -math.inf)
         p = scores.softmax(-1)
         # A token stays while those before it have not reached top_p; their sum may round to 1 too early.
         keep &= (p.cumsum(-1) - p < settings.top_p) | (settings.top_p >= 1)

@@ -3,6 +3,7 @@
 Both forms are made of the same parts, so that a stream, put together, is the whole answer.
 """
 
+import codecs
 import json
 import secrets
 import time
@@ -94,12 +95,13 @@ class Completion:
 
     prefix = ""  # of the id
     whole_object = chunk_object = ""
+    kind_of_text: type[Trimmed] = Trimmed
 
     def __init__(self, asked: Asked, tokenizer: Tokenizer):
         self.asked, self.tokenizer = asked, tokenizer
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
-        kind = Verbatim if isinstance(self, TextCompletion) else Trimmed
-        self.choices = [Choice(i, kind(), kind()) for i in range(len(asked.prompts) * asked.n)]
+        texts = self.kind_of_text
+        self.choices = [Choice(i, texts(), texts()) for i in range(len(asked.prompts) * asked.n)]
 
     @property
     def is_finished(self) -> bool:
@@ -187,18 +189,39 @@ class ChatCompletion(Completion):
 
 class TextCompletion(Completion):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    kind_of_text = Verbatim
+
+    def __init__(self, asked: Asked, tokenizer: Tokenizer):
+        super().__init__(asked, tokenizer)
+        self.offsets = [Offsets() for _ in self.choices]
 
     def _delta(self, choice: Choice, part: Part) -> dict:
-        start = len(choice.answer.text) - len(part.answer)
-        return self._choice(choice, part.answer, part.logprobs, start)
+        offsets = self.offsets[choice.index].push(part.logprobs)
+        return self._choice(choice, part.answer, part.logprobs, offsets)
 
     def _whole_choice(self, choice: Choice) -> dict:
-        return self._choice(choice, choice.answer.text, choice.logprobs, 0)
+        return self._choice(choice, choice.answer.text, choice.logprobs, self.offsets[choice.index].every)
 
-    def _choice(self, choice: Choice, text: str, logprobs: list[dict], start: int) -> dict:
+    def _choice(self, choice: Choice, text: str, logprobs: list[dict], offsets: list[int]) -> dict:
         has_logprobs = self.asked.logprobs is not None
-        listed = _columns(logprobs, start) if has_logprobs else None
+        listed = _columns(logprobs, offsets) if has_logprobs else None
         return {"index": choice.index, "text": text, "logprobs": listed, "finish_reason": choice.finish or None}
+
+
+class Offsets:
+    """Where in the text each token begins, in characters. One that is spread over tokens counts with its last byte."""
+
+    def __init__(self):
+        self.every: list[int] = []  # of all tokens so far
+        self._next, self._decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, logprobs: list[dict]) -> list[int]:
+        """The offsets of the next tokens."""
+        n_before = len(self.every)
+        for entry in logprobs:
+            self.every.append(self._next)
+            self._next += len(self._decoder.decode(bytes(entry["bytes"])))
+        return self.every[n_before:]
 
 
 def _reasoning(text: str | None) -> dict:
@@ -206,12 +229,8 @@ def _reasoning(text: str | None) -> dict:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def _columns(logprobs: list[dict], start: int) -> dict:
-    """The table of text completions. start: where in the text the first token begins."""
-    offsets, at = [], start
-    for entry in logprobs:
-        offsets.append(at)
-        at += len(entry["token"])
+def _columns(logprobs: list[dict], offsets: list[int]) -> dict:
+    """The table of text completions."""
     return {
         "tokens": [entry["token"] for entry in logprobs],
         "token_logprobs": [entry["logprob"] for entry in logprobs],

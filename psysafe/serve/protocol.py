@@ -15,14 +15,13 @@ from psysafe.data.prompts import with_system
 from psysafe.data.tokenizer import Message, Tokenizer
 from psysafe.files import parse_json
 from psysafe.generation.request import RequestOptions
-from psysafe.generation.sampling import MAX_LOGPROBS, Sampling
+from psysafe.generation.sampling import MAX_LOGPROBS, MIN_TEMPERATURE, Sampling
 from psysafe.program import UserError
 from psysafe.serve.fields import ApiError, Fields, invalid
 
 MAX_STOPS, MAX_STOP = 16, 200  # stop texts of a request, characters of one
 MAX_SCALE = 100  # of adapter_scale, to both sides
 TEXT_TOKENS = 16  # of a text completion that names no length, as OpenAI has it
-GREEDY = 1e-6  # temperatures below it differ from 0 by no token, and the logits divided by them overflow
 
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # What this server does not do, with the values by which a client says that it does not want it.
@@ -149,7 +148,7 @@ def read_sampling(fields: Fields, defaults: Mapping[str, float]) -> Sampling:
     """defaults: where the fields do not say. Raises ApiError for a value out of range."""
     temperature = fields.number("temperature", defaults.get("temperature", 1.0), 0, 2)
     settings = {
-        "temperature": 0.0 if temperature < GREEDY else temperature,
+        "temperature": 0.0 if temperature < MIN_TEMPERATURE else temperature,
         "top_k": fields.integer("top_k", defaults.get("top_k", 0), -1, 10**9),
         "top_p": fields.number("top_p", defaults.get("top_p", 1.0), 0, 1),
         "min_p": fields.number("min_p", defaults.get("min_p", 0.0), 0, 1),

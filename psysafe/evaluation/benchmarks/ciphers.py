@@ -36,7 +36,10 @@ def decode_ascii(text: str) -> str:
 
     def decoded(run: re.Match) -> str:
         codes = [int(code) for code in re.findall(r"\d+", run[0])]
-        return "".join(map(chr, codes)) if all(code < 0x110000 for code in codes) else run[0]
+        if any(code >= 0x110000 for code in codes):
+            return run[0]
+        # An emoji may be written as its two UTF-16 codes. A half alone no tokenizer takes: it is shown as unreadable.
+        return "".join(map(chr, codes)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     code = r"\b\d{1,7}\b"
     return re.sub(rf"{code}(?:[ ,]+{code}){{2,}}|\A{code}(?:[ ,]+{code})?\Z", decoded, text.strip())

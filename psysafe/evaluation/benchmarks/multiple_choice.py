@@ -188,7 +188,7 @@ class MultipleChoice(Evaluation):
     def _checked_item(self, row: dict, where: str) -> Item:
         try:
             item = self.item(row)
-            if 0 <= item.gold < len(item.choices):
+            if 0 <= item.gold < len(item.choices) and all(item.choices):  # no likelihood per character of an empty one
                 return item
         except (ValueError, TypeError, AttributeError, OverflowError):
             pass
