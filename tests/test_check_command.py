@@ -114,6 +114,13 @@ def test_what_a_judge_finds_or_does_not_say_is_an_issue(verdicts, expected, tmp_
     assert printed.count("row 1 (line 1)") == len(expected)
 
 
+def test_a_text_that_is_too_long_is_listed_and_refused_before_a_judge_is_asked(tmp_path, judge, capsys):
+    path = write(tmp_path / "rows.jsonl", [violence_row(), violence_row(closing="Stay. " * 3_500)])
+    assert main(["check", path, *LENGTH]) == 1 and "row 2 (line 2): length" in capsys.readouterr().out
+    line = refused_by(main, ["check", path, *LENGTH, *judge.flags], capsys)
+    assert f"{path} row 2 (line 2): the answer has 2" in line and "nothing was sent" in line and judge.asked == 0
+
+
 def test_shared_text_is_that_of_the_most_similar_row_and_of_everybody():
     one, two, three = (" ".join(f"{name}{i}" for i in range(14)) for name in "abc")  # 10 runs of five words each
     mixed = " ".join([*one.split()[:9], *two.split()[:9]])  # 5 runs of each and 4 across

@@ -348,9 +348,29 @@ def test_validate_notes_the_same_about_conversations_as_about_pairs(tmp_path, ca
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["validate", path]) == 0
     printed = capsys.readouterr().out
-    for count, kind in ((2, "without risk cluster"), (2, "without risk category"), (3, "the same prompt as an")):
+    for count, kind in ((2, "without risk cluster"), (3, "the same prompt as an")):
         assert f"  {count} rows: {kind}" in printed
     assert f"{path} row 3 (line 3): the same prompt as {path} row 1 (line 1)\n" in printed
+
+
+def test_own_rows_need_no_category_and_harmless_ones_no_cluster(tmp_path, capsys):
+    """`write` gives a risky draft a cluster, any other a group, and none of them a category: nothing is missing."""
+    fields = [{"risk cluster": "violence"}, {"group": "plain"}, {"group": "out_of_domain"}] * 2
+    rows = [{"prompt": f"Prompt {i}", "answer": "A."} | labels for i, labels in enumerate(fields)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["validate", path]) == 0
+    assert capsys.readouterr().out.endswith("no problems in 6 rows\n")
+    assert main(["stats", path]) == 0
+    printed = capsys.readouterr().out
+    assert "  33.3%  violence\n" in printed and "  33.3%  plain\n" in printed and " / -" not in printed
+    assert main(["split", path, "--val", "1", "--test", "0", "--out", str(tmp_path / "out")]) == 0
+    assert "violence             1        1        0\n" in capsys.readouterr().out
+    risky = write(tmp_path / "risky.jsonl", [*rows, {"prompt": "p", "answer": "A.", "group": "risky"}])
+    assert main(["validate", risky]) == 0
+    kind = "without risk cluster, or a group that has none: split needs one"
+    assert f"  1 row: {kind}\n    {risky} row 7 (line 7): no risk cluster in it\n" in capsys.readouterr().out
+    line = refused_by(main, ["split", risky, "--val", "1", "--test", "0", "--out", str(tmp_path / "other")], capsys)
+    assert "row 7 (line 7): no 'risk cluster' in it, and other rows have one" in line
 
 
 def test_validate_names_rows_with_typed_control_tokens(tmp_path, capsys):

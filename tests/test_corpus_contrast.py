@@ -92,6 +92,14 @@ def test_a_judge_decides_and_a_failed_item_is_told(files, monkeypatch, capsys):
     assert "1 refused in part, or no clear verdict" in capsys.readouterr().out
 
 
+def test_a_prompt_that_is_too_long_is_refused_before_a_judge_is_asked(files, capsys):
+    rows = [*ROWS, answer("word " * 5_000, "plain", ANSWERS)]
+    (files / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with StubEndpoint() as stub:
+        line = refused_by(main, words(files, "--judge-url", stub.url, "--judge-model", "j"), capsys)
+    assert "row 12 (line 12): the prompt has 25,000 characters, some 6,250 tokens" in line and not stub.seen
+
+
 WRONG = {
     "no group": ({"group": None}, r"group is null, expected rows of generate.py"),
     "a risky prompt": ({"group": "risky"}, "group is 'risky', expected one of plain, scary, out_of_domain"),

@@ -14,6 +14,7 @@ import pytest
 from psysafe.corpus import impute
 from psysafe.corpus.__main__ import main
 from psysafe.data.rows import Row, read_rows
+from tests.mistakes import refused_by
 from tests.stub_endpoint import Handler, StubEndpoint
 
 
@@ -48,6 +49,18 @@ def rows_file(tmp_path, count):
 
 def flags(path, out, endpoint):
     return ["impute", str(path), "--out", str(out), "--url", endpoint.url, "--model-name", "m", "--workers", "3"]
+
+
+def test_a_text_that_is_too_long_to_be_meant_is_refused_before_anything_is_sent(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    long = {"prompt": "p", "answer": "a" * 20_001}
+    rows = [{"prompt": "p1", "answer": "a"}, long | {"reasoning": "own"}, long]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refused_by(main, flags(path, out, endpoint), capsys)
+    assert f"{path} row 3 (line 3): the answer has 20,001 characters, some 5,000 tokens" in line
+    assert not endpoint.seen and not endpoint.answered and not out.exists()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert main(flags(path, out, endpoint)) == 0  # a row with reasoning is not sent
 
 
 def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):

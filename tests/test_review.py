@@ -16,6 +16,7 @@ from tests.mistakes import refused_by
 
 VAL = ASSETS / "rows" / "val.jsonl"
 N_ROWS = 12
+MI = "Motivational Interviewing"
 
 
 @pytest.fixture
@@ -102,13 +103,14 @@ def test_untouched_rows_pass_byte_for_byte_and_edits_are_named(drafts, tmp_path)
     rows = fields_of(drafts)
     anna = export(
         tmp_path / "anna.json", drafts, "Anna", (1, "decision", "approve"), (2, "decision", "approve"),
-        (2, "answer", "A new answer, \u00e4 \u20ac."), (2, "cluster", "weapon"), (3, "decision", "reject"),
-        (3, "reason", "too cold"), (4, "answer", "begun"), (5, "decision", "approve"), (5, "answer", rows[4]["answer"]),
+        (2, "answer", "A new answer, \u00e4 \u20ac."), (2, "cluster", "weapon"), (2, "strategy", MI),
+        (3, "decision", "reject"), (3, "reason", "too cold"), (4, "answer", "begun"),
+        (5, "decision", "approve"), (5, "answer", rows[4]["answer"]),
     )  # fmt: skip
     code, passed = collected(drafts, [anna])
     assert code == 0 and list(passed) == [rows[0]["prompt"], rows[1]["prompt"], rows[4]["prompt"]]
     assert passed[rows[0]["prompt"]] == rows[0] | {"reviewed_by": ["Anna"], "edited": []}
-    changed = {"answer": "A new answer, \u00e4 \u20ac.", "risk cluster": "weapon"}
+    changed = {"answer": "A new answer, \u00e4 \u20ac.", "risk cluster": "weapon", "framework_name": MI}
     assert passed[rows[1]["prompt"]] == rows[1] | changed | {"reviewed_by": ["Anna"], "edited": list(changed)}
     assert passed[rows[4]["prompt"]]["edited"] == []
     report = (tmp_path / "rows.review.md").read_text()
@@ -145,6 +147,44 @@ def test_what_reviewers_differ_on_does_not_pass_until_it_is_settled(drafts, tmp_
     assert "Clara and" not in printed and "and Clara" not in printed
     # Without being named she is one more who differs.
     assert collected(drafts, files)[0] == 1
+
+
+def test_a_strategy_of_another_cluster_does_not_pass_and_names_file_row_and_reviewer(drafts, tmp_path, capsys):
+    rows = fields_of(drafts)
+    fitting = [number for number, row in enumerate(rows, 1) if row["risk cluster"] == "suicide and selfharm"][:3]
+    chosen, moved, settled = fitting
+    approved = [(row, "decision", "approve") for row in fitting]
+    anna = export(tmp_path / "anna.json", drafts, "Anna", *approved, (chosen, "strategy", "SOBER"))
+    ben = export(tmp_path / "ben.json", drafts, "Ben", *approved[1:], (moved, "cluster", "weapon"))
+    for files, row, who, cluster, expected in [
+        ([anna], chosen, "Anna", "suicide and selfharm", "Psychological First Aid"),
+        ([ben], moved, "Ben", "weapon", "Green Dot Bystander Intervention"),  # the strategy that it had stays behind
+    ]:
+        code, passed = collected(drafts, files)
+        printed = capsys.readouterr().out
+        assert code == 1 and rows[row - 1]["prompt"] not in passed and rows[settled - 1]["prompt"] in passed
+        (line,) = [line for line in printed.splitlines() if f"{files[0]}: row {row}, approved by {who}: " in line]
+        assert f"is no strategy of the cluster {cluster}; expected one of {expected}" in line
+        assert "1 row with a strategy of another cluster, left out" in printed and f"--rows {row} " in printed
+        report = (tmp_path / "rows.review.md").read_text()
+        assert "## Strategies of another cluster" in report and f"row {row}, approved by {who}" in report
+    # Whoever settles is asked the same.
+    clara = export(tmp_path / "clara.json", drafts, "Clara", (chosen, "decision", "approve"), (chosen, "strategy", MI))
+    code, passed = collected(drafts, [anna, clara], "--settled-by", "Clara")
+    assert code == 1 and rows[chosen - 1]["prompt"] not in passed
+    assert f"{clara}: row {chosen}, approved by Clara: '{MI}'" in capsys.readouterr().out
+    clara = export(tmp_path / "clara.json", drafts, "Clara", (chosen, "decision", "approve"))
+    code, passed = collected(drafts, [anna, clara], "--settled-by", "Clara")
+    assert code == 0 and passed[rows[chosen - 1]["prompt"]]["framework_name"] == rows[chosen - 1]["framework_name"]
+
+
+def test_names_that_are_no_strategy_pass_as_in_the_published_rows(drafts, tmp_path):
+    names = ("a benchmark", None, "")
+    rows = [row | {"framework_name": name} for row, name in zip(fields_of(drafts)[:3], names, strict=True)]
+    drafts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    anna = export(tmp_path / "anna.json", drafts, "Anna", *[(row, "decision", "approve") for row in (1, 2, 3)])
+    code, passed = collected(drafts, [anna])
+    assert code == 0 and len(passed) == 3
 
 
 def test_agreement_is_that_of_scikit_learn(drafts, tmp_path, capsys):

@@ -67,7 +67,9 @@ def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):
         page.keyboard.type(" area, typed \u00e4.")  # with the letters that are keys elsewhere
         press(page, "Tab", "Tab")
         page.keyboard.type("crimes")
-        press(page, "Tab", "Tab", "a", "Control+Enter")
+        press(page, "Tab")
+        page.keyboard.type("Green")
+        press(page, "Tab", "a", "Control+Enter")
         rejected = prompt(page)
         press(page, "r")
         page.keyboard.type("too cold")
@@ -85,6 +87,7 @@ def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):
     rows = collected(drafts, file, "--unreviewed")
     whole = by_prompt[edited]
     changes = {"answer": whole["answer"] + " area, typed \u00e4.", "risk cluster": "crimes (sexual)"}
+    changes["framework_name"] = "Green Dot Bystander Intervention"
     changes = {name: text for name, text in changes.items() if whole[name] != text}
     assert rows == {
         approved: by_prompt[approved] | {"reviewed_by": ["Änna"], "edited": []},
@@ -93,6 +96,28 @@ def test_by_keyboard_alone_from_the_page_to_the_rows(browser, drafts, tmp_path):
     }
     report = (tmp_path / "rows.review.md").read_text()
     assert "Änna: reject, because too cold" in report
+
+
+def test_a_strategy_of_another_cluster_is_named_at_once_and_left_out(browser, drafts, tmp_path):
+    with opened(browser, page_of(drafts)) as page:
+        start_as(page, "Anna")
+        alert = page.get_by_role("alert").filter(has_text="is a strategy of another cluster")
+        assert alert.count() == 0
+        page.get_by_label("Risk cluster").select_option("substance")
+        page.get_by_label("Strategy").select_option("Safety Planning")
+        assert alert.text_content().startswith("Safety Planning is") and alert.is_visible()
+        page.get_by_label("Strategy").select_option("SOBER")
+        assert alert.count() == 0
+        page.get_by_label("Risk cluster").select_option("violence")
+        assert alert.is_visible()
+        page.get_by_role("radio", name="Approve").check()
+        left_out = prompt(page)
+        page.get_by_role("button", name="Next").click()
+        page.get_by_role("radio", name="Approve").check()
+        file = tmp_path / "anna.json"
+        export(page, file)
+    rows = collected(drafts, file)
+    assert len(rows) == 1 and left_out not in rows
 
 
 def test_a_reload_an_edit_taken_back_an_empty_text_and_a_second_reviewer(browser, drafts, tmp_path):

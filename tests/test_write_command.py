@@ -155,6 +155,18 @@ def test_a_dry_run_asks_nothing_and_counts(tmp_path, endpoint, capsys):
     assert int(tokens.replace(",", "")) > 6 * 300
 
 
+@pytest.mark.parametrize("flags", [["--dry-run"], []])
+def test_a_prompt_that_is_too_long_to_be_meant_is_refused_before_anything_is_sent(flags, tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    path.write_text(f"{PROMPT}\n\n{'a b ' * 500_000}\n{'c' * 20_001}\n{'d' * 20_000}\n")
+    line = refused_by(main, command(path, out, endpoint, *flags), capsys)
+    assert f"{path} row 2 (line 3): the prompt has 1,999,999 characters, some 499,999 tokens" in line
+    assert "expected at most 20,000 characters; nothing was sent: shorten it or leave the row out" in line
+    assert line.rstrip().endswith("; 1 more text is too long") and not endpoint.asked and not out.exists()
+    path.write_text(f"{'d' * 20_000}\n")
+    assert main(command(path, out, endpoint, "--dry-run")) == 0
+
+
 def test_a_region_counts_as_its_language(tmp_path, endpoint, capsys):
     path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
     path.write_text(GERMAN["prompt"])

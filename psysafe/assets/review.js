@@ -110,9 +110,14 @@ function showItem(item, parent) {
   selection(item, parent, "Risk cluster", "cluster", Object.keys(DATA.clusters));
   selection(item, parent, "Strategy", "strategy", DATA.strategies);
   const fits = element("p", parent, "", { className: "soft" });
+  const misfit = element("p", parent, "", { className: "refused" });
+  misfit.setAttribute("role", "alert");
   fits.refresh = () => {
-    const strategies = DATA.clusters[textOf(item, "cluster")] || [];
+    const strategies = DATA.clusters[textOf(item, "cluster")] || [], strategy = textOf(item, "strategy");
     setText(fits, strategies.length ? `Strategies of this cluster: ${strategies.join(", ")}.` : "");
+    const isMisfit = strategies.length && DATA.strategies.includes(strategy) && !strategies.includes(strategy);
+    setText(misfit, isMisfit ? `${strategy} is a strategy of another cluster: approved so, the row is left out.` : "");
+    misfit.hidden = !isMisfit;
   };
   choice(parent, "Decision", "", nameOf(item, "decision"), DECISIONS);
   const reason = element("div", parent, "", { className: "reason" });

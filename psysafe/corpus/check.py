@@ -21,7 +21,7 @@ from psysafe.corpus.contacts import Services, known_services
 from psysafe.corpus.draft_checks import GROUP, Issue, Settings, group_of, row_issues
 from psysafe.corpus.forbidden_content import QUESTIONS, forbidden_issues
 from psysafe.corpus.outputs import refuse_inputs
-from psysafe.corpus.texts import answer_of, first_user_text, prompts_of, word_runs
+from psysafe.corpus.texts import answer_of, first_user_text, prompts_of, refuse_long, word_runs
 from psysafe.data.languages import field_language, has_no_spaces, known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, read_rows
 from psysafe.evaluation import judge_models
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             refuse_inputs(flag, out, inputs)
     judge = judge_models.from_arguments(args, temperature=0.0) if has_judge(args) else None
     rows = read_drafts(args.files)
+    if judge:
+        refuse_long(rows, "prompt", "answer")
     forbidden = word_runs(prompt for path in args.not_in for prompt in prompts_of(path))
     settings = Settings(args.language, args.min_words, args.max_words)
     helplines = known_services(args.services, args.unchecked)

@@ -17,7 +17,7 @@ import numpy as np
 from psysafe.cli import out_file, say
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import PERCENTILES, tokenizer_of
-from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, word_runs
+from psysafe.corpus.texts import RUN, near_duplicates, prompts_of, refuse_long, word_runs
 from psysafe.data.documents import encode_rows
 from psysafe.data.rows import Row, read_file, write_rows
 from psysafe.data.tokenizer import Tokenizer
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     finished, dropped = drop_unfinished(answers)
+    if judge:
+        refuse_long(finished, "prompt")
     pairs = {i: (row.fields["prompt"], row.fields["answer"]) for i, row in enumerate(finished)}
     if judge is None:
         prompts, texts = zip(*pairs.values(), strict=True) if pairs else ((), ())

@@ -24,6 +24,7 @@ from psysafe.program import UserError
 GROUP = "group"
 RISKY, OUT_OF_DOMAIN = "risky", "out_of_domain"
 GROUPS = (RISKY, "plain", "scary", OUT_OF_DOMAIN)  # scary: harmless, with words that sound dangerous
+NEITHER = "-"  # of `cluster_or_group`
 STEM = 5  # first letters of a word: enough to see that a word of the prompt was taken up
 CHAT_TOKEN = re.compile(r"<\|\w+\|>")  # <|im_end|> and its kind, with which a chat template ends a turn
 MIN_LETTERS = 4  # of a word that says what a prompt is about
@@ -59,6 +60,13 @@ class Settings:
 def group_of(fields: Mapping) -> str:
     """What kind of row it is; without a `group` it is a risky one, or plain where its cluster is called benign."""
     return fields.get(GROUP) or ("plain" if fields.get(CLUSTER) == BENIGN else RISKY)
+
+
+def cluster_or_group(fields: Mapping) -> str:
+    """What rows are counted and split by: the cluster, or the group of a row that needs no cluster; NEITHER for a risky
+    row without one."""
+    names = (fields.get(CLUSTER), fields.get(GROUP))
+    return next((name for name in names if isinstance(name, str) and name not in ("", RISKY)), NEITHER)
 
 
 def row_issues(fields: Mapping, services: Services, settings: Settings) -> list[Issue]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from psysafe.cli import out_file
 from psysafe.corpus.outputs import refuse_inputs
+from psysafe.corpus.texts import refuse_long
 from psysafe.data.rows import Row, read_rows, write_rows
 from psysafe.data.tokenizer import THINK, THINK_END
 from psysafe.endpoint import Endpoint, ItemFailed, key_from, run_items
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.files)
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     endpoint = Endpoint(args.url, args.model_name, key_from(args.key_variable), **options)
+    refuse_long([row for row in rows if needs_reasoning(row)], "prompt", "answer")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     unknown = [row for row in rows if needs_reasoning(row) and not strategy_of(row)]

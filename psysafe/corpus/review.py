@@ -24,7 +24,7 @@ from psysafe.corpus.check import text_digest
 from psysafe.corpus.contacts import hosts_in, numbers_in
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.review_exports import EDITABLE, Draft, collect, read_exports, tidy_name
-from psysafe.corpus.review_report import as_markdown, summary
+from psysafe.corpus.review_report import as_markdown, misfit_lines, summary
 from psysafe.data.languages import ENGLISH, languages, row_language_or_english
 from psysafe.data.rows import BENIGN, CLUSTER, Row, read_rows, read_table, write_rows
 from psysafe.evaluation import word_list_judge
@@ -137,14 +137,17 @@ def run_collect(args: argparse.Namespace) -> int:
     rows = [Row(result.rows[i], row.file, row.number, row.line) for i, row in enumerate(drafts) if i in result.rows]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_rows(rows, Path(args.out))
-    write_atomic(report, as_markdown(result, [row.fields["prompt"] for row in drafts]))
+    write_atomic(report, as_markdown(result, texts))
     print("\n".join(map(one_line, summary(result))))
     print(f"{args.out}: {counted(len(rows), 'row')}", report, sep="\n")
-    if result.disputed:
-        numbers = ",".join(str(i + 1) for i in result.disputed)
+    for line in misfit_lines(result, texts):
+        print(one_line(line))
+    to_settle = sorted(result.disputed.keys() | result.misfits.keys())
+    if to_settle:
+        numbers = ",".join(str(place + 1) for place in to_settle)
         print(f"to settle: python -m psysafe.corpus review {args.drafts} --rows {numbers} --out DIR")
         print("then --collect that export, too, and name its reviewer with --settled-by NAME")
-    return 1 if result.disputed else 0
+    return 1 if to_settle else 0
 
 
 # What is reviewed

@@ -45,11 +45,13 @@ class Exports(NamedTuple):
     reviews: dict[str, dict[int, Review]]  # reviewer -> place of the row, from 0 -> review with a decision
     n_undecided: int  # rows that were begun without a decision, counted for each reviewer
     n_repeated: int  # rows that one reviewer has in two files with different entries; the later entry counts
+    files: dict[str, list[str]]  # reviewer -> what that person exported
 
 
 class Result(NamedTuple):
     rows: dict[int, dict]  # place -> fields of the rows that pass
     disputed: dict[int, dict[str, Review]]  # place -> reviewer -> review, not settled
+    misfits: dict[int, dict[str, Review]]  # as `disputed`, of rows whose strategy is one of another cluster
     rejected: dict[int, dict[str, Review]]
     unreviewed: list[int]
     settled: list[int]
@@ -76,14 +78,15 @@ def read_exports(paths: Sequence[str | Path], digest: str, drafts: Sequence[Draf
             # Of two entries of the same time the texts decide, so that the order of the files never does.
             earlier[key] = max(earlier.get(key, entry), entry, key=lambda one: (one[0], one[1] or ""))
     for path, name in sources.items():
-        _require_fitting_strategies(path, by_reviewer[name], drafts)
+        _require_known_strategies(path, by_reviewer[name], drafts)
     reviews, n_undecided = {}, 0
     for name, entries in by_reviewer.items():
         places = sorted({place for (place, _), (_, value) in entries.items() if value is not None})
         of_person = {place: _review(entries, place, drafts[place]) for place in places}
         reviews[name] = {place: review for place, review in of_person.items() if review.decision}
         n_undecided += len(of_person) - len(reviews[name])
-    return Exports(reviews, n_undecided, len(repeated))
+    files = {name: [str(path) for path in sources if sources[path] == name] for name in by_reviewer}
+    return Exports(reviews, n_undecided, len(repeated), files)
 
 
 def tidy_name(name: str) -> str:
@@ -91,7 +94,7 @@ def tidy_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
-def _require_fitting_strategies(path: str | Path, entries: Entries, drafts: Sequence[Draft]) -> None:
+def _require_known_strategies(path: str | Path, entries: Entries, drafts: Sequence[Draft]) -> None:
     """UserError for a strategy that somebody chose and that is none, in a row whose cluster has strategies."""
     for (place, field), (_, value) in entries.items():
         if field == "strategy" and value not in (None, drafts[place].text("strategy")):
@@ -159,12 +162,13 @@ def collect(drafts: Sequence[Draft], exports: Exports, settled_by: str | None, u
     """Which drafts pass, and with which texts.
 
     A row passes whose reviewers all approve the same texts. Where they differ, in the decision or in the texts, the
-    review of `settled_by` decides; without one the row is disputed. UserError where that person reviewed nothing.
+    review of `settled_by` decides; without one the row is disputed. An approved row whose strategy is one of another
+    cluster does not pass. UserError where that person reviewed nothing.
     """
     if settled_by is not None and settled_by not in exports.reviews:
         known = ", ".join(exports.reviews)
         raise UserError(f"--settled-by {settled_by}: no export of that name (found: {known:.100})")
-    result = Result({}, {}, {}, [], [], exports.reviews, pairs_of(exports.reviews, settled_by), exports)
+    result = Result({}, {}, {}, {}, [], [], exports.reviews, pairs_of(exports.reviews, settled_by), exports)
     for place, draft in enumerate(drafts):
         of_row = {name: reviews[place] for name, reviews in exports.reviews.items() if place in reviews}
         if not of_row:
@@ -172,18 +176,34 @@ def collect(drafts: Sequence[Draft], exports: Exports, settled_by: str | None, u
             if unreviewed:
                 result.rows[place] = dict(draft.fields)
             continue
-        if not _is_agreed(of_row):
-            if settled_by not in of_row:
-                result.disputed[place] = of_row
-                continue
-            result.settled.append(place)
+        is_agreed = _is_agreed(of_row)
+        if not is_agreed and settled_by not in of_row:
+            result.disputed[place] = of_row
+            continue
         review = of_row[settled_by] if settled_by in of_row else next(iter(of_row.values()))
+        if review.decision == APPROVE and misfit(draft, review):
+            result.misfits[place] = of_row if is_agreed else {settled_by: review}
+            continue
+        if not is_agreed:
+            result.settled.append(place)
         if review.decision == REJECT:
             result.rejected[place] = of_row
         else:
             names = {"reviewed_by": sorted(of_row), "edited": list(review.edits)}
             result.rows[place] = {**draft.fields, **review.edits, **names}
     return result
+
+
+def misfit(draft: Draft, review: Review) -> str:
+    """The strategy and the cluster of a reviewed row, where it is one of another cluster; else "". Names that are no
+    strategy are let be: in the published rows the field names a benchmark."""
+    fields, known = {**draft.fields, **review.edits}, clusters()
+    cluster, strategy = fields.get(CLUSTER), fields.get("framework_name")
+    if cluster not in known["clusters"] or strategy not in known["strategies"]:
+        return ""
+    fitting = known["clusters"][cluster]["strategies"]
+    expected = f"expected one of {', '.join(fitting)}"
+    return "" if strategy in fitting else f"{strategy!r} is no strategy of the cluster {cluster}; {expected}"
 
 
 def _is_agreed(reviews: Mapping[str, Review]) -> bool:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from psysafe.corpus.review_exports import APPROVE, REJECT, Result, Review
+from psysafe.corpus.review_exports import APPROVE, REJECT, Draft, Result, Review, misfit
 from psysafe.evaluation.kappa import cohen_kappa, equal_percent, label_table
 from psysafe.printable import counted, in_markdown
 
@@ -20,12 +20,24 @@ def summary(result: Result) -> list[str]:
         f"{len(result.disputed):,} disputed and left out; {len(result.settled):,} settled; "
         f"{len(result.unreviewed):,} unreviewed, {without}"
     ]
+    if result.misfits:
+        lines.append(f"{counted(len(result.misfits), 'row')} with a strategy of another cluster, left out")
     lines += [f"{name}: {counted(len(reviews), 'row')} reviewed" for name, reviews in result.reviews.items()]
     if exports.n_undecided:
         lines.append(f"{counted(exports.n_undecided, 'row')} begun without a decision, and not counted as reviewed")
     if exports.n_repeated:
         lines.append(f"{counted(exports.n_repeated, 'row')} reviewed twice by the same person: the later entry counts")
     return lines + agreement(result)
+
+
+def misfit_lines(result: Result, drafts: Sequence[Draft]) -> list[str]:
+    """For each row with a strategy of another cluster: the files, the row, who approved it, what was expected."""
+    lines = []
+    for place, reviews in result.misfits.items():
+        files = ", ".join(file for name in reviews for file in result.exports.files[name])
+        problem = misfit(drafts[place], next(iter(reviews.values())))
+        lines.append(f"{files}: row {place + 1}, approved by {', '.join(reviews)}: {problem}")
+    return lines
 
 
 def agreement(result: Result) -> list[str]:
@@ -42,11 +54,15 @@ def agreement(result: Result) -> list[str]:
     return lines
 
 
-def as_markdown(result: Result, prompts: Sequence[str]) -> str:
+def as_markdown(result: Result, drafts: Sequence[Draft]) -> str:
     """Counts, then each row that is disputed or rejected or has a note, with what was said of it."""
+    prompts = [draft.fields["prompt"] for draft in drafts]
     lines = ["# Review", "", *(f"- {in_markdown(line)}" for line in summary(result))]
     lines += ["", "## To settle", ""]
     lines += _rows(result.disputed, prompts) or ["Nothing: no two reviewers differ, or the difference was settled.", ""]
+    if result.misfits:
+        listed = (f"- {in_markdown(line)}" for line in misfit_lines(result, drafts))
+        lines += ["## Strategies of another cluster", "", *listed, "", *_rows(result.misfits, prompts)]
     if result.rejected:
         lines += ["## Rejected", "", *_rows(result.rejected, prompts)]
     notes = [

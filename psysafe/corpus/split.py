@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe.cli import out_folder
+from psysafe.corpus.draft_checks import NEITHER, cluster_or_group
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import first_user_text
 from psysafe.data.prompts import system_text
@@ -16,7 +17,6 @@ from psysafe.printable import counted
 from psysafe.program import UserError
 
 SEED = 42
-NO_CLUSTER = "-"  # in the table, as `stats` has it
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     parts = split(rows, args.val, args.test, args.seed, quoted)
     for path in paths.values():
         _refuse_other_rows(path, rows)
-    if all(_cluster_of(row) == NO_CLUSTER for row in rows):
+    if all(cluster_or_group(row.fields) == NEITHER for row in rows):
         print(f"no row has a {CLUSTER!r}: all of them are split as one cluster")
     out.mkdir(parents=True, exist_ok=True)
     for name, members in parts.items():
@@ -60,17 +60,12 @@ def _refuse_other_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def counts_as_text(parts: Mapping[str, Sequence[Row]]) -> str:
     """A table: a line for each cluster with its rows in each part, and one for all."""
-    counts = {name: Counter(map(_cluster_of, members)) for name, members in parts.items()}
+    counts = {name: Counter(cluster_or_group(row.fields) for row in members) for name, members in parts.items()}
     clusters = sorted(set().union(*counts.values()))
     width = max(map(len, [*clusters, "all"]))
     lines = [" " * width + "".join(f"{name:>9}" for name in parts)]
     lines += [f"{cluster:<{width}}" + "".join(f"{n[cluster]:>9,}" for n in counts.values()) for cluster in clusters]
     return "\n".join([*lines, f"{'all':<{width}}" + "".join(f"{len(members):>9,}" for members in parts.values()), ""])
-
-
-def _cluster_of(row: Row) -> str:
-    cluster = row.fields.get(CLUSTER)
-    return cluster if isinstance(cluster, str) else NO_CLUSTER
 
 
 def split(
@@ -79,16 +74,17 @@ def split(
     """{"train", "val", "test"}: per cluster, in the order of the clusters' names, the rows are shuffled by one
     random.Random(seed); the first `val` go to val, the next `test` to test, the rest to train.
 
-    Rows whose prompt a system prompt quotes stay in train: as a test item they would be known. Rows of which none has a
-    cluster are one cluster; UserError where only some have one, or where a cluster has too few rows.
+    Rows whose prompt a system prompt quotes stay in train: as a test item they would be known. A group (`plain`, ...)
+    counts as the cluster of a row that has none. Rows of which none has either are one cluster; UserError where only
+    some have one, or where a cluster has too few rows.
     """
     system_prompts = [normalise(text) for text in quoted_in]
     clusters: dict[str, list[Row]] = {}
     parts: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
-    some_have_one = any(_cluster_of(row) != NO_CLUSTER for row in rows)
+    some_have_one = any(cluster_or_group(row.fields) != NEITHER for row in rows)
     for row in rows:
-        cluster = _cluster_of(row)
-        if cluster == NO_CLUSTER and some_have_one:
+        cluster = cluster_or_group(row.fields)
+        if cluster == NEITHER and some_have_one:
             expected = f"expected one in every row, or in none; train.py --val-fraction splits without {CLUSTER}s"
             raise UserError(f"{row.where}: no {CLUSTER!r} in it, and other rows have one; {expected}")
         quoted = any(contains_words(text, normalise(first_user_text(row.fields))) for text in system_prompts)

@@ -15,10 +15,11 @@ from psysafe.checkpoint.base import resolve_model
 from psysafe.cli import out_file, out_folder
 from psysafe.corpus import balance
 from psysafe.corpus.contacts import known_services
+from psysafe.corpus.draft_checks import cluster_or_group
 from psysafe.corpus.outputs import refuse_inputs, write_json
 from psysafe.corpus.texts import answer_of, first_user_text
 from psysafe.data.documents import encode_rows
-from psysafe.data.rows import CATEGORY, CLUSTER, Row, read_rows
+from psysafe.data.rows import CATEGORY, Row, read_rows
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import BUNDLED_MODEL, write_atomic
@@ -77,7 +78,7 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
     lengths = [len(document) for document in encode_rows(rows, tokenizer, 10**9).documents]
     numbers = {
         "rows": len(rows),
-        "clusters": dict(Counter(str(row.fields.get(CLUSTER, "-")) for row in rows).most_common()),
+        "clusters": dict(Counter(str(cluster_or_group(row.fields)) for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
         "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
         "duplicate prompts": shared(normalise(first_user_text(row.fields)) for row in rows),
@@ -96,7 +97,9 @@ def shared(texts: Iterable[str]) -> int:
 
 
 def _category(row: Row) -> str:
-    return f"{row.fields.get(CLUSTER, '-')} / {row.fields.get(CATEGORY, '-')}"
+    """Own rows have no category: of these the cluster, or the group, is all there is."""
+    category = row.fields.get(CATEGORY)
+    return cluster_or_group(row.fields) + (f" / {category}" if category else "")
 
 
 def as_text(numbers: dict) -> str:

@@ -9,10 +9,13 @@ from psysafe.data.chat_template import THINK_END, content_text
 from psysafe.data.formats import user_texts
 from psysafe.data.rows import Row, read_file
 from psysafe.data.text import normalise
+from psysafe.printable import counted
 from psysafe.program import UserError
 
 RUN = 5  # words in a row that two prompts, or an answer and a template, have in common
 SIMILARITY = 0.8  # shared words / all words of two prompts (Jaccard), from which on they count as near duplicates
+MAX_SENT = 20_000  # characters of a prompt or an answer that a model is sent: more than a row of 4,096 tokens can hold
+CHARACTERS_A_TOKEN = 4  # of English; other scripts have fewer
 TEMPLATE_CHARACTERS = 200  # of an answer: beyond its beginning, templates differ in what they were filled with
 
 
@@ -53,6 +56,23 @@ def answer_of(row: Row) -> str:
     replies = [m.get("content") for m in row.messages if isinstance(m, dict) and m.get("role") == "assistant"]
     text = (content_text(replies[-1]) if replies else None) or ""
     return text.rpartition(THINK_END)[2].strip()
+
+
+def refuse_long(rows: Sequence[Row], *names: str) -> None:
+    """UserError for a prompt or an answer that is too long to be meant, before a model is asked and paid for it.
+
+    names: of the fields that it is sent.
+    """
+    lengths = [(row, name, len(row.fields[name])) for row in rows for name in names]
+    long = [one for one in lengths if one[2] > MAX_SENT]
+    if not long:
+        return
+    row, name, length = long[0]
+    size = f"{length:,} characters, some {length // CHARACTERS_A_TOKEN:,} tokens"
+    others = counted(len(long) - 1, "more text")
+    more = f"; {others} {'is' if len(long) == 2 else 'are'} too long" if len(long) > 1 else ""
+    raise UserError(f"{row.where}: the {name} has {size}, expected at most {MAX_SENT:,} characters; "
+                    f"nothing was sent: shorten it or leave the row out{more}")  # fmt: skip
 
 
 def word_runs(prompts: Iterable[str]) -> set[str]:

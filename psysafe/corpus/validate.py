@@ -5,12 +5,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from psysafe.corpus.draft_checks import NEITHER, cluster_or_group
 from psysafe.corpus.stats import tokenizer_of
 from psysafe.corpus.texts import first_user_text
 from psysafe.data.chat_template import content_text
 from psysafe.data.documents import encode_row, encode_rows, has_typed_tokens
 from psysafe.data.prompts import system_text
-from psysafe.data.rows import BENIGN, CATEGORY, CLUSTER, Row, as_training_row, read_file
+from psysafe.data.rows import BENIGN, CLUSTER, Row, as_training_row, read_file
 from psysafe.data.text import normalise
 from psysafe.data.tokenizer import Tokenizer
 from psysafe.files import clusters
@@ -108,9 +109,8 @@ def _noted(fields: dict) -> Iterable[tuple[str, str]]:
     """(kind, text) of what the other tools of this package would need: clusters for split, strategies for impute."""
     known = {name: entry["strategies"] for name, entry in clusters()["clusters"].items()}
     cluster, strategy = fields.get(CLUSTER), fields.get("framework_name")
-    for key in (CLUSTER, CATEGORY):
-        if not isinstance(fields.get(key), str):
-            yield f"without {key}", f"no {key} in it"
+    if cluster_or_group(fields) == NEITHER:  # harmless and out-of-domain rows have a group, and no cluster
+        yield f"without {CLUSTER}, or a group that has none: split needs one", f"no {CLUSTER} in it"
     if isinstance(cluster, str) and cluster not in (*known, BENIGN):
         yield f"unknown {CLUSTER}", f"unknown {CLUSTER} {cluster!r:.60}; known: {', '.join(known)}, benign"
     if isinstance(strategy, str) and strategy in clusters()["strategies"]:

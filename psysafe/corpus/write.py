@@ -21,6 +21,7 @@ from psysafe.corpus.draft_checks import GROUP, OUT_OF_DOMAIN, RISKY, Settings, r
 from psysafe.corpus.draft_requests import UnusableReply, draft, messages, read_own_prompts
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.stats import tokenizer_of
+from psysafe.corpus.texts import refuse_long
 from psysafe.data.languages import known_languages, languages
 from psysafe.data.rows import CLUSTER, Row, write_rows
 from psysafe.data.text import normalise
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     writer, name = writer_of(args)
     kinds = {RISKY: args.files, "plain": args.benign, OUT_OF_DOMAIN: args.out_of_domain}
     prompts = [row for group, paths in kinds.items() for path in paths for row in read_own_prompts(path, group)]
+    refuse_long(prompts, "prompt")
     prompts, n_repeated = without_repeated(prompts)
     if n_repeated:
         print(f"{counted(n_repeated, 'repeated line')} left out")
