@@ -77,6 +77,12 @@ class Runtime:
         dist.all_reduce(on_cpu, dist.ReduceOp.MAX)
         return int(on_cpu)
 
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        if self.world_size > 1:
+            for x in tensors:
+                dist.all_reduce(x)
+
     def agree(self, **settings: object) -> None:
         """Raises UserError on every rank when one of them was given something else than rank 0."""
         if self.world_size == 1:
@@ -171,6 +177,12 @@ def memory_total(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_beside_torch(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, but not by torch's allocator: CUDA's context, NCCL's buffers, other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def memory_peak(device: torch.device) -> int:
