@@ -112,9 +112,7 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
         if local_rank >= count:
             remedy = "start at most that many ranks a machine, or take --device cpu"
             raise UserError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
-        # Read by torch when CUDA starts. Segments that can grow leave fewer gaps, which the memory plan cannot foresee.
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        let_segments_grow()
         this_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(this_device)
     try:  # kernels/ may not import psysafe, so it raises ValueError; asked here once, before the weights are read
@@ -150,6 +148,13 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return store
+
+
+def let_segments_grow() -> None:
+    """Ask torch's allocator for segments that can grow, before CUDA starts: they leave fewer gaps, which the memory plan
+    cannot foresee. A setting of the user's own stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _be_deterministic(seed: int) -> None:
