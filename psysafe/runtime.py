@@ -151,8 +151,8 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
 
 
 def let_segments_grow() -> None:
-    """Ask torch's allocator for segments that can grow, before CUDA starts: they leave fewer gaps, which the memory plan
-    cannot foresee. A setting of the user's own stays."""
+    """Before CUDA starts, ask torch's allocator for segments that can grow: they leave fewer gaps, which no plan
+    foresees. A setting of the user's own stays."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -160,6 +160,9 @@ def let_segments_grow() -> None:
 def _be_deterministic(seed: int) -> None:
     """A resumed run must repeat its bits. An operation that cannot only warns: it must not end an overnight run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Sums that the switches of NVLink add up differ in their bits from call to call (nccl issue 1497). torch turns them
+    # off within a machine where determinism is asked for; this also turns off those over several machines.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.backends.cudnn.benchmark = False
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler, a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written once for nothing
