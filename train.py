@@ -98,6 +98,10 @@ def prepare(config: TrainConfig, sources: dict[str, str], runtime: Runtime, watc
     check_vocabulary(config, model, *data)
     adapters = attach_adapters(model, config, state.meta if state else {})
     optimizer = make_optimizer(adapters, config)
+    # A step's sums, of zeros: NCCL takes its buffers at the first of them. Here the plan can leave room for them; after
+    # the first backward pass there may be none.
+    watch.progress(0)
+    runtime.sum(adapters.grad, torch.zeros((), dtype=adapters.param.dtype, device=runtime.device))
     plan = make_plan(config, model, adapters, optimizer, runtime)
     total_steps = count_steps(config, len(data.train))
     run = Run(

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 import kernels
 from benchmarks.baselines import CONTENDERS, MAX_GPU_BYTES, Contender, architecture
 from psysafe.model.config import ModelConfig
-from psysafe.runtime import PEAKS, DeviceTime, memory_peak
+from psysafe.runtime import PEAKS, DeviceTime, let_segments_grow, memory_peak
 from psysafe.training.roofline import SPEEDS, context, elementwise_bytes, flops_per_token, step_seconds
 
 TURN_OVER = "turn over"
@@ -48,6 +48,7 @@ class Task:
 def main(task: Task) -> None:
     device = torch.device(task.device)
     if device.type == "cuda":
+        let_segments_grow()  # as in training, whose plan fills the GPU; the same for all
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, MAX_GPU_BYTES / total))
     text_config = architecture(device, task.layers)

@@ -77,6 +77,12 @@ class Runtime:
         dist.all_reduce(on_cpu, dist.ReduceOp.MAX)
         return int(on_cpu)
 
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        if self.world_size > 1:
+            for x in tensors:
+                dist.all_reduce(x)
+
     def agree(self, **settings: object) -> None:
         """Raises UserError on every rank when one of them was given something else than rank 0."""
         if self.world_size == 1:
@@ -106,9 +112,7 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_s: f
         if local_rank >= count:
             remedy = "start at most that many ranks a machine, or take --device cpu"
             raise UserError(f"--device cuda: rank {rank} needs GPU {local_rank}, torch finds {count} here; {remedy}")
-        # Read by torch when CUDA starts. Segments that can grow leave fewer gaps, which the memory plan cannot foresee.
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        let_segments_grow()
         this_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(this_device)
     try:  # kernels/ may not import psysafe, so it raises ValueError; asked here once, before the weights are read
@@ -146,9 +150,19 @@ def _join(backend: str, timeout: datetime.timedelta) -> dist.Store:
     return store
 
 
+def let_segments_grow() -> None:
+    """Before CUDA starts, ask torch's allocator for segments that can grow: they leave fewer gaps, which no plan
+    foresees. A setting of the user's own stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _be_deterministic(seed: int) -> None:
     """A resumed run must repeat its bits. An operation that cannot only warns: it must not end an overnight run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Sums that the switches of NVLink add up differ in their bits from call to call (nccl issue 1497). torch turns them
+    # off within a machine where determinism is asked for; this also turns off those over several machines.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.backends.cudnn.benchmark = False
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler, a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written once for nothing
@@ -171,6 +185,12 @@ def memory_total(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_beside_torch(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, but not by torch's allocator: CUDA's context, NCCL's buffers, other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def memory_peak(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def test_the_27b_without_weights_rows_or_gpu(capsys):
     ):
         assert expected in text, expected
     assert "on one H100" in text and "on one H200" in text and "hours in all" in text
+
+
+def test_the_costs_in_our_recipe_s_comments_are_those_of_the_dry_run(capsys, monkeypatch):
+    """Seconds a step, hours and tokens, beside the paper's; with KL and at the other ratio."""
+    monkeypatch.setattr("psysafe.training.dry_run._paper_summary", lambda *_: {})  # most of a dry run's time
+    recipe = ["--config", "configs/qwen3.5-27b-selective.toml", "--dry-run"]
+
+    def costs(*argv) -> tuple[str, ...]:
+        text = printed(capsys, *argv)
+        speed = re.search(r"on one H100 +at best ([\d.]+) s a step, ([\d.]+) hours in all", text)
+        tokens, more = re.search(r"in all, ([\d,]+) tokens", text)[1], re.search(r"\+([\d.]+)% tokens", text)
+        return *speed.groups(), f"{int(tokens.replace(',', '')) / 1e6:.1f}", more and more[1]
+
+    (step, hours, tokens, more), (paper_step, paper_hours, paper_tokens, _) = costs(*recipe), costs(*RECIPE)
+    kl, three_quarters = costs(*recipe, "--kl-weight", "1"), costs(*recipe, "--contrast-ratio", "0.75")
+    comments = Path("configs/qwen3.5-27b-selective.toml").read_text().replace("\n# ", " ")
+    for expected in (
+        f"+{more} % tokens a step, {step} instead of {paper_step} s",
+        f"({tokens} of {paper_tokens} million) and {hours} instead of {paper_hours} hours",
+        f"({kl[0]} s a step)",
+        f"(+{three_quarters[3]} % tokens)",
+    ):
+        assert expected in comments, expected
 
 
 def test_the_architecture_can_be_named(capsys):

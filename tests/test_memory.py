@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from psysafe.model import recompute as recomputation
 from psysafe.model.config import ModelConfig
 from psysafe.model.lora import ALL_LINEAR, TARGETS, attach
 from psysafe.model.recompute import STAGES, recompute, recomputed_stages
+from psysafe.runtime import Runtime
+from psysafe.training.config import resolve
 from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes, saved_bytes, tail_bytes
 from psysafe.training.roofline import SPEEDS, elementwise_bytes, flops_per_token, step_seconds
+from psysafe.training.setup import make_optimizer, make_plan
 
 ARCHITECTURE = Path(__file__).parents[1] / "configs" / "qwen3.5-27b-architecture.json"
 MICRO = ARCHITECTURE.with_name("micro.json")
@@ -175,6 +179,30 @@ def test_4096_tokens_fit_an_80_gb_gpu():
     assert not any("in_proj" in x for x in stages) and sum("gate_up" in x for x in stages) < 24
     assert choice.peak > 83.4e9, "more was dropped than needed"
     assert choice.saved == sum(choice.layers) + tail_bytes(CONFIG, Sizes.largest(4096, 4), TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("beside_gb", "less_gb", "flag"),
+    [
+        (0.5, 0, ()),  # CUDA's context alone
+        (1.8, 1.2, ()),  # and NCCL's buffers
+        (4.6, 4.0, ()),  # and somebody else's process
+        (1.8, 2.0, ("--memory-limit", "83")),
+    ],
+)
+def test_the_plan_of_a_gpu_leaves_room_for_what_is_in_use_beside_torch(beside_gb, less_gb, flag, monkeypatch):
+    config, _ = resolve(["--config", "configs/qwen3.5-27b.toml", *flag])
+    model = build(CONFIG, "meta", torch.bfloat16)
+    adapters = attach(model, 1, 32)
+    in_use, reserved = round((55 + beside_gb) * 1e9), 55 * 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (H100_MEMORY - in_use, H100_MEMORY))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    properties = SimpleNamespace(total_memory=H100_MEMORY)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    runtime = Runtime(torch.device("cuda", 0), torch.bfloat16)
+    real = make_plan(config, model, adapters, make_optimizer(adapters, config), runtime)
+    assert real.limit == H100_MEMORY - RESERVE - round(less_gb * 1e9)
+    assert real.choose(Sizes.largest(4096, 4)).peak + in_use - reserved < H100_MEMORY
 
 
 def test_the_recipe_s_own_steps_need_nothing_made_again():

@@ -209,12 +209,13 @@ def test_one_process_is_one_rank_on_the_cpu(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     code = """
-        import torch
+        import os, torch
         from psysafe.runtime import start, memory_peak, memory_total
         run = start("cpu", seed=3)
         assert run.is_main and run.dtype == torch.float32 and run.peak is None and run.largest(5) == 5
         assert start("cpu", "float64").dtype == torch.float64
         assert torch.are_deterministic_algorithms_enabled() and torch.initial_seed() == 0
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_NVLS_ENABLE"] == "0"
         assert 1e7 < memory_peak(run.device) < memory_total(run.device)
     """
     process = python(code)

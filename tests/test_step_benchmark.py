@@ -1,6 +1,7 @@
 """benchmarks/step.py: what it refuses, what it compares before it times, how it sorts times and extrapolates."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -135,6 +136,22 @@ def on_an_h200(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in ("transformers", "peft") else None)
+
+
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:128"])
+def test_a_contender_on_a_gpu_has_the_allocator_of_training(own, monkeypatch):
+    """Ours fills the GPU as its plan allows, which is made for segments that can grow."""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", own or "removed again when the test ends")
+    if own is None:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+
+    def starts_cuda(device):
+        raise OSError(os.environ["PYTORCH_ALLOC_CONF"])
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", starts_cuda)
+    with pytest.raises(OSError, match=own or "expandable_segments:True"):
+        measure.main(replace(TASK, device="cuda"))
 
 
 def test_the_table_of_a_gpu(capsys, monkeypatch):

@@ -221,3 +221,20 @@ def test_when_the_loop_validates_saves_and_stops(steps, stopped_at, validations,
     assert validated == validations and [step for step, _ in saved] == saves
     ends = [*range(0, steps, 4), steps]  # of epochs, and of the run
     assert all(due == (step in ends and step not in validations) for step, due in saved)
+
+
+def test_ranks_sum_once_before_the_memory_is_planned(tmp_path, monkeypatch):
+    """NCCL takes its buffers at the first sum. After a backward pass that fills the GPU it would find no room."""
+    events = []
+
+    def make_plan(config, model, adapters, *rest):
+        events.append("plan")
+        assert not adapters.grad.any()
+        return original(config, model, adapters, *rest)
+
+    original = train.make_plan
+    monkeypatch.setattr(train, "make_plan", make_plan)
+    monkeypatch.setattr(Runtime, "sum", lambda self, *tensors: events.append([(x.shape, x.dtype) for x in tensors]))
+    assert train.main(["--max-steps", "1", "--warmup-steps", "0", "--out", str(tmp_path / "run")]) == 0
+    first, planned, step = events
+    assert planned == "plan" and first == step and len(step) == 2

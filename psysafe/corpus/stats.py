@@ -78,7 +78,7 @@ def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[d
     lengths = [len(document) for document in encode_rows(rows, tokenizer, 10**9).documents]
     numbers = {
         "rows": len(rows),
-        "clusters": dict(Counter(str(cluster_or_group(row.fields)) for row in rows).most_common()),
+        "clusters": dict(Counter(cluster_or_group(row.fields) for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
         "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
         "duplicate prompts": shared(normalise(first_user_text(row.fields)) for row in rows),

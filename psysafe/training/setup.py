@@ -21,9 +21,9 @@ from psysafe.model.decoder import Qwen3_5
 from psysafe.model.lora import Adapters, attach, resolve_targets
 from psysafe.model.shard import GATHERED
 from psysafe.program import UserError
-from psysafe.runtime import Runtime, memory_total
+from psysafe.runtime import Runtime, memory_beside_torch, memory_total
 from psysafe.training.config import TrainConfig
-from psysafe.training.memory_plan import H100_MEMORY, RESERVE, Plan, Sizes
+from psysafe.training.memory_plan import CONTEXT, H100_MEMORY, RESERVE, Plan, Sizes
 from psysafe.training.optim import AdamW
 from psysafe.training.roofline import context, flops_per_token
 from psysafe.training.watchdog import Watchdog
@@ -262,7 +262,8 @@ def make_plan(
     """The memory plan for a GPU, in a dry run without one for an H100; None on a CPU, where nothing is planned."""
     device = runtime.device
     if device.type == "cuda":
-        total = memory_total(device)
+        # Beyond the context: NCCL's buffers, and other processes. Without them a run gets the plan of its dry run.
+        total = memory_total(device) - max(0, memory_beside_torch(device) - CONTEXT)
     elif assumes_gpu(config, model):
         total = H100_MEMORY
     elif config.memory_limit:

@@ -3,7 +3,6 @@
 """
 
 import torch
-import torch.distributed as dist
 
 from psysafe.data.documents import Document, pack_share, step_contrast_documents, step_documents
 from psysafe.model.decoder import Qwen3_5
@@ -25,9 +24,7 @@ def train_step(run: Run) -> StepResult:
 
     loss = backward(run, documents, n_targets)
     # Sums, not means: each part is already divided by all ranks' tokens.
-    if runtime.world_size > 1:
-        dist.all_reduce(adapters.grad)
-        dist.all_reduce(loss)
+    runtime.sum(adapters.grad, loss)
 
     lr = cosine_schedule(run.step, run.total_steps, config.warmup_steps, config.lr)
     run.optimizer.step(lr)  # clips; leaves everything as it is where the norm is not finite
