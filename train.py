@@ -49,7 +49,7 @@ from psysafe.training.setup import (
 )
 from psysafe.training.step import train_step
 from psysafe.training.tracker import check_login
-from psysafe.training.validation import note, validate
+from psysafe.training.validation import record_best, validate
 from psysafe.training.watchdog import Watchdog
 
 
@@ -160,7 +160,7 @@ def validate_and_save(run: Run, log: RunLog) -> None:
     log.catch_up()
     if losses := validate(run):
         log.validation(run.step, losses)
-        note(run, losses)
+        record_best(run, losses)
     run.validation_due = False  # before the save: a resumed run must not validate again
     save_run(run, log)
 

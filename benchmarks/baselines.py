@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
 from psysafe.checkpoint.base import build, random_tensor, randomise
 from psysafe.data.documents import Document, MicroBatch, pack
 from psysafe.files import read_json
 from psysafe.model.config import ModelConfig
 from psysafe.model.recompute import STAGES, recompute
 from psysafe.training.config import TrainConfig
-from psysafe.training.memory_plan import RESERVE, Plan, Sizes
-from psysafe.training.setup import attach_adapters, make_optimizer, nbytes
+from psysafe.training.loss import batch_loss
+from psysafe.training.memory_plan import Sizes
+from psysafe.training.setup import attach_adapters, make_optimizer, plan_within
 from psysafe.training.step import add_gradients
 
 MAX_GPU_BYTES = 85_000_000_000  # the memory of an 80 GB GPU; also the limit on a GPU that has more
@@ -130,9 +130,7 @@ class Ours(Contender):
             for block in self.model.layers:
                 recompute(block, STAGES)
         elif self.device.type == "cuda":
-            fixed = nbytes(*self.model.parameters(), self.adapters.grad, *self.optimizer.state_tensors().values())
-            limit = MAX_GPU_BYTES - RESERVE
-            self.plan = Plan(self.model.config, self.adapters.targets, self.adapters.rank, limit, fixed)
+            self.plan = plan_within(MAX_GPU_BYTES, RECIPE, self.model, self.adapters, self.optimizer, ranks=1)
 
     def backward(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -140,10 +138,7 @@ class Ours(Contender):
         for batch in pack(self.rows, MICRO_BATCH):  # in every step, as in training: packing is part of the time
             if self.plan is not None:
                 self.plan.apply(self.model, sizes(batch))
-            documents = kernels.Documents(batch.cu_seqlens, self.device)
-            tokens, rows, labels = map(documents.to_device, (batch.tokens, batch.rows, batch.labels))
-            hidden = self.model(tokens, documents, rows=rows)
-            loss = kernels.linear_cross_entropy(hidden, self.model.head, labels) / self.trained_tokens
+            loss = batch_loss(self.model, batch, self.device) / self.trained_tokens
             add_gradients(self.model, loss)
             total += loss.detach()
         return total

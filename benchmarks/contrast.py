@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 from psysafe import load_model  # noqa: E402
 from psysafe.checkpoint.base import build  # noqa: E402
-from psysafe.cli import Parser  # noqa: E402
+from psysafe.cli import Parser, whole_number  # noqa: E402
 from psysafe.data.rows import CLUSTER, read_rows, write_rows  # noqa: E402
 from psysafe.files import ASSETS, write_atomic  # noqa: E402
 from psysafe.model.lora import attach  # noqa: E402
@@ -121,7 +121,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("benchmarks/contrast.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=40, help="timed steps of each variant (40)")
+    parser.add_argument("--steps", type=whole_number, default=40, help="timed steps of each variant (40)")
     parser.add_argument("--out", type=Path, help="also write the numbers there")
     parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "ROWS"), help=SUPPRESS)
     args = parser.parse_args(argv)

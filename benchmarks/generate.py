@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from psysafe.checkpoint.base import load_model, published_tensors, resolve_model
-from psysafe.cli import Parser
+from psysafe.cli import Parser, whole_number
 from psysafe.files import read_json, write_atomic
 from psysafe.generation.engine import Engine
 from psysafe.generation.request import Request, RequestOptions
@@ -55,11 +55,11 @@ Run = Callable[[int], list[list[int]]]
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.generate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="assets:tiny")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 48])
+    parser.add_argument("--batch", type=whole_number, nargs="+", default=[1, 8, 48])
     parser.add_argument("--work", nargs="+", default=["batch", "queue"], choices=("batch", "queue"))
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=whole_number, default=64)
+    parser.add_argument("--new-tokens", type=whole_number, default=64)
+    parser.add_argument("--repeats", type=whole_number, default=3)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--peers", nargs="*", default=list(BASELINES), choices=list(BASELINES), dest="baselines")
     parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
@@ -110,7 +110,7 @@ def make_work(name: str, batch: int, args: argparse.Namespace, model: Qwen3_5) -
     if name == "batch":
         return Work(name, batch, [draw.choices(range(vocab), k=n) for _ in range(batch)], new, [])
     count = PROMPTS_PER_SLOT * batch
-    prompts = [draw.choices(range(vocab), k=draw.randint(n // 2, n * 3 // 2)) for _ in range(count)]
+    prompts = [draw.choices(range(vocab), k=draw.randint(max(1, n // 2), n * 3 // 2)) for _ in range(count)]
     # Random weights would hardly ever write one given end token. Of many ids spread over the vocabulary they meet one
     # after about new / 4 tokens or more, each row at another time.
     return Work(name, batch, prompts, 2 * new, list(range(7, vocab, max(2, new // 4))))

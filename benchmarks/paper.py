@@ -9,11 +9,10 @@ in all the rest. With --as-written the delta rule and the convolution are counte
 Traced are 4 and 8 layers; from the difference follow the others. Nothing is measured.
 """
 
-import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +27,12 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.baselines import LORA, architecture  # noqa: E402
 from psysafe.checkpoint.base import build  # noqa: E402
+from psysafe.cli import Parser, out_file, whole_number  # noqa: E402
 from psysafe.files import write_atomic  # noqa: E402
 from psysafe.model.config import ModelConfig  # noqa: E402
 from psysafe.model.lora import attach  # noqa: E402
 from psysafe.model.recompute import STAGES, recompute  # noqa: E402
+from psysafe.program import UserError, main_guard  # noqa: E402
 from psysafe.training.config import TrainConfig  # noqa: E402
 from psysafe.training.paper.rates import PaperGPU, kind  # noqa: E402
 from psysafe.training.paper.run import META, paper_run, trace_step  # noqa: E402
@@ -243,23 +244,27 @@ def table(results: dict[str, Count]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="A training step on paper: transformers + PEFT and ours.")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the one row (4096)")
-    parser.add_argument("--layers", type=int, default=64, help="a multiple of 4 (64)")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(description="A training step on paper: transformers + PEFT and ours.")
+    parser.add_argument("--tokens", type=whole_number, default=4096, help="of the one row (4096)")
+    parser.add_argument("--layers", type=whole_number, default=64, help="a multiple of 4 (64)")
     parser.add_argument("--gpu", choices=SPEEDS, default="H100")
     parser.add_argument("--as-written", action="store_true", help="delta rule and convolution as written in torch")
-    parser.add_argument("--out", type=Path, help="also write the counts as JSON")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="also write the counts as JSON")
+    args = parser.parse_args(argv)
+    if args.layers % BLOCK:
+        raise UserError(f"--layers {args.layers}: expected a multiple of {BLOCK}, the layers that repeat")
+    if args.tokens < 2:  # nothing predicts the first one
+        raise UserError(f"--tokens {args.tokens}: expected 2 or more")
     warnings.filterwarnings("ignore")
     results = race(args.tokens, args.layers, PaperGPU(args.gpu, args.tokens), args.as_written)
     print(table(results))
     if args.out:
         document = {"on_paper": True, "tokens": args.tokens, "layers": args.layers, "gpu": args.gpu}
         counts = {name: asdict(x) for name, x in results.items()}
-        write_atomic(args.out, json.dumps(document | {"as_written": args.as_written, "counts": counts}, indent=1))
+        write_atomic(Path(args.out), json.dumps(document | {"as_written": args.as_written, "counts": counts}, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(main))

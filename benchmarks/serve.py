@@ -37,7 +37,7 @@ import torch
 from benchmarks.serve_clients import prompts
 from psysafe.checkpoint.adapter import attach_many, save_adapter
 from psysafe.checkpoint.base import load_model
-from psysafe.cli import Parser
+from psysafe.cli import Parser, whole_number
 from psysafe.data.tokenizer import Tokenizer, load_tokenizer
 from psysafe.files import ASSETS, write_atomic
 from psysafe.generation.engine import Engine
@@ -79,9 +79,9 @@ class Rate(dict):
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m benchmarks.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=whole_number, default=16)
+    parser.add_argument("--new-tokens", type=whole_number, default=24)
+    parser.add_argument("--repeats", type=whole_number, default=3)
     parser.add_argument("--only", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--out", metavar="FILE", help="write the JSON document there, too")
     args = parser.parse_args(argv)

@@ -1,4 +1,6 @@
-"""benchmarks/generate.py on a model of random weights: everybody answers alike, and the last line is the result."""
+"""benchmarks/generate.py on a model of random weights: all answer alike, and the last line is the result. And the
+mistakes of it and of its neighbours.
+"""
 
 import json
 import shutil
@@ -6,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generate
+from benchmarks import contrast, generate, paper, serve
 from psysafe.program import main_guard
+from tests.mistakes import refused_by
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "micro.json"
 SMALL = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "1", "--peers", "transformers")
@@ -30,3 +33,24 @@ def test_the_same_answers_as_transformers(where, tmp_path, monkeypatch, capsys):
     for row in result["results"]:
         assert row["same_answers"] == 1
         assert row["all"] > 0
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "argv", "message"),
+    [
+        (contrast, ["--steps", "0"], "argument --steps: '0' is no whole number above 0"),
+        (generate, ["--repeats", "0"], "argument --repeats: '0' is no whole number above 0"),
+        (serve, ["--requests", "0"], "argument --requests: '0' is no whole number above 0"),
+        (paper, ["--layers", "6"], "--layers 6: expected a multiple of 4"),
+        (paper, ["--tokens", "1"], "--tokens 1: expected 2 or more"),
+        (paper, ["--gpu", "H300"], "argument --gpu: invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(benchmark, argv, message, capsys):
+    assert message in refused_by(benchmark.main, argv, capsys)
+
+
+def test_prompts_of_a_queue_have_a_token_each(capsys):
+    """Around a length of one token they may not become empty."""
+    flags = ["--model", f"random:{CONFIG}", "--work", "queue", "--batch", "1", *SMALL, "--prompt-tokens", "1"]
+    assert main_guard(generate.main, flags) == 0

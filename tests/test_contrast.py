@@ -23,7 +23,7 @@ from psysafe.training.run_log import VALIDATION
 from psysafe.training.run_state import State, saved_best
 from psysafe.training.setup import DataSets
 from psysafe.training.step import documents_of_step
-from psysafe.training.validation import note, validate
+from psysafe.training.validation import record_best, validate
 from tests.mistakes import refused, refused_by
 from tests.test_resume import assert_same_run, command, metrics, workspace  # noqa: F401
 from tests.test_train import curve, dataset, setup
@@ -224,7 +224,7 @@ def test_which_validation_is_the_best(keep_best, expected, tmp_path):
     series = [(0.1, 0.0), (1.0, 0.1), (0.3, 0.2), (0.25, 0.25), (0.2, 0.4), (math.nan, math.nan), (0.3, 0.4)]
     for run.step, (val_loss, kl) in enumerate(series):
         run.adapters.param.fill_(run.step)
-        note(run, {"val_loss": val_loss, "contrast_loss": 9.0, "contrast_kl": kl})
+        record_best(run, {"val_loss": val_loss, "contrast_loss": 9.0, "contrast_kl": kl})
     assert (run.best and (run.best.step, pytest.approx(run.best.score))) == expected
     assert run.best_val == 0.1, "one that is not a number is no reason to forget the lowest"
     assert run.best is None or (run.best.adapter == run.best.step).all()
@@ -333,11 +333,11 @@ def test_the_best_adapter_is_what_stays_also_after_a_kill(keep_best, rows, capsy
     words = ("--keep-best", keep_best, "--kl-weight", "0.5", "--epochs", "3", "--batch-size", "6")
     adapters = {}
 
-    def noted(run, losses, note=train.note):
-        note(run, losses)
+    def recorded(run, losses, record_best=train.record_best):
+        record_best(run, losses)
         adapters[run.step] = {name: x.clone() for name, x in run.adapters.tensors().items()}, losses, run.best
 
-    monkeypatch.setattr(train, "note", noted)
+    monkeypatch.setattr(train, "record_best", recorded)
     assert run_with(rows, f"best-{keep_best}", *words) == 0
     best = adapters[12][2]
     name = {"contrast": "contrast_kl", "val": "val_loss"}[keep_best]

@@ -77,6 +77,16 @@ def test_a_second_save_of_a_step_does_not_overwrite_the_first(tmp_path):
     assert load_state(tmp_path).meta == {"best": "later"}
 
 
+def test_of_many_saves_of_a_step_the_last_two_stay(tmp_path):
+    """The first free name would be that of the oldest one, and the newest but one would go."""
+    for number in range(5):
+        save_state(tmp_path, 7, tensors(number), {"number": number})
+        kept = sorted((tmp_path / "state").iterdir())
+        assert len(kept) == min(2, number + 1) and load_state(tmp_path).meta == {"number": number}
+    shutil.rmtree(kept[-1])
+    assert load_state(tmp_path).meta == {"number": 3}
+
+
 def test_states_of_a_future_that_was_cut_off_go(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep=3)

@@ -1,6 +1,6 @@
 """The memory plan: what every layer saves for its backward pass and what it recomputes, so that a step just fits.
 
-    plan = Plan(model.config, adapters.targets, adapters.rank, limit=84_000_000_000, fixed=53_840_000_000)
+    plan = Plan(model.config, adapters.projections, adapters.rank, limit=84_000_000_000, fixed=53_840_000_000)
     plan.choose(Sizes.largest(tokens=4096, documents=4))     # what is recomputed, what is saved, the peak, the cost
     plan.apply(model, Sizes.of([650, 1200, 800]))            # before a micro-batch's forward pass; host work only
 

@@ -104,11 +104,9 @@ def save_state(run_dir: str | Path, step: int, tensors: Mapping[str, Tensor], me
     folder = Path(run_dir) / "state"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step:08d}"
-        suffix = 0
-        while path.exists():
-            suffix += 1
-            path = folder / f"step-{step:08d}.{suffix}"
+        # One above the highest, not the first free: as the lowest this state would be taken for the oldest.
+        suffixes = [suffix for number, suffix in map(_order, _states(folder)) if number == step]
+        path = folder / (f"step-{step:08d}" + (f".{max(suffixes) + 1}" if suffixes else ""))
         temporary = temporary_for(path)
         try:
             _write_state(temporary, step, tensors, meta)
@@ -249,9 +247,8 @@ def check_rows(state: State, rows_digest: str) -> None:
 
 
 def save_run(run: Run, log: RunLog) -> None:
-    """Log what is not yet logged, then write the run's state, and the adapter as PEFT reads it.
-
-    With --keep-best that is the best one, as soon as there is one.
+    """Log what is not yet logged, then write the run's state, and the adapter as PEFT reads it (with --keep-best the
+    best one, as soon as there is one).
 
     A full disk costs a warning and sets run.save_error; training goes on. UserError where the directory is another
     run's by now.

@@ -2,7 +2,7 @@
 the best by it.
 
     losses = validate(run)      # {"val_loss": 0.0051, "contrast_loss": 0.42, "contrast_kl": 0.06}
-    note(run, losses)           # run.best: with --keep-best both the one whose 0.0651 is the lowest so far
+    record_best(run, losses)    # run.best: with --keep-best both the one whose 0.0651 is the lowest so far
 """
 
 import math
@@ -41,8 +41,8 @@ def _means(run: Run, data: Dataset, sums_of: Callable[[MicroBatch], torch.Tensor
     return (totals / count_targets(data.documents)).tolist()
 
 
-def note(run: Run, losses: Mapping[str, float]) -> None:
-    """Record in `run` the lowest val_loss, and with --keep-best the adapter of the best validation.
+def record_best(run: Run, losses: Mapping[str, float]) -> None:
+    """Keep in `run` the lowest val_loss, and with --keep-best the adapter of the best validation.
 
     The one before the first step is no candidate: an adapter that adds nothing has no divergence from the base.
     """
