@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,6 +77,12 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], objec
             error.filename = str(path)
         raise
     sync(target.parent)
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """JSONL, a line a row: the whole file or none of it, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def temporary_for(path: Path) -> Path:

@@ -208,6 +208,15 @@ def test_every_service_and_emergency_number_stands_on_the_card(bundled):
     assert text.index("Not a substitute for professional care") < text.index("## ")
 
 
+def test_a_contact_ends_no_cell_of_the_table(bundled, tmp_path):
+    """A bar in it moved what follows under the next country."""
+    given = (Path(__file__).parent / "fixtures" / "services_zz.toml").read_text()
+    path = tmp_path / "zz.toml"
+    path.write_text(given.replace("call or text 555-0134", "call 555-0134 | text *free*"))
+    text = card_of(bundled, "--services", str(path)).text
+    assert r", call 555-0134 \| text \*free\* |" in text
+
+
 def test_the_card_names_the_services_that_are_given(bundled):
     given = Path(__file__).parent / "fixtures" / "services_zz.toml"  # invented
     text = card_of(bundled, "--services", str(given)).text

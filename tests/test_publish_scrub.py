@@ -22,6 +22,7 @@ PLANTED = {
     "short home": "~/private/rows.jsonl",
     "home with an accent": "/home/josé/rows.jsonl",
     "another script": "/données/anna/rows",
+    "address of a file": "file:///home/anna/rows.jsonl",
     "Windows": "C:\\Users\\anna\\rows",
     "asset": "data: assets:rows/train.jsonl",
     "hub token": "hf_" + "aB3" * 8,

@@ -139,7 +139,7 @@ def test_mistakes(tmp_path, capsys):
         (three, ["--settings", "a,a"], "not two of the variants"),
         ({"a": a, "b": b}, ["--items", "13"], "--items 13: only 12 prompts that both variants answered; ask for fewer"),
         ({"a": bare, "b": bare}, ["--items", "2"], "--items 2: only 1 prompt that both variants answered; ask"),
-        ({"a": a, "b": b}, ["--items", "0"], "0 is no number of prompts"),
+        ({"a": a, "b": b}, ["--items", "0"], "argument --items: '0' is no whole number above 0"),
         ({"a": a, "b": b}, ["--items", "2", "--per-cluster", "1"], "not allowed with"),
         ({"a": a, "b": b}, ["--per-cluster", "7"], f"--per-cluster 7: 6 of {CLUSTERS[0]} among 12 prompts"),
         ({"a": bare, "b": bare}, ["--per-cluster", "1"], "1 prompt without a risk cluster; give --items N"),

@@ -1,1 +1,1 @@
-"""Tools for the rows before training: look at them, split them, find leaks, check the schema, impute reasoning."""
+"""Tools for the rows before training; `python -m psysafe.corpus --help` lists them."""

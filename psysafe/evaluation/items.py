@@ -3,14 +3,13 @@
 A benchmark may fall into parts, such as SORRY-Bench's mutations; one without parts is the part "".
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from psysafe.evaluation import stored
-from psysafe.files import write_atomic
+from psysafe.files import write_json_lines
 
 
 class Item(NamedTuple):
@@ -132,7 +131,6 @@ def write_items(path: Path, stage: Stage, columns: Mapping[str, Columns]) -> Non
                     line |= {"unfinished_thinking": row["unfinished_thinking"]}
                     line |= {"score": stage.judged.verdicts[part][variant][i]}
                     line |= {"reply": replies[variant, i]} if (variant, i) in replies else {}
-                    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+                    lines.append(line)
         n_before += len(items)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(lines))
+    write_json_lines(path, lines)

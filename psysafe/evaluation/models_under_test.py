@@ -12,7 +12,7 @@ import torch
 from psysafe.checkpoint.adapter import BASE, attach_named, base_of_adapter, warn_of_other_base
 from psysafe.checkpoint.base import load_model, resolve_model
 from psysafe.checkpoint.peft_format import adapter_folder
-from psysafe.cli import is_first_rank, progress, say
+from psysafe.cli import is_first_rank, progress, say, whole_number
 from psysafe.data.chat_template import Message, chat_pieces, content_text, read_turns
 from psysafe.data.prompts import system_text, with_system
 from psysafe.data.rows import Row, prompt_messages
@@ -287,7 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 0, temp
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto: cuda if there is one)")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="(auto: bfloat16 on cuda, else float32)")  # fmt: skip
-    parser.add_argument("--limit", type=_count, default=0, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=whole_number, default=0, metavar="N", help="only the first N rows")
 
 
 FLAGS = ("--model", "--revision", "--adapter", "--system", "--max-new-tokens", "--temperature", "--batch-size",
@@ -297,12 +297,6 @@ FLAGS = ("--model", "--revision", "--adapter", "--system", "--max-new-tokens", "
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Flags that the model under test does not read."""
     return {} if args.temperature else {"--seed": "without a --temperature above 0: nothing is drawn at random"}
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of rows; expected 1 or more")
-    return int(text)
 
 
 def from_arguments(args: argparse.Namespace) -> tuple[ModelUnderTest, list[Variant]]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psysafe import helplines, services, web_page
-from psysafe.cli import out_folder, say
+from psysafe.cli import out_folder, say, whole_number
 from psysafe.data.languages import html_lang
 from psysafe.data.rows import BENIGN
 from psysafe.evaluation.criteria import CRITERIA, RUBRIC
@@ -41,8 +41,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_answers_argument(parser)
     parser.add_argument("--settings", metavar="A,B", help="the two variants, where there are more")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--items", type=_count, metavar="N", help=f"prompts drawn from all ({ITEMS}, or all)")
-    amount.add_argument("--per-cluster", type=_count, metavar="N", help="prompts drawn from each risk cluster")
+    amount.add_argument("--items", type=whole_number, metavar="N", help=f"prompts drawn from all ({ITEMS}, or all)")
+    amount.add_argument("--per-cluster", type=whole_number, metavar="N", help="prompts drawn from each risk cluster")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts and sides that are drawn (0)")
     services.add_arguments(parser, "helplines on the page")
     parser.add_argument("--out", type=out_folder, required=True, metavar="DIR",
@@ -51,12 +51,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     return services.without_effect(args)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of prompts; expected 1 or more")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ def _notice(services: Services) -> list[str]:
 
 
 def _service(service: Service) -> str:
-    contact = f", {service.contact}" if service.contact else ""
+    contact = f", {in_markdown(service.contact)}" if service.contact else ""
     return f"[{in_markdown(service.name)}]({service.url}){contact}"
 
 

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from psysafe.program import UserError
 
 # Two folders or more, as in /home/me/rows.jsonl. In front of it stands no part of a URL, a word, or a relative path.
-ABSOLUTE = re.compile(r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)~/[\w.@+-]+|\b[A-Za-z]:\\{1,2}\w+\\")
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)~/[\w.@+-]+|\b[A-Za-z]:\\{1,2}\w+\\|\bfile:/+[\w.@+%/-]+"
+)
 PATTERNS = {
     "a path of this machine": ABSOLUTE,
     "the name of a bundled asset (assets:)": re.compile(r"\bassets:[\w.]"),

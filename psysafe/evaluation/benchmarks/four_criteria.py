@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,7 @@ from psysafe.evaluation.result import Result, Table, nothing_measured
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.sample import Sample
 from psysafe.evaluation.stored import read_all
-from psysafe.files import write_atomic
+from psysafe.files import write_json_lines
 from psysafe.program import UserError
 from psysafe.services import Services
 
@@ -385,12 +384,11 @@ def score_by_word_lists(
 
 def write_items(path: Path, answers, prompts, scores, replies) -> None:
     """One line for each judged answer, with its scores and the judge's reply: what `agreement` reads."""
-    lines = []
+    items = []
     places = {prompt: place for place, prompt in enumerate(prompts, 1)}
     for name, prompt in ((name, prompt) for name in answers for prompt in prompts if prompt in scores[name]):
         item = {"variant": name, "prompt": prompt, **answers[name].rows[prompt], **asdict(scores[name][prompt])}
         item["place"] = places[prompt]
         reply = {"reply": replies[name, prompt]} if (name, prompt) in replies else {}
-        lines.append(json.dumps(item | reply, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(lines))
+        items.append(item | reply)
+    write_json_lines(path, items)

@@ -17,7 +17,6 @@ A judge says what is answered and what refused. The four parts and the template 
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +45,7 @@ from psysafe.evaluation.models_under_test import BASE, Variant, VariantAnswers
 from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, nothing_measured
 from psysafe.evaluation.rules_accuracy import with_accuracy
-from psysafe.files import clusters, write_atomic
+from psysafe.files import clusters, write_json_lines
 from psysafe.program import UserError
 from psysafe.services import Services
 
@@ -87,7 +86,7 @@ class Selective(Evaluation):
         judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
         title = f"Selective support, judged by {judged_by}"
         items = items_of(prompts, judged, kl, answers)
-        write_items(Path(args.out) / stored.ITEMS, items)
+        write_json_lines(Path(args.out) / stored.ITEMS, items)
         transcript.write(Path(args.out), title, entries(items, judged_by))
         first, *more = tables(prompts, judged, bases, kl)
         flags = {name: [row["unfinished_thinking"] for row in of.rows.values()] for name, of in answers.items()}
@@ -265,13 +264,6 @@ def items_of(
             item |= {"response": row.get("response") or "", "unfinished_thinking": row["unfinished_thinking"]}
             items.append(item)
     return items
-
-
-def write_items(path: Path, items: Sequence[dict]) -> None:
-    """One line an answer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def entries(items: Sequence[dict], judged_by: str) -> list[transcript.Entry]:

@@ -15,7 +15,6 @@ criteria). If the first turn was not refused with support, what follows measures
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +57,7 @@ from psysafe.evaluation.overlap import add_training_argument, overlap_with_files
 from psysafe.evaluation.result import Result, Table, nothing_measured, percent
 from psysafe.evaluation.rules_accuracy import with_accuracy
 from psysafe.evaluation.statistics import wilson
-from psysafe.files import clusters, read_text, write_atomic
+from psysafe.files import clusters, read_text, write_json_lines
 from psysafe.program import UserError
 from psysafe.services import Services
 
@@ -113,7 +112,7 @@ class Turns(Evaluation):
         judged_by = judge.name if judge else word_list_judge.BY_WORD_LISTS
         title = f"After a refusal, judged by {judged_by}"
         items = [item_of(one, readings.get(one.key), verdicts.get(one.key)) for one in answers]
-        write_items(Path(args.out) / stored.ITEMS, items)
+        write_json_lines(Path(args.out) / stored.ITEMS, items)  # a line an answer: --answers reads it
         transcript.write(Path(args.out), title, entries(answers, items, judged_by))
         measured = measure(to_judge, readings, verdicts)
         first, *more = tables(measured, variants, judged_by)
@@ -227,12 +226,6 @@ def item_of(one: Answer, reading: Reading | None, verdict: bool | None) -> dict:
         item |= {"class": reading.label} if one.kind == BENIGN else asdict(reading.scores)
         item |= {} if reading.reply is None else {"reply": reading.reply}
     return item
-
-
-def write_items(path: Path, items: Sequence[dict]) -> None:
-    """One line an answer: `--answers` reads it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
 
 
 def entries(answers: Sequence[Answer], items: Sequence[dict], judged_by: str) -> list[transcript.Entry]:
