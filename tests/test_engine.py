@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psysafe.checkpoint.base import build
 from psysafe.generation import engine as generation
@@ -387,3 +388,35 @@ def test_what_no_slot_can_take_is_refused(model):
     refused("prompt 1: 21 logprobs, expected 0 to 20", engine.submit, Request(1, [1], logprobs=21))
     refused("prompt 1: no adapter mine here", engine.submit, Request(1, [1], adapter="mine"))
     assert engine.queued == 0 and not engine.rows
+
+
+class CacheWrites(TorchDispatchMode):
+    """Whether torch was asked for determinism at each write by index into a cache."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.places = {x.untyped_storage()._cdata for layer in cache.layers for x in layer}
+        self.asked: dict[str, list[bool]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        writes = name in ("index_put_", "_index_put_impl_", "index_copy_", "scatter_")
+        if writes and args[0].untyped_storage()._cdata in self.places:
+            self.asked.setdefault(name, []).append(torch.are_deterministic_algorithms_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cache_is_written_without_sorting_or_copying_it(model):
+    """What torch does on a GPU where determinism is asked for: prompts in pieces, several at once, and decode steps."""
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode("warn")
+        engine = Engine(model, 3, ROOM, EOS, CLOSING, THINK_END, prefill_tokens=8)
+        options = RequestOptions(max_new_tokens=4)
+        with CacheWrites(engine.cache) as writes:
+            list(engine.run(Request(i, prompt(n), options=options) for i, n in enumerate((3, 4, 20))))
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    assert writes.asked.keys() == {"index_put_", "index_copy_"}
+    assert not any(map(any, writes.asked.values())), writes.asked

@@ -1,6 +1,8 @@
 """Intervals and tests against scipy and statsmodels, and by what they must cover."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +152,30 @@ def test_holm_is_statsmodels(seed):
     p[3] = p[5]
     assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1], abs=1e-12)
     assert holm([]) == []
+
+
+def power(n: int, difference: float, other: float) -> float:
+    """Of McNemar's exact test at 5 %: of n prompts a share `other` changes in one direction, in the other a share that
+    is larger by `difference`."""
+    changing, found = difference + 2 * other, 0.0
+    for m in range(1, n + 1):
+        share = math.comb(n, m) * changing**m * (1 - changing) ** (n - m)
+        if share > 1e-9:
+            k = next((k for k in range(m // 2, -1, -1) if mcnemar(k, m - k) < 0.05), -1)
+            p = other / changing
+            found += share * sum(math.comb(m, j) * p**j * (1 - p) ** (m - j) for j in range(k + 1))
+    return found
+
+
+def test_the_table_of_what_n_can_show():
+    """docs/selective.md: intervals of 0, 50 and 95 %, and the smallest difference found in four of five experiments."""
+    page = (Path(__file__).parents[1] / "docs" / "selective.md").read_text()
+    table = {int(n): row for row, n in re.findall(r"^(\| (\d+)[^|]* \| 0 to .*)$", page, re.MULTILINE)}
+    assert list(table) == [100, 120, 200, 250, 500]
+    for n, row in table.items():
+        _, zero, half, most, difference = (cell.strip().removesuffix(" points") for cell in row.strip("|").split("|"))
+        for text, share, digits in ((zero, 0, 1), (half, 0.5, 0), (most, 0.95, 0)):
+            low, high = (round(100 * x, digits) for x in wilson(share * n, n))
+            assert text == f"{low:g} to {high:g}", (n, text)
+        for points, other in zip(map(int, difference.split(" to ")), (0.02, 0.05), strict=True):
+            assert power(n, (points - 1) / 100, other) < 0.8 <= power(n, points / 100, other), (n, points, other)

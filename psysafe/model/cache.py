@@ -5,7 +5,9 @@ The model's one forward uses the cache through a view: `Cache.at(slots)` for doc
 continue sequences (prefill, also in pieces), `Cache.step(live, max_keys)` for one more token of every slot (decoding).
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -81,6 +83,21 @@ class Cache:
         return StepView(self, live, max_keys)
 
 
+@contextlib.contextmanager
+def each_written_once() -> Iterator[None]:
+    """For writes by index in which no place is named twice: inside it, torch does not prepare for that.
+
+    Asked for determinism (psysafe/runtime.py), it does so on a GPU: it sorts the indices of a write (a dozen kernels),
+    and copies a view that is not contiguous, here a layer's cache, as a whole before the write and back after it.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 class CacheView:
     """The slots that a forward pass continues, document i in the i-th of them."""
 
@@ -112,7 +129,8 @@ class CacheView:
         """q (T, H, K), k and v (T, G, K) of the new tokens -> o (T, H, K)."""
         k_cache, v_cache = (x.transpose(1, 2) for x in self.cache.layers[layer])  # (slots, max_tokens, G, K)
         where = self.slots[documents.index], documents.positions + self.past[documents.index]
-        k_cache[where], v_cache[where] = k, v
+        with each_written_once():
+            k_cache[where], v_cache[where] = k, v
         # Without a past the new keys are all keys: no gather from the cache.
         if not any(self.host_past):
             return kernels.causal_attention(q, k, v, documents)
@@ -131,15 +149,18 @@ class CacheView:
         starts = documents.cu_seqlens[:-1, None].long()
         old = tail.gather(1, row.clamp(max=size - 1)[..., None].expand(-1, -1, tail.shape[2]))
         new = x[(starts + row - size).clamp(min=0)]
-        store[self.slots] = torch.where((row < size)[..., None], old, new)
+        with each_written_once():
+            store[self.slots] = torch.where((row < size)[..., None], old, new)
         return out
 
     def delta_rule(self, layer: int, q, k, v, a, b, A_log, dt_bias, documents: Documents) -> Tensor:
         """As `gated_delta_rule`, from and into the slots' states."""
         store = self.cache.layers[layer][1]
-        o, store[self.slots] = kernels.gated_delta_rule(
+        o, state = kernels.gated_delta_rule(
             q, k, v, a, b, A_log, dt_bias, documents, initial_state=store[self.slots], output_final_state=True
         )
+        with each_written_once():
+            store[self.slots] = state
         return o
 
     def _all_keys(self, documents: Documents) -> tuple[Documents, tuple[Tensor, Tensor]]:
@@ -188,8 +209,9 @@ class StepView:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         k_cache, v_cache = self.cache.layers[layer]
         # index_copy_ with fixed shapes: an assignment under a mask of live slots would make the host wait.
-        k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
-        v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
+        with each_written_once():
+            k_cache.flatten(0, 2).index_copy_(0, self.rows, k.flatten(0, 1))
+            v_cache.flatten(0, 2).index_copy_(0, self.rows, v.flatten(0, 1))
         k, v = (x[:, :, : self.max_keys].transpose(1, 2) for x in (k_cache, v_cache))  # (slots, max_keys, G, K)
         return kernels.attention_decode(q, k, v, self.lengths)
 
