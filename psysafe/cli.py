@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -168,6 +169,17 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number above 0")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """For argparse: a number from 0 on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number from 0 on")
+    return number
 
 
 def out_folder(text: str) -> str:

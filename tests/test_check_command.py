@@ -121,6 +121,22 @@ def test_a_text_that_is_too_long_is_listed_and_refused_before_a_judge_is_asked(t
     assert f"{path} row 2 (line 2): the answer has 2" in line and "nothing was sent" in line and judge.asked == 0
 
 
+def test_a_check_that_was_made_of_no_row_counts_no_rows(tmp_path, judge, capsys):
+    def counts() -> dict[str, str]:
+        lines = capsys.readouterr().out.partition("what holds in a row")[2].splitlines()[1:14]
+        return {line.split()[0]: line.split()[1] for line in lines}
+
+    path = write(tmp_path / "rows.jsonl", [violence_row(language="es")])
+    main(["check", path, *LENGTH])
+    undone = {"parts", "relevance", "language", "leak", "harm", "claims"}
+    assert {name for name, count in counts().items() if count == "–"} == undone
+    main(["check", path, *LENGTH, *judge.flags, "--not-in", path])
+    assert {name for name, count in counts().items() if count == "–"} == {"parts", "relevance", "language"}
+    write(tmp_path / "rows.jsonl", [violence_row(language="es"), violence_row()])
+    main(["check", path, *LENGTH])
+    assert {name for name, count in counts().items() if count == "–"} == {"leak", "harm", "claims"}
+
+
 def test_shared_text_is_that_of_the_most_similar_row_and_of_everybody():
     one, two, three = (" ".join(f"{name}{i}" for i in range(14)) for name in "abc")  # 10 runs of five words each
     mixed = " ".join([*one.split()[:9], *two.split()[:9]])  # 5 runs of each and 4 across

@@ -365,6 +365,9 @@ def test_own_rows_need_no_category_and_harmless_ones_no_cluster(tmp_path, capsys
     assert "  33.3%  violence\n" in printed and "  33.3%  plain\n" in printed and " / -" not in printed
     assert main(["split", path, "--val", "1", "--test", "0", "--out", str(tmp_path / "out")]) == 0
     assert "violence             1        1        0\n" in capsys.readouterr().out
+    named = write(tmp_path / "named.jsonl", [{"prompt": "p", "answer": "A.", "group": "Plain"}])
+    assert main(["validate", named]) == 0
+    assert "row 1 (line 1): unknown group 'Plain'; known: risky, plain" in capsys.readouterr().out
     risky = write(tmp_path / "risky.jsonl", [*rows, {"prompt": "p", "answer": "A.", "group": "risky"}])
     assert main(["validate", risky]) == 0
     kind = "without risk cluster, or a group that has none: split needs one"

@@ -120,6 +120,21 @@ def test_bad_files_of_other_formats(tmp_path, name, content, message):
     assert refused(re.escape(message), read_rows, tmp_path / name).startswith(str(tmp_path / name))
 
 
+def test_what_a_spreadsheet_leaves_behind(tmp_path):
+    """Rows of separators alone, as Excel exports them; its own files; line ends of an old Macintosh."""
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufeffprompt;answer\r\nA;B\r\n;\r\n ; \r\n\"C\nc\";D\r\n;;\r\n", newline="")
+    rows = read_rows(path)
+    assert [(row.fields["prompt"], row.number, row.line) for row in rows] == [("A", 1, 2), ("C\nc", 2, 5)]
+    for name in ("rows.xlsx", "rows.csv", "prompts.docx", "prompts.txt"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04\x14\x00\x06\x00" + bytes(range(256)))
+        refused(f"{name}: a spreadsheet, a document or another ZIP file; save it as CSV", read_file, tmp_path / name)
+    (tmp_path / "old.txt").write_bytes(b"One\rTwo\r\rThree\r")
+    assert [row.fields["prompt"] for row in read_file(tmp_path / "old.txt")] == ["One", "Two", "Three"]
+    (tmp_path / "prompts.md").write_text("One\nTwo\n")
+    refused("line 1: .*; prompts, one a line, are read from a .txt", read_file, tmp_path / "prompts.md")
+
+
 def test_a_table_has_the_fields_that_were_asked_for(tmp_path):
     path = tmp_path / "table.jsonl"
     for content, message in (

@@ -63,6 +63,13 @@ def test_a_text_that_is_too_long_to_be_meant_is_refused_before_anything_is_sent(
     assert main(flags(path, out, endpoint)) == 0  # a row with reasoning is not sent
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--workers", 0), ("--max-tokens", 0), ("--temperature", "nan")])
+def test_numbers_that_cannot_be_meant_are_refused(flag, value, tmp_path, endpoint, capsys):
+    path, out = rows_file(tmp_path, 2), tmp_path / "out.jsonl"
+    line = refused_by(main, [*flags(path, out, endpoint), flag, value], capsys)
+    assert f"{flag}: '{value}' is no" in line and not endpoint.answered and not out.exists()
+
+
 def test_faults_cost_no_row(tmp_path, endpoint, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_not_for_you")
     path, out = rows_file(tmp_path, 8), tmp_path / "out.jsonl"

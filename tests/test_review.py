@@ -319,6 +319,14 @@ def test_what_later_steps_would_refuse_is_refused_here(field, value, words, draf
     assert str(file) in line and words in line and not out.exists()
 
 
+def test_where_no_row_passes_no_file_of_rows_is_written(drafts, tmp_path, capsys):
+    """train.py, validate and stats would refuse an empty one."""
+    file, out = export(tmp_path / "a.json", drafts, "Anna", (1, "decision", "reject")), tmp_path / "rows.jsonl"
+    assert run("--collect", file, "--drafts", drafts, "--out", out) == 1
+    assert f"no row passed, and {out} was not written" in capsys.readouterr().out and not out.exists()
+    assert (tmp_path / "rows.review.md").exists()
+
+
 def test_an_export_without_reviews_makes_no_file(drafts, tmp_path, capsys):
     file, out = export(tmp_path / "a.json", drafts, "Anna"), tmp_path / "rows.jsonl"
     line = refused_by(corpus.main, ["review", "--collect", file, "--drafts", drafts, "--out", out], capsys)

@@ -10,7 +10,9 @@ from psysafe.corpus.__main__ import main
 from psysafe.corpus.contacts import known_services
 from psysafe.corpus.draft_checks import Settings
 from psysafe.corpus.draft_requests import UnusableReply, draft, messages
+from psysafe.corpus.stats import tokenizer_of
 from psysafe.data.rows import read_rows
+from psysafe.files import BUNDLED_MODEL
 from psysafe.program import main_guard
 from tests.mistakes import refused_by
 from tests.own_rows import (
@@ -32,6 +34,11 @@ REPLY = {
     "reasoning": REASONING, "acknowledgement": ACKNOWLEDGEMENT, "step": STEP, "services": services_text("violence"),
     "closing": CLOSING,
 }  # fmt: skip
+
+
+BAD_NUMBERS = [("--workers", 0), ("--max-tokens", -5), ("--max-tokens", 0), ("--temperature", -1),
+               ("--temperature", "nan"), ("--temperature", "inf"), ("--price-in", -1),
+               ("--price-out", "nan")]  # fmt: skip
 
 
 @pytest.fixture
@@ -167,6 +174,24 @@ def test_a_prompt_that_is_too_long_to_be_meant_is_refused_before_anything_is_sen
     assert main(command(path, out, endpoint, "--dry-run")) == 0
 
 
+def test_the_tokens_that_are_counted_are_those_of_the_conversations(tmp_path, endpoint, capsys):
+    path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
+    texts = [PROMPT, "a <|im_end|> b", "\U0001f62d", "\u0623\u0631\u064a\u062f"]
+    path.write_text("\n".join(texts))
+    assert main(command(path, out, endpoint, "--candidates", 2, "--dry-run")) == 0
+    services, settings, tokenizer = known_services(), Settings(min_words=40), tokenizer_of(BUNDLED_MODEL)
+    counts = [len(tokenizer.encode_chat(messages({"prompt": text}, services, settings))) for text in texts]
+    assert f"; {2 * sum(counts):,} tokens sent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cluster", "Risk_Cluster", " risk-cluster"])
+def test_a_cluster_under_another_name_is_no_reason_to_assign_one(name, tmp_path, endpoint, capsys):
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"prompt;{name}\r\nHi;violence\r\n")
+    line = refused_by(main, command(path, tmp_path / "drafts.jsonl", endpoint), capsys)
+    assert f"row 1 (line 2): {name!r} would not be read; call the field 'risk cluster'" in line and not endpoint.asked
+
+
 def test_a_region_counts_as_its_language(tmp_path, endpoint, capsys):
     path, out = tmp_path / "prompts.txt", tmp_path / "drafts.jsonl"
     path.write_text(GERMAN["prompt"])
@@ -259,6 +284,7 @@ def test_mistakes_are_refused(tmp_path, endpoint, capsys):
         ("--deadline has no effect", [path, "--out", out, "--local", "assets:tiny", "--deadline", 2]),
         ("--candidates is 0", [path, "--out", out, *url, "--candidates", 0]),
         ("--device has no effect", [path, "--out", out, *url, "--device", "cpu"]),
+        *((f"{flag}: '{value}' is no", [path, "--out", out, *url, flag, value]) for flag, value in BAD_NUMBERS),
         ("--workers has no effect", [path, "--out", out, "--local", "assets:tiny", "--workers", 2]),
     ]:
         assert words in refused_by(main, ["write", *flags], capsys), words

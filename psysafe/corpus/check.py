@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from psysafe import services
@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, "".join(json_lines(rows, issues, shared)))
-    print(plain(as_text(rows, issues, not_done(rows, settings, bool(args.not_in), bool(judge)))))
+    undone = not_done_at_all(rows, settings, bool(args.not_in), bool(judge))
+    print(plain(as_text(rows, issues, not_done(rows, settings, bool(args.not_in), bool(judge)), undone)))
     for line in not_judged:
         print(one_line(f"{line}; start again to retry"))
     return 1 if any(issues.values()) or not_judged else 0
@@ -159,6 +160,14 @@ def not_done(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_
     return lines
 
 
+def not_done_at_all(rows: Sequence[Row], settings: Settings, has_evaluation: bool, has_judge: bool) -> set[str]:
+    """The checks that were made of no row: their count is no 0."""
+    codes = {field_language(row.fields) or settings.code for row in rows}
+    undone = set() if codes & languages().keys() else set(OF_A_LANGUAGE)
+    undone |= {"length"} if all(has_no_spaces(row.fields["answer"]) for row in rows) else set()
+    return undone | (set() if has_evaluation else {"leak"}) | (set() if has_judge else set(QUESTIONS))
+
+
 def text_digest(row: Row) -> str:
     """Of what was checked of a draft, so that `review` can tell warnings of another draft of the same prompt."""
     texts = [row.fields["prompt"], row.fields["answer"], row.reasoning]
@@ -183,8 +192,10 @@ def json_lines(rows: Sequence[Row], issues: dict[int, list[Issue]], shared: Sequ
     return lines
 
 
-def as_text(rows: Sequence[Row], issues: dict[int, list[Issue]], not_done: Sequence[str]) -> str:
-    """Every row with an issue, then a table: how many rows fail which check."""
+def as_text(
+    rows: Sequence[Row], issues: dict[int, list[Issue]], not_done: Sequence[str], undone: Set[str]
+) -> str:
+    """Every row with an issue, then a table: how many rows fail which check, "–" for one of `undone`."""
     lines = [
         one_line(f"{rows[number].where}: {issue.check} ({issue.part}): {issue.text}")
         for number, found in issues.items()
@@ -192,7 +203,8 @@ def as_text(rows: Sequence[Row], issues: dict[int, list[Issue]], not_done: Seque
     ]
     failing = Counter(check for found in issues.values() for check in {issue.check for issue in found})
     lines += ["", f"{'check':<10} {'rows':>6}  what holds in a row without an issue"]
-    lines += [f"{name:<10} {failing[name]:>6,}  {what}" for name, what in CHECKS.items()]
+    counts = {name: "–" if name in undone else f"{failing[name]:,}" for name in CHECKS}
+    lines += [f"{name:<10} {counts[name]:>6}  {what}" for name, what in CHECKS.items()]
     bad = sum(bool(found) for found in issues.values())
     groups = Counter(group_of(row.fields) for row in rows)
     kinds = ", ".join(f"{n:,} {group}" for group, n in groups.items())

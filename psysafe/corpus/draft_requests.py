@@ -42,11 +42,18 @@ def read_own_prompts(path: str, group: str) -> list[Row]:
             raise UserError(
                 f"{row.where}: group is {row.fields[GROUP]!r:.40}, expected one of {', '.join(INSTRUCTIONS)}"
             )
+        if CLUSTER not in row.fields and (other := next(filter(_means_cluster, row.fields), None)):
+            raise UserError(f"{row.where}: {other!r:.40} would not be read; call the field {CLUSTER!r}")
         cluster = row.fields.get(CLUSTER) or None
         if cluster is not None and cluster not in list(clusters()["clusters"]):
             known = ", ".join(clusters()["clusters"])
             raise UserError(f"{row.where}: {CLUSTER} is {cluster!r:.40}, expected one of {known}, or none of them")
     return [Row({GROUP: group} | _without_none(row.fields), row.file, row.number, row.line) for row in rows]
+
+
+def _means_cluster(name: str) -> bool:
+    """Whether somebody calls a field so who means the cluster: the model would assign another, and be paid for it."""
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower() in ("cluster", CLUSTER)
 
 
 def _without_none(fields: Mapping) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from psysafe.cli import out_file
+from psysafe.cli import amount, out_file, whole_number
 from psysafe.corpus.outputs import refuse_inputs
 from psysafe.corpus.texts import refuse_long
 from psysafe.data.rows import Row, read_rows, write_rows
@@ -37,9 +37,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
     parser.add_argument("--model-name", required=True, help="the model's name at the endpoint")
     parser.add_argument("--key-variable", default="PSYSAFE_API_KEY", help="environment variable that holds the key")
-    parser.add_argument("--workers", type=int, default=8, help="requests under way at once (8)")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, default=2048, help="longest reply (2048)")
+    parser.add_argument("--workers", type=whole_number, default=8, help="requests under way at once (8)")
+    parser.add_argument("--temperature", type=amount, default=0.7)
+    parser.add_argument("--max-tokens", type=whole_number, default=2048, help="longest reply (2048)")
 
 
 def run(args: argparse.Namespace) -> int:

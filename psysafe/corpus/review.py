@@ -136,10 +136,12 @@ def run_collect(args: argparse.Namespace) -> int:
     result = collect(texts, exports, args.settled_by and tidy_name(args.settled_by), args.unreviewed)
     rows = [Row(result.rows[i], row.file, row.number, row.line) for i, row in enumerate(drafts) if i in result.rows]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, Path(args.out))
+    if rows:  # a file without rows would be a mistake of every command that reads it
+        write_rows(rows, Path(args.out))
     write_atomic(report, as_markdown(result, texts))
     print("\n".join(map(one_line, summary(result))))
-    print(f"{args.out}: {counted(len(rows), 'row')}", report, sep="\n")
+    print(f"{args.out}: {counted(len(rows), 'row')}" if rows else f"no row passed, and {args.out} was not written")
+    print(report)
     for line in misfit_lines(result, texts):
         print(one_line(line))
     to_settle = sorted(result.disputed.keys() | result.misfits.keys())
@@ -147,7 +149,7 @@ def run_collect(args: argparse.Namespace) -> int:
         numbers = ",".join(str(place + 1) for place in to_settle)
         print(f"to settle: python -m psysafe.corpus review {args.drafts} --rows {numbers} --out DIR")
         print("then --collect that export, too, and name its reviewer with --settled-by NAME")
-    return 1 if to_settle else 0
+    return 1 if to_settle or not rows else 0
 
 
 # What is reviewed

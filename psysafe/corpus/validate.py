@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from psysafe.corpus.draft_checks import NEITHER, cluster_or_group
+from psysafe.corpus.draft_checks import GROUP, GROUPS, NEITHER, cluster_or_group
 from psysafe.corpus.stats import tokenizer_of
 from psysafe.corpus.texts import first_user_text
 from psysafe.data.chat_template import content_text
@@ -111,6 +111,8 @@ def _noted(fields: dict) -> Iterable[tuple[str, str]]:
     cluster, strategy = fields.get(CLUSTER), fields.get("framework_name")
     if cluster_or_group(fields) == NEITHER:  # harmless and out-of-domain rows have a group, and no cluster
         yield f"without {CLUSTER}, or a group that has none: split needs one", f"no {CLUSTER} in it"
+    if fields.get(GROUP) not in (None, "", *GROUPS):
+        yield f"unknown {GROUP}", f"unknown {GROUP} {fields[GROUP]!r:.60}; known: {', '.join(GROUPS)}"
     if isinstance(cluster, str) and cluster not in (*known, BENIGN):
         yield f"unknown {CLUSTER}", f"unknown {CLUSTER} {cluster!r:.60}; known: {', '.join(known)}, benign"
     if isinstance(strategy, str) and strategy in clusters()["strategies"]:

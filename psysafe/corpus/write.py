@@ -7,13 +7,14 @@ reply is kept beside the output as soon as it arrives, so a second start asks on
 """
 
 import argparse
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from psysafe import services
-from psysafe.cli import out_file
+from psysafe.cli import amount, out_file, whole_number
 from psysafe.corpus import check
 from psysafe.corpus.common_text import shared_text
 from psysafe.corpus.contacts import Services, known_services
@@ -62,15 +63,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", help="OpenAI-compatible endpoint, like http://localhost:8000/v1")
     add("--model-name", help="the model's name at the endpoint")
     add("--key-variable", default=KEY_VARIABLE, help=f"environment variable that holds the key ({KEY_VARIABLE})")
-    add("--workers", type=int, default=8, help="requests under way at once (8)")
+    add("--workers", type=whole_number, default=8, help="requests under way at once (8)")
     about = "for a candidate in all, with every attempt and wait (600)"
     add("--deadline", type=float, default=600, metavar="S", help=f"seconds {about}")
     add("--local", metavar="DIR", help="in place of --url: a model folder or hub id that writes here")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of --local (auto)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of --local (auto)")
     add("--candidates", type=int, default=3, metavar="N", help="drafts of each prompt, of which the best is taken (3)")
-    add("--temperature", type=float, default=0.9)
-    add("--max-tokens", type=int, default=2048, help="longest reply (2048)")
+    add("--temperature", type=amount, default=0.9)
+    add("--max-tokens", type=whole_number, default=2048, help="longest reply (2048)")
     check.add_settings(parser)
     add("--dry-run", action="store_true", help="count requests and tokens, and ask for nothing")
     add(
@@ -79,8 +80,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="counts the tokens (the bundled, which counts too many)",
     )
-    add("--price-in", type=float, metavar="P", help="of a million tokens that are sent, to print the cost")
-    add("--price-out", type=float, metavar="P", help="of a million tokens of replies, to print the cost")
+    add("--price-in", type=amount, metavar="P", help="of a million tokens that are sent, to print the cost")
+    add("--price-out", type=amount, metavar="P", help="of a million tokens of replies, to print the cost")
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
@@ -184,9 +185,18 @@ def plan(requests: Mapping[str, Request], journal: Path, args: argparse.Namespac
             answered = file.rows
     tokenizer = tokenizer_of(args.tokenizer)
     missing = [request for key, request in requests.items() if key not in answered]
-    sent: Counter = Counter()  # by prompt: its candidates are asked alike
+    nothing = {"role": "user", "content": ""}
+
+    @functools.cache  # of ten thousand prompts a handful of instructions, which are most of the tokens
+    def tokens_of(instruction: str) -> int:
+        both = [{"role": "system", "content": instruction}, nothing]
+        return len(tokenizer.encode_chat(both)) - len(tokenizer.encode_chat([nothing]))
+
+    sent: dict[int, int] = {}  # by prompt: its candidates are asked alike
     for request in missing:
-        sent[request.prompt] = sent[request.prompt] or len(tokenizer.encode_chat(request.messages))
+        if request.prompt not in sent:
+            system, question = request.messages
+            sent[request.prompt] = tokens_of(system["content"]) + len(tokenizer.encode_chat([question]))
     tokens_in = sum(sent[request.prompt] for request in missing)
     tokens_out = len(missing) * args.max_tokens
     line = (f"{counted(len(missing), 'request')} of {len(requests):,} to ask; {counted(tokens_in, 'token')} sent, "

@@ -34,6 +34,7 @@ EXPECTED_TRAINING_ROW = (
 EXPECTED_PROMPT_ROW = "expected an object with a prompt, or with messages (docs/recipe.md has all shapes)"
 # Where other programs keep their rows in a file that is one JSON object.
 CONTAINERS = ("results", "judgments", "rows", "paired_responses")
+ZIP = b"PK\x03\x04"  # what files of spreadsheets and word processors begin with
 GZIP = b"\x1f\x8b"  # what a compressed file begins with; no text and no Parquet file does
 
 
@@ -103,6 +104,8 @@ def _entries(path: Path) -> list[Entry]:
         raise UserError(f"{path}: damaged gzip ({error}); {EXPECTED_FILE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {EXPECTED_FILE}") from None
+    if content.startswith(ZIP):
+        raise UserError(f"{path}: a spreadsheet, a document or another ZIP file; save it as CSV in UTF-8, or as .txt")
     if _is_txt(path.name):
         return _txt(content, path)
     return FILE_TYPES.get(Path(path.name.removesuffix(".gz")).suffix.lower(), _json)(content, path)
@@ -114,7 +117,7 @@ def _is_txt(name: str) -> bool:
 
 def _txt(content: bytes, path: Path) -> list[Entry]:
     """Prompts, one a line, or JSON where the text begins as such rows do. As training rows they lack their answers."""
-    text = decode_text(content, path)
+    text = decode_text(content, path).replace("\r", "\n")
     if re.match(r'\s*(?:\{\s*"|\[\s*\{)', text):
         return _json(content, path)
     return [({"prompt": line.strip()}, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -165,7 +168,8 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
         line, reason = first_line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except ValueError as error:  # a number of thousands of digits, brackets without end
         line, reason = first_line, str(error)
-    raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}")
+    prompts = "" if text.lstrip()[:1] in ("{", "[") else "; prompts, one a line, are read from a .txt"
+    raise UserError(f"{path}: malformed JSON at line {line}: {reason}; {EXPECTED_FILE}{prompts}")
 
 
 def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
@@ -186,7 +190,7 @@ def _csv(content: bytes, path: Path, dialect: str = "excel") -> list[Entry]:
     rows, line = [], 1
     try:
         for cells in reader:
-            if cells:  # none in an empty line
+            if any(cell.strip() for cell in cells):  # spreadsheets write empty rows, with their separators
                 rows.append((cells, line))
             line = reader.line_num + 1  # a cell may have several lines
     except csv.Error as error:
