@@ -215,6 +215,20 @@ def test_mistakes_in_rating_files(files, change, message):
     refused(message, read_ratings, [files("anna.json", ANNA | change)], files("key.json", KEY))
 
 
+@pytest.mark.parametrize("first, second", [
+    ("Anna", "anna"), ("Anna", "Anna "), ("Anna B", "Anna  B"), ("Zo\u00eb", "Zoe\u0308")])  # fmt: skip
+def test_one_person_under_two_spellings_is_refused(files, first, second):
+    """They would count as two raters who agree with each other in all."""
+    message = r"rater .*, earlier .*; expected one spelling of a name"
+    paths = [files(f"{i}.json", ANNA | {"rater": rater}) for i, rater in enumerate((first, second))]
+    refused(r"1\.json: " + message, read_ratings, paths, files("key.json", KEY))
+    rows = [{"prompt": "p", "rater": rater, "refusal": "Yes"} for rater in (first, second)]
+    if first != second.strip():  # of a CSV names are read without the spaces around them
+        refused("l.csv row 2: " + message, labels_of_rows, rows, "l.csv")
+    paths[1] = files("1.json", ANNA | {"rater": f"{first}e"})
+    assert len(read_ratings(paths, files("key.json", KEY)).labels) == 2
+
+
 def test_mistakes_in_keys_and_between_files(files):
     anna = files("anna.json", ANNA)
     refused("ratings 1: Anna has said that already", read_ratings, [anna, files("b.json", ANNA)], files("k.json", KEY))
