@@ -56,6 +56,17 @@ def test_published_kappas_from_two_files_of_numbers(tmp_path, capsys):
     assert intervals["references", "Cohen's kappa"][1:] == [1.0, 1.0, 1.0]
 
 
+def test_a_kappa_without_a_value_is_told_from_a_good_one(tmp_path, capsys):
+    """One answer and two people who say the same: 1.000 [1.000, 1.000], and every table says what that is worth."""
+    rows = [["p", rater, "Yes", 4] for rater in "XY"]
+    people = write_csv(tmp_path / "people.csv", rows, "prompt,rater,refusal,grounding")
+    assert run("agreement", "--human", people, "--out", str(tmp_path / "out")) == 0
+    tables = tables_of(tmp_path / "out")
+    assert list(tables) == ["Rater against rater", "All raters", "Intervals"]
+    assert all(agreement.ONE_LABEL in table["note"] for table in tables.values())
+    assert tables["Rater against rater"]["rows"][0][4] == 1.0
+
+
 # One answer counts once
 
 
