@@ -272,7 +272,8 @@ def _check_together(where: str, table: dict) -> None:
     if table["checked"] != ("checked_on" in table):
         there = "with" if "checked_on" in table else "without"
         found = f"checked = {str(table['checked']).lower()} {there} checked_on"
-        raise UserError(f"{where}: {found}; expected checked = true and the day in checked_on, or checked = false alone")
+        expected = "expected checked = true and the day in checked_on, or checked = false alone"
+        raise UserError(f"{where}: {found}; {expected}")
 
 
 @dataclass(frozen=True)
