@@ -270,7 +270,10 @@ def _check_together(where: str, table: dict) -> None:
     if ("phone" in table) != ("contact" in table) or table.get("phone", "") not in table.get("contact", ""):
         raise UserError(f"{where}: expected phone and contact, with the number in contact, or neither")
     if table["checked"] != ("checked_on" in table):
-        raise UserError(f"{where}: checked is {str(table['checked']).lower()}; checked_on goes with checked = true")
+        there = "with" if "checked_on" in table else "without"
+        found = f"checked = {str(table['checked']).lower()} {there} checked_on"
+        expected = "expected checked = true and the day in checked_on, or checked = false alone"
+        raise UserError(f"{where}: {found}; {expected}")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,17 @@ def test_published_kappas_from_two_files_of_numbers(tmp_path, capsys):
     assert intervals["references", "Cohen's kappa"][1:] == [1.0, 1.0, 1.0]
 
 
+def test_a_kappa_without_a_value_is_told_from_a_good_one(tmp_path, capsys):
+    """One answer and two people who say the same: 1.000 [1.000, 1.000], and every table says what that is worth."""
+    rows = [["p", rater, "Yes", 4] for rater in "XY"]
+    people = write_csv(tmp_path / "people.csv", rows, "prompt,rater,refusal,grounding")
+    assert run("agreement", "--human", people, "--out", str(tmp_path / "out")) == 0
+    tables = tables_of(tmp_path / "out")
+    assert list(tables) == ["Rater against rater", "All raters", "Intervals"]
+    assert all(agreement.ONE_LABEL in table["note"] for table in tables.values())
+    assert tables["Rater against rater"]["rows"][0][4] == 1.0
+
+
 # One answer counts once
 
 
@@ -213,6 +224,20 @@ def test_the_key_names_what_stood_on_a_side(files):
 ])  # fmt: skip
 def test_mistakes_in_rating_files(files, change, message):
     refused(message, read_ratings, [files("anna.json", ANNA | change)], files("key.json", KEY))
+
+
+@pytest.mark.parametrize("first, second", [
+    ("Anna", "anna"), ("Anna", "Anna "), ("Anna B", "Anna  B"), ("Zo\u00eb", "Zoe\u0308")])  # fmt: skip
+def test_one_person_under_two_spellings_is_refused(files, first, second):
+    """They would count as two raters who agree with each other in all."""
+    message = r"rater .*, earlier .*; expected one spelling of a name"
+    paths = [files(f"{i}.json", ANNA | {"rater": rater}) for i, rater in enumerate((first, second))]
+    refused(r"1\.json: " + message, read_ratings, paths, files("key.json", KEY))
+    rows = [{"prompt": "p", "rater": rater, "refusal": "Yes"} for rater in (first, second)]
+    if first != second.strip():  # of a CSV names are read without the spaces around them
+        refused("l.csv row 2: " + message, labels_of_rows, rows, "l.csv")
+    paths[1] = files("1.json", ANNA | {"rater": f"{first}e"})
+    assert len(read_ratings(paths, files("key.json", KEY)).labels) == 2
 
 
 def test_mistakes_in_keys_and_between_files(files):

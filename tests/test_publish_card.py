@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from psysafe import services
 from psysafe.evaluation import word_list_judge
 from psysafe.evaluation.published_results import TABLES
-from psysafe.evaluation.result import Result
+from psysafe.evaluation.result import Result, Table
 from psysafe.publish.__main__ import arguments, main, prepare
 from psysafe.publish.card import is_as_written, signed
 from psysafe.publish.run import data_sets, read_run
@@ -220,7 +220,11 @@ def test_a_contact_ends_no_cell_of_the_table(bundled, tmp_path):
 def test_the_card_names_the_services_that_are_given(bundled):
     given = Path(__file__).parent / "fixtures" / "services_zz.toml"  # invented
     text = card_of(bundled, "--services", str(given)).text
-    assert "| what it is about | ZZ |" in text and "call 000 (ZZ)." in text and "training rows (ZZ)" in text
+    assert "| what it is about | ZZ |" in text and "call 000 (ZZ)." in text
+    # Nobody has looked whether the rows name these: the card must not say that the model's answers do.
+    assert "come from its training rows, which were not compared with those above (ZZ)" in section(
+        card_of(bundled, "--services", str(given)), "Limits"
+    )
     assert "[Quiet Line](https://quietline.invalid), call or text 555-0134" in text
     assert not any(service.name in text for service in services.bundled().services)
     refused("not checked on the live page", card_of, bundled, "--services", "AU")
@@ -265,6 +269,22 @@ def test_the_evaluation_says_who_judged_and_what_nobody_measured(small, results)
     assert "Not measured" in section(nothing, "Overlap with training rows")
     kappas = ", ".join(f"{name} {kappa:.2f}" for name, kappa in TABLES["agreement"].rows)
     assert kappas in section(nothing, "Limits")
+
+
+def test_figures_of_another_model_are_told_from_this_ones(small, results, capsys):
+    """An evaluation knows models by name alone: whose name is not the run's is not taken for it in silence."""
+    of_other = section(card_of(small, "--results", results["other"], results["xstest"]), "Evaluation")
+    assert of_other.count("**No variant here is called small:**") == 1
+    assert of_other.index("mmlu") < of_other.index("**No variant here") < of_other.index("XSTest")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "none of its variants" in line]
+    assert warning.startswith("warning: mmlu") and warning.endswith("is called small; is it of another model?")
+
+
+@pytest.mark.parametrize("kind", ["agreement", "miniature"])
+def test_an_evaluation_that_names_no_adapter_is_not_taken_for_anothers(kind, small, tmp_path, capsys):
+    Result(kind, kind, [Table("t", [("variant", "")], [["fine-tuned"]])]).save(tmp_path)
+    assert "No variant here" not in section(card_of(small, "--results", str(tmp_path)), "Evaluation")
+    assert "none of its variants" not in capsys.readouterr().err
 
 
 def test_the_training_table_is_the_runs(small):

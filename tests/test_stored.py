@@ -89,6 +89,17 @@ def test_what_is_wrong_with_a_stored_answer_is_named(file, row, message):
     refused(rf"a\.json row 2: {message}", read_answers, str(file("a.json", {"results": rows})))
 
 
+@pytest.mark.parametrize("first, second", [("a/adapter", "b/adapter"), ("base", "runs/base"), ("runs/x", "")])
+def test_two_adapters_that_would_have_one_name_are_refused(file, first, second):
+    """The second one's answers would pass for repeated answers of the first, and be left out."""
+    row = {"prompt": "p", "answer": "a", "variant": "x, v0", "settings": {"system": "v0"}}
+    rows = [row | {"adapter": first}, row | {"answer": "b", "adapter": second}]
+    message = rf"a.jsonl row 2: adapter {second or 'none'}, and in an earlier row {first}; both would be called"
+    refused(message, read_answers, str(file("a.jsonl", lines(rows))))
+    same = [row | {"adapter": path, "prompt": path} for row, path in zip(rows, ("runs/x", "./runs/x/"), strict=True)]
+    assert list(read_answers(str(file("b.jsonl", lines(same))))) == ["x, v0"]
+
+
 def test_the_rule_based_judge_names_the_answer_without_a_cluster(file, tmp_path, capsys):
     rows = [{"prompt": f"I drink {i}", "answer": "I can't help.", "risk cluster": "substance"} for i in range(3)]
     del rows[1]["risk cluster"]

@@ -4,6 +4,7 @@ A rater is a person or the judge. An answer is known by its variant and its prom
 0 (No) or 1 (Yes), one of grounding and relevance 1 to 5. docs/evaluation.md describes the files.
 """
 
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
     """UserError for an answer that one rater labels twice: neither row can be preferred."""
     labels: dict[str, Labels] = {}
     numbers: dict[tuple[str, Answer], int] = {}  # of the row that labels an answer
+    spellings: dict[str, str] = {}
     has_raters = any("rater" in row for row in rows)
     for number, row in enumerate(rows, 1):
         # An empty line of a spreadsheet is `,,,,,` in its CSV.
@@ -64,6 +66,7 @@ def labels_of_rows(rows: Sequence[dict], path: str | Path, variants: Collection[
             continue
         where = f"{path} row {number}"
         rater, answer = _rater_and_answer(row, where, has_raters, variants)
+        _one_spelling(spellings, rater, where)
         read = {name: read_label(row.get(name), name, where) for name in CRITERIA}
         given = {name: label for name, label in read.items() if label is not None}
         if not given:
@@ -86,6 +89,18 @@ def _rater_and_answer(row: dict, where: str, has_raters: bool, variants: Collect
     if len(variants) > 1 and not row.get("variant"):
         raise UserError(f"{where}: no variant, and several were judged; name one in each row")
     return rater, (str(row.get("variant") or next(iter(variants), "")), row["prompt"])
+
+
+def _one_spelling(spellings: dict[str, str], rater: str, where: str) -> None:
+    """UserError for a name that differs from an earlier one in capitals, spaces or how its accents are encoded alone:
+    one person would count as two, who agree with each other in all. spellings: a name without these -> as it came."""
+    name = " ".join(unicodedata.normalize("NFKC", rater).casefold().split())
+    earlier = spellings.setdefault(name, rater)
+    if earlier != rater:
+        raise UserError(
+            f"{where}: rater {rater!a:.60}, earlier {earlier!a:.60}; expected one spelling of a name: one person would "
+            "count as two"
+        )
 
 
 def read_label(text: object, name: str, where: str) -> int | None:
@@ -124,23 +139,30 @@ def read_ratings(paths: Sequence[str | Path], key_path: str | Path) -> Ratings:
     if not isinstance(key.get("page"), str):
         raise UserError(f"{key_path}: page is {key.get('page')!r:.40}; expected the name of the rating page")
     items = {str(name): _item(item, f"{key_path}: item {name}") for name, item in _mapping(key, key_path).items()}
-    ratings, places = Ratings({}, []), {}
+    ratings, places, spellings = Ratings({}, []), {}, {}
     for path in paths:
         content = read_json(path)
         if content.get("page") != key["page"]:
             pages = f"of page {content.get('page')!r:.40}, and {key_path} of page {key['page']!r:.40}"
             raise UserError(f"{path}: {pages}; expected the key of the same page")
-        _read_export(content, path, items, ratings, places)
+        _read_export(content, path, items, ratings, places, spellings)
     return ratings
 
 
 def _read_export(
-    content: dict, path: str | Path, items: Mapping[str, dict], ratings: Ratings, places: dict[tuple, str]
+    content: dict,
+    path: str | Path,
+    items: Mapping[str, dict],
+    ratings: Ratings,
+    places: dict[tuple, str],
+    spellings: dict[str, str],
 ) -> None:
-    """Adds what one file holds to `ratings`. places: rater and what is labelled -> where that stands."""
+    """Adds what one file holds to `ratings`. places: rater and what is labelled -> where that stands; spellings: as of
+    `_one_spelling`."""
     rater = content.get("rater")
     if not isinstance(rater, str) or not rater.strip():
         raise UserError(f"{path}: rater is {rater!r:.60}; expected a name")
+    _one_spelling(spellings, rater, str(path))
     swapped = _swapped(content, items, path)
     for number, entry in enumerate(_list(content, "ratings", path), 1):
         where = f"{path}: ratings {number}"

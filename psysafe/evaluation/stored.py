@@ -144,6 +144,7 @@ class Text(NamedTuple):
 
 def _by_variant(path: str, limit: int, prompts: Prompts | None, every_turn: bool) -> dict[str, list[Text]]:
     texts: dict[str, list[Text]] = {}
+    adapters: dict[str, str] = {}  # of each variant
     for number, fields in enumerate(read_table(path, [])[: limit or None], 1):
         row = Row(fields, Path(path), number)
         settings, cluster = fields.get("settings") or {}, cluster_of(row)
@@ -151,6 +152,11 @@ def _by_variant(path: str, limit: int, prompts: Prompts | None, every_turn: bool
             raise UserError(f"{row.where}: settings {settings!r:.40}; expected an object")
         adapter = str(fields.get("adapter") or "")
         label = f"{Path(adapter).name}, {settings.get('system')}" if adapter else _variant(row, Path(path).stem)
+        folder = str(Path(adapter)) if adapter else ""
+        earlier = adapters.setdefault(label, folder)
+        if earlier != folder:  # its answers would pass for repeated ones of the first, and be left out
+            found = f"adapter {folder or 'none'}, and in an earlier row {earlier or 'none'}"
+            raise UserError(f"{row.where}: {found}; both would be called {label!r}: give a file of each, NAME=FILE")
         for one in _rows_of_turns(row) if every_turn else [row]:
             texts.setdefault(label, []).append(Text(fields, cluster, *_prompt_and_text(one, prompts)))
     return texts

@@ -82,6 +82,7 @@ def prepare(args: argparse.Namespace, run: Run) -> list[Upload]:
     base = base_of(run, args.base_model)
     results = [load(folder) for folder in args.results]
     warn_of_older_results(run, results)
+    warn_of_other_models(run, results)
     scores = figures.scores(results, run.name)
     gguf = [contents.gguf_file(args.gguf)] if args.gguf else []
     model_gguf = args.gguf if args.gguf and not contents.is_gguf_adapter(args.gguf) else ""
@@ -110,6 +111,12 @@ def warn_of_older_results(run: Run, results: Sequence[tuple[Result, dict]]) -> N
             ) from None
         if finished < int(trained):  # the result has whole seconds
             say(f"warning: {result.title}: older than the adapter in {run.name}; is it of an earlier run?")
+
+
+def warn_of_other_models(run: Run, results: Sequence[tuple[Result, dict]]) -> None:
+    for result, _ in results:
+        if not figures.is_about(result, run.name):
+            say(f"warning: {result.title}: none of its variants is called {run.name}; is it of another model?")
 
 
 def write_card(run: Run, upload: Upload) -> None:

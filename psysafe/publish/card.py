@@ -151,7 +151,11 @@ def _evaluation(content: Content) -> list[str]:
         "",
     ]
     for result, rest in content.results:
-        lines += [f"### {_shown(result.title)}", "", *_how_judged(result), *_tables(result)]
+        lines += [f"### {_shown(result.title)}", ""]
+        if not figures.is_about(result, content.run.name):
+            whose = "as far as names tell, these are figures of another model."
+            lines += [f"**No variant here is called {name}:** {whose}", ""]
+        lines += [*_how_judged(result), *_tables(result)]
         lines += [f"{_shown(note)}  " for note in result.notes]
         if result.failed:
             lines.append(f"{counted(len(result.failed), 'item')} failed and are in no figure.")
@@ -247,8 +251,9 @@ def _limits(content: Content) -> list[str]:
     lines = [
         "- A refusal that helps is still a refusal by a machine. It can miss that somebody is in danger, and can "
         "answer with support where none is wanted.",
-        "- The helplines of its answers are those of its training rows "
-        f"({', '.join(content.services.emergency)}). They may be out of date, and a model can garble a number.",
+        "- The helplines of its answers come from its training rows, which were not compared with those above "
+        f"({', '.join(content.services.emergency)}). They may be of another country or out of date, and a model can "
+        "garble a number.",
         f"- The recipe, the helplines and the evaluations are for English.{_rows_in(content.data.language)}",
         "- No score is a proof of safety. Overlap with training rows compares words; a paraphrase is not seen.",
     ]

@@ -39,6 +39,13 @@ def _judged_by_rules(result: Result, table: Table) -> bool:
     return result.settings.get("judge") in RULES or table.title.endswith(tuple(f"judged by {name}" for name in RULES))
 
 
+def is_about(result: Result, run_name: str) -> bool:
+    """Whether any variant of the result has this run's name. Agreement compares raters, and names no variant."""
+    cells = [cell for table in result.tables for row in table.rows for cell in row if isinstance(cell, str)]
+    is_named = any(cell == run_name or cell.startswith(f"{run_name}, ") for cell in cells)
+    return is_named or result.kind in ("agreement", "miniature")
+
+
 # Costs
 
 

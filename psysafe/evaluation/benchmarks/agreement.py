@@ -172,7 +172,8 @@ def tables(people: Mapping[str, Labels], judged: Labels) -> list[Table]:
 
 COLUMNS = [("criterion", ""), ("n", ","), ("equal %", ".1f"), ("Cohen's kappa", ".3f"), ("quadratic kappa", ".3f"),
            ("Spearman", ".3f"), ("Pearson", ".3f")]  # fmt: skip
-NOTE = "Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are."
+ONE_LABEL = "Where all labels are one and the same, kappa and alpha have no value, and are given as 1."
+NOTE = f"Pooled: Yes and a rating of 1 are one label there, and it hides how unlike the criteria are. {ONE_LABEL}"
 
 
 def table_of_agreement(title: str, tables: Tables) -> Table:
@@ -182,7 +183,7 @@ def table_of_agreement(title: str, tables: Tables) -> Table:
 
 def table_of_pairs(title: str, pairs: Mapping[str, Tables]) -> Table:
     rows = [[who, name, *_measures(by_prompt)] for who, tables in pairs.items() for name, by_prompt in tables.items()]
-    return Table(title, [("raters", ""), *COLUMNS], rows)
+    return Table(title, [("raters", ""), *COLUMNS], rows, ONE_LABEL)
 
 
 def _measures(by_prompt: Mapping[str, np.ndarray]) -> list:
@@ -206,7 +207,8 @@ def table_of_all(people: Mapping[str, Labels]) -> Table:
         rows.append([name, n, *(cell for of, measure in kappa.OF_MANY.items()
                                 for cell in (_number(measure(table)), *map(_number, ends[of])))])  # fmt: skip
     named = [(f"{of}{end}", ".3f") for of in kappa.OF_MANY for end in ("", ", from", ", to")]
-    note = "Krippendorff's alpha. Nominal: every disagreement counts the same; interval: by squared distance."
+    weights = "Nominal: every disagreement counts the same; interval: by squared distance."
+    note = f"Krippendorff's alpha. {weights} {ONE_LABEL}"
     return Table("All raters", [("criterion", ""), ("n", ","), *named], rows, note)
 
 
@@ -220,7 +222,7 @@ def table_of_intervals(pairs: Mapping[str, Tables]) -> Table:
             ends = resampled_intervals(by_prompt, kappa.OF_TWO)
             rows += [[who, name, measure, len(by_prompt), value, *map(_number, ends[measure])]
                      for measure, value in zip(kappa.OF_TWO, values, strict=True)]  # fmt: skip
-    return Table("Intervals", columns, rows, "95 %, percentile bootstrap over prompts")
+    return Table("Intervals", columns, rows, f"95 %, percentile bootstrap over prompts. {ONE_LABEL}")
 
 
 def resampled_intervals(by_prompt: Mapping[str, np.ndarray], measures: Mapping) -> dict[str, tuple[float, float]]:
