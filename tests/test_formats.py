@@ -53,14 +53,28 @@ SHAPES = {  # name -> (a row of that shape, the same under our names)
     ),
     "ShareGPT with roles": ({"conversations": [USER, ANSWER | {"train": False}]},
                             {"messages": [USER, ANSWER | {"train": False}]}),
+    "ShareGPT with a system prompt": ({"system_prompt": "s", "conversations": [HUMAN, GPT]},
+                                      {"messages": [SYSTEM, USER, ANSWER]}),
+    "messages with a system": (TALK | {"system": "s"}, {"messages": [SYSTEM, USER, ANSWER]}),
+    "messages with two systems": ({"messages": [SYSTEM, USER, ANSWER], "system": "other"},
+                                  {"messages": [SYSTEM, USER, ANSWER]}),
     "ShareGPT of texts": ({"conversations": ["q", "a"]}, TALK),
     "Alpaca": ({"instruction": "q", "input": "", "output": "a", "text": "t"}, PAIR | {"text": "t"}),
     "Alpaca with input": ({"instruction": "q", "input": "i", "output": "a"}, {"prompt": "q\ni", "answer": "a"}),
     "Alpaca with a system": ({"instruction": "q", "output": "a", "system": "s"}, PAIR | {"system": "s"}),
+    "Alpaca with a system prompt": ({"instruction": "q", "output": "a", "system_prompt": "s"}, PAIR | {"system": "s"}),
+    "Dolly": ({"instruction": "q", "context": "i", "response": "a", "category": "c"},
+              {"prompt": "q\ni", "answer": "a", "category": "c"}),
+    "a system prompt": (PAIR | {"system_prompt": "s"}, PAIR | {"system": "s"}),
+    "no earlier turns": (PAIR | {"history": [], "images": None}, PAIR | {"images": None}),
+    "a think block before the answer": (
+        {"prompt": "q", "completion": "<think>\nr\n</think>\n\na"}, PAIR | {"reasoning": "r"}),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, PAIR),
     "prompt and response": ({"prompt": "q", "response": "a", "answer": None}, PAIR),
     "prompt and completion of messages": ({"prompt": [SYSTEM, USER], "completion": [ANSWER], "messages": None},
                                           {"messages": [SYSTEM, USER, ANSWER]}),
+    "prompt and completion of messages with a system": ({"prompt": [USER], "completion": [ANSWER], "system": "s"},
+                                                        {"messages": [SYSTEM, USER, ANSWER]}),
     "question": ({"question": "q", "answer": "a"}, PAIR),
     "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "a"}, PAIR | {"system": "s"}),
     "turns": ({"question_id": 1, "turns": ["q"], "category": "2"}, {"prompt": "q", "question_id": 1, "category": "2"}),
@@ -86,7 +100,7 @@ def test_every_shape_becomes_ours(shape, tmp_path):
     assert prompt.fields == expected
     asked = [SYSTEM, USER] if "s" in (row.get("system"), row.get("system_prompt")) or SYSTEM in (
         expected.get("messages") or []) else [USER]  # fmt: skip
-    question = asked[-1]["content"] if "input" not in shape else "q\ni"
+    question = asked[-1]["content"] if "input" not in shape and shape != "Dolly" else "q\ni"
     assert [message["content"] for message in prompt_messages(prompt)] == [*("s" for _ in asked[1:]), question]
     assert user_texts(row) == training_prompts([path]) == [question]
     if shape != "turns":
@@ -118,6 +132,10 @@ def test_every_shape_becomes_ours(shape, tmp_path):
         ({"chosen": "\n\nHuman: q", "rejected": ""}, "no answer in it (found: chosen, rejected)"),
         ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": ""}, 'answer is "" (str)'),
         ([1], "[1] (list), expected an object"),
+        ({"instruction": "q", "context": ["c"], "response": "a"}, "context is ['c'], expected a text"),
+        (PAIR | {"history": [["x", "y"]]}, "history: earlier turns beside prompt are not read"),
+        (TALK | {"images": ["a.png"]}, "images is ['a.png']; only text is read here"),
+        ({"image": {"bytes": "x"}, "conversations": [HUMAN, GPT]}, "image is {'bytes': 'x'}; only text"),
     ],
 )
 def test_a_broken_row_is_named_in_its_own_words(row, message, tmp_path):
