@@ -144,6 +144,34 @@ def test_a_broken_row_is_named_in_its_own_words(row, message, tmp_path):
     assert refused(re.escape(message), read_rows, path).startswith(f"{path} row 2 (line 2): ")
 
 
+def trained_text(row: dict, tokenizer) -> str:
+    ids, trained = tokenizer.encode_trained(row["messages"])
+    return tokenizer.decode([i for i, is_trained in zip(ids, trained, strict=True) if is_trained])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_counts_whatever_a_message_calls_it(name, tokenizer):
+    """Under a name that is not read the model would learn an empty think block."""
+    others = dict.fromkeys(["reasoning_content", "reasoning", "thinking"])
+    message = ANSWER | others | {name: "r"}
+    assert trained_text({"messages": [USER, message]}, tokenizer) == "\nr\n</think>\n\na<|im_end|>\n"
+    message = {"role": "assistant", "content": "<think>r</think>a", name: None}
+    assert trained_text({"messages": [USER, message]}, tokenizer) == "\nr\n</think>\n\na<|im_end|>\n"
+    refused(f"message 2: {name} is 3, expected a text", tokenizer.encode_chat, [USER, ANSWER | {name: 3}])
+
+
+def test_a_call_in_the_older_form_is_refused_and_not_left_out(tokenizer):
+    old = ANSWER | {"function_call": {"name": "f", "arguments": "{}"}}
+    refused("message 2: function_call is .*expected calls under tool_calls", tokenizer.encode_chat, [USER, old])
+    assert tokenizer.encode_chat([USER, ANSWER | {"function_call": None}]) == tokenizer.encode_chat([USER, ANSWER])
+
+
+def test_conversations_without_reasoning_are_counted(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(TALK, {"messages": [USER, ANSWER | {"reasoning": "r"}]}, PAIR, PAIR | {"reasoning": "r"}))
+    assert encode_rows(read_rows(path), tokenizer, 4096).n_without_reasoning == 2
+
+
 # Types of files
 
 TABLE = [{"prompt": "a, b\t c", "answer": 'd "e"\nf'}, {"prompt": "g", "answer": "\u00e9"}]
@@ -249,6 +277,17 @@ def test_the_line_of_a_row_is_the_one_that_it_begins_in(tmp_path):
     rows = read_file(tmp_path / "r.csv")
     assert [row.line for row in rows] == [3, 8, 9, 10]
     assert [row.fields for row in rows][2:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
+
+
+def test_arguments_of_other_tools_are_none_of_a_call(tmp_path, tokenizer):
+    """A Parquet column gives every object in it the keys of all: null where a call has no such argument."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": "x"}}}]
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages, "note": None}]), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert "note" in row.fields and "None" not in tokenizer.render(row.messages)
+    assert tokenizer.render(row.messages) == tokenizer.render(messages)
 
 
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):

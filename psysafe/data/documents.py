@@ -124,7 +124,7 @@ def encode_rows(
         expected = f"an assistant turn with a text {place}not switched off, begun within max_tokens {max_tokens}"
         raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
-    n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
+    n_without_reasoning = sum(_has_empty_reasoning(row, train_turns) for row in rows)
     notes += _turn_notes(rows, documents, train_turns, tokenizer)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning, notes)
 
@@ -171,6 +171,12 @@ def _turn_notes(
     if typed:
         notes.append(f"{len(typed):,} with typed control tokens such as <|im_end|>, taken for text: {_named(typed)}")
     return notes
+
+
+def _has_empty_reasoning(row: Row, train_turns: TrainTurns) -> bool:
+    """Whether an empty think block is trained."""
+    turns = read_turns(row_messages(row), train_turns)
+    return any(turn.reasoning == "" and not turn.untrained for turn in turns)
 
 
 def has_typed_tokens(row: Row, tokenizer: Tokenizer) -> bool:
