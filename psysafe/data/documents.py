@@ -215,7 +215,7 @@ def encode_row(
 def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
     if len(rows) < 2:
-        remedy = "give a file that validates (--val-data, --contrast-val-data)"
+        remedy = "give a file that validates (--val-data, --contrast-val-data), or --val-fraction 0"
         raise UserError(f"{_named([row.where for row in rows])}: {len(rows)} row cannot be split in two; {remedy}")
     n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     validation = set(_permutation(len(rows), seed, 0)[:n_validation])
