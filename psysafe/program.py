@@ -143,11 +143,14 @@ def main_guard(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] 
     one line and code 1, output that nobody reads any more as 141; Ctrl-C as 130. Anything else is a bug of ours and
     keeps its traceback.
     """
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed from the start (`>&-`): the work is done, and its lines go nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # else a character that this terminal cannot show would end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as psysafe/interrupt.py left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.redirect_stdout(_Output(sys.stdout)) if sys.stdout else contextlib.nullcontext():
+    with contextlib.redirect_stdout(_Output(sys.stdout)):
         code = _guarded(main, sys.argv[1:] if argv is None else argv)
     dist = sys.modules.get("torch.distributed")  # never imported for this alone
     if dist and dist.is_available() and dist.is_initialized():

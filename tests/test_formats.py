@@ -53,14 +53,28 @@ SHAPES = {  # name -> (a row of that shape, the same under our names)
     ),
     "ShareGPT with roles": ({"conversations": [USER, ANSWER | {"train": False}]},
                             {"messages": [USER, ANSWER | {"train": False}]}),
+    "ShareGPT with a system prompt": ({"system_prompt": "s", "conversations": [HUMAN, GPT]},
+                                      {"messages": [SYSTEM, USER, ANSWER]}),
+    "messages with a system": (TALK | {"system": "s"}, {"messages": [SYSTEM, USER, ANSWER]}),
+    "messages with two systems": ({"messages": [SYSTEM, USER, ANSWER], "system": "other"},
+                                  {"messages": [SYSTEM, USER, ANSWER]}),
     "ShareGPT of texts": ({"conversations": ["q", "a"]}, TALK),
     "Alpaca": ({"instruction": "q", "input": "", "output": "a", "text": "t"}, PAIR | {"text": "t"}),
     "Alpaca with input": ({"instruction": "q", "input": "i", "output": "a"}, {"prompt": "q\ni", "answer": "a"}),
     "Alpaca with a system": ({"instruction": "q", "output": "a", "system": "s"}, PAIR | {"system": "s"}),
+    "Alpaca with a system prompt": ({"instruction": "q", "output": "a", "system_prompt": "s"}, PAIR | {"system": "s"}),
+    "Dolly": ({"instruction": "q", "context": "i", "response": "a", "category": "c"},
+              {"prompt": "q\ni", "answer": "a", "category": "c"}),
+    "a system prompt": (PAIR | {"system_prompt": "s"}, PAIR | {"system": "s"}),
+    "no earlier turns": (PAIR | {"history": [], "images": None}, PAIR | {"images": None}),
+    "a think block before the answer": (
+        {"prompt": "q", "completion": "<think>\nr\n</think>\n\na"}, PAIR | {"reasoning": "r"}),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, PAIR),
     "prompt and response": ({"prompt": "q", "response": "a", "answer": None}, PAIR),
     "prompt and completion of messages": ({"prompt": [SYSTEM, USER], "completion": [ANSWER], "messages": None},
                                           {"messages": [SYSTEM, USER, ANSWER]}),
+    "prompt and completion of messages with a system": ({"prompt": [USER], "completion": [ANSWER], "system": "s"},
+                                                        {"messages": [SYSTEM, USER, ANSWER]}),
     "question": ({"question": "q", "answer": "a"}, PAIR),
     "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "a"}, PAIR | {"system": "s"}),
     "turns": ({"question_id": 1, "turns": ["q"], "category": "2"}, {"prompt": "q", "question_id": 1, "category": "2"}),
@@ -86,7 +100,7 @@ def test_every_shape_becomes_ours(shape, tmp_path):
     assert prompt.fields == expected
     asked = [SYSTEM, USER] if "s" in (row.get("system"), row.get("system_prompt")) or SYSTEM in (
         expected.get("messages") or []) else [USER]  # fmt: skip
-    question = asked[-1]["content"] if "input" not in shape else "q\ni"
+    question = asked[-1]["content"] if "input" not in shape and shape != "Dolly" else "q\ni"
     assert [message["content"] for message in prompt_messages(prompt)] == [*("s" for _ in asked[1:]), question]
     assert user_texts(row) == training_prompts([path]) == [question]
     if shape != "turns":
@@ -118,12 +132,44 @@ def test_every_shape_becomes_ours(shape, tmp_path):
         ({"chosen": "\n\nHuman: q", "rejected": ""}, "no answer in it (found: chosen, rejected)"),
         ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": ""}, 'answer is "" (str)'),
         ([1], "[1] (list), expected an object"),
+        ({"instruction": "q", "context": ["c"], "response": "a"}, "context is ['c'], expected a text"),
+        (PAIR | {"history": [["x", "y"]]}, "history: earlier turns beside prompt are not read"),
+        (TALK | {"images": ["a.png"]}, "images is ['a.png']; only text is read here"),
+        ({"image": {"bytes": "x"}, "conversations": [HUMAN, GPT]}, "image is {'bytes': 'x'}; only text"),
     ],
 )
 def test_a_broken_row_is_named_in_its_own_words(row, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(PAIR) + "\n" + json.dumps(row))
     assert refused(re.escape(message), read_rows, path).startswith(f"{path} row 2 (line 2): ")
+
+
+def trained_text(row: dict, tokenizer) -> str:
+    ids, trained = tokenizer.encode_trained(row["messages"])
+    return tokenizer.decode([i for i, is_trained in zip(ids, trained, strict=True) if is_trained])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_counts_whatever_a_message_calls_it(name, tokenizer):
+    """Under a name that is not read the model would learn an empty think block."""
+    others = dict.fromkeys(["reasoning_content", "reasoning", "thinking"])
+    message = ANSWER | others | {name: "r"}
+    assert trained_text({"messages": [USER, message]}, tokenizer) == "\nr\n</think>\n\na<|im_end|>\n"
+    message = {"role": "assistant", "content": "<think>r</think>a", name: None}
+    assert trained_text({"messages": [USER, message]}, tokenizer) == "\nr\n</think>\n\na<|im_end|>\n"
+    refused(f"message 2: {name} is 3, expected a text", tokenizer.encode_chat, [USER, ANSWER | {name: 3}])
+
+
+def test_a_call_in_the_older_form_is_refused_and_not_left_out(tokenizer):
+    old = ANSWER | {"function_call": {"name": "f", "arguments": "{}"}}
+    refused("message 2: function_call is .*expected calls under tool_calls", tokenizer.encode_chat, [USER, old])
+    assert tokenizer.encode_chat([USER, ANSWER | {"function_call": None}]) == tokenizer.encode_chat([USER, ANSWER])
+
+
+def test_conversations_without_reasoning_are_counted(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(TALK, {"messages": [USER, ANSWER | {"reasoning": "r"}]}, PAIR, PAIR | {"reasoning": "r"}))
+    assert encode_rows(read_rows(path), tokenizer, 4096).n_without_reasoning == 2
 
 
 # Types of files
@@ -234,6 +280,17 @@ def test_the_line_of_a_row_is_the_one_that_it_begins_in(tmp_path):
     rows = read_file(tmp_path / "r.csv")
     assert [row.line for row in rows] == [3, 8, 9, 10]
     assert [row.fields for row in rows][2:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
+
+
+def test_arguments_of_other_tools_are_none_of_a_call(tmp_path, tokenizer):
+    """A Parquet column gives every object in it the keys of all: null where a call has no such argument."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": "x"}}}]
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages, "note": None}]), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert "note" in row.fields and "None" not in tokenizer.render(row.messages)
+    assert tokenizer.render(row.messages) == tokenizer.render(messages)
 
 
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):

@@ -351,3 +351,20 @@ def test_segments_that_can_grow_are_asked_for_before_cuda_starts(own, monkeypatc
     with pytest.raises(UserError, match="no GPU here"):
         runtime.start("cuda")
     assert seen == [None if own else "expandable_segments:True"]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_from_the_start_changes_nothing(closed, tmp_path):
+    """As with `>&-`: Python has None in its place, and a question whether it is a terminal would end in a traceback."""
+    program = (
+        "import pathlib, sys\nfrom psysafe.program import main_guard\n"
+        "def main(argv):\n    print('out', sys.stdout.isatty()); print('err', sys.stderr.isatty(), file=sys.stderr)\n"
+        "    pathlib.Path(argv[0]).write_text('done')\n"
+        "sys.exit(main_guard(main))\n"
+    )
+    number = {"stdout": 1, "stderr": 2}[closed]
+    command = ["bash", "-c", f'exec "$@" {number}>&-', "-", sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == "done"
+    assert (done.stdout, done.stderr) == (("", "err False\n") if closed == "stdout" else ("out False\n", ""))

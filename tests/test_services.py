@@ -319,6 +319,13 @@ def test_a_corrected_copy_of_a_shipped_file_replaces_the_old_number(tmp_path):
     assert rows[0]["answer"] == "UK: Samaritans, 555-0134, samaritans.org. Or call 555-0134."
 
 
+@pytest.mark.parametrize("name", ["input", "context", "system", "system_prompt"])
+def test_localise_changes_nothing_of_what_is_asked(name, tmp_path):
+    row = {"instruction": "p", name: BUNDLED_LINES, "output": BUNDLED_LINES, "risk cluster": SUICIDE}
+    code, (new,) = localise(tmp_path, [row])
+    assert code == 0 and new["output"] != BUNDLED_LINES and new[name] == BUNDLED_LINES
+
+
 def test_localise_refuses(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "p", "answer": "a"}\n')

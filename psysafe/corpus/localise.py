@@ -182,7 +182,7 @@ def _typed(text: str) -> str:
     return text
 
 
-PROMPTS = {"prompt", "question", "instruction", "input", "system", CLUSTER}
+PROMPTS = {"prompt", "question", "instruction", "input", "context", "system", "system_prompt", CLUSTER}
 
 
 def _rewritten(value: object, change: Callable[[str], str]) -> object:

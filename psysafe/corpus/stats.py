@@ -75,12 +75,13 @@ def tokenizer_of(model: str, revision: str = "") -> Tokenizer:
 def stats(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict, list[int]]:
     """(counts by name; the length in tokens of each whole rendered row)."""
     answers = [answer_of(row) for row in rows]
-    lengths = [len(document) for document in encode_rows(rows, tokenizer, 10**9).documents]
+    data = encode_rows(rows, tokenizer, 10**9)
+    lengths = [len(document) for document in data.documents]
     numbers = {
         "rows": len(rows),
         "clusters": dict(Counter(cluster_or_group(row.fields) for row in rows).most_common()),
         "categories": dict(Counter(_category(row) for row in rows).most_common()),
-        "without reasoning": sum(not row.reasoning.strip() for row in rows if row.messages is None),
+        "without reasoning": data.n_without_reasoning,
         "duplicate prompts": shared(normalise(first_user_text(row.fields)) for row in rows),
         "duplicate answers": shared(normalise(answer) for answer in answers),
         "tokens": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES},

@@ -19,6 +19,10 @@ TOOL_RESPONSE, TOOL_RESPONSE_END = "<tool_response>", "</tool_response>"
 TEMPLATE_TOKENS = (IM_START, IM_END, THINK, THINK_END, TOOL_RESPONSE, TOOL_RESPONSE_END, "<tool_call>", "</tool_call>")
 ASSISTANT_MARKER = f"{IM_START}assistant\n{THINK}"
 
+# What servers and data sets call the reasoning of an assistant message. The official template knows the first alone and
+# leaves out the others in silence: a model that is trained on such messages would learn not to think.
+REASONINGS = ("reasoning_content", "reasoning", "thinking")
+
 # Why an assistant turn is not trained.
 EARLIER, SWITCHED_OFF, WITHOUT_TEXT = "before the last user query", "switched off", "without text"
 
@@ -49,9 +53,9 @@ def read_turns(messages: Sequence[Message], train_turns: TrainTurns = "last") ->
     """The messages as turns. UserError for a conversation that the template refuses.
 
     A message has a role and, under "content", a text or a list of text parts; no content (None) is an empty text
-    from an assistant, usually beside "tool_calls", and from a tool. An assistant may carry "reasoning_content", else a
-    think block in its content is split off. `weight` 0, `train` false or `loss` false in an assistant message keep it
-    from being trained; without text and calls it is not trained either.
+    from an assistant, usually beside "tool_calls", and from a tool. An assistant may carry "reasoning_content" (vLLM
+    calls it "reasoning", TRL "thinking"), else a think block in its content is split off. `weight` 0, `train` false or
+    `loss` false in an assistant message keep it from being trained; without text and calls it is not trained either.
     """
     if not messages:
         raise UserError("No messages provided.")
@@ -186,11 +190,13 @@ def _is_switched_on(message: Message, number: int) -> bool:
 
 def _split_reasoning(message: Message, content: str, number: int) -> tuple[str, str]:
     """(reasoning, answer) of an assistant message whose stripped content is `content`."""
-    reasoning = message.get("reasoning_content")
-    if isinstance(reasoning, str):
-        return reasoning.strip(), content
+    reasonings = {key: message.get(key) for key in REASONINGS}
+    for key, value in reasonings.items():
+        if not isinstance(value, str | None):
+            raise UserError(f"message {number}: {key} is {value!r:.60}, expected a text")
+    reasoning = next(filter(None, reasonings.values()), reasonings["reasoning_content"])
     if reasoning is not None:
-        raise UserError(f"message {number}: reasoning_content is {reasoning!r:.60}, expected a text")
+        return reasoning.strip(), content
     if THINK_END not in content:
         return "", content
     reasoning = content.split(THINK_END)[0].split(THINK)[-1].strip()

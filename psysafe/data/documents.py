@@ -124,7 +124,7 @@ def encode_rows(
         expected = f"an assistant turn with a text {place}not switched off, begun within max_tokens {max_tokens}"
         raise UserError(f"{_named(untrained)}: no trained token in it; expected {expected}")
     n_cut = sum(length > max_tokens for _, length in encoded)
-    n_without_reasoning = sum(row.messages is None and not row.reasoning.strip() for row in rows)
+    n_without_reasoning = sum(_has_empty_reasoning(row, train_turns) for row in rows)
     notes += _turn_notes(rows, documents, train_turns, tokenizer)
     return Dataset(documents, max_tokens, n_cut, n_without_reasoning, notes)
 
@@ -173,6 +173,12 @@ def _turn_notes(
     return notes
 
 
+def _has_empty_reasoning(row: Row, train_turns: TrainTurns) -> bool:
+    """Whether an empty think block is trained."""
+    turns = read_turns(row_messages(row), train_turns)
+    return any(turn.reasoning == "" and not turn.untrained for turn in turns)
+
+
 def has_typed_tokens(row: Row, tokenizer: Tokenizer) -> bool:
     """Whether a text of the row holds a control token that somebody typed."""
     return tokenizer.has_typed_tokens(row_messages(row), row.tools)
@@ -209,7 +215,7 @@ def encode_row(
 def split_rows(rows: Sequence[Row], *, seed: int, fraction: float) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows), both in file order: round(fraction x rows), at least one, go to validation."""
     if len(rows) < 2:
-        remedy = "give a file that validates (--val-data, --contrast-val-data)"
+        remedy = "give a file that validates (--val-data, --contrast-val-data), or --val-fraction 0"
         raise UserError(f"{_named([row.where for row in rows])}: {len(rows)} row cannot be split in two; {remedy}")
     n_validation = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     validation = set(_permutation(len(rows), seed, 0)[:n_validation])

@@ -11,11 +11,16 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from psysafe.data.chat_template import content_text
+from psysafe.data.chat_template import THINK, THINK_END, content_text
+from psysafe.data.prompts import with_system
 from psysafe.program import UserError
 
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names; others are the template's own
 ANSWERS = ("answer", "completion", "response", "output")
+SYSTEMS = ("system", "system_prompt")
+REASONINGS = ("reasoning", "reasoning_language")
+# Columns of data sets for models that see and hear. A row without its picture would teach an answer to nothing.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Standard(NamedTuple):
@@ -32,6 +37,8 @@ def standard(fields: dict) -> Standard:
     """A row of any shape; one of no known shape as it is. UserError for a conversation that cannot be read."""
     shapes = (shape(fields) for shape in FORMATS.values())
     match = next((row for row in shapes if row is not None), None)
+    if match and (key := _first(fields, MEDIA)):
+        raise UserError(f"{key} is {fields[key]!r:.60}; only text is read here: leave out the row, or the field")
     if match is None and fields.get("messages") == []:
         return Standard(fields, {})  # the chat template refuses it in its own words
     row = match or Standard(fields, {})
@@ -65,16 +72,39 @@ def _replaced(fields: dict, used: Iterable[str | None], own: dict) -> dict:
     return own | {key: value for key, value in fields.items() if key not in used and key not in own}
 
 
-def _pair(fields: dict, prompt: str, system: str = "system") -> Standard:
-    """A prompt under this name, the first answer that there is, and the row's own system message."""
-    renamed = {"prompt": prompt, "answer": _first(fields, ANSWERS) or "answer", "system": system}
+def _pair(fields: dict, prompt: str) -> Standard:
+    """A prompt under this name, the first answer that there is, and the row's own system message.
+
+    A think block at the beginning of the answer is the row's reasoning, unless it has one of its own.
+    """
+    if _has(fields, "history"):
+        raise UserError(f"history: earlier turns beside {prompt} are not read; write the row as messages")
+    names = {"prompt": prompt, "answer": _first(fields, ANSWERS) or "answer", "system": _first(fields, SYSTEMS)}
+    renamed = {ours: theirs for ours, theirs in names.items() if theirs}
     own = {ours: fields[theirs] for ours, theirs in renamed.items() if theirs in fields}
-    return Standard(_replaced(fields, renamed.values(), own), renamed)
+    used = [*renamed.values(), "history"]
+    if (block := _think_block(own.get("answer"))) and not _first(fields, REASONINGS):
+        own["reasoning"], own["answer"] = block[1].strip(), block[2].lstrip()
+    return Standard(_replaced(fields, used, own), renamed)
+
+
+def _think_block(answer: object) -> re.Match | None:
+    """(reasoning, answer) of a text that begins with one whole think block and has no other of its tags."""
+    tag = f"{THINK}|{THINK_END}"
+    pattern = rf"\s*{THINK}((?:(?!{tag}).)*){THINK_END}((?:(?!{tag}).)*)"
+    return re.fullmatch(pattern, answer, re.DOTALL) if isinstance(answer, str) else None
+
+
+def _conversation(fields: dict, messages: object, names: dict[str, str], used: Iterable[str] = ()) -> Standard:
+    """A conversation, with the row's own system message in front where it has none, as in Anthropic's API."""
+    if (key := _first(fields, SYSTEMS)) and isinstance(messages, list):
+        messages = with_system(messages, fields[key])
+    return Standard(_replaced(fields, (*used, *SYSTEMS), {"messages": messages}), names)
 
 
 def _messages(fields: dict) -> Standard | None:
     """OpenAI: `messages`, a list of {"role", "content"}. The chat template checks the turns."""
-    return Standard(fields, {}) if _has(fields, "messages") else None
+    return _conversation(fields, fields["messages"], {}) if _has(fields, "messages") else None
 
 
 def _sharegpt(fields: dict) -> Standard | None:
@@ -85,9 +115,7 @@ def _sharegpt(fields: dict) -> Standard | None:
     turns = fields[name]
     if isinstance(turns, list):
         turns = [_turn(turn, i, name) for i, turn in enumerate(turns)]
-        if _has(fields, "system") and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": fields["system"]})
-    return Standard(_replaced(fields, (name, "system"), {"messages": turns}), {"messages": name})
+    return _conversation(fields, turns, {"messages": name}, [name])
 
 
 def _turn(turn: object, i: int, name: str) -> dict:
@@ -108,7 +136,7 @@ def _messages_in_two(fields: dict) -> Standard | None:
         return None
     if not isinstance(completion, list):
         raise UserError(f"completion is {completion!r:.60}, expected a list of messages, for prompt is one")
-    return Standard(_replaced(fields, ("prompt", "completion"), {"messages": prompt + completion}), {})
+    return _conversation(fields, prompt + completion, {}, ["prompt", "completion"])
 
 
 def _prompt(fields: dict) -> Standard | None:
@@ -117,23 +145,22 @@ def _prompt(fields: dict) -> Standard | None:
 
 
 def _alpaca(fields: dict) -> Standard | None:
-    """Alpaca: `instruction`, `input` and `output`. LLaMA-Factory joins the first two in the same way."""
+    """Alpaca: `instruction`, `input` and `output`. LLaMA-Factory joins the first two in the same way. Dolly calls the
+    second one `context`."""
     if not _has(fields, "instruction"):
         return None
-    for key in ("instruction", "input"):
+    keys = "instruction", "input", "context"
+    for key in keys:
         if not isinstance(fields.get(key), str | None):
             raise UserError(f"{key} is {fields[key]!r:.60}, expected a text")
-    if _has(fields, "history"):
-        raise UserError("history: earlier turns beside an instruction are not read; write the row as messages")
-    text = fields.get("input") or ""
-    joined = fields["instruction"] + (f"\n{text}" if text.strip() else "")
-    row = _pair(fields | {"instruction": joined}, "instruction")
-    return row._replace(fields=_replaced(row.fields, ("input", "history"), {}))
+    texts = [text for key in keys if (text := fields.get(key)) and text.strip()]
+    row = _pair(fields | {"instruction": "\n".join(texts)}, "instruction")
+    return row._replace(fields=_replaced(row.fields, keys, {}))
 
 
 def _question(fields: dict) -> Standard | None:
     """Benchmarks and OpenOrca: `question`, with an answer under any name and a `system_prompt`."""
-    return _pair(fields, "question", "system_prompt") if _has(fields, "question") else None
+    return _pair(fields, "question") if _has(fields, "question") else None
 
 
 def _turns(fields: dict) -> Standard | None:

@@ -221,7 +221,19 @@ def _parquet(content: bytes, path: Path) -> list[Entry]:
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {EXPECTED_FILE}") from None
     # Rows are written as JSON again: what JSON lacks (dates, bytes) becomes text here, and not at the end of a run.
-    return [(json.loads(json.dumps(fields, default=str)), None) for fields in rows]
+    return [(_without_nulls(json.loads(json.dumps(fields, default=str))), None) for fields in rows]
+
+
+def _without_nulls(fields: dict) -> dict:
+    """Without null in what lies inside a field. In a column all objects have the keys of all: the arguments of a tool's
+    call have those of every other tool, and as null they would be trained as arguments."""
+
+    def cleaned(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {key: cleaned(value) for key, value in fields.items()}
 
 
 FILE_TYPES: dict[str, Callable[[bytes, Path], list[Entry]]] = {

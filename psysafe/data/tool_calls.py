@@ -80,6 +80,9 @@ def read_calls(message: dict, number: int) -> list[dict]:
 
     UserError for anything else: a call that is left out in silence would leave an empty answer to be trained.
     """
+    if message.get("function_call"):  # OpenAI's form before tool_calls
+        call = message["function_call"]
+        raise UserError(f"message {number}: function_call is {call!r:.60}, expected calls under tool_calls")
     calls = message.get("tool_calls")
     calls = [] if calls in (None, "") else calls
     if not isinstance(calls, list):
