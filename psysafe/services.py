@@ -188,9 +188,9 @@ def from_arguments(args: argparse.Namespace, every_cluster: bool = True) -> Serv
 def checked_services(names: Sequence[str], unchecked: bool = False, every_cluster: bool = True) -> Services:
     """The services of country codes and files that may be used. Arguments and errors as of `from_arguments`."""
     services = read_services(names)
-    require_checked(services, unchecked)
     if every_cluster:
         require_clusters(services)
+    require_checked(services, unchecked)  # last: it may warn, and services that are refused have one line, the error
     return services
 
 

@@ -3,11 +3,19 @@
 import os
 import shutil
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples at every run, so that a failure is the change's and not the draw's; and no limits in seconds, which
+# a busy machine reaches.
+hypothesis.settings.register_profile(
+    "the same everywhere", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("the same everywhere")
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -84,7 +84,7 @@ class Live:
     def health(self) -> dict:
         return self.ask(None, "/health", {}, "GET")[2]
 
-    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not come to that"

@@ -14,11 +14,12 @@ class StubEndpoint(StubServer):
     """The last message says what to do, as words: `429 500 ok:TEXT` fails twice and then answers. Requests' headers,
     bodies and times are kept."""
 
-    def __init__(self):
-        super().__init__(Handler)
+    def __init__(self, port: int = 0):
+        super().__init__(Handler, port)
         self.seen: list[tuple[dict, dict, float]] = []
         self.tries: Counter = Counter()
         self.sent = 0
+        self.ended: list[str] = []  # what had no end of its own, and came to one
         self.lock = threading.Lock()
 
     @property
@@ -120,6 +121,7 @@ class Handler(StubHandler):
 
     def do_hang(self, step):
         time.sleep(30)
+        self.server.ended.append(step)
 
     def do_drop(self, step):
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -134,6 +136,7 @@ class Handler(StubHandler):
             self.wfile.write(b" ")
             self.wfile.flush()
             time.sleep(0.1)
+        self.server.ended.append(step)
 
 
 def reply_by(monkeypatch, function) -> None:

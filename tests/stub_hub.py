@@ -97,7 +97,7 @@ class Handler(StubHandler):
                     return True
                 if left[0] == "hang":
                     self.server.putting.set()
-                    threading.Event().wait(20)
+                    threading.Event().wait(600)
                     return True
                 if left[0] == "race":  # somebody else commits first
                     for repository in self.server.repositories.values():

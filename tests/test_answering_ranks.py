@@ -26,7 +26,7 @@ from psysafe.journal import Journal, key_of
 from psysafe.runtime import start
 from tests.mistakes import refused
 from tests.test_resume import ENVIRONMENT, ROOT
-from tests.test_runtime import two_ranks
+from tests.test_runtime import END_S, two_ranks
 from tests.tiny_text_model import write_text_model
 
 
@@ -177,7 +177,7 @@ def test_a_killed_rank_loses_nothing(workspace):
         assert torchrun.poll() is None, torchrun.stderr.read()[-2000:]
         time.sleep(0.02)
     os.kill(rank_process(torchrun, 1), signal.SIGKILL)
-    _, err = torchrun.communicate(timeout=120)
+    _, err = torchrun.communicate(timeout=END_S)
     errors = [line for line in err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "rank 1 died in answer " in errors[0], err[-3000:]
     assert "their answers so far are saved: start again, with any number of ranks" in errors[0]
@@ -187,7 +187,7 @@ def test_a_killed_rank_loses_nothing(workspace):
         f"import sys, generate\nfrom psysafe.program import main_guard\n"
         f"sys.exit(main_guard(generate.main, {flags(workspace, 'out.jsonl')!r}))"
     )
-    errs = [process.communicate(timeout=120)[1] for process in ranks]
+    errs = [process.communicate(timeout=END_S)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errs
     assert f"base: {n_saved} of 48 rows are in" in errs[0] and not errs[1]
     by_rank_0, in_all = re.search(r"base: (\d+) of (\d+) rows by rank 0, ", errs[0]).groups()
@@ -205,7 +205,7 @@ def test_eval_answers_on_ranks(workspace, tmp_path):
     ]
     code = "import sys, eval\nfrom psysafe.program import main_guard\nsys.exit(main_guard(eval.main, {!r}))"
     ranks = two_ranks(code.format([*argv, "--out", str(tmp_path / "two")]))
-    _, err = ranks[0].communicate(timeout=120)
+    _, err = ranks[0].communicate(timeout=END_S)
     assert (ranks[1].wait(), ranks[0].returncode) == (0, 0), err
     assert ranks[1].communicate() == ("", "")
     assert script.main([*argv, "--out", str(tmp_path / "one")]) == 0

@@ -204,7 +204,7 @@ def assert_round_trip(values: dict, source: str, folder):
     assert set(sources.values()) == {str(path), "default"}  # default: dry_run, which is no part of a recipe
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries({key: values_of(key) for key in KEYS if key != "dry_run"}), TEXT)
 def test_any_config_comes_back_from_its_toml(tmp_path_factory, values, source):
     assert_round_trip(values, source, tmp_path_factory.getbasetemp())

@@ -327,7 +327,7 @@ def test_split():
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_visits_every_document_once(n, batch_size, seed, epoch):
     steps = data.steps_per_epoch(n, batch_size)
     batches = [step_documents(n, epoch * steps + i, batch_size, seed) for i in range(steps)]
@@ -385,7 +385,7 @@ def check_packing(documents: list[Document], micro_batch_tokens: int) -> None:
 
 
 @given(document_lists(), st.integers(1, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_packing(documents, micro_batch_tokens):
     check_packing(documents, micro_batch_tokens)
 

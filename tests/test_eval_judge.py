@@ -96,7 +96,7 @@ def test_a_rating_that_is_one(value):
 TEXTS = st.text("abc \n*-[]0159/.,:", max_size=40) | st.sampled_from(DECOYS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     refusal=st.booleans(), grounding=st.integers(1, 5), references=st.booleans(), relevance=st.integers(1, 5),
     form=st.sampled_from(["last", "header"]), bold=st.booleans(), fence=st.booleans(),

@@ -358,7 +358,8 @@ def guarded(box: Path, writable: set[Path]) -> Iterator[None]:
     try:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, limits[1]))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        faulthandler.dump_traceback_later(15 * SECONDS, exit=True)  # for a hang that no handler interrupts, or a sleep
+        # For a hang that no handler interrupts, or a sleep. By the clock: far beyond what a busy machine takes.
+        faulthandler.dump_traceback_later(900, exit=True)
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

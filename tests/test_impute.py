@@ -117,6 +117,7 @@ def test_killed_and_started_again_asks_no_row_twice(tmp_path, endpoint):
     command = [sys.executable, "-m", "psysafe.corpus", *flags(path, out, endpoint)]
     process = subprocess.Popen(command, env=os.environ)
     while sum(endpoint.answered.values()) < 8:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -85,7 +85,7 @@ PIECES = st.sampled_from([b"system = ", b"user = ", b"cut_mark = ", b"'''", b"{p
                           b"{y}", b"\n", b"a", b"\xff", b"[", b"=", b'"', b"3"])  # fmt: skip
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(PIECES, max_size=12), st.sampled_from(["f.toml", "f.txt"]), st.booleans())
 def test_any_file_is_read_or_refused_in_one_line(file, pieces, name, may_be_rubric):
     try:
@@ -120,7 +120,6 @@ def test_our_own_wording_is_what_it_was():
 # The cut
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), st.integers(1, 12))
 def test_a_cut_at_characters(text, limit):
     shown = JudgeInput(OWN, limit).cut(text)
@@ -131,7 +130,6 @@ TOKENIZER = read_tokenizer(FIXTURES / "model")
 ORACLE = AutoTokenizer.from_pretrained(FIXTURES / "model")
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="ab c.\né🙂我मി\u0301", max_size=40), st.integers(1, 12))
 def test_a_cut_at_tokens(text, limit):
     """The longest beginning of which no character stands in a later token, as transformers tells their places."""

@@ -27,8 +27,8 @@ def stage(tasks, share: float = 1, silence: float = 30) -> Stage:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process ends within seconds."""
-    for _ in range(100):
+    """Whether a process ends, within two minutes however busy the machine is."""
+    for _ in range(2400):
         status = Path(f"/proc/{pid}/status")
         if not status.exists() or "\nState:\tZ" in status.read_text():
             return True
@@ -64,10 +64,12 @@ def test_what_fails_or_crashes_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
 
 
 def test_a_task_that_hangs_is_killed_with_all_it_started_and_the_rest_goes_on(tmp_path, pid_file):
-    out = tmp_path / "prove.json"
+    out, began = tmp_path / "prove.json", time.monotonic()
+    assert prove.prove([stage(fine)], 1, tmp_path / "fine.json") == 0
+    start_s = time.monotonic() - began  # of one stage, on this machine as busy as it is
     assert prove.prove([stage(hanging, silence=1.5), stage(fine)], 1, out) == FAILED
     assert results(out, "hanging") == {"before": "ok", "hangs": "hung", "after": "ok"}
-    assert 1.5 <= json.loads(out.read_text())["rows"][1]["seconds"] < 2.5, "from the result before it"
+    assert 1.5 <= json.loads(out.read_text())["rows"][1]["seconds"] < 1.5 + start_s, "from the result before it"
     assert results(out, "fine") == {"one": "ok", "two": "ok"}
     assert ends(int(pid_file.read_text()))
 
@@ -101,7 +103,7 @@ def test_killed_in_the_middle_it_leaves_a_valid_file_and_no_process(number, tmp_
             json.loads(out.read_text())  # valid at every moment
         time.sleep(0.02)
     process.send_signal(number)
-    process.wait(10)
+    process.wait(300)
     document = json.loads(out.read_text())
     assert not document["ended"]
     assert results(out, "fine") == {"one": "ok", "two": "ok"} and results(out, "hanging") == {"before": "ok"}

@@ -40,7 +40,7 @@ def study(tmp_path_factory) -> Path:
 def opened(browser, url: str, **context):
     """A page in a browser without a history. In the end nothing may have failed, or have been asked of a network."""
     session = browser.new_context(accept_downloads=True, **context)
-    session.set_default_timeout(10_000)
+    session.set_default_timeout(120_000)
     page = open_tab(session, url)
     yield page
     assert page.faults == []
@@ -304,6 +304,7 @@ def check_loading(browser, url: str, folder: Path, exported: dict) -> None:
             (None, "it is not JSON"),
         ]:
             text = "no" if change is None else json.dumps(exported | change)
+            message.evaluate("node => { node.textContent = '' }")  # some reasons come several times in a row
             load({"name": "bad.json", "mimeType": "application/json", "buffer": text.encode()})
             message.get_by_text(f"bad.json was not loaded: {reason}.").wait_for()
         assert (chosen(page, "left", 0), chosen(page, "left", 1)) == (["Yes"], ["4"])

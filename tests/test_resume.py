@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from psysafe.files import ASSETS, TEMPORARY
 from psysafe.program import main_guard
 from tests.oracles import BASE
+from tests.test_runtime import END_S
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,21 +67,28 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def interrupt(folder: Path, out: str, wait_for: int, delay: float, number: int) -> int:
-    """Starts or continues a run and sends the signal `delay` seconds after `wait_for` more steps -> the exit code."""
-    process = subprocess.Popen(command(folder, out), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    seen = 0
-    for line in process.stdout:
-        seen += "/33 " in line and "validation" not in line
-        if seen >= wait_for:
-            time.sleep(delay)
-            process.send_signal(number)
-            break
-    sent = time.monotonic()
-    process.stdout.read()
-    code = process.wait(timeout=60)
-    assert time.monotonic() - sent < 10
-    return code
+INTERRUPTED = """
+import os, sys, train
+original = train.train_step
+
+def train_step(run):
+    if run.step == {step}:
+        os.kill(os.getpid(), {number})
+    return original(run)
+
+train.train_step = train_step
+sys.exit(train.main_guard(train.main))
+"""
+
+
+def interrupt(folder: Path, out: str, step: int, number: int) -> int:
+    """Starts or continues a run that gets the signal at the beginning of a step, finishes it, and makes no other one ->
+    the exit code. Sent from here, the signal could come when a short run has ended."""
+    script = INTERRUPTED.format(step=step, number=int(number))
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, *command(folder, out)[2:]], env=environment, timeout=END_S)
+    assert max(row["step"] for row in metrics(folder / out)) == step + 1
+    return done.returncode
 
 
 def kill(folder: Path, out: str, chance: random.Random, saving: bool) -> str:
@@ -97,7 +105,7 @@ def kill(folder: Path, out: str, chance: random.Random, saving: bool) -> str:
         time.sleep(0 if saving else 0.001)
     process.kill()
     process.stdout.read()
-    if process.wait(timeout=60) == 0:
+    if process.wait(timeout=END_S) == 0:
         return ""
     assert process.returncode == -signal.SIGKILL
     return "a save" if unfinished(folder / out) else "a step"
@@ -148,9 +156,9 @@ def test_killed_at_five_random_moments(workspace, uninterrupted):
 @pytest.mark.slow
 def test_stop_signals_save_and_exit(workspace, uninterrupted):
     """The step is finished, the state saved, the exit code says which signal; continuing gives the same run."""
-    assert interrupt(workspace, "stopped", 3, 0.0, signal.SIGTERM) == 143
+    assert interrupt(workspace, "stopped", 3, signal.SIGTERM) == 143
     assert list((workspace / "stopped" / "state").iterdir())
-    assert interrupt(workspace, "stopped", 9, 0.0, signal.SIGINT) == 130
+    assert interrupt(workspace, "stopped", 12, signal.SIGINT) == 130
     assert finish(workspace, "stopped").returncode == 0
     assert_same_run(uninterrupted, workspace / "stopped")
 
@@ -162,7 +170,7 @@ def test_a_forgotten_part_of_the_state_is_caught(workspace, uninterrupted, tmp_p
 
     from psysafe.training.run_state import _sums
 
-    interrupt(workspace, "damaged", 6, 0.0, signal.SIGTERM)
+    interrupt(workspace, "damaged", 6, signal.SIGTERM)
     newest = max((workspace / "damaged" / "state").iterdir())
     tensors = load_file(newest / "state.safetensors")
     tensors["absmax_m"].zero_()
@@ -402,7 +410,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(workspace, unin
     )  # fmt: skip
     next(line for line in process.stdout if " 3/33 " in line)
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=END_S) == 141
     assert process.stderr.read() == "nobody reads this output any more: finishing this step, then saving\n"
     newest = max((workspace / "unread" / "state").iterdir()).name
     assert newest >= "step-00000003"

@@ -1,8 +1,8 @@
 """Ranks, signals and exit codes, in processes of their own where the process is what is tested."""
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,9 +21,12 @@ from psysafe.program import StopRequest, UserError, exit_on_signals, main_guard
 from psysafe.runtime import PEAKS, Runtime
 from psysafe.training import config
 from tests.mistakes import refused, refused_by
+from tests.stub_server import reserved_port
 
 ROOT = Path(__file__).resolve().parents[1]
 VAL = ASSETS / "rows" / "val.jsonl"
+PORTS = contextlib.ExitStack()  # of ranks, kept to the end of this process: rank 0 listens once it has come so far
+END_S = 300  # for a process to end; only one that hangs needs as long, however busy the machine is
 
 
 def python(code: str, **environment) -> subprocess.Popen:
@@ -33,9 +36,7 @@ def python(code: str, **environment) -> subprocess.Popen:
 
 
 def two_ranks(code: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = PORTS.enter_context(reserved_port())
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     return [python(code, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
 
@@ -51,7 +52,7 @@ LOOP = """
                 time.sleep(0.01)
             print("saved", flush=True)
             if argv == ["slow"]:
-                time.sleep(30)
+                time.sleep(600)
         return 128 + stop.received
 
     sys.exit(main_guard(main, ARGV))
@@ -63,7 +64,7 @@ def test_a_signal_lets_the_step_finish_and_sets_the_exit_code(number, code):
     process = python(LOOP.replace("ARGV", "[]"))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=END_S)
     assert (process.returncode, out) == (code, "saved\n") and "Traceback" not in err
 
 
@@ -73,7 +74,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saved\n"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=END_S)
     assert process.returncode == -signal.SIGINT  # a shell calls this 130
 
 
@@ -219,7 +220,7 @@ def test_one_process_is_one_rank_on_the_cpu(monkeypatch):
         assert 1e7 < memory_peak(run.device) < memory_total(run.device)
     """
     process = python(code)
-    assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=END_S)[1] == "" and process.returncode == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -245,13 +246,13 @@ def test_two_ranks_agree_on_a_stop():
         from psysafe.program import main_guard
 
         def main(argv):
-            run = start("cpu", timeout_s=20)
+            run = start("cpu", timeout_s=200)
             print(run.rank, run.is_main, run.largest(15 * run.rank), run.largest(0))
 
         sys.exit(main_guard(main, []))
     """
     ranks = two_ranks(code)
-    assert [rank.communicate(timeout=40)[0] for rank in ranks] == ["0 True 15 0\n", "1 False 15 0\n"]
+    assert [rank.communicate(timeout=END_S)[0] for rank in ranks] == ["0 True 15 0\n", "1 False 15 0\n"]
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
@@ -281,7 +282,7 @@ def test_ranks_that_were_given_other_things_end_before_they_begin():
         from psysafe.program import main_guard
 
         def main(argv):
-            run = start("cpu", timeout_s=20)
+            run = start("cpu", timeout_s=200)
             run.agree(lr=0.1)
             run.agree(lr=0.1, resumes_after_step=200 * (1 - run.rank))
 
@@ -289,7 +290,7 @@ def test_ranks_that_were_given_other_things_end_before_they_begin():
     """
     ranks = two_ranks(code)
     for rank, process in enumerate(ranks):
-        line = process.communicate(timeout=40)[1]
+        line = process.communicate(timeout=END_S)[1]
         assert line.startswith(f"error (rank {rank}): resumes_after_step: 0 on rank 1, 200 on rank 0; start every rank")
     assert [rank.returncode for rank in ranks] == [2, 2]
 
@@ -311,7 +312,7 @@ PROGRAMS = ("train.py", "generate.py", "eval.py", "-m psysafe.data", "-m psysafe
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(program, tmp_path):
     """A torch that does not come to the end of its import stands in for the real one."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "torch" / "__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)\n")
     (tmp_path / "numpy.py").write_text("import torch\n")
     process = subprocess.Popen(
         [sys.executable, *program.split()],
@@ -320,7 +321,7 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(program, tmp_path):
     )  # fmt: skip
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "" and process.returncode == -signal.SIGINT  # 130 in a shell
+    assert process.communicate(timeout=END_S)[1] == "" and process.returncode == -signal.SIGINT  # 130 in a shell
 
 
 def test_a_program_of_somebody_else_keeps_its_own_ctrl_c():

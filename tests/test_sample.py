@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as script
@@ -16,7 +16,6 @@ from tests.test_eval_run import run
 CLUSTERS = {f"p{i}": ("substance", "weapon", "violence", "")[i % 4] for i in range(60)}
 
 
-@settings(deadline=None)
 @given(st.permutations(list(CLUSTERS)), st.integers(1, 20), st.integers(0, 99))
 def test_a_draw_depends_on_the_seed_and_the_prompts_alone(prompts, n, seed):
     drawn, _ = Sample(n, seed).draw({p: CLUSTERS[p] for p in prompts})

@@ -206,7 +206,7 @@ def test_each_token_of_the_answer_is_listed_also_where_its_text_came_later():
     assert listed == choice.logprobs == [{"token": number} for number in range(1, 7)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(" \n\tab", max_size=5), max_size=8))
 def test_the_parts_of_a_trimmed_text_are_the_trimmed_text(parts):
     trimmed = Trimmed()

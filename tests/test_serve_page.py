@@ -84,6 +84,7 @@ def test_a_key_is_asked_for(browser, model, tokenizer):
         page.get_by_label("Your prompt").fill("Hello")
         page.get_by_role("button", name="Ask").click()
         page.locator("article > .text", has_text="b").wait_for()
+        page.get_by_text("done", exact=True).wait_for()
         # A connection that ends before its answer is no answer.
         page.route("**/v1/chat/completions", lambda route: route.fulfill(body="", content_type="text/event-stream"))
         page.get_by_role("button", name="Ask").click()

@@ -331,7 +331,8 @@ def test_localise_refuses(tmp_path, capsys):
     rows.write_text('{"prompt": "p", "answer": "a"}\n')
     command = ["localise", rows, "--out", tmp_path / "o.jsonl", "--services"]
     assert "not checked" in refused_by(corpus.main, [*command, "AU"], capsys)
-    missing = edited(tmp_path, '["substance"]', '["violence"]')
+    missing = tmp_path / "missing.toml"  # old, too: an error alone, without the warning of that
+    missing.write_text(ZZ.read_text().replace('["substance"]', '["violence"]').replace(*OLD))
     assert "no service for substance" in refused_by(corpus.main, [*command, missing], capsys)
     same = ["localise", rows, "--out", rows, "--services", ZZ]
     assert "would be overwritten" in refused_by(corpus.main, same, capsys)

@@ -144,7 +144,7 @@ def test_people_are_compared_with_one_of_several_judges(answers, stub, tmp_path,
 LABEL = st.none() | st.integers(1, 5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(LABEL, LABEL), min_size=2, max_size=30))
 def test_kappas_of_ratings_and_classes(pairs):
     """Of what both have rated, also where a rating in the middle never occurs."""

@@ -5,7 +5,6 @@ Whole runs are compared in test_ranks.py.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +28,7 @@ from psysafe.model.recompute import STAGES, recompute
 from psysafe.runtime import Runtime, memory_peak, start
 from psysafe.training.config import TrainConfig
 from psysafe.training.watchdog import Watchdog
+from tests.stub_server import reserved_port
 
 CONFIG = dict(
     model_type="qwen3_5_text", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
@@ -41,10 +41,8 @@ CONFIG = dict(
 
 def spawn(ranks: int, worker, *args) -> None:
     """worker(*args) on so many ranks of gloo, in processes of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (ranks, port, worker, args), nprocs=ranks)
+    with reserved_port() as port:
+        torch.multiprocessing.spawn(_rank, (ranks, port, worker, args), nprocs=ranks)
 
 
 def _rank(rank, ranks, port, worker, args) -> None:

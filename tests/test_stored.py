@@ -114,7 +114,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size
          "risk cluster", "settings", "messages", "role"]), inner, max_size=4)), max_leaves=8)  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(JSON)
 def test_any_json_is_read_or_refused_in_one_line(file, content):
     try:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psysafe.evaluation.result import Result, Table
@@ -26,7 +26,6 @@ def test_csv_holds_every_digit():
 CELL = st.text(max_size=12) | st.none() | st.integers() | st.floats(allow_nan=False)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(CELL, CELL), max_size=5))
 def test_any_csv_is_read_back(rows):
     lines = list(csv.reader(io.StringIO(as_csv(Table("T", [("a", ""), ("b", "")], rows)), newline="")))
@@ -53,7 +52,6 @@ def typeset(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="ab \\{}$&#_%~^`<>|±–−[]*-'\"é", max_size=20))
 def test_every_special_character_is_shown_as_it_is(text):
     line = " ".join(text.split())

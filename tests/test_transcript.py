@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -39,7 +39,6 @@ def row(answer: str, reasoning: str = "", unfinished: bool = False) -> dict:
     return {"answer": answer, "reasoning": reasoning, "unfinished_thinking": unfinished}
 
 
-@settings(deadline=None)
 @given(TEXT, TEXT, TEXT, TEXT, TEXT, TEXT)
 def test_no_text_is_markup(prompt, answer, reasoning, shown, words, name):
     one = Answer(f"v {name}", row(answer, reasoning), shown, [Judgement(f"j {name}", f"s {name}", words)])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psysafe.evaluation.benchmarks.sorry_bench import SorryBench
@@ -25,7 +25,6 @@ OTHERS = {
 TEXT = st.text("ab .!?\n。！é我മി\u0d3f", max_size=80)
 
 
-@settings(deadline=None)
 @given(TEXT, st.integers(1, 30))
 def test_the_pieces_are_the_text(text, size):
     pieces = cut(text, size)

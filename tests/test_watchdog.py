@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_ranks import torchrun
 from tests.test_resume import ENVIRONMENT, ROOT, assert_same_run, command, workspace  # noqa: F401
-from tests.test_runtime import two_ranks
+from tests.test_runtime import END_S, two_ranks
 
 LOOP = """
     import os, signal, sys, time
@@ -47,10 +47,10 @@ def loop(trouble="pass", meanwhile="pass", after="pass", timeout=4) -> list[subp
 
 def assert_one_line(ranks: list[subprocess.Popen], message: str, frozen: bool = False) -> None:
     """Every rank ends by itself, except one that is frozen."""
-    out, err = ranks[0].communicate(timeout=60)
+    out, err = ranks[0].communicate(timeout=END_S)
     if frozen:
         ranks[1].kill()
-    lines = (err + ranks[1].communicate(timeout=60)[1]).splitlines()
+    lines = (err + ranks[1].communicate(timeout=END_S)[1]).splitlines()
     errors = [line for line in lines if line.startswith("error")]
     assert len(errors) == 1 and message in errors[0], lines
     assert ranks[0].returncode == 1 and out == ""
@@ -88,7 +88,7 @@ def test_a_failure_here_is_not_hidden_by_a_silence_there():
 def test_ranks_that_are_well_print_nothing():
     """Also when the rank that holds the store ends before the other one, or long after it."""
     for ranks in (loop(), loop("time.sleep(3)"), loop(after="time.sleep(3)")):
-        assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
+        assert [rank.communicate(timeout=END_S) for rank in ranks] == [("done\n", "")] * 2
         assert [rank.returncode for rank in ranks] == [0, 0]
 
 
@@ -113,7 +113,7 @@ def kill_a_rank(workspace, out, script, steps=100000, restarts=0) -> tuple[float
         began = time.monotonic()
         process.stdout.read()
         errors = process.stderr.read()
-        assert process.wait(timeout=60) == (0 if restarts else 1)
+        assert process.wait(timeout=END_S) == (0 if restarts else 1)
         return time.monotonic() - began, [line for line in errors.splitlines() if line.startswith("error")]
 
 
@@ -193,7 +193,7 @@ def test_a_rank_that_is_stuck_in_start_up_ends_by_the_watchdog(trouble, message)
 @pytest.mark.slow
 def test_all_may_load_for_longer_than_the_timeout():
     ranks = starting(load="time.sleep(7)")
-    assert [rank.communicate(timeout=60) for rank in ranks] == [("done\n", "")] * 2
+    assert [rank.communicate(timeout=END_S) for rank in ranks] == [("done\n", "")] * 2
 
 
 @pytest.mark.slow
