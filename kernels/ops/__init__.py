@@ -39,6 +39,12 @@ Names in Triton kernels:
     o_t     offsets                            BT, BK  size of a block: so many of T, of K
     m_t     mask                               stride_x, s_x   elements from one row of x to the next
     B_ROWS  size of a block of what has no letter: rows, partial sums, the vocabulary
+    desc_x  descriptor of a matrix, for loads by TMA: rows and columns instead of pointers and masks
+    STAGES  how many steps of a loop are in flight: a step's loads are issued STAGES - 1 steps before they are used
+
+A kernel keeps a number of blocks that is known when it is compiled (J rows of A, the pieces of a row) in a tuple. The
+elements of a tuple cannot be assigned, so a loop that changes them builds the next tuple, b_new, which then takes the
+old one's name.
 
 `rstd` is 1 / sqrt(mean(x^2) + eps), the factor of an RMSNorm. `partial` holds the sums of single programs, which a
 second pass adds in a fixed order: no kernel uses atomic additions, so that a run repeats bit for bit.

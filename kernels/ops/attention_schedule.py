@@ -18,7 +18,8 @@ from kernels.documents import Documents
 SMS = 132
 # With more tokens, the keys and values of all heads do not fit in L2 together: one key/value head runs after the other.
 L2_TOKENS = 8192
-# An estimate: so many fp32 rows of dk and dv (K wide) are written and read in the time of a 128 x 64 tile's five dots.
+# An estimate of what a part costs: in the time of the five dots of one 128 x 64 tile, so many rows (K wide, fp32) of dk
+# and dv can be written and read again.
 ROWS_PER_TILE = 4000
 
 

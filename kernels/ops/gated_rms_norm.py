@@ -51,9 +51,9 @@ def _forward_kernel(
     b_w = tl.load(p_w + o_v, mask=o_v < V, other=0).to(tl.float32)
     b_A = ()
     for k in tl.static_range(PIECES):
-        m_k = (o_h + k * BH < H) & (o_v < V)
+        m_f = (o_h + k * BH < H) & (o_v < V)
         for j in tl.static_range(J):
-            b_A += (tl.load(p_A + (j * H + o_h + k * BH) * V + o_v, mask=m_k, other=0),)
+            b_A += (tl.load(p_A + (j * H + o_h + k * BH) * V + o_v, mask=m_f, other=0),)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)  # T * H * V can pass 2^31
         # One sum for every lane; they are added up once, after the last piece of the row.
@@ -61,14 +61,14 @@ def _forward_kernel(
         for _ in tl.static_range(J):
             b_dots += (tl.zeros([BH, BV], tl.float32),)
         for k in tl.static_range(PIECES):
-            o_k = (o_h + k * BH) * V + o_v
-            m_k = (o_h + k * BH < H) & (o_v < V)
-            b_o = tl.load(p_o + o_t * stride_o + o_k, mask=m_k, other=0).to(tl.float32)
-            b_z = tl.load(p_z + o_t * stride_z + o_k, mask=m_k, other=0).to(tl.float32)
+            o_f = (o_h + k * BH) * V + o_v
+            m_f = (o_h + k * BH < H) & (o_v < V)
+            b_o = tl.load(p_o + o_t * stride_o + o_f, mask=m_f, other=0).to(tl.float32)
+            b_z = tl.load(p_z + o_t * stride_z + o_f, mask=m_f, other=0).to(tl.float32)
             # Lanes beyond V hold 0 and add nothing, so the mean divides by V and not by BV.
             b_rstd = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)
             b_x = (b_o * b_rstd * b_w * b_z * tl.sigmoid(b_z)).to(p_x.dtype.element_ty)
-            tl.store(p_x + o_t * H * V + o_k, b_x, mask=m_k)
+            tl.store(p_x + o_t * H * V + o_f, b_x, mask=m_f)
             b_new = ()
             for j in tl.static_range(J):
                 b_new += (b_dots[j] + b_x.to(tl.float32) * b_A[k * J + j],)

@@ -76,10 +76,10 @@ def _kl_divergence_kernel(
         o = i_v * B_VOCAB + o_v
         b_z = tl.load(p_row + o, o < VOCAB, other=float("-inf")).to(tl.float32)
         b_base = tl.load(p_base_row + o, o < VOCAB, other=float("-inf")).to(tl.float32)
-        b_new, b_base_new = tl.maximum(b_max, b_z), tl.maximum(b_base_max, b_base)
-        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_z - b_new)
-        b_base_sum = b_base_sum * tl.exp(b_base_max - b_base_new) + tl.exp(b_base - b_base_new)
-        b_max, b_base_max = b_new, b_base_new
+        b_max_new, b_base_max_new = tl.maximum(b_max, b_z), tl.maximum(b_base_max, b_base)
+        b_sum = b_sum * tl.exp(b_max - b_max_new) + tl.exp(b_z - b_max_new)
+        b_base_sum = b_base_sum * tl.exp(b_base_max - b_base_max_new) + tl.exp(b_base - b_base_max_new)
+        b_max, b_base_max = b_max_new, b_base_max_new
     row_max, base_max = tl.max(b_max), tl.max(b_base_max)
     # The maximum and the logarithm stay apart: their sum would round log p at the size of the largest logit.
     log_sum = tl.log(tl.sum(b_sum * tl.exp(b_max - row_max)))

@@ -56,57 +56,23 @@ def qk_norm_rope_reference(
     return q.to(dtype), gate.flatten(1).to(dtype), k.to(dtype), v.to(dtype)
 
 
-# Triton. Of each pair, `x` is the half with norm and rotation (q or k), `pass` the half that only gets its adapter term
-# (gate or v). i_x and i_pass are their first columns in a row of qgkv.
+# Triton. Heads 0 .. H-1 are query heads, the pairs (q, gate); the next G are key/value heads, the pairs (k, v). `x` is
+# the half of a pair with norm and rotation (q or k), `pass` the half that only gets its adapter term (gate or v).
 
 
 @triton.jit
-def _load_head(p_w, p_B, i_x, i_pass, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr):
-    """What a head keeps in registers: offsets, masks, 1 + w and B of its dims and of their partners, B of `pass`."""
-    o_k = tl.arange(0, BK)
-    m_k, m_rot = o_k < K, o_k < 2 * P
-    # Dim i is rotated with dim i + P, its partner, which lies in another lane. So each lane loads both values.
-    o_p = tl.where(o_k < P, o_k + P, o_k - P)
-    b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
-    # x1' has -x2 and x2' has +x1: the sign goes into the partner's weight.
-    b_wp = 1 + tl.load(p_w + o_p, mask=m_rot, other=0).to(tl.float32)
-    b_wp = tl.where(o_k < P, -b_wp, b_wp)
-    b_B, b_Bp, b_Bpass = 0.0, 0.0, 0.0
-    if p_B is not None:
-        b_B = tl.load(p_B + i_x + o_k, mask=m_k, other=0)
-        b_Bp = tl.load(p_B + i_x + o_p, mask=m_rot, other=0)
-        b_Bpass = tl.load(p_B + i_pass + o_k, mask=m_k, other=0)
-    return o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass
+def _columns(i_h, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr):
+    """The first columns of x and of pass in a row of qgkv, and their columns of u: q and gate 0, k 1, v 2."""
+    is_query = i_h < H
+    i_x = tl.where(is_query, 2 * i_h, H + i_h) * K
+    i_pass = tl.where(is_query, 2 * i_h + 1, H + G + i_h) * K
+    return i_x, i_pass, tl.where(is_query, 0, 1), tl.where(is_query, 0, 2)
 
 
 @triton.jit
-def _forward_head(
-    p_in, p_x, p_pass, p_w, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale, i_x, i_pass, i_head,
-    COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
-    K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One pair over this program's tokens. COLUMN_X, COLUMN_PASS: their columns in u; STRIDE: of the two outputs."""
-    o_k, m_k, o_p, m_rot, b_w, b_wp, b_B, b_Bp, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, P, BK)
-    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
-        o_t = tl.cast(i_t, tl.int64)
-        p_row = p_in + o_t * stride_in
-        b_x = tl.load(p_row + i_x + o_k, mask=m_k, other=0).to(tl.float32)
-        b_p = tl.load(p_row + i_x + o_p, mask=m_rot, other=0).to(tl.float32)
-        b_pass = tl.load(p_row + i_pass + o_k, mask=m_k, other=0).to(tl.float32)
-        if p_B is not None:
-            b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
-            b_x += b_u * b_B
-            b_p += b_u * b_Bp
-            b_pass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_Bpass
-        # cos = 1 and sin = 0 leave the dims beyond 2 P as they are.
-        b_cos = tl.load(p_cos + o_t * P + o_k % P, mask=m_rot, other=1).to(tl.float32)
-        b_sin = tl.load(p_sin + o_t * P + o_k % P, mask=m_rot, other=0).to(tl.float32)
-        # The norm's mean needs the adapter's term in x, so it is taken here and not before.
-        b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
-        b_x = b_x * b_rstd * b_w * b_cos + b_p * b_rstd * b_wp * b_sin
-        o_out = o_t * STRIDE + i_head * K + o_k
-        tl.store(p_x + o_out, b_x.to(p_x.dtype.element_ty), mask=m_k)
-        tl.store(p_pass + o_out, b_pass.to(p_pass.dtype.element_ty), mask=m_k)
+def _partners(o_k, P: tl.constexpr):
+    """The dim that each dim is rotated with, and the sign of its sine: x1' has -x2, and x2' has +x1."""
+    return tl.where(o_k < P, o_k + P, o_k - P), tl.where(o_k < P, -1.0, 1.0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -114,68 +80,46 @@ def _forward_kernel(
     p_in, p_q, p_gate, p_k, p_v, p_wq, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, i) takes tokens i, i + programs, ...; heads 0 .. H-1 are queries, the next G are keys/values."""
+    """Program (head, i) takes tokens i, i + programs, ..."""
     i_h = tl.program_id(0)
     if i_h < H:
-        _forward_head(
-            p_in, p_q, p_gate, p_wq, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            i_x=i_h * 2 * K, i_pass=i_h * 2 * K + K, i_head=i_h, COLUMN_X=0, COLUMN_PASS=0, STRIDE=H * K,
-            K=K, P=P, BK=BK, STAGES=STAGES,
-        )  # fmt: skip
+        i_head, p_x, p_pass, p_w = i_h, p_q, p_gate, p_wq
     else:
-        i_g = i_h - H
-        _forward_head(
-            p_in, p_k, p_v, p_wk, p_cos, p_sin, p_u, p_B, T, stride_in, eps, scale,
-            i_x=(2 * H + i_g) * K, i_pass=(2 * H + G + i_g) * K, i_head=i_g, COLUMN_X=1, COLUMN_PASS=2, STRIDE=G * K,
-            K=K, P=P, BK=BK, STAGES=STAGES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _backward_head(
-    p_dx, p_dpass, p_in, p_w, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-    i_x, i_pass, i_head, COLUMN_X: tl.constexpr, COLUMN_PASS: tl.constexpr, STRIDE: tl.constexpr,
-    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One pair over this program's tokens: din, its part of du, and its rows of dB in registers."""
-    o_k, m_k, o_p, m_rot, b_w, _, b_B, _, b_Bpass = _load_head(p_w, p_B, i_x, i_pass, K, P, BK)
-    b_sign = tl.where(o_k < P, 1.0, -1.0)
-    b_dB = tl.zeros([BK], tl.float32)
-    b_dBpass = tl.zeros([BK], tl.float32)
+        i_head, p_x, p_pass, p_w = i_h - H, p_k, p_v, p_wk
+    p_x += i_head * K
+    p_pass += i_head * K
+    stride_out = tl.where(i_h < H, H, G) * K
+    i_x, i_pass, column_x, column_pass = _columns(i_h, H, G, K)
+    o_k = tl.arange(0, BK)
+    o_partner, b_sign = _partners(o_k, P)
+    m_k, m_rot = o_k < K, o_k < 2 * P
+    # A dim's partner lies in another lane. So each lane loads, and norms, both values.
+    b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
+    b_w_partner = b_sign * (1 + tl.load(p_w + o_partner, mask=m_rot, other=0).to(tl.float32))
+    if p_B is not None:
+        b_B = tl.load(p_B + i_x + o_k, mask=m_k, other=0)
+        b_B_partner = tl.load(p_B + i_x + o_partner, mask=m_rot, other=0)
+        b_B_pass = tl.load(p_B + i_pass + o_k, mask=m_k, other=0)
     for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
         o_t = tl.cast(i_t, tl.int64)
-        o_out = o_t * STRIDE + i_head * K
-        b_x = tl.load(p_in + o_t * stride_in + i_x + o_k, mask=m_k, other=0).to(tl.float32)
-        b_d = tl.load(p_dx + o_out + o_k, mask=m_k, other=0).to(tl.float32)
-        b_dp = tl.load(p_dx + o_out + o_p, mask=m_rot, other=0).to(tl.float32)
-        b_dpass = tl.load(p_dpass + o_out + o_k, mask=m_k, other=0).to(tl.float32)
+        p_row = p_in + o_t * stride_in
+        b_x = tl.load(p_row + i_x + o_k, mask=m_k, other=0).to(tl.float32)
+        b_partner = tl.load(p_row + i_x + o_partner, mask=m_rot, other=0).to(tl.float32)
+        b_pass = tl.load(p_row + i_pass + o_k, mask=m_k, other=0).to(tl.float32)
+        if p_B is not None:
+            b_u = scale * tl.load(p_u + o_t * 3 + column_x)
+            b_x += b_u * b_B
+            b_partner += b_u * b_B_partner
+            b_pass += scale * tl.load(p_u + o_t * 3 + column_pass) * b_B_pass
+        # cos = 1 and sin = 0 leave the dims beyond 2 P as they are.
         b_cos = tl.load(p_cos + o_t * P + o_k % P, mask=m_rot, other=1).to(tl.float32)
         b_sin = tl.load(p_sin + o_t * P + o_k % P, mask=m_rot, other=0).to(tl.float32)
-        if p_B is not None:
-            # x with its term again, as forward normed it; saved is only the GEMM's output.
-            b_u = scale * tl.load(p_u + o_t * 3 + COLUMN_X)
-            b_x += b_u * b_B
+        # The norm's mean needs the adapter's term in x, so it is taken here and not before.
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
-        b_n = b_x * b_rstd
-        # Rotated back (the sign is that of the transposed rotation), then through the weight and the norm.
-        b_dn = (b_d * b_cos + b_sign * b_dp * b_sin) * b_w
-        b_d = b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
-        tl.store(p_din + o_t * F + i_x + o_k, b_d.to(p_din.dtype.element_ty), mask=m_k)
-        tl.store(p_din + o_t * F + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
-        if p_B is not None:
-            b_dB += b_u * b_d
-            b_dBpass += scale * tl.load(p_u + o_t * 3 + COLUMN_PASS) * b_dpass
-            p_slot = p_du + o_t * 3 * H + i_head
-            # q and gate belong to one projection and share a column of u; k and v have one each.
-            if COLUMN_X == COLUMN_PASS:
-                tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B + b_dpass * b_Bpass))
-            else:
-                tl.store(p_slot + COLUMN_X * H, scale * tl.sum(b_d * b_B))
-                tl.store(p_slot + COLUMN_PASS * H, scale * tl.sum(b_dpass * b_Bpass))
-    if p_B is not None:
-        p_sums = p_partial + tl.program_id(1).to(tl.int64) * F
-        tl.store(p_sums + i_x + o_k, b_dB, mask=m_k)
-        tl.store(p_sums + i_pass + o_k, b_dBpass, mask=m_k)
+        b_x = b_x * b_rstd * b_w * b_cos + b_partner * b_rstd * b_w_partner * b_sin
+        o_out = o_t * stride_out + o_k
+        tl.store(p_x + o_out, b_x.to(p_x.dtype.element_ty), mask=m_k)
+        tl.store(p_pass + o_out, b_pass.to(p_pass.dtype.element_ty), mask=m_k)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -185,27 +129,65 @@ def _backward_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs as in the forward kernel. p_du (T, 3, H): columns G .. H-1 of k and v stay zero, as they have only G
-    heads. p_partial (programs, F).
+    heads. p_partial (programs, F): each program sums its head's rows of dB in registers.
     """
     F: tl.constexpr = 2 * (H + G) * K
     i_h = tl.program_id(0)
     if i_h < H:
-        _backward_head(
-            p_dq, p_dgate, p_in, p_wq, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            i_x=i_h * 2 * K, i_pass=i_h * 2 * K + K, i_head=i_h, COLUMN_X=0, COLUMN_PASS=0, STRIDE=H * K,
-            H=H, F=F, K=K, P=P, BK=BK, STAGES=STAGES,
-        )  # fmt: skip
+        i_head, p_dx, p_dpass, p_w = i_h, p_dq, p_dgate, p_wq
     else:
-        i_g = i_h - H
-        _backward_head(
-            p_dk, p_dv, p_in, p_wk, p_cos, p_sin, p_u, p_B, p_din, p_du, p_partial, T, stride_in, eps, scale,
-            i_x=(2 * H + i_g) * K, i_pass=(2 * H + G + i_g) * K, i_head=i_g, COLUMN_X=1, COLUMN_PASS=2, STRIDE=G * K,
-            H=H, F=F, K=K, P=P, BK=BK, STAGES=STAGES,
-        )  # fmt: skip
+        i_head, p_dx, p_dpass, p_w = i_h - H, p_dk, p_dv, p_wk
+    p_dx += i_head * K
+    p_dpass += i_head * K
+    stride_dx = tl.where(i_h < H, H, G) * K
+    i_x, i_pass, column_x, column_pass = _columns(i_h, H, G, K)
+    o_k = tl.arange(0, BK)
+    o_partner, b_sign = _partners(o_k, P)
+    m_k, m_rot = o_k < K, o_k < 2 * P
+    b_w = 1 + tl.load(p_w + o_k, mask=m_k, other=0).to(tl.float32)
+    if p_B is not None:
+        b_B = tl.load(p_B + i_x + o_k, mask=m_k, other=0)
+        b_B_pass = tl.load(p_B + i_pass + o_k, mask=m_k, other=0)
+        b_dB = tl.zeros([BK], tl.float32)
+        b_dB_pass = tl.zeros([BK], tl.float32)
+    for i_t in tl.range(tl.program_id(1), T, tl.num_programs(1), num_stages=STAGES):
+        o_t = tl.cast(i_t, tl.int64)
+        o_dx = o_t * stride_dx
+        b_x = tl.load(p_in + o_t * stride_in + i_x + o_k, mask=m_k, other=0).to(tl.float32)
+        b_dx = tl.load(p_dx + o_dx + o_k, mask=m_k, other=0).to(tl.float32)
+        b_dpartner = tl.load(p_dx + o_dx + o_partner, mask=m_rot, other=0).to(tl.float32)
+        b_dpass = tl.load(p_dpass + o_dx + o_k, mask=m_k, other=0).to(tl.float32)
+        b_cos = tl.load(p_cos + o_t * P + o_k % P, mask=m_rot, other=1).to(tl.float32)
+        b_sin = tl.load(p_sin + o_t * P + o_k % P, mask=m_rot, other=0).to(tl.float32)
+        if p_B is not None:
+            # x with its term again, as forward normed it; saved is only the GEMM's output.
+            b_u = scale * tl.load(p_u + o_t * 3 + column_x)
+            b_x += b_u * b_B
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / K + eps)
+        b_n = b_x * b_rstd
+        # Rotated back, where the sine has the other sign, then through the weight and the norm.
+        b_dn = (b_dx * b_cos - b_sign * b_dpartner * b_sin) * b_w
+        b_dx = b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n) / K))
+        tl.store(p_din + o_t * F + i_x + o_k, b_dx.to(p_din.dtype.element_ty), mask=m_k)
+        tl.store(p_din + o_t * F + i_pass + o_k, b_dpass.to(p_din.dtype.element_ty), mask=m_k)
+        if p_B is not None:
+            b_dB += b_u * b_dx
+            b_dB_pass += scale * tl.load(p_u + o_t * 3 + column_pass) * b_dpass
+            p_sums = p_du + o_t * 3 * H + i_head
+            # q and gate belong to one projection and share a column of u; k and v have one each.
+            if i_h < H:
+                tl.store(p_sums, scale * tl.sum(b_dx * b_B + b_dpass * b_B_pass))
+            else:
+                tl.store(p_sums + H, scale * tl.sum(b_dx * b_B))
+                tl.store(p_sums + 2 * H, scale * tl.sum(b_dpass * b_B_pass))
+    if p_B is not None:
+        o_F = tl.program_id(1).to(tl.int64) * F
+        tl.store(p_partial + o_F + i_x + o_k, b_dB, mask=m_k)
+        tl.store(p_partial + o_F + i_pass + o_k, b_dB_pass, mask=m_k)
 
 
 # One warp a program: a head of 256 is eight elements a lane, and a sum within a warp needs no barrier. Twelve programs
-# a multiprocessor: its shared memory holds three stages of loads for so many.
+# a multiprocessor: their three stages of loads are 86 KB in flight, which memory needs to be busy.
 _CONSTANTS = {"STAGES": 3, "num_warps": 1}
 _PER_SM = 12
 

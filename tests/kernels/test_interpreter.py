@@ -253,6 +253,21 @@ MISTAKES = {
         "causal_conv1d_silu", {"lengths": (5,), "splits": (8,)}, "tl.minimum(begin + length, T)",
         "tl.minimum(begin + length + 1, T)", "writes an element of p_c0 that program 1 writes",
     ),
+    "mask off by one, behind the last row": (
+        "residual_rms_norm", {"T": 3, "D": 40, "J": 1}, "mask=o_d < D, other=0)", "mask=o_d <= D, other=0)",
+        "reads 1 elements outside p_",
+    ),
+    "mask off by one, behind gate and up": (
+        "swiglu", {"T": 3, "I": 40, "rank": 1}, "m_i = o_i < I", "m_i = o_i <= I", "elements outside p_",
+    ),
+    "heads that overlap": (
+        "qk_norm_rope", {"T": 3, "H": 2, "G": 1, "K": 24, "P": 3}, "2 * i_h, H + i_h) * K", "2 * i_h, H + i_h - 1) * K",
+        "writes an element of p_din that program",
+    ),
+    "key heads in turn instead of in groups": (
+        "gated_delta_rule_step", {"batch": 2, "key_heads": 2, "value_heads": 4, "K": 16}, "i_g = i_h // GROUP",
+        "i_g = i_h % GROUP", "o: max error",
+    ),
     "lanes left undefined": (
         "gated_rms_norm", {"T": 3, "H": 3, "V": 24}, "mask=m_f, other=0).to", "mask=m_f).to", "error nan",
     ),
