@@ -108,7 +108,7 @@ def without_moved_space(tokenizer, context, continuations, max_tokens):
     head = tokenizer.encode(context)
     tails = [tokenizer.encode(context + k)[len(head) :] for k in continuations]
     return [
-        log_likelihood.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [i])
+        log_likelihood.Branches((head + tail)[-(max_tokens + 1) :][: -len(tail)], [tail], [[i]])
         for i, tail in enumerate(tails)
     ]
 
@@ -170,11 +170,16 @@ def test_grouping_changes_nothing(model, tokenizer):
     encoded = [log_likelihood.encode(tokenizer, *ask(item, "plain", tokenizer), 512) for item in items]
     together = torch.tensor(log_likelihood.score(model, encoded))
     alone = torch.tensor([log_likelihood.score(model, [item])[0] for item in encoded])
-    single = [
-        [[log_likelihood.Branches(b.prefix, [tail], [0])] for b in item for tail in b.continuations]
-        for item in encoded
-    ]
-    apart = torch.tensor([[log_likelihood.score(model, [one])[0][0] for one in choices] for choices in single])
+
+    def one_by_one(item: list[log_likelihood.Branches]) -> list[float]:
+        scores = {}
+        for b in item:
+            for tail, choices in zip(b.continuations, b.choices, strict=True):
+                ((score,),) = log_likelihood.score(model, [[log_likelihood.Branches(b.prefix, [tail], [[0]])]])
+                scores |= dict.fromkeys(choices, score)
+        return [scores[choice] for choice in sorted(scores)]
+
+    apart = torch.tensor([one_by_one(item) for item in encoded])
     assert (together - alone).abs().max() < 1e-4 and (together - apart).abs().max() < 1e-4
 
 
@@ -219,6 +224,15 @@ def test_a_row_with_an_empty_choice_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"rows.jsonl row 1: not a row of hellaswag; expected activity_label"):
         HellaSwag().run(args)
 
+
+def test_equal_choices_tie_to_the_last_bit(model, tokenizer):
+    """Also where a batch puts them into rows that its matrix products round differently."""
+    filler = [encode(tokenizer, f"{'x ' * n}Which?", [" a long one", " b", " another"], 64) for n in range(1, 12)]
+    item = encode(tokenizer, "Which?", [" the same", " other", " the same", " the same"], 64)
+    assert [(len(b.continuations), b.choices) for b in item] == [(2, [[0, 2, 3], [1]])]
+    for n in range(len(filler)):
+        first, other, *rest = log_likelihood.score(model, [*filler[:n], item])[-1]
+        assert rest == [first, first] and other != first
 
 def test_questions_with_typed_control_tokens_are_counted(tokenizer):
     """With --chat they reach the model as control tokens, as in lm-eval, which is said."""

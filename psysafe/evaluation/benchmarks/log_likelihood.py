@@ -34,7 +34,7 @@ class Branches(NamedTuple):
 
     prefix: list[int]
     continuations: list[list[int]]
-    choices: list[int]  # of each continuation, its number in the item
+    choices: list[list[int]]  # of each continuation, the numbers of the item's choices that it is
 
     @property
     def longer(self) -> list[list[int]]:
@@ -61,8 +61,11 @@ def encode(tokenizer: Tokenizer, context: str, continuations: Sequence[str], max
         # on the length of the choice, so that choices of other lengths do not share it.
         prefix = (head + tail)[-(max_tokens + 1) :][: -len(tail)]
         branches = by_prefix.setdefault(tuple(prefix), Branches(prefix, [], []))
-        branches.continuations.append(tail)
-        branches.choices.append(choice)
+        if tail not in branches.continuations:
+            branches.continuations.append(tail)
+            branches.choices.append([])
+        # Equal choices are read once: in two places of a batch they might differ in their last bits, and would not tie.
+        branches.choices[branches.continuations.index(tail)].append(choice)
     return list(by_prefix.values())
 
 
@@ -117,9 +120,9 @@ def score(model: Qwen3_5, items: Sequence[list[Branches]]) -> list[list[float]]:
         totals[is_longer] += _read_longer(model, branches, cache)
 
     by_item: list[dict[int, float]] = [{} for _ in items]
-    choices = [(number, choice) for number, b in numbered for choice in b.choices]
-    for (number, choice), total in zip(choices, totals.tolist(), strict=True):
-        by_item[number][choice] = total
+    choices = [(number, equal) for number, b in numbered for equal in b.choices]
+    for (number, equal), total in zip(choices, totals.tolist(), strict=True):
+        by_item[number] |= dict.fromkeys(equal, total)
     return [[by_choice[choice] for choice in sorted(by_choice)] for by_choice in by_item]
 
 

@@ -237,6 +237,7 @@ class MultipleChoice(Evaluation):
                 bar.update(size)
         detach(model)
         rate = sum(sizes) / max(time.monotonic() - began, 1e-9)
-        saved = sum(len(b.prefix) * (len(b.choices) - 1) for batch in batches for i in batch for b in encoded[i])
+        contexts = [b for batch in batches for i in batch for b in encoded[i]]
+        saved = sum(len(b.prefix) * (sum(map(len, b.choices)) - 1) for b in contexts)
         share = saved / (saved + sum(sizes))
         return f"{rate:,.0f} tokens/s; contexts shared by their choices saved {share:.0%} of them"
