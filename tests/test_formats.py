@@ -278,8 +278,8 @@ def test_empty_cells_behind_the_last_column_and_long_cells_are_read(tmp_path):
 def test_the_line_of_a_row_is_the_one_that_it_begins_in(tmp_path):
     (tmp_path / "r.csv").write_text('prompt,answer\n\n"a\nb","c\n\nd"\n\n"",""\ne,f\ng\n')
     rows = read_file(tmp_path / "r.csv")
-    assert [row.line for row in rows] == [3, 8, 9, 10]
-    assert [row.fields for row in rows][2:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
+    assert [row.line for row in rows] == [3, 9, 10]  # a row of empty cells is none
+    assert [row.fields for row in rows][1:] == [{"prompt": "e", "answer": "f"}, {"prompt": "g", "answer": None}]
 
 
 def test_arguments_of_other_tools_are_none_of_a_call(tmp_path, tokenizer):

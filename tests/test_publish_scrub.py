@@ -88,7 +88,7 @@ def test_paths_in_results_lose_their_folders():
 def test_the_command_refuses_what_was_planted(place, tmp_path, capsys):
     run = write_run(tmp_path / "run")
     words = [run, "--repo", "someone/x", "--dry-run"]
-    table = Table("T", [("variant", ""), ("n", ",")], [["assets:tiny" if place == "table" else "base", 1]])
+    table = Table("T", [("variant", ""), ("n", ",")], [["assets:tiny" if place == "table" else "base", 1], ["run", 1]])
     result = Result("xstest", "XSTest", [table], notes=["hf_" + "aB3" * 8] if place == "note" else [])
     if place == "config":
         path = run / "adapter_config.json"
