@@ -271,9 +271,9 @@ def _check_together(where: str, table: dict) -> None:
         raise UserError(f"{where}: expected phone and contact, with the number in contact, or neither")
     if table["checked"] != ("checked_on" in table):
         there = "with" if "checked_on" in table else "without"
-        found = f"checked = {str(table['checked']).lower()} {there} checked_on"
+        given = f"checked = {str(table['checked']).lower()} {there} checked_on"
         expected = "expected checked = true and the day in checked_on, or checked = false alone"
-        raise UserError(f"{where}: {found}; {expected}")
+        raise UserError(f"{where}: {given}; {expected}")
 
 
 @dataclass(frozen=True)

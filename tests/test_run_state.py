@@ -81,9 +81,9 @@ def test_of_many_saves_of_a_step_the_last_two_stay(tmp_path):
     """The first free name would be that of the oldest one, and the newest but one would go."""
     for number in range(5):
         save_state(tmp_path, 7, tensors(number), {"number": number})
-        kept = sorted((tmp_path / "state").iterdir())
-        assert len(kept) == min(2, number + 1) and load_state(tmp_path).meta == {"number": number}
-    shutil.rmtree(kept[-1])
+        states = sorted((tmp_path / "state").iterdir())
+        assert len(states) == min(2, number + 1) and load_state(tmp_path).meta == {"number": number}
+    shutil.rmtree(states[-1])
     assert load_state(tmp_path).meta == {"number": 3}
 
 

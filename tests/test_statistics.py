@@ -157,14 +157,14 @@ def test_holm_is_statsmodels(seed):
 def power(n: int, difference: float, other: float) -> float:
     """Of McNemar's exact test at 5 %: of n prompts a share `other` changes in one direction, in the other a share that
     is larger by `difference`."""
-    changing, found = difference + 2 * other, 0.0
+    changing, total = difference + 2 * other, 0.0
     for m in range(1, n + 1):
         share = math.comb(n, m) * changing**m * (1 - changing) ** (n - m)
         if share > 1e-9:
             k = next((k for k in range(m // 2, -1, -1) if mcnemar(k, m - k) < 0.05), -1)
             p = other / changing
-            found += share * sum(math.comb(m, j) * p**j * (1 - p) ** (m - j) for j in range(k + 1))
-    return found
+            total += share * sum(math.comb(m, j) * p**j * (1 - p) ** (m - j) for j in range(k + 1))
+    return total
 
 
 def test_the_table_of_what_n_can_show():

@@ -155,8 +155,8 @@ def _by_variant(path: str, limit: int, prompts: Prompts | None, every_turn: bool
         folder = str(Path(adapter)) if adapter else ""
         earlier = adapters.setdefault(label, folder)
         if earlier != folder:  # its answers would pass for repeated ones of the first, and be left out
-            found = f"adapter {folder or 'none'}, and in an earlier row {earlier or 'none'}"
-            raise UserError(f"{row.where}: {found}; both would be called {label!r}: give a file of each, NAME=FILE")
+            both = f"adapter {folder or 'none'}, and in an earlier row {earlier or 'none'}"
+            raise UserError(f"{row.where}: {both}; both would be called {label!r}: give a file of each, NAME=FILE")
         for one in _rows_of_turns(row) if every_turn else [row]:
             texts.setdefault(label, []).append(Text(fields, cluster, *_prompt_and_text(one, prompts)))
     return texts

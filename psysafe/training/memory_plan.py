@@ -22,7 +22,7 @@ from psysafe.program import UserError
 from psysafe.training.roofline import DELTA_RULE, SPEEDS
 
 RESERVE = 1_000_000_000  # CUDA's context, which torch does not count, and gaps between allocations
-CONTEXT = 600_000_000  # of them, for CUDA's context; what else is in use beside torch comes on top of the reserve
+CONTEXT = 600_000_000  # of RESERVE, for CUDA's context (assumed, not measured); more beside torch is left free as well
 RETRY_STEP = 1_000_000_000  # by how much the limit is lowered when a GPU runs out all the same (out_of_memory.py)
 H100_MEMORY = SPEEDS["H100"].memory
 SEGMENT = 1024  # tokens between two saved states of the delta rule
